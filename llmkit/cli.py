@@ -31,7 +31,7 @@ from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.io.ranks import launch
 
 OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
-OUTPUTS = ("out", "report", "rejects")  # options of what a stage writes
+OUTPUTS = ("out", "report", "rejects", "collect")  # options of what a stage writes
 # name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
@@ -46,6 +46,7 @@ COMMANDS = {
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
     "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
+    "serve": ("llmkit.stages.serve", "ServeConfig", "Models behind OpenAI's protocol, and a page to talk to them."),
     "evaluate": ("llmkit.stages.evaluate", "EvaluateConfig", "Scores of models on the tasks of the field."),
     "export": ("llmkit.stages.export", "ExportConfig", "A model for other programs: GGUF, another precision, PEFT."),
     "report": ("llmkit.stages.report", "ReportConfig", "Runs to one page: what every stage did."),
@@ -65,13 +66,10 @@ ELSEWHERE = {
         ("chat talk run repl interactive", "llmkit sample MODEL --chat"),
         ("generate infer inference complete completion predict prompt", "llmkit sample MODEL -p PROMPT"),
         ("eval evaluation test validate benchmark bench lm-eval lighteval", "llmkit evaluate MODEL --tasks TASK,..."),
-        ("serve server api deploy", "docs/serving.md: a server of your own loads the folders that are made here"),
+        ("server api deploy web ui", "llmkit serve MODEL"),
         ("dpo orpo kto ipo simpo rlhf align", "llmkit train-reward and then llmkit rl, which learn from preferences"),
         ("grpo ppo rloo dapo gspo reinforce rlvr rft", "llmkit rl, whose --algo chooses"),
-        (
-            "tokenize tokenise encode pack prepare preprocess",
-            "llmkit pretrain, which tokenizes its documents itself, and llmkit train-bpe, which makes a tokenizer",
-        ),
+        ("tokenize tokenise encode pack prepare", "llmkit pretrain, which does that, and llmkit train-bpe"),
         ("train-tokenizer tokenizer tokeniser bpe vocab train-tok", "llmkit train-bpe"),
         ("train training trainer fit", "llmkit pretrain for documents, llmkit sft for conversations"),
         ("continue cpt continued-pretraining", "llmkit pretrain --from MODEL"),

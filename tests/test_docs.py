@@ -92,6 +92,7 @@ NOT_RUN = {
     r"torchrun ": "several processes; tests/training/test_distributed.py runs such",
     r"--engine ray": "a cluster; tests/crawl/test_on_ray.py runs one where Ray is installed",
     r"llama-cli": "a program of another project",
+    r"llmkit serve ": "goes on until it is stopped; tests/serving/ has servers",
     r"hf://": "a network; tests/io/test_hub.py has a hub of its own",
     r"s3://": "a bucket; tests/io/test_upload.py has one of its own",
 }

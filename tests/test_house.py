@@ -38,6 +38,7 @@ ROOMS = {
     "evaluation": (900, 1500),
     "rl": (1350, 0),
     "export": (600, 760),
+    "serving": (1100, 1560),
     "stages": (2480, 4150),
     "cli": (380, 0),
     "__main__": (40, 0),
@@ -70,11 +71,12 @@ OPTIONS = {
     "train-reward": 34,
     "rl": 50,
     "sample": 36,
+    "serve": 19,
     "evaluate": 32,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 128
+DISTINCT = 133
 
 
 def modules() -> dict[str, str]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, Protocol
@@ -258,6 +258,12 @@ class Decoder:
     def logits(self, token_ids: list[int]) -> Tensor:
         """The logits (T, V) behind each of T tokens."""
         return self._head(self._run(self._nothing(), token_ids)[0])
+
+    def logits_in_pieces(self, token_ids: list[int], size: int) -> Iterator[tuple[int, Tensor]]:
+        """The logits as `logits` has them, `size` positions at a time behind the first position of each piece."""
+        hidden_TC = self._run(self._nothing(), token_ids)[0]
+        for start in range(0, len(token_ids), size):
+            yield start, self._head(hidden_TC[start : start + size])
 
     def _nothing(self) -> Prefix:
         shape = self.config.num_hidden_layers, self.config.num_key_value_heads, 0, self.config.head_dim

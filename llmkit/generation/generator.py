@@ -32,7 +32,7 @@ import torch
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
-from llmkit.generation.next_token import Sampling, choose_tokens, uniforms
+from llmkit.generation.next_token import Sampling, choose_tokens, likeliest, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.tool_calls import ToolUse, told_unavailable
 from llmkit.io.progress import counted, quantity
@@ -154,20 +154,20 @@ class Generator:
         on_call: OnCall | None = None,
     ) -> Iterator[list[Completion]]:
         """See `Sampler.complete`. Raises UserError for logits that are no numbers."""
-        with self._computing():
-            pool = _Pool(self, requests, on_text, on_call)
+        with self.computing():
+            pool = Pool(self, requests, on_text, on_call)
         try:
             more = True
             while more:
-                with self._computing():
+                with self.computing():
                     more = pool.advance()
                 yield from finished(pool.done)
         finally:
             pool.close()
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Without gradients, and on one thread where the model is too small for two; never across a `yield`."""
+    def computing(self) -> Iterator[None]:
+        """Compute without gradients, and on one thread where the model is too small for two; never across a `yield`."""
         started = time.perf_counter()
         with torch.inference_mode(), threads(self._threads):
             yield
@@ -219,6 +219,7 @@ class _Sequence:
     room: int  # for all that follows the prompt
     decoding: DecodeStream
     stops: StopMatcher
+    tools: ToolUse | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     truncated_logprobs: list[float] = field(default_factory=list)
@@ -232,6 +233,7 @@ class _Sequence:
     said: str = ""  # as text,
     given: int = 0  # of which so many characters were given out
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     _draws: tuple[int, np.ndarray] | None = None
 
     @property
@@ -260,15 +262,19 @@ class _Sequence:
         return self._draws[1][at]
 
 
-class _Pool:
-    """The sequences of one call of `complete`: in slots, with a tool, or done."""
+class Pool:
+    """Sequences under way: in slots, with a tool, or done. A request that is None says that none waits now."""
 
     def __init__(
-        self, generator: Generator, requests: Iterable[Request], on_text: OnText | None, on_call: OnCall | None
+        self,
+        generator: Generator,
+        requests: Iterable[Request | None],
+        on_text: OnText | None,
+        on_call: OnCall | None,
     ) -> None:
-        self._of, self._decoder, self._tools = generator, generator.decoder, generator.tools
+        self._of, self._decoder = generator, generator.decoder
         self._on_text, self._on_call = on_text, on_call
-        self._running: list[_Sequence] = []  # slot i holds running[i]
+        self.running: list[_Sequence] = []  # slot i holds running[i]
         self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
         self._workers: ThreadPoolExecutor | None = None
         self._calls: dict[Future[list[ToolResult]], tuple[_Sequence, Prefix]] = {}  # under way
@@ -279,31 +285,52 @@ class _Pool:
         """Fill the slots that are free and take a step; False after the last one."""
         slots = self._of.slots
         may_begin = self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots
-        if self._calls and not self._running and not may_begin:
+        if self._calls and not self.running and not may_begin:
             wait(self._calls, return_when=FIRST_COMPLETED)
-        while len(self._running) < slots:
+        while len(self.running) < slots:
             if (answered := next((call for call in self._calls if call.done()), None)) is not None:
                 entry = self._resume(*self._calls.pop(answered), answered.result())
             elif self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots:
-                entry = next(self._fresh, None)
-                self._more = entry is not None
+                try:
+                    entry = next(self._fresh)
+                except StopIteration:
+                    self._more = False
+                    continue
+                if entry is None:
+                    break
             else:
                 break
             if entry is not None:
                 self._enter(*entry)
-        if self._running:
+        if self.running:
             self._step()
-        return bool(self._running or self._more or self._calls)
+        return bool(self.running or self._more or self._calls)
+
+    def cancel(self, index: int) -> None:
+        """Drop a request that is not done; its slots are free at once."""
+        del self.done[index]
+        for slot in range(len(self.running) - 1, -1, -1):
+            if self.running[slot].index == index:
+                self._vacate(slot)
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing is under way."""
+        return not (self.running or self._calls)
 
     def close(self) -> None:
         """Begin no call any more; those under way end by their own limits."""
         if self._workers is not None:
             self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, requests: Iterable[Request]) -> Iterator[tuple[_Sequence, Prefix]]:
+    def _begin(self, requests: Iterable[Request | None]) -> Iterator[tuple[_Sequence, Prefix] | None]:
         """Every sample of every request with its prefilled prompt; equal prompts that follow closely share one."""
-        generator, prefixes = self._of, self._of.prefixes
-        for index, request in enumerate(requests):
+        generator, prefixes, index = self._of, self._of.prefixes, -1
+        for request in requests:
+            if request is None:
+                yield None
+                continue
+            index += 1
             room = self._decoder.config.max_position_embeddings - len(request.prompt)
             if room <= 0 or not request.prompt:
                 self.done[index] = []
@@ -316,11 +343,14 @@ class _Pool:
                 prefixes.popitem(last=False)
             generator.usage.requests += 1
             generator.usage.prompt_tokens += len(prompt)
+            tools, stops = request.tools or generator.tools, (*generator.stop, *request.stop)
             for sample in range(request.samples):
+                if index not in self.done:  # cancelled
+                    break
                 decoding = generator.tokenizer.stream(request.prompt, skip_specials=True)
-                sequence = _Sequence(index, sample, request, limit, room, decoding, StopMatcher(generator.stop))
-                if self._tools is not None and self._tools.form is not None:
-                    sequence.opening = StopMatcher(self._tools.openers)
+                sequence = _Sequence(index, sample, request, limit, room, decoding, StopMatcher(stops), tools)
+                if tools is not None and tools.form is not None:
+                    sequence.opening = StopMatcher(tools.openers)
                 yield sequence, prefix
 
     def _enter(self, sequence: _Sequence, prefix: Prefix) -> None:
@@ -328,14 +358,14 @@ class _Pool:
         ((token, logprob, truncated),) = self._choose(prefix.logits_1V, [sequence])
         reason = self._take(sequence, token, logprob, truncated)
         if reason is None:
-            self._decoder.load(len(self._running), prefix)
-            self._running.append(sequence)
+            self._decoder.load(len(self.running), prefix)
+            self.running.append(sequence)
         else:
             self._leave(sequence, reason, prefix)
 
     def _step(self) -> None:
         """One token for each running sequence; the last slot moves into one that is left."""
-        running = self._running
+        running = self.running
         for slot, sequence in enumerate(running):
             if self._decoder.turns_anew(sequence.position, sequence.position + 1):
                 self._decoder.load(slot, self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids]))
@@ -349,29 +379,44 @@ class _Pool:
             if reason is not None:
                 prefix = self._decoder.hold(slot, sequence.position) if reason == CALL else None
                 self._leave(sequence, reason, prefix)
-                last = running.pop()
-                if slot < len(running):
-                    self._decoder.move(len(running), slot, last.position)
-                    running[slot] = last
+                self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
+        """Free a slot: the last one that runs moves into it."""
+        last = self.running.pop()
+        if slot < len(self.running):
+            self._decoder.move(len(self.running), slot, last.position)
+            self.running[slot] = last
 
     def _choose(self, logits_BV: torch.Tensor, sequences: list[_Sequence]) -> list[tuple[int, float, float]]:
         """The next token of each sequence, its log-probability, and that after truncation."""
         # A model may have more rows than its tokenizer has tokens, to be a multiple of 64: nobody trained them.
         draws = np.array([sequence.next_uniform() for sequence in sequences])
-        choice = choose_tokens(logits_BV, draws, self._of.sampling, self._of.tokenizer.vocab_size)
-        if not all(choice.sound.tolist()):
-            raise UserError(
-                f"{self._of.name}: its logits are not finite numbers; are there NaN among its weights? Train it again, "
-                "or use an earlier checkpoint"
-            )
+        chosen: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * len(sequences)
+        samplings = [sequence.request.sampling or self._of.sampling for sequence in sequences]
+        for sampling in dict.fromkeys(samplings):
+            rows = [row for row, other in enumerate(samplings) if other == sampling]
+            logits = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
+            choice = choose_tokens(logits, draws[rows], sampling, self._of.tokenizer.vocab_size)
+            if not all(choice.sound.tolist()):
+                raise UserError(
+                    f"{self._of.name}: its logits are not finite numbers; are there NaN among its weights? Train it "
+                    "again, or use an earlier checkpoint"
+                )
+            columns = choice.tokens.tolist(), choice.logprobs.tolist(), choice.truncated_logprobs.tolist()
+            for row, token in zip(rows, zip(*columns, strict=True), strict=True):
+                chosen[row] = token
+        for row, (sequence, sampling) in enumerate(zip(sequences, samplings, strict=True)):
+            if count := sequence.request.top_logprobs:
+                top = likeliest(logits_BV[row : row + 1], count, sampling.temperature, self._of.tokenizer.vocab_size)
+                sequence.top_logprobs += top
         self._of.usage.completion_tokens += len(sequences)
-        columns = choice.tokens.tolist(), choice.logprobs.tolist(), choice.truncated_logprobs.tolist()
-        return list(zip(*columns, strict=True))
+        return chosen
 
     def _take(self, sequence: _Sequence, token: int, logprob: float, truncated: float) -> str | None:
         """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
         sequence.append(token, logprob, truncated)
-        ended, tools, open_call = token in self._of.end_ids, self._tools, sequence.call
+        ended, tools, open_call = token in self._of.end_ids, sequence.tools, sequence.call
         if tools is not None and open_call is None and token in tools.others:
             tools.unavailable_calls[tools.others[token]] += 1
         if tools is not None and sequence.opening is not None and open_call is None and token not in tools.starts:
@@ -429,6 +474,9 @@ class _Pool:
         if len(sequence.tool_calls) + len(calls) > tools.max_calls:
             return self._last_text(sequence, "tool_limit")
         sequence.calls = calls
+        if tools.given_back:
+            sequence.tool_calls += [{"tool": tool, "input": text} for tool, text in calls]
+            return self._last_text(sequence, "tool_calls")
         return self._last_text(sequence, "length") if sequence.full else CALL
 
     def _last_text(self, sequence: _Sequence, reason: str) -> str:
@@ -454,23 +502,26 @@ class _Pool:
                 sequence.truncated_logprobs,
                 sequence.sampled,
                 sequence.tool_calls,
+                sequence.top_logprobs,
             )
             return
-        assert self._tools is not None and prefix is not None
+        assert sequence.tools is not None and prefix is not None
         for tool, text in sequence.calls:
             sequence.tool_calls.append({"tool": tool, "input": text})
             if self._on_call is not None:
                 self._on_call(sequence.index, sequence.sample, sequence.tool_calls[-1], None)
         if self._workers is None:
             self._workers = ThreadPoolExecutor(min(self._of.slots, THREADS), thread_name_prefix="tool")
-        self._calls[self._workers.submit(self._tools.run, sequence.calls)] = sequence, prefix
+        self._calls[self._workers.submit(sequence.tools.run, sequence.calls)] = sequence, prefix
 
     def _resume(
         self, sequence: _Sequence, earlier: Prefix, results: list[ToolResult]
     ) -> tuple[_Sequence, Prefix] | None:
         """Prefill the results of tools behind their calls; None where they leave no room for a token more."""
-        assert self._tools is not None
-        ids, seen = self._tools.result_ids(sequence.calls, results, sequence.room - len(sequence.token_ids) - 1)
+        assert sequence.tools is not None
+        if sequence.index not in self.done:  # cancelled
+            return None
+        ids, seen = sequence.tools.result_ids(sequence.calls, results, sequence.room - len(sequence.token_ids) - 1)
         for call, result, text in zip(sequence.tool_calls[-len(results) :], results, seen, strict=True):
             call |= {"result": result.text, **({"failed": True} if result.failed else {})}
             if self._on_call is not None:
@@ -484,9 +535,11 @@ class _Pool:
             prefix = self._decoder.extend(earlier, [sequence.token_ids[-1], *ids])
         for token in ids:
             sequence.append(token, 0.0, 0.0, sampled=False)
+            if sequence.request.top_logprobs:
+                sequence.top_logprobs.append([])
         if sequence.opening is not None:
             sequence.begin, sequence.said, sequence.given = len(sequence.token_ids), "", 0
-            sequence.opening = StopMatcher(self._tools.openers)
+            sequence.opening = StopMatcher(sequence.tools.openers)
         return sequence, prefix
 
 

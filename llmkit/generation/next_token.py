@@ -85,6 +85,16 @@ def choose_tokens(
     return Choice(chosen_B1.squeeze(-1), logprobs_B1.squeeze(-1), truncated_B1.squeeze(-1).clamp_(max=0.0), sound_B)
 
 
+def likeliest(
+    logits_NV: Tensor, count: int, temperature: float = 1.0, vocab_size: int | None = None
+) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each row, among the first `vocab_size`, and their log-probabilities as in `Choice`."""
+    scaled_NV = logits_NV.float() / (1.0 if temperature < GREEDY_BELOW else temperature)
+    best = torch.log_softmax(scaled_NV, -1)[:, :vocab_size].topk(min(count, vocab_size or scaled_NV.shape[-1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [list(zip(tokens, values, strict=True)) for tokens, values in rows]
+
+
 def truncate(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
     """Set probabilities to zero where top-k, top-p or min-p cut, without scaling up the others.
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from llmkit.io.progress import counted
+
+if TYPE_CHECKING:
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.tool_calls import ToolUse
 
 _THOUGHTS = re.compile(r"<think>(.*?)(?:</think>\n*|\Z)", re.DOTALL)
 Prompt = Sequence[Any]  # token ids; where a server makes them text to continue, or messages to answer
@@ -26,6 +30,13 @@ class Request:
     seed         of the random numbers
     number       tells requests with the same seed apart; 64 bits
     where        names the prompt in errors: "prompts.jsonl:3"
+
+    Of a model here, for this request alone:
+
+    sampling      in the place of the generator's
+    stop          strings that end a completion, beside the generator's
+    tools         in the place of the generator's
+    top_logprobs  how many of the likeliest tokens are told at each position
     """
 
     prompt: Prompt
@@ -34,6 +45,10 @@ class Request:
     seed: int = 0
     number: int = 0
     where: str = "prompt"
+    sampling: Sampling | None = None
+    stop: Sequence[str] = ()
+    tools: ToolUse | None = None
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,12 +59,15 @@ class Completion:
                         say nothing
     token_ids           all tokens, the end token, those of a stop string, calls and results among them
     finish_reason       "stop" after an end token or stop string, "length" after `max_tokens` or the context's end,
-                        "tool_limit" after a call too many, "no_tool" after one of a tool that is not there (in chats)
+                        "tool_limit" after a call too many, "no_tool" after one of a tool that is not there (in chats),
+                        "tool_calls" after calls that whoever asked has to run
     logprobs            of each token, natural: under softmax(logits / temperature), at temperature 0
                         softmax(logits), over the model's whole vocabulary; 0 where not sampled
     truncated_logprobs  under the distribution drawn from, after top-k, top-p and min-p; 0 where not sampled
     sampled             whether the model chose the token; False for results of tools
     tool_calls          {"tool", "input", "result"} of each call, with "failed": true where the result is an error
+    top_logprobs        the likeliest tokens at each position and their `logprobs`, where the request asks for them;
+                        none where not sampled
 
     What a server does not tell is empty: `token_ids`, `logprobs`, `sampled`, and always `truncated_logprobs`.
     """
@@ -61,6 +79,7 @@ class Completion:
     truncated_logprobs: list[float]
     sampled: list[bool]
     tool_calls: list[dict[str, Any]]
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 def split_thoughts(text: str) -> tuple[str, str]:

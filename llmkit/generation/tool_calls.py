@@ -20,7 +20,7 @@ from llmkit.config import ToolConfig
 from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, TOOLS, Part
 from llmkit.io.progress import counted
 from llmkit.tokenizer.calls import TAGGED, Call, CallForm
-from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
+from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import TemplateFormat, chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
@@ -39,6 +39,7 @@ class ToolUse:
     max_calls          of one completion; the next call ends it
     result_tokens      a result is cut to this many
     end_at_others      whether a call of a tool that is not there ends the completion; else it is text
+    given_back         whether calls end the completion, for whoever asked to run them
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class ToolUse:
         result_tokens: int = 512,
         *,
         end_at_others: bool = False,
+        given_back: bool = False,
+        chat: ChatFormat | None = None,
     ) -> None:
-        self._chat = chat = chat_format(tokenizer)
+        self.given_back = given_back
+        self._chat = chat = chat_format(tokenizer) if chat is None else chat
         self.form: CallForm | None
         if isinstance(chat, TemplateFormat):
             self._closer, self.form, noticed, tokens = None, chat.call_form, (), {}

@@ -1,0 +1,1 @@
+"""Models behind HTTP: OpenAI's protocol, one page, and people's judgements."""

@@ -1,0 +1,176 @@
+"""`llmkit serve`: models behind OpenAI's protocol, and a page to talk to them."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.config import LARGEST_INTEGER, CommonConfig, ToolConfig, argument, option
+from llmkit.errors import UserError
+from llmkit.io.jsonl import open_input, read_text
+from llmkit.io.progress import say
+from llmkit.io.run_folder import check_model_folder
+
+if TYPE_CHECKING:
+    from llmkit.serving.models import ServedModel
+
+EXAMPLE = "llmkit serve chat/"
+LOCAL = ("localhost", "127.0.0.1", "[::1]")  # what a browser on this machine may call it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ToolConfig, CommonConfig):
+    """Options of `llmkit serve`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit serve chat/
+          llmkit serve base/ chat/ --port 8080 --dtype int8
+          llmkit serve policy/ --tools calc,python
+          llmkit serve chat/ --host 0.0.0.0 --api-key-file keys.txt
+
+        OpenAI's protocol at http://127.0.0.1:8000/v1, for every program that speaks it, and a page to talk to the
+        models at http://127.0.0.1:8000 (docs/serve.md). A model is asked for by the name of its folder. The same
+        prompt and seed give the text of llmkit sample, however many ask at once (exactly so in float32 and int8 on a
+        CPU). SIGTERM and Ctrl-C finish what runs.
+    """
+    following: ClassVar[str] = "llmkit sample --engine openai:http://127.0.0.1:8000/v1#chat -p 'Once upon a time'"
+
+    models: tuple[str, ...] = argument("Model folders, ours or Hugging Face's.", metavar="MODEL...")
+    host: str = option("127.0.0.1", "Address to listen on; others than this machine's need a key.", metavar="HOST")
+    port: int = option(8000, "Port; 0: a free one.", at_least=0, at_most=65535)
+    api_key_file: str | None = option(
+        None, "File of the keys that requests need, one a line.", metavar="FILE", reads=True
+    )
+    allow_origin: tuple[str, ...] = option(
+        (), "Site whose pages may send requests, such as https://app.example; repeatable.", metavar="ORIGIN"
+    )
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    dtype: str = option(
+        "auto",
+        "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
+        choices=("auto", "float32", "bfloat16", "int8"),
+        free=True,
+    )
+    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
+    queue: int = option(256, "Requests of a model that may wait; others get 429.", at_least=0)
+    timeout: float = option(600, "Longest request.", unit="duration", above=0, free=True)
+    seed: int = option(0, "Random seed of requests without one.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
+    out: None = None  # of the common options: there is no output
+    limit: None = None
+    force: None = None
+
+    def reads_stdin(self) -> bool:
+        """True if help is wanted: without a model there is nothing to do."""
+        return not self.models
+
+
+def run(config: ServeConfig) -> None:
+    """Check, load, serve. Raises UserError for the user's mistakes."""
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise UserError(f"serve: needs the package {package}; pip install 'llmkit[serve]'")
+    names = _names(config)
+    keys = _keys(config)
+    local = _is_local(config.host)
+    if not local and not keys:
+        raise UserError(
+            f"--host {config.host}: others could use the model; expected --api-key-file FILE beside an address that is "
+            "not this machine's own"
+        )
+    with ExitStack() as stack:
+        models = _load(config, names, stack)
+        if config.dry_run:
+            for model in models:
+                for line in model.generator.plan():
+                    say(line, config.quiet)
+            return
+        _serve(config, models, keys, local)
+
+
+def _names(config: ServeConfig) -> dict[str, str]:
+    """The folder of each name."""
+    names: dict[str, str] = {}
+    for path in config.models:
+        check_model_folder(path, EXAMPLE)
+        name = Path(path).resolve().name if "://" not in path else path.rstrip("/").rpartition("/")[2]
+        if name in names:
+            raise UserError(f"{path}: expected folders of different names, found two {name!r}; requests name them")
+        names[name] = path
+    if not names:
+        raise UserError(f"MODEL is required; such as {EXAMPLE}")
+    return names
+
+
+def _keys(config: ServeConfig) -> list[bytes]:
+    if config.api_key_file is None:
+        return []
+    with open_input(config.api_key_file) as handle:
+        keys = [line.strip() for line in read_text(handle, config.api_key_file).splitlines() if line.strip()]
+    if not keys:
+        raise UserError(f"{config.api_key_file}: expected a key on each line, found none")
+    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise UserError(f"{config.api_key_file}: expected keys of ASCII letters without spaces")
+    return [key.encode() for key in keys]
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[ServedModel]:
+    from llmkit.generation.generator import Generator
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.sampler import open_sampler
+    from llmkit.serving.models import ServedModel
+
+    models = []
+    for name, path in names.items():
+        sampler: Any = stack.enter_context(
+            open_sampler(
+                path,
+                Sampling(),
+                device=config.device,
+                dtype=config.dtype,
+                slots=config.batch_size,
+                tools=None if config.dry_run else config,
+            )
+        )
+        assert isinstance(sampler, Generator)
+        if not config.dry_run:
+            with sampler.computing():
+                _ = sampler.decoder  # its weights
+        models.append(ServedModel(name, path, sampler, config.seed))
+    return models
+
+
+def _serve(config: ServeConfig, models: list[ServedModel], keys: list[bytes], local: bool) -> None:
+    from llmkit.serving import server
+    from llmkit.serving.app import Service, build
+    from llmkit.serving.engine import Engine
+
+    host = config.host.strip("[]")
+    sock = server.listen(host, config.port)
+
+    def start(loop: Any) -> Any:
+        engine = Engine({model.name: model.generator for model in models}, loop)
+        service = Service(models, engine, slots=config.batch_size, queue=config.queue, timeout=config.timeout)
+        hosts = {*LOCAL, config.host} if local else ()
+        app = build(
+            service, keys=keys, hosts=hosts, origins=[origin.lower().rstrip("/") for origin in config.allow_origin]
+        )
+        address = f"[{host}]" if ":" in host else host
+        say(f"serving {', '.join(model.name for model in models)} on http://{address}:{sock.getsockname()[1]}")
+        return app, engine.close
+
+    server.run(sock, start)
+    for model in models:
+        for line in model.generator.describe():
+            say(f"{model.name}: {line}", config.quiet)
