@@ -34,7 +34,7 @@ from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
-from llmkit.generation.tool_calls import ToolUse, told_unavailable
+from llmkit.generation.tool_calls import BROKEN, ToolUse, told_unavailable
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
 from llmkit.model.devices import Precision, Weights, is_small, threads
@@ -465,6 +465,7 @@ class Pool:
             text = before[sequence.given :] if calls else text
         if over and not calls:
             text = sequence.said[sequence.given :]
+            tools.unavailable_calls[BROKEN] += tools.is_broken(sequence.token_ids[sequence.begin :])
         sequence.given += len(text)
         self._give(sequence, sequence.stops.push(text))
         return self._call(sequence, tools, calls) if calls and not sequence.stops.stopped else None

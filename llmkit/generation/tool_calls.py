@@ -25,6 +25,8 @@ from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import TemplateFormat, chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
 
+BROKEN = "broken"  # beside the names of tools
+
 
 class ToolUse:
     """The tools of a generator, and their tokens.
@@ -35,7 +37,7 @@ class ToolUse:
     starts             start token -> tool, of calls that are no text
     ends               tool -> end token
     others             start token -> tool, of calls that are text, for the tool is not there
-    unavailable_calls  how many of them there were, by tool
+    unavailable_calls  how many of them there were, by tool, and under BROKEN, turns with calls that cannot be read
     max_calls          of one completion; the next call ends it
     result_tokens      a result is cut to this many
     end_at_others      whether a call of a tool that is not there ends the completion; else it is text
@@ -85,20 +87,32 @@ class ToolUse:
         return ended or token == self.call_end or (self._closer is not None and said.endswith(self._closer))
 
     def read(self, token_ids: Sequence[int], said: str) -> tuple[str, list[tuple[str, str]]]:
-        """Read the calls in a stretch of a turn: the text before them, and the tool and the input of each.
+        """Read the calls in a stretch of a turn: the text about them, and the tool and the input of each.
 
         said  the stretch as text without special tokens
         """
-        if self.form is None:
+        form, written = self.form, self._written(token_ids)
+        calls = [] if form is None else form.read(written, self.schemas)
+        first = None if form is None or not calls else form.stretch.search(written)
+        if form is None or first is None:
             return said, []
         after = said.rfind("</think>") + 1  # what is only thought of is not called
-        written = self._tokenizer.decode(token_ids).rpartition("</think>")[2]
-        calls = [] if "<think>" in written else self.form.read(written.removesuffix(self._end_text(token_ids)))
-        if not calls:
-            return said, []
         found = [at for text in self.openers if (at := said.find(text, after)) >= 0]
         before = said[: min(found)] if found else said if self.opener_ids else said[:after]
-        return before, [(call.name, self._input(call)) for call in calls]
+        rest = form.stretch.sub("", written[first.start() :]).strip()
+        for name in self._tokenizer.specials if rest else ():
+            rest = rest.replace(name, "")
+        return before + rest, [(call.name, self._input(call)) for call in calls]
+
+    def is_broken(self, token_ids: Sequence[int]) -> bool:
+        """True if a turn without calls begins one, which is then not well formed or cut off."""
+        written, openers = self._written(token_ids), () if self.form is None else self.form.openers
+        return any(text in written if len(text) > 1 else written.lstrip().startswith(text) for text in openers)
+
+    def _written(self, token_ids: Sequence[int]) -> str:
+        """What a turn says behind its thoughts, special tokens included but for one at its end."""
+        text = self._tokenizer.decode(token_ids).rpartition("</think>")[2].removesuffix(self._end_text(token_ids))
+        return "" if "<think>" in text else text
 
     def _end_text(self, token_ids: Sequence[int]) -> str:
         """The text of the special token at the end, if there is one."""
@@ -201,10 +215,13 @@ def open_tools(
 
 
 def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
-    """Yield a note for each tool that was called without being given, from the counts of each process."""
+    """Yield a note for each tool that was called without being given, and for calls that could not be read, from the
+    counts of each process."""
     for tool in TOOLS:
         if count := sum(used.get(tool, 0) for used in counts):
             yield (
                 f"{counted(count, 'call')} of {tool} {'is' if count == 1 else 'are'} text in the completions, "
                 f"for it was not given; {tools_flag(tool)} runs them"
             )
+    if count := sum(used.get(BROKEN, 0) for used in counts):
+        yield f"{counted(count, 'answer')} with a call that is cut off or not well formed, which stays text"

@@ -4,16 +4,20 @@
     form.read('<tool_call>\\n{"name": "rain", "arguments": {"city": "Oslo"}}\\n</tool_call>')
     ->  [Call("rain", {"city": "Oslo"})]
 
-Sources are the chat templates of the families: Hermes 2 Pro and Qwen 2.5 and 3 (JSON in tags), Qwen 3 Coder and 3.5
-(tags alone), Llama 3.1 (bare JSON), Mistral (`[TOOL_CALLS]`), Granite and Phi-4-mini (a list behind a token), Gemma 4
-and FunctionGemma (`call:name{key:value}`).
+Sources are the chat templates of the families: Hermes 2 Pro, Qwen 2.5 and 3, SmolLM3, Granite 4 (JSON in tags), Qwen 3
+Coder and 3.5, Nemotron 3 (tags alone), GLM 4.5 to 4.7 (keys and values in tags), Llama 3.1 (bare JSON), Mistral
+(`[TOOL_CALLS]`), Granite 3 and Phi-4-mini (a list behind a token), Apriel and Nemotron Nano 2 (a list in tags), OLMo 3
+and LFM2 (calls as in Python), DeepSeek V3 and R1, Kimi K2 and gpt-oss (a name and JSON between tokens), Gemma 4 and
+FunctionGemma (`call:name{key:value}`).
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,16 +30,38 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
+Schemas = Sequence[Mapping[str, Any]]  # of functions, in OpenAI's form
+Reader = Callable[["re.Match[str]", Schemas], list[Call]]  # no calls where one of them is not well formed
+
+
 @dataclass(frozen=True)
 class CallForm:
     """How a model writes calls.
 
-    openers  texts and special tokens with which calls begin; "" where any answer may be one
-    read     finds the calls in an answer without its end token; none where there is none, or one is not well formed
+    openers  texts and special tokens with which calls begin
+    stretch  matches calls in an answer, with their tags or tokens
+    reader   reads what it has matched
+    writing  what stands before, between and behind calls in JSON, for templates that leave it to whoever renders them
+             to write them into an answer; then comes `closer`, where the vocabulary has it
     """
 
     openers: tuple[str, ...]
-    read: Callable[[str], list[Call]]
+    stretch: re.Pattern[str]
+    reader: Reader
+    writing: tuple[str, str, str] | None = None
+    closer: str = ""
+
+    def read(self, text: str, schemas: Schemas = ()) -> list[Call]:
+        """Find the calls in an answer without its end token; none where there is none, or one is not well formed.
+
+        `schemas` tell text from numbers in forms that set no quotes about it.
+        """
+        found = []
+        for match in self.stretch.finditer(text):
+            if not (calls := self.reader(match, schemas)):
+                return []
+            found += calls
+        return found
 
 
 def form_of(written: str, call: Call) -> CallForm | None:
@@ -50,14 +76,18 @@ def response_form(template: dict[str, Any]) -> CallForm | None:
     except ImportError:
         return None
 
-    def read(text: str) -> list[Call]:
+    def read(match: re.Match[str], schemas: Schemas) -> list[Call]:
         with suppress(ValueError, KeyError, TypeError):
-            calls = parse_response(text, template, prefix="").get("tool_calls") or []
+            calls = parse_response(match[0], template, prefix="").get("tool_calls") or []
             return _calls([call.get("function", call) for call in calls])
         return []
 
     opener = template.get("fields", {}).get("tool_calls", {}).get("open", "")
-    return CallForm(tuple(opener) if isinstance(opener, list) else (opener,), read)
+    return CallForm(tuple(opener) if isinstance(opener, list) else (opener,), _pattern(r"\A.+\Z"), read)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(text, re.DOTALL)
 
 
 def _calls(values: Any) -> list[Call]:
@@ -74,10 +104,10 @@ def _calls(values: Any) -> list[Call]:
     return found
 
 
-def _json_calls(text: str) -> list[Call]:
+def _json_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
     """Read JSON values one after the other, apart by white space or semicolons."""
     decoder, found, at = json.JSONDecoder(strict=False), [], 0
-    text = text.strip()
+    text = match[1].strip()
     while at < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
@@ -91,83 +121,164 @@ def _json_calls(text: str) -> list[Call]:
     return found
 
 
-def _tagged(text: str) -> list[Call]:
-    found = []
-    for body in re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL):
-        body = body.strip()
-        function = re.fullmatch(r"<function=([^>\n]+)>(.*?)(?:</function>)?", body, re.DOTALL)
-        if function is None:
-            calls = _json_calls(body)
-        else:
-            pairs = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", function[2], re.DOTALL)
-            calls = [Call(function[1], {key: _value(value) for key, value in pairs})]
-        if not calls:
+def _named(pattern: str) -> Reader:
+    """Make a reader of a name and its arguments in JSON, the groups of a pattern."""
+    inner = _pattern(rf"\s*{pattern}\s*")
+
+    def read(match: re.Match[str], schemas: Schemas) -> list[Call]:
+        call = inner.fullmatch(match[1])
+        with suppress(ValueError, RecursionError):
+            return [] if call is None else _calls({"name": call[1], "arguments": json.loads(call[2], strict=False)})
+        return []
+
+    return read
+
+
+def _first(*readers: Reader) -> Reader:
+    """Make a reader of the first of some readers that finds calls."""
+    return lambda match, schemas: next((calls for read in readers if (calls := read(match, schemas))), [])
+
+
+def _pairs(head: str, pair: str) -> Reader:
+    """Make a reader of a name, behind which keys and values stand in tags, without quotes."""
+    named, each = _pattern(rf"\s*{head}\s*"), _pattern(rf"\s*{pair}\s*")
+
+    def read(match: re.Match[str], schemas: Schemas) -> list[Call]:
+        call = named.fullmatch(match[1])
+        if call is None or each.sub("", call[2]).strip():
             return []
-        found += calls
-    return found
+        functions = [schema.get("function", schema) for schema in schemas]
+        known = next((one.get("parameters") for one in functions if one.get("name") == call[1]), None) or {}
+        properties = known.get("properties") or {}
+        values = {key: _value(text, properties.get(key)) for key, text in each.findall(call[2])}
+        return [Call(call[1], values)]
+
+    return read
 
 
-def _value(text: str) -> Any:
-    """Read a value that is written without quotes: a number, a list or an object as such, else the text."""
+def _value(text: str, schema: Any) -> Any:
+    """Read a value that is written without quotes: text where the schema says so, else JSON or a word of Python's."""
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        return text
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
         return text if isinstance(value, str) else value
-    return text
+    return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _bare(text: str) -> list[Call]:
-    text = text.strip().removeprefix("<|python_tag|>").lstrip()
-    return _json_calls(text) if text.startswith("{") else []
+class _JSONWords(ast.NodeTransformer):
+    """Makes values of JSON's words, and characters of the halves that JSON escapes."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        words = {"true": True, "false": False, "null": None}
+        return ast.Constant(words[node.id]) if node.id in words else node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if isinstance(node.value, str):
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return node
 
 
-def _mistral(text: str) -> list[Call]:
-    _, opener, rest = text.partition("[TOOL_CALLS]")
-    if not opener or rest.lstrip().startswith("["):
-        return _json_calls(rest)
-    found = []
-    for piece in rest.split("[TOOL_CALLS]"):
-        match = re.fullmatch(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*\})\s*", piece, re.DOTALL)
-        if match is None:
-            return []
-        with suppress(ValueError, RecursionError):
-            found.append(Call(match[1], json.loads(match[2], strict=False)))
-    return found
+def _python_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
+    """Read calls with named arguments as Python writes them, in a list or one a line; JSON's words are values, too."""
+    for text in (match[1].strip(), match[1].strip().replace("\n", "\\n")):  # LFM2's template escapes no line breaks
+        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unknown escapes
+            values = [line.value if isinstance(line, ast.Expr) else None for line in ast.parse(text).body]
+            calls = [one for value in values for one in (value.elts if isinstance(value, ast.List) else [value])]
+            if all(isinstance(call, ast.Call) and not call.args for call in calls):
+                return _calls([_python_call(call) for call in calls])
+    return []
 
 
-def _listed(text: str) -> list[Call]:
-    _, opener, rest = text.partition("<|tool_call|>")
-    return _json_calls(rest.partition("<|/tool_call|>")[0]) if opener else []
+def _python_call(call: Any) -> dict[str, Any]:
+    given = {word.arg: ast.literal_eval(_JSONWords().visit(word.value)) for word in call.keywords}
+    name = ast.unparse(call.func)
+    return {"name": name if "(" not in name else None, "arguments": json.loads(json.dumps(given, allow_nan=False))}
 
 
-_GEMMA = re.compile(
-    r"(?:<\|tool_call>|<start_function_call>)call:([\w.-]+)(\{[^<]*\})(?=<|\Z)",  # the strings are gone
-)
-
-
-def _gemma(text: str) -> list[Call]:
-    found = []
-    quoted = re.compile(r'<\|"\|>(.*?)<\|"\|>|<escape>(.*?)<escape>', re.DOTALL)
+def _gemma(match: re.Match[str], schemas: Schemas) -> list[Call]:
+    """Read `call:name{key:value}`, whose texts stand between tokens of their own."""
     strings: list[str] = []
 
-    def keep(match: re.Match[str]) -> str:
-        strings.append(match[1] if match[1] is not None else match[2])
+    def keep(quoted: re.Match[str]) -> str:
+        strings.append(quoted[1] if quoted[1] is not None else quoted[2])
         return f'"\ufde0{len(strings) - 1}"'
 
-    for name, body in _GEMMA.findall(quoted.sub(keep, text)):
-        body = re.sub(r"([{,]\s*)([\w-]+)(\s*:)", r'\1"\2"\3', body)
-        body = re.sub(r'"\ufde0(\d+)"', lambda match: json.dumps(strings[int(match[1])]), body)
-        try:
-            found.append(Call(name, json.loads(body, strict=False)))
-        except (ValueError, RecursionError):
-            return []
-    return found
+    call = re.fullmatch(r"\s*call:([\w.-]+)(\{.*\})\s*", _GEMMA_STRING.sub(keep, match[1]), re.DOTALL)
+    if call is None:
+        return []
+    body = re.sub(r"([{,]\s*)([\w-]+)(\s*:)", r'\1"\2"\3', call[2]).replace(":None", ":null")
+    body = re.sub(r'"\ufde0(\d+)"', lambda number: json.dumps(strings[int(number[1])]), body)
+    with suppress(ValueError, RecursionError):
+        return _calls({"name": call[1], "arguments": json.loads(body, strict=False)})
+    return []
 
 
-TAGGED = CallForm(("<tool_call>",), _tagged)  # ours, too
+_GEMMA_STRING = _pattern(r'<\|"\|>(.*?)<\|"\|>|<escape>(.*?)<escape>')
+TAGGED = CallForm(  # ours, too
+    ("<tool_call>",),
+    _pattern(r"<tool_call>(.*?)(?:</tool_call>|\Z)"),
+    _first(
+        _json_calls,
+        _pairs(r"<function=([^>\n]+)>(.*)</function>", r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>"),
+    ),
+    ("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+)
+LISTED = CallForm(
+    ("<|tool_call|>",),
+    _pattern(r"<\|tool_call\|>(.*?)(?:<\|/tool_call\|>|\Z)"),
+    _json_calls,
+    ("<|tool_call|>[", ", ", "]"),
+    "<|/tool_call|>",
+)
 FORMS: Sequence[CallForm] = (
     TAGGED,
-    CallForm(("[TOOL_CALLS]",), _mistral),
-    CallForm(("<|tool_call|>",), _listed),
-    CallForm(("<|tool_call>", "<start_function_call>"), _gemma),
-    CallForm(("<|python_tag|>", "{"), _bare),
+    LISTED,
+    CallForm(
+        ("<tool_call>",),
+        _pattern(r"<tool_call>(.*?)</tool_call>"),
+        _pairs(r"([\w.-]+)((?:\s*<arg_key>.*)?)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"),
+    ),
+    CallForm(
+        ("[TOOL_CALLS]",),
+        _pattern(r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|\Z)"),
+        _first(_json_calls, _named(r"([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*\})")),
+    ),
+    CallForm(("functools",), _pattern(r"functools(\[.*)\Z"), _json_calls),  # Phi-4-mini's, too
+    CallForm(("<tool_calls>",), _pattern(r"<tool_calls>(.*?)(?:</tool_calls>|\Z)"), _json_calls),
+    CallForm(("<TOOLCALL>",), _pattern(r"<TOOLCALL>(.*?)(?:</TOOLCALL>|\Z)"), _json_calls),
+    CallForm(
+        ("<|tool_call>", "<start_function_call>"),
+        _pattern(r"(?:<\|tool_call>|<start_function_call>)(.*?)(?:<tool_call\|>|<end_function_call>|\Z)"),
+        _gemma,
+    ),
+    CallForm(
+        ("<|tool_call_start|>",), _pattern(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|\Z)"), _python_calls
+    ),
+    CallForm(("<function_calls>",), _pattern(r"<function_calls>(.*?)(?:</function_calls>|\Z)"), _python_calls),
+    CallForm(
+        ("<\uff5ctool▁calls▁begin\uff5c>",),
+        _pattern(
+            r"(?:<\uff5ctool▁calls▁begin\uff5c>)?\s*<\uff5ctool▁call▁begin\uff5c>(.*?)(?:<\uff5ctool▁call▁end\uff5c>|\Z)(?:<\uff5ctool▁calls▁end\uff5c>)?"
+        ),
+        _first(
+            _named(r"function<\uff5ctool▁sep\uff5c>([\w.-]+)\s*```json\s*(\{.*\})\s*```"),
+            _named(r"([\w.-]+)<\uff5ctool▁sep\uff5c>\s*(\{.*\})"),
+        ),
+    ),
+    CallForm(
+        ("<|tool_calls_section_begin|>",),
+        _pattern(
+            r"(?:<\|tool_calls_section_begin\|>)?<\|tool_call_begin\|>(.*?)(?:<\|tool_call_end\|>|\Z)"
+            r"(?:<\|tool_calls_section_end\|>)?"
+        ),
+        _named(r"functions\.([\w.-]+):\d+\s*<\|tool_call_argument_begin\|>\s*(\{.*\})"),
+    ),
+    CallForm(
+        ("<|channel|>commentary to=", " to=functions."),
+        _pattern(r"(?:<\|channel\|>commentary)? to=(functions\..*?)(?:<\|call\|>|\Z)"),
+        _named(r"functions\.([\w.-]+)[^{]*<\|message\|>\s*(\{.*\})"),
+    ),
+    CallForm(("<|python_tag|>", "{"), _pattern(r"\A\s*(?:<\|python_tag\|>)?\s*(\{.*)\Z"), _json_calls),
 )

@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, Conversation, Definitions, Message, Part, message
-from llmkit.tokenizer.calls import Call, CallForm, form_of, response_form
+from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, Conversation, Definitions, Message, Part
+from llmkit.tokenizer.calls import FORMS, Call, CallForm, form_of, response_form
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
 from llmkit.tokenizer.template_worker import TemplateFault, renderer
@@ -37,6 +37,7 @@ EACH, BETWEEN, NONE = "each answer", "an answer before another turn", "none"  # 
 _TAKEN_OUT = re.compile(r"""\breplace\(\s*(['"])([^'"]+)\1\s*,\s*(['"])\3\s*\)""")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PROBE = Call("probe", {"argument": "value"})
+OBJECT, JSON = "an object", "JSON"  # as which a template takes arguments
 _SWITCHES = ("enable_thinking", "thinking")  # of templates, for thoughts before an answer
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
@@ -59,6 +60,16 @@ class _Turn:
     late: bool
     calls: Sequence[dict[str, Any]] = ()
     results: Sequence[dict[str, Any]] = ()
+
+
+class _Calling(NamedTuple):
+    """Calls in a template: the way in which it is given them, one as it writes it, the special token behind it, and how
+    to read it."""
+
+    way: str | CallForm
+    written: str
+    end: int
+    form: CallForm | None
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
@@ -93,6 +104,7 @@ class TemplateFormat(ChatFormat):
     def __init__(self, tokenizer: Tokenizer) -> None:  # not that of our format, which asks for its special tokens
         self._tokenizer, self._folder, template = tokenizer, tokenizer.path.parent, tokenizer.chat_template or ""
         self.shows_tools = "tools" in template
+        self._tools_in_system = bool(re.search(r"""message(\.tools\b|\[['"]tools['"]\])""", template))  # Phi-4-mini's
         self._special = _any_of(tokenizer.specials)
         self._escaped = {role: self._special for role in ("system", "user")}  # what a text may not make a token of
         self._escaped["assistant"] = _any_of(name for name in tokenizer.specials if name not in THOUGHTS)
@@ -112,7 +124,7 @@ class TemplateFormat(ChatFormat):
 
     def _end(self) -> tuple[int, str]:
         """Find the token that ends an answer, and after which answers the template writes one: EACH, BETWEEN, NONE."""
-        asked, answered = self._turn(message("user", "Hello")), self._turn(message("assistant", "Hello"))
+        asked, answered = self._message("user", "Hello"), self._message("assistant", "Hello")
 
         def after_answer(*more: _Turn) -> str | None:
             pieces = self._render([asked, answered, *more], prompt=False).split(END)
@@ -164,44 +176,63 @@ class TemplateFormat(ChatFormat):
 
     # ---- calls
 
-    @cached_property
+    @property
     def call_form(self) -> CallForm:
         """How the model writes calls: by its response template, or as its chat template writes one.
 
         Raises UserError for a template without calls, and for a form that is not known.
         """
-        written, response = self._calling[0], self._tokenizer.config.get("response_template")
-        form = response_form(response) if isinstance(response, dict) else None
-        if form is not None and form.read(written) == [_PROBE]:
-            return form
-        closed = written + self._name_of(self.call_end)  # a token that ends a call may belong to its form
-        form = form_of(written, _PROBE) or form_of(closed, _PROBE)
-        if form is None:
+        calling = self._calling
+        if calling.form is None:
             raise UserError(
                 f"{self._folder}: its chat template writes calls in a form that llmkit does not know, "
-                f"{written[:80]!r}; ask it without --tools"
+                f"{calling.written[:80]!r}; ask it without --tools"
             )
-        return form
+        return calling.form
 
     @property
     def call_end(self) -> int:
         """The token that ends a turn with calls. Raises UserError for a template without calls."""
-        return self._calling[1]
+        return self._calling.end
 
     @cached_property
-    def _calling(self) -> tuple[str, int]:
-        """A call as the template writes it, and the special token behind it."""
-        asked, parts = self._turn(message("user", "Hello")), (Part(CALL, json.dumps(_PROBE._asdict())),)
+    def _calling(self) -> _Calling:
+        """How the template is given calls so that it writes them, in the first way whose form is known, else at all."""
+        source = self._tokenizer.chat_template or ""
+        written = [
+            form
+            for form in FORMS
+            if form.writing and (form.openers[0] in {*self._tokenizer.specials} or form.openers[0] in source)
+        ]
+        found = [calling for way in (OBJECT, JSON, *written) if (calling := self._try_calls(way)) is not None]
+        if not found:
+            raise UserError(f"{self._folder}: its chat template has no calls of tools and their results")
+        return next((calling for calling in found if calling.form is not None), found[0])
+
+    def _try_calls(self, way: str | CallForm) -> _Calling | None:
+        """Have the template write a call and its result; None where it does not show them."""
+        asked, parts = self._message("user", "Hello"), (Part(CALL, json.dumps(_PROBE._asdict())),)
         with suppress(UserError):
-            (calling,) = self._turns(Message("assistant", parts))
-            (answered,) = self._turns(Message("assistant", (*parts, Part(RESULT, "answer"))))
+            (calling,) = self._turns(Message("assistant", parts), way)
+            (answered,) = self._turns(Message("assistant", (*parts, Part(RESULT, "answer"))), way)
             asking, text = self._render([asked], True, [0]), self._render([asked, calling], False, [0, 1])
-            written = text[len(asking) :] if text.startswith(asking) else text.partition(asked.core)[2]
-            specials = list(self._special.finditer(written))
-            shown = all(word in written for word in (_PROBE.name, *_PROBE.arguments, *_PROBE.arguments.values()))
-            if specials and shown and "answer" in self._render([asked, answered], True, [0, 1]):
-                return written[: specials[-1].start()], self._tokenizer.specials[specials[-1][0]]
-        raise UserError(f"{self._folder}: its chat template has no calls of tools and their results")
+            going_on = self._render([asked, answered], True, [0, 1])
+            begin = len(asking) if text.startswith(asking) else text.find(asked.core) + len(asked.core)
+            words = (_PROBE.name, *_PROBE.arguments, *_PROBE.arguments.values())
+            after = max(text.rfind(word) for word in words)  # a template may end a call where the next turn begins
+            if min(text.find(word, begin) for word in words) < 0 or "answer" not in going_on[after:]:
+                return None
+            specials = list(self._special.finditer(text, after))
+            if not specials and going_on.startswith(text):
+                specials = list(self._special.finditer(going_on, len(text)))[:1]
+            if specials:
+                end, response = specials[-1], self._tokenizer.config.get("response_template")
+                written = (going_on if end.start() >= len(text) else text)[begin : end.start()]
+                form = response_form(response) if isinstance(response, dict) else None
+                if form is None or form.read(written) != [_PROBE]:
+                    form = form_of(written, _PROBE) or form_of(written + end[0], _PROBE)  # which may belong to it
+                return _Calling(way, written, self._tokenizer.specials[end[0]], form)
+        return None
 
     def _name_of(self, special: int) -> str:
         return next(name for name, number in self._tokenizer.specials.items() if number == special)
@@ -212,7 +243,7 @@ class TemplateFormat(ChatFormat):
         (turn,) = self._turns(Message("assistant", parts))
         first, *others = turn.results
         turn = replace(turn, results=[{**first, "content": f"{BEGIN}{first['content']}"}, *others])
-        before, mark, after = self._render([self._turn(message("user", "Hello")), turn], True, [0, 1]).partition(BEGIN)
+        before, mark, after = self._render([self._message("user", "Hello"), turn], True, [0, 1]).partition(BEGIN)
         _, ended, between = before.rpartition(self._name_of(self.call_end))
         if not (mark and ended):
             raise UserError(f"{self._folder}: its chat template does not show what a tool answered")
@@ -220,33 +251,46 @@ class TemplateFormat(ChatFormat):
 
     # ---- text
 
-    def _turns(self, turn: Message) -> list[_Turn]:
+    def _turns(self, turn: Message, way: str | CallForm | None = None) -> list[_Turn]:
         """Divide a message at the results of tools, which templates take for messages of their own."""
-        groups: list[tuple[list[Part], list[Part], list[str]]] = [([], [], [])]
+        groups: list[tuple[list[str], list[Part], list[str]]] = [([], [], [])]
         for part in turn.parts:
             if part.kind != RESULT and groups[-1][2]:
                 groups.append(([], [], []))
             texts, calls, results = groups[-1]
             if part.kind == RESULT:
-                results.append(part.text)
+                results.append(self._escape(part.text, "user"))
+            elif part.kind == "text":
+                texts.append(part.text)
             else:
-                (texts if part.kind == "text" else calls).append(part)
+                calls.append(part)
         turns = []
-        for text, parts, results in groups:
-            calls = [self._call(part, number) for number, part in enumerate(parts)]
-            answers = []
+        for texts, parts, results in groups:
+            if parts or results:
+                way = self._calling.way if way is None else way
+            functions = [self._escape_all(_function(part)) for part in parts]
+            # ids of nine characters, which Mistral's templates ask for
+            calls = [
+                {"id": f"call{number:05d}", "type": "function", "function": function}
+                for number, function in enumerate(functions)
+            ]
+            text, answers = self._escape("".join(texts), turn.role), []
             for number, result in enumerate(results):
                 of = calls[min(number, len(calls) - 1)] if calls else {"id": "call00000", "function": {"name": "tool"}}
-                content = self._escape(result, "user")
                 answers.append(
-                    {"role": "tool", "name": of["function"]["name"], "tool_call_id": of["id"], "content": content}
+                    {"role": "tool", "name": of["function"]["name"], "tool_call_id": of["id"], "content": result}
                 )
-            turns.append(replace(self._turn(replace(turn, parts=tuple(text))), calls=calls, results=answers))
+            if way == JSON:
+                for function in functions:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            elif isinstance(way, CallForm) and way.writing and calls:
+                before, between, after = way.writing
+                written = between.join(json.dumps(function, ensure_ascii=False) for function in functions)
+                closer = way.closer if way.closer in self._tokenizer.specials else ""
+                text += ("\n" if text else "") + before + written + after + closer
+                calls = []
+            turns.append(replace(self._turn(turn.role, text), calls=calls, results=answers))
         return turns
-
-    def _call(self, part: Part, number: int) -> dict[str, Any]:
-        # an id of nine characters, which Mistral's templates ask for
-        return {"id": f"call{number:05d}", "type": "function", "function": self._escape_all(_function(part))}
 
     def _escape_all(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -259,15 +303,17 @@ class TemplateFormat(ChatFormat):
         """Break what spells special tokens that this role may not write."""
         return self._escaped[role].sub(lambda match: match[0][:1] + BREAK + match[0][1:], _RESERVED.sub("", text))
 
-    def _turn(self, turn: Message, late: bool = False) -> _Turn:
-        text = self._escape(turn.text, turn.role)
+    def _message(self, role: str, text: str) -> _Turn:
+        return self._turn(role, self._escape(text, role))
+
+    def _turn(self, role: str, text: str, late: bool = False) -> _Turn:
         at = text.rindex(_THOUGHT) + len(_THOUGHT) if late else 0
         core = left = text[at:].strip()  # within white space, which some templates strip
         start = text.index(core, at) if core else len(text)
-        if turn.role != "assistant":
+        if role != "assistant":
             for switch in self._switches:
                 left = left.replace(switch, "")
-        return _Turn(turn.role, text[:start], core, text[start + len(core) :], left.strip(), late)
+        return _Turn(role, text[:start], core, text[start + len(core) :], left.strip(), late)
 
     def _render(self, turns: Sequence[_Turn], prompt: bool, bare: Collection[int] = (), tools: Any = None) -> str:
         """Render turns, marked but for those that are `bare`, with the functions that they may call, or None."""
@@ -275,6 +321,8 @@ class TemplateFormat(ChatFormat):
         for index, turn in enumerate(turns):
             content = turn.core if index in bare else f"{BEGIN}{turn.core}{END}"
             entry: dict[str, Any] = {"role": turn.role, "content": turn.before + content + turn.after}
+            if tools and turn.role == "system" and self._tools_in_system:
+                entry["tools"] = json.dumps(tools, ensure_ascii=False)
             messages += [entry | ({"tool_calls": list(turn.calls)} if turn.calls else {}), *turn.results]
         # transformers gives both, and a template may ask whether they are defined
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
@@ -292,8 +340,6 @@ class TemplateFormat(ChatFormat):
 
         Raises UserError for a template that changes what they say.
         """
-        if any(turn.calls or turn.results for turn in turns):
-            _ = self.call_end  # or the template would leave them out in silence
         everyone = range(len(turns))
         bare = {index for index in everyone if not turns[index].core}  # marks would fill them
         marked = self._render(turns, prompt, bare, tools)
@@ -301,7 +347,7 @@ class TemplateFormat(ChatFormat):
             turn = turns[wrong]
             said = turn.before + turn.core + turn.after
             if turn.role == "assistant" and _THOUGHT in said and not turn.late:  # it moves thoughts
-                late = self._turn(message(turn.role, said.replace(BREAK, "")), late=True)
+                late = self._turn(turn.role, said, late=True)
                 turns[wrong] = replace(late, calls=turn.calls, results=turn.results)
                 bare |= {wrong} if not turns[wrong].core else set()
             elif turn.role == "system" and wrong not in bare:  # some put it into a turn of the user, as Mistral's
@@ -333,8 +379,12 @@ class TemplateFormat(ChatFormat):
         """Find where in the text an unmarked message stands: from where the text differs if it alone is marked."""
         if turns[index].calls and not turns[index].core:  # some show no text beside calls
             opening = self._render(turns[:index], True, range(index), tools)
-            if text.startswith(opening):
-                return len(opening), len(opening)
+            if not text.startswith(opening):  # by what follows otherwise where nothing is called
+                silent = replace(turns[index], calls=(), results=())
+                other = self._render([*turns[:index], silent], False, range(index + 1), tools)
+                opening = other[: self._before_token(other, len(commonprefix([text, other])))]  # noqa: RUF071
+            begin = self._before_token(text, len(opening))
+            return begin, begin
         alone = self._render(turns, prompt, [i for i in range(len(turns)) if i != index], tools)
         start = len(commonprefix([text, alone]))  # noqa: RUF071  (of characters)
         core = turns[index].core
@@ -344,9 +394,14 @@ class TemplateFormat(ChatFormat):
             begin = text.find(core, start)
         if begin < 0 or BEGIN not in alone:
             raise self._leaves_out(turns, index)
-        token = next((match for match in self._special.finditer(text) if match.start() < begin < match.end()), None)
-        begin = begin if token is None else token.start()
+        begin = self._before_token(text, begin)
         return begin, begin + len(core)
+
+    def _before_token(self, text: str, place: int) -> int:
+        """Move a place within a special token before it."""
+        return next(
+            (match.start() for match in self._special.finditer(text) if match.start() < place < match.end()), place
+        )
 
     # ---- tokens
 
@@ -357,8 +412,9 @@ class TemplateFormat(ChatFormat):
             return Encoded(whole, np.arange(len(whole)) > 0, (len(whole),))
         if not prompt and self._ended == NONE:
             raise UserError(self._endless)
-        messages = conversation.messages
-        tools = list(conversation.tools) or None
+        messages, tools = conversation.messages, list(conversation.tools) or None
+        if tools and self._tools_in_system and messages[0].role != "system":
+            messages = (Message("system", ()), *messages)
         divided = [self._turns(said) for said in messages]
         of = [index for index, some in enumerate(divided) for _ in some]  # the message of each turn
         turns = [turn for some in divided for turn in some]
@@ -411,6 +467,10 @@ class TemplateFormat(ChatFormat):
                 if opening and text.startswith(opening) and len(opening) <= begin:
                     marks.append((len(opening), CUT))
             marks += [(begin, BEGIN), (end, END)]
+            names = [call["function"]["name"] for call in turns[index].calls]
+            following = places[index + 1][0] if index + 1 < len(places) else len(text)
+            if names and text.find(names[0], end, following) < 0:  # before the text, results perhaps between them
+                raise self._leaves_out(turns, index)
         for position, mark in reversed(sorted(marks, key=lambda mark: mark[0])):
             text = f"{text[:position]}{mark}{text[position:]}"
         return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from llmkit.tokenizer.templates import TemplateFormat, as_openai, chat_format
 
 OSLO = Call("rain", {"city": "Oslo", "days": 2})
 WRITTEN = '{"name": "rain", "arguments": {"city": "Oslo", "days": 2}}'
+
+NAMES = ("calls begin", "call begin", "sep", "call end", "calls end")
+DEEPSEEK = {f"<|{name}|>": f"<\uff5ctool▁{name.replace(' ', '▁')}\uff5c>" for name in NAMES}
+
+
+def in_deepseeks_tokens(text: str) -> str:
+    for short, token in DEEPSEEK.items():
+        text = text.replace(short, token)
+    return text
 
 
 @pytest.mark.parametrize(
@@ -38,6 +48,50 @@ WRITTEN = '{"name": "rain", "arguments": {"city": "Oslo", "days": 2}}'
         (WRITTEN.replace("arguments", "parameters"), [OSLO]),
         (f"<|python_tag|>{WRITTEN}; {WRITTEN}", [OSLO, OSLO]),
         (json.dumps({"name": "rain", "arguments": json.dumps(OSLO.arguments)}), [OSLO]),
+        (
+            "<tool_call>rain\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n"
+            "<arg_value>2</arg_value>\n</tool_call>",
+            [OSLO],
+        ),
+        (f"functools[{WRITTEN}]", [OSLO]),
+        (f"<tool_calls>[{WRITTEN}, {WRITTEN}]</tool_calls>", [OSLO, OSLO]),
+        (f"<TOOLCALL>[{WRITTEN}]</TOOLCALL>", [OSLO]),
+        ("<|tool_call_start|>[rain(city='Oslo', days=2), x()]<|tool_call_end|>", [OSLO, Call("x", {})]),
+        ('<function_calls>rain(city="Oslo", days=2)\nweather.rain(a=null, b=[true])</function_calls>',
+         [OSLO, Call("weather.rain", {"a": None, "b": [True]})]),
+        ("<function_calls>f(a='\\ud83c\\udf27 \\d')</function_calls>", [Call("f", {"a": "🌧 \\d"})]),
+        (
+            "<|calls begin|><|call begin|>function<|sep|>rain\n```json\n"
+            '{"city": "Oslo", "days": 2}\n```<|call end|><|calls end|>',
+            [OSLO],
+        ),
+        (
+            '<|calls begin|><|call begin|>rain<|sep|>{"city": "Oslo", "days": 2}<|call end|>'
+            "<|call begin|>x<|sep|>{}<|call end|><|calls end|>",
+            [OSLO, Call("x", {})],
+        ),
+        ("<|tool_calls_section_begin|><|tool_call_begin|>functions.rain:0<|tool_call_argument_begin|>"
+         '{"city": "Oslo", "days": 2}<|tool_call_end|><|tool_calls_section_end|>', [OSLO]),
+        ("<|channel|>analysis<|message|>Wet?<|end|><|start|>assistant<|channel|>commentary to=functions.rain "
+         '<|constrain|>json<|message|>{"city": "Oslo", "days": 2}<|call|>', [OSLO]),
+        (' to=functions.rain<|channel|>commentary json<|message|>{"city": "Oslo", "days": 2}', [OSLO]),
+        # what is cut off or not well formed is no call
+        ("<tool_call>\n<function=rain>\n<parameter=city>\nOslo", []),
+        ("<tool_call>\n<function=rain>\n<parameter=city>\nOslo\n</function>\n</tool_call>", []),
+        ("<tool_call>rain\n<arg_key>city</arg_key>\n<arg_value>Os", []),
+        ("<tool_call>rain\n<arg_key>city</arg_key>\n</tool_call>", []),
+        ("<|tool_call_start|>[rain(city='Os", []),
+        ("<|tool_call_start|>[rain('Oslo')]", []),
+        ("<|tool_call_start|>[rain(city=open('x'))]", []),
+        ("<|tool_call_start|>[rain(city=b'x')]", []),
+        ("<|tool_call_start|>[rain(city=1e999)]", []),
+        ("<|tool_call_start|>[rain()(city=1)]", []),
+        ("<|tool_call_start|>city = rain()", []),
+        ("<|tool_call_start|>" + "[" * 9999, []),
+        ("<function_calls>" + "-" * 9999 + "1", []),
+        ('<|calls begin|><|call begin|>rain<|sep|>{"city"', []),
+        ("<|calls begin|><|call begin|>rain", []),
+        (" to=functions.rain <|constrain|>json<|message|>{", []),
         ("<tool_call>\n{'name': 'rain'}\n</tool_call>", []),
         ('<tool_call>\n{"arguments": {}}\n</tool_call>', []),
         ('{"city": "Oslo"}', []),
@@ -48,7 +102,20 @@ WRITTEN = '{"name": "rain", "arguments": {"city": "Oslo", "days": 2}}'
     ],
 )  # fmt: skip
 def test_every_form_of_a_call_is_read(text: str, calls: list[Call]) -> None:
-    assert next((found for form in FORMS if (found := form.read(text))), []) == calls
+    assert next((found for form in FORMS if (found := form.read(in_deepseeks_tokens(text)))), []) == calls
+
+
+def test_a_schema_tells_text_from_numbers_where_a_form_sets_no_quotes() -> None:
+    values = {"zip": "0123", "days": "3", "dry": "True", "note": "a\n"}
+    tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    pairs = "".join(f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>" for key, value in values.items())
+    known = {"zip": {"type": "string"}, "days": {"type": "integer"}, "dry": True}
+    schema = {"type": "function", "function": {"name": "rain", "parameters": {"properties": known}}}
+    for text in (f"<tool_call><function=rain>{tags}</function></tool_call>", f"<tool_call>rain{pairs}</tool_call>"):
+        (call,) = next(found for form in FORMS if (found := form.read(text, [schema])))
+        assert call.arguments == {"zip": "0123", "days": 3, "dry": True, "note": "a\n"}
+    (call,) = next(found for form in FORMS if (found := form.read(text)))
+    assert call.arguments["zip"] == "0123"  # which is no JSON
 
 
 END, START = "'<|im_end|>'", "'<|im_start|>' + m.role + '\n'"
@@ -80,7 +147,56 @@ TEMPLATES = {  # as the families have them, shortened
     "{{ '<|tool_response>' if m.tool_calls else '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
+NAMED = "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
+ITEMS = "{% for key, value in f.arguments.items() %}"
+PYTHON = NAMED + "{{ f.name + '(' }}" + ITEMS + "{{ key + '=' + value | tojson + (', ' if not loop.last else '') }}"
+PYTHON += "{% endfor %}{{ ')' + (SEPARATOR if not loop.last else '') }}{% endfor %}"
+CALLS = {  # of these the calls alone differ: "qwen" has the turns about them
+    "coder": NAMED + "{{ '\n<tool_call>\n<function=' + f.name + '>\n' }}" + ITEMS + "{{ '<parameter=' + key + '>\n' }}"
+    "{{ value | tojson | safe if value is mapping or (value is sequence and value is not string) else value | string }}"
+    "{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>\n</tool_call>' }}{% endfor %}",
+    "glm": NAMED + "{{ '\n<tool_call>' + f.name + '\n' }}" + ITEMS + "{{ '<arg_key>' + key + '</arg_key>\n' }}"
+    "{{ '<arg_value>' + (value if value is string else value | tojson) + '</arg_value>\n' }}{% endfor %}"
+    "{{ '</tool_call>' }}{% endfor %}",
+    "olmo3": "{% if m.tool_calls %}{{ '<function_calls>' }}" + PYTHON.replace("SEPARATOR", "'\n'")
+    + "{{ '</function_calls>' }}{% endif %}",
+    "lfm2": "{% if m.tool_calls %}{{ '<|tool_call_start|>[' }}" + PYTHON.replace("SEPARATOR", "', '")
+    + "{{ ']<|tool_call_end|>' }}{% endif %}",
+    "deepseek": "{% if m.tool_calls %}{{ '<|calls begin|>' }}" + NAMED + "{{ '<|call begin|>' + c.type + '<|sep|>' "
+    "+ f.name + '\n```json\n' + f.arguments + '\n```<|call end|>' }}{% endfor %}{{ '<|calls end|>' }}{% endif %}",
+    "gpt-oss": "{% if m.tool_calls %}" + NAMED + "{{ '<|channel|>commentary to=functions.' + f.name "
+    "+ ' <|constrain|>json<|message|>' + f.arguments | tojson + '<|call|>' }}{% endfor %}{% endif %}",
+    "apriel": "{% if m.tool_calls %}{{ '\n<tool_calls>[' }}" + NAMED + "{{ {'name': f.name, 'arguments': f.arguments} "
+    "| tojson + (', ' if not loop.last else '') }}{% endfor %}{{ ']</tool_calls>' }}{% endif %}",
+}  # fmt: skip
+CALLS["deepseek"] = in_deepseeks_tokens(CALLS["deepseek"])
+OF_QWEN = TEMPLATES["qwen"].partition("+ m.content }}")[2].partition("{{ '<|im_end|>")[0]
+TEMPLATES |= {name: TEMPLATES["qwen"].replace(OF_QWEN, calls) for name, calls in CALLS.items()}
+TEMPLATES |= {  # these leave calls to the text of an answer
+    "smollm3": "{% if xml_tools or tools %}{{ '<tools>' + tools | tojson + '</tools><tool_call>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' "
+    "+ m.content + '<|im_end|>\n' }}{% endfor %}" + ASKS,
+    "granite3": "{% if tools %}{{ '<|im_start|>available_tools' + tools | tojson(indent=4) + '<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}{{ " + START + " + m.content + '<|im_end|>\n' }}{% endfor %}" + ASKS,
+    "phi4-mini": "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+    "message['tools'] is not none %}{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] "
+    "+ '<|/tool|><|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+}
 SPECIALS = {
+    "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>"],
+    "deepseek": [*DEEPSEEK.values()],
+    "gpt-oss": ["<|channel|>", "<|message|>", "<|constrain|>", "<|call|>"],
+    "granite3": ["<|tool_call|>"],
+    "phi4-mini": [
+        "<|tool_call|>",
+        "<|/tool_call|>",
+        "<|tool|>",
+        "<|/tool|>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+    ],
     "mistral": ["[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[INST]", "[/INST]"],
     "gemma": ["<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'],
 }
@@ -110,7 +226,45 @@ def save_with(folder: Path, template: str, specials: list[str], **config: object
     return folder
 
 
+HARD = {"city": "Os\"lo\n <b>'x'</b> ü 雨 \\n", "days": 2, "near": [{"a": None, "b": [True, 1.5]}], "code": "007"}
+
+
 @pytest.mark.parametrize("family", TEMPLATES)
+def test_a_call_that_a_template_has_written_is_read_again(tmp_path: Path, family: str) -> None:
+    """With arguments of every kind; calls are learnt, results are not."""
+    tokenizer = load_tokenizer(save_with(tmp_path, TEMPLATES[family], SPECIALS.get(family, [])))
+    chat = chat_format(tokenizer)
+    assert isinstance(chat, TemplateFormat)
+    known = {"city": {"type": "string"}, "code": {"type": "string"}}
+    tools = [{"type": "function", "function": {"name": "rain", "parameters": {"properties": known}}}]
+    tried = 0
+    for arguments, text in itertools.product(
+        (HARD if family != "gemma" else {"city": HARD["city"]}, {}), ("", "Wait.")
+    ):
+        call = Part("tool_call", json.dumps({"name": "rain", "arguments": arguments}))
+        said = (Part("text", text),) if text else ()
+        messages = [
+            message("user", "Rain?"),
+            Message("assistant", (*said, call, Part("result", "RESULT"), Part("text", "Dry."))),
+        ]
+        if text and family in ("llama", "mistral"):
+            with pytest.raises(UserError, match="leaves messages out or changes them: turn 2"):
+                chat.encode(messages, tools=tools)
+            continue
+        encoded = chat.encode(messages, tools=tools)
+        if family != "mistral":
+            assert '"city": {' in tokenizer.decode(encoded.token_ids)
+        whole, learnt = tokenizer.decode(encoded.token_ids), tokenizer.decode(encoded.token_ids[encoded.trained])
+        assert "RESULT" in whole and "RESULT" not in learnt and "Dry." in learnt
+        end = next(name for name, number in tokenizer.specials.items() if number == chat.call_end)
+        written = learnt.partition("Dry.")[0].rpartition(end)[0]
+        read = chat.call_form.read(written, tools) or chat.call_form.read(written + end, tools)
+        assert read == [Call("rain", arguments)] and text in written
+        tried += 1
+    assert tried >= 2
+
+
+@pytest.mark.parametrize("family", LEARNT)
 def test_a_conversation_with_calls_is_that_of_transformers(tmp_path: Path, family: str) -> None:
     from transformers import AutoTokenizer
 
