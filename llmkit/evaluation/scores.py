@@ -55,6 +55,7 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "score": metrics[metric],
         "stderr": metrics[f"{metric}_stderr"],
         "metric": metric,
+        "baseline": task.baseline,
         "items": len(records),
         "metrics": metrics,
         "shots": task.shots,
@@ -111,7 +112,7 @@ def compare(task: Task, first: Sequence[Mapping], second: Sequence[Mapping]) -> 
         either = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
         p = min(1.0, 2 * either / 2 ** (wins + losses))
     else:
-        p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
+        p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0 or len(difference) < 2)
     return {"difference": mean, "stderr": error, "p": p, "beyond_chance": p < LIKELY}
 
 

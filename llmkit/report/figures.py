@@ -8,6 +8,7 @@ runs         nodes of the graph, parents first: name, stage, state, path, comman
 funnels      of crawl-filter: records by step and reason
 tokenizers   report.json of train-bpe
 trainings    by stage: charts with the curves of its runs; and samples over the training
+tasks        of evaluate: the scores of models, by task
 probes       what is known by kind of question; `probe_changes` from the first report to the last
 judges       evaluation.json of train-reward
 samples      records to browse, by file
@@ -99,6 +100,7 @@ def report_figures(gathered: Gathered, *, samples: int = 40, limit: int | None =
         "funnels": list(_funnels(nodes)),
         "tokenizers": list(_tokenizers(nodes, gathered.tokenizers, notes)),
         "trainings": list(_trainings(nodes, notes, limit)),
+        "tasks": _tasks(gathered.task_scores),
         "probes": probes,
         "probe_changes": None,
         "judges": list(_judges(nodes, gathered.evaluations, notes)),
@@ -261,6 +263,43 @@ def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: l
         biases = [{"feature": of, **_numbers(as_object(row))} for of, row in as_object(report.get("biases")).items()]
         if judged:
             yield {**origin, "rows": judged, "biases": biases}
+
+
+def _tasks(files: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The scores that `llmkit evaluate` has written, by task: a row for each model, with what tells items apart."""
+    tasks: dict[str, dict[str, Any]] = {}
+    models = [(path, content, model) for path, content in files.items() for model in objects(content.get("models"))]
+    asked = Counter((str(model.get("model")), task) for _, _, model in models for task in as_object(model.get("tasks")))
+    twice = {name for (name, _), count in asked.items() if count > 1}  # in two files: told apart by them
+    for path, content, model in models:
+        name = str(model.get("model"))
+        scores = {**as_object(model.get("tasks"))}
+        if is_number(model.get("core")):
+            scores = {"CORE": {"score": model["core"], "metric": "mean, centred"}} | scores
+        against = dict(_comparisons(content, name))
+        for task, summary in scores.items():
+            figures = _numbers(as_object(summary))
+            if "score" not in figures:
+                continue
+            metric = str(summary.get("metric"))
+            row = {"model": f"{name}, {path}" if name in twice else name, **figures}
+            row |= {"data": as_text(summary.get("data_sha256")), "against": against.get(task)}
+            tasks.setdefault(f"{task}, {metric}", {"task": task, "metric": metric, "rows": []})["rows"].append(row)
+    labels = list(dict.fromkeys(row["model"] for task in tasks.values() for row in task["rows"]))
+    for task in tasks.values():
+        values = [row["score"] for row in task["rows"]]
+        task["models"] = labels  # of all tasks, so that a model has one colour in them
+        task["form"] = "share" if all(0 <= value <= 1 for value in values) and "bits" not in task["metric"] else ""
+        task["same_items"] = len({(row.get("data"), row.get("items"), row.get("shots")) for row in task["rows"]}) == 1
+    return list(tasks.values())
+
+
+def _comparisons(content: Mapping[str, Any], model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The comparisons of a model with the first one, by task."""
+    for comparison in objects(content.get("comparisons")):
+        models, figures = comparison.get("models"), _numbers(comparison)
+        if isinstance(models, list) and len(models) == 2 and models[1] == model and {"difference", "p"} <= set(figures):
+            yield str(comparison.get("task")), {"model": str(models[0]), **figures}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:

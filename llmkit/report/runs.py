@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -18,7 +18,7 @@ from llmkit.io.manifest import LARGEST_MANIFEST, MANIFEST, OF_FILE, read_manifes
 from llmkit.io.metrics import METRICS
 from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import NOTES
-from llmkit.report.records import KINDS, RecordsFile, is_number, noting, objects, parsed, raw_lines
+from llmkit.report.records import KINDS, RecordsFile, as_object, is_number, noting, objects, parsed, raw_lines
 
 LOOKED_AT = 100  # lines, for one that tells what a file holds
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")
@@ -59,7 +59,14 @@ def gather(paths: Sequence[str]) -> Gathered:
             gathered.add(path)
     gathered.runs = list({run.output.resolve(): run for run in gathered.runs}.values())
     gathered.files = list({Path(file.path).resolve(): file for file in gathered.files}.values())
-    if not (gathered.runs or gathered.files or gathered.evaluations or gathered.tokenizers or gathered.scores):
+    if not (
+        gathered.runs
+        or gathered.files
+        or gathered.evaluations
+        or gathered.tokenizers
+        or gathered.scores
+        or gathered.task_scores
+    ):
         more = f"; so for {len(gathered.notes) - 1} more" if len(gathered.notes) > 1 else ""
         raise UserError((gathered.notes or ["expected a run folder, found none"])[0] + more)
     return gathered
@@ -67,14 +74,15 @@ def gather(paths: Sequence[str]) -> Gathered:
 
 @dataclass
 class Gathered:
-    """The material of a report: `evaluations`, `tokenizers` and `scores` are reports given as files, by path; `notes`
-    name what was left out."""
+    """The material of a report: `evaluations`, `tokenizers`, `scores` and `task_scores` are reports given as files, by
+    path; `notes` name what was left out."""
 
     runs: list[Run] = field(default_factory=list)
     files: list[RecordsFile] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    task_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, path: str, listed: bool = False) -> None:
@@ -155,7 +163,9 @@ class Gathered:
             self.evaluations[path] = evaluation
         elif "bytes_per_token" in value and "sample" in value:
             self.tokenizers[path] = value
-        elif scores := [*filter(_is_score, objects(value.get("effects"))), *_task_scores(value)]:
+        elif any(as_object(model.get("tasks")) for model in objects(value.get("models"))):
+            self.task_scores[path] = value
+        elif scores := list(filter(_is_score, objects(value.get("effects")))):
             self.scores[path] = scores
         elif not listed:
             raise UserError(
@@ -191,21 +201,6 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("stage"), str):
         raise UserError(f"{path}: expected a manifest that llmkit wrote, with 'stage', found {sorted(manifest)[:8]}")
     return manifest
-
-
-def _task_scores(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the scores that `llmkit evaluate` has written, and their standard errors, as rows of effects.json."""
-    for model in objects(value.get("models")):
-        tasks = model.get("tasks")
-        for name, task in tasks.items() if isinstance(tasks, dict) else ():
-            if isinstance(task, dict) and is_number(task.get("score")):
-                error = task.get("stderr") if is_number(task.get("stderr")) else None
-                row = {
-                    "stage": str(model.get("model")),
-                    "figure": f"{name}, {task.get('metric')}",
-                    "value": task["score"],
-                }
-                yield {**row, "against": "standard error", "beside": error}
 
 
 def _is_score(effect: dict[str, Any]) -> bool:

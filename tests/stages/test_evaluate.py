@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from pathlib import Path
 from random import Random
 
@@ -421,11 +422,36 @@ def test_report_shows_scores_and_the_curves_of_tasks(models, tmp_path, llmkit):
     evaluate(models / "base", tasks=write_lines(tmp_path / "things.jsonl", CHOICES), out=str(out))
     done = llmkit("report", out, "--json")
     assert done.returncode == 0, done.stderr
-    (file,) = json.loads(done.stdout)["scores"]
+    (task,) = json.loads(done.stdout)["tasks"]
     score = json.loads(out.read_text())["models"][0]["tasks"]["things"]
-    assert [(row["figure"], row["value"], row["beside"]) for row in file["effects"]] == [
-        ("things, acc", score["score"], score["stderr"])
-    ]
+    rows = [(row["model"], row["score"], row["stderr"]) for row in task["rows"]]
+    assert (task["task"], task["metric"], rows) == (
+        "things", "acc", [(str(models / "base"), score["score"], score["stderr"])]
+    )  # fmt: skip
+
+
+def test_report_draws_the_scores_of_several_models_and_files(models, tmp_path, llmkit):
+    things, few = (
+        write_lines(tmp_path / name / "things.jsonl", rows) for name, rows in (("a", CHOICES), ("b", CHOICES[:3]))
+    )
+    sums = write_lines(tmp_path / "sums.jsonl", PROBLEMS)
+    evaluate(models / "base", models / "other", tasks=f"{things},{sums}", out=str(tmp_path / "both.json"))
+    evaluate(models / "base", tasks=few, out=str(tmp_path / "few.json"))
+    files = (tmp_path / "both.json", tmp_path / "few.json")
+    first, second = json.loads(llmkit("report", *files, "--json").stdout)["tasks"]
+    base, other = str(models / "base"), str(models / "other")
+    assert [row["model"] for row in first["rows"]] == [f"{base}, {files[0]}", other, f"{base}, {files[1]}"]
+    assert (first["same_items"], second["same_items"], second["form"]) == (False, True, "share")
+    assert first["rows"][1]["against"]["model"] == base and first["rows"][0]["against"] is None
+    page = tmp_path / "page.html"
+    done = llmkit("report", *files, "-o", page)
+    assert done.returncode == 0, done.stderr
+    bars = re.findall(r'class="b(\d)" y="1" width="([\d.]+)"', page.read_text())
+    assert [colour for colour, _ in bars] == ["0", "1", "2", "0", "1"]
+    scores = [row["score"] for task in (first, second) for row in task["rows"]]
+    assert [float(width) for _, width in bars] == pytest.approx([100 * score for score in scores], abs=0.01)
+    (tmp_path / "odd.json").write_text('{"models": [{"model": 1, "tasks": {"a": {"score": null}, "b": 2}}]}')
+    assert json.loads(llmkit("report", tmp_path / "odd.json", "--json").stdout)["tasks"] == []
 
 
 def test_scores_and_items_need_files_of_their_own(models, tmp_path):
