@@ -67,7 +67,9 @@ def parts_of(
     def is_done(work: Any) -> bool:
         nonlocal is_first
         done = state is not None and work.key in state
-        if state and is_first and not done and not _failed_before(work, state):
+        # of a file that could not be opened then, another frame is known
+        failed = Batch([Frame(work.frames[0].path, "bad", 0, "bad_file")], 0, 0.0) if isinstance(work, Batch) else None
+        if state and is_first and not done and (failed is None or failed.key not in state):
             raise UserError(f"{state.path}: {work}: not what the unfinished run has read; start again with --force")
         is_first = False
         return done
@@ -80,11 +82,6 @@ def parts_of(
             state.add(work.key, parts[0].pack())
         yield work, parts[0]
         _keep_whole(state, whole)
-
-
-def _failed_before(work: Any, state: Kept) -> bool:
-    """True if the file of a batch could not be opened by an earlier run."""
-    return isinstance(work, Batch) and Batch([Frame(work.frames[0].path, "bad", 0, "bad_file")], 0, 0.0).key in state
 
 
 class DoneBefore(NamedTuple):

@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
@@ -240,7 +241,10 @@ def recipe_toml(recipe: Recipe) -> str:
         if not is_dataclass(table):
             continue
         lines += ["", f"[{item.name}]  # {(type(table).__doc__ or '').splitlines()[0]}"]
-        comments = _comments(type(table))
+        source = ""
+        with suppress(OSError):  # no source beside the byte code; else the one place where a threshold is explained
+            source = "".join(inspect.getsource(kind) for kind in type(table).__mro__ if is_dataclass(kind))
+        comments = dict(re.findall(r"^ {4}(\w+): [^#\n]*# (.+)$", source, re.MULTILINE))
         for name in fields(table):
             comment = f"  # {comments[name.name]}" if name.name in comments else ""
             lines.append(f"{name.name} = {_toml(getattr(table, name.name))}{comment}")
@@ -255,12 +259,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):  # a JSON string is a TOML one but for the delete character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
-
-
-def _comments(table: type) -> dict[str, str]:
-    """What stands behind each field in the source: the one place where a threshold is explained."""
-    try:
-        source = "".join(inspect.getsource(kind) for kind in table.__mro__ if is_dataclass(kind))
-    except OSError:  # no source beside the byte code
-        return {}
-    return {match[1]: match[2] for match in re.finditer(r"^ {4}(\w+): [^#\n]*# (.+)$", source, re.MULTILINE)}

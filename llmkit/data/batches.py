@@ -426,10 +426,8 @@ class Mixture:
             yield behind, example
 
     def _in_epochs(self, number: int) -> Iterator[int]:
-        count, epoch = len(self.sources[number].examples), 0
-        while True:
-            yield from shuffled(count, self._seed + SOURCE_SEEDS * number, epoch).tolist()
-            epoch += 1
+        for epoch in count():
+            yield from shuffled(len(self._sizes[number]), self._seed + SOURCE_SEEDS * number, epoch).tolist()
 
 
 class PackedEvaluation:

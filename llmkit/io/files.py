@@ -67,7 +67,11 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
     parent = os.path.dirname(final)
     if os.path.islink(path) and not os.path.isdir(parent):
         raise UserError(f"{path}: a link to {final}, whose folder does not exist; choose another --out")
-    if _is_mounted(final):
+    mounts = set[str]()
+    with suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+        mounts = {line.split()[4] for line in lines}
+    if os.path.ismount(final) or final.replace(" ", "\\040") in mounts:
         raise UserError(f"{path}: a mount point, which cannot be replaced; choose a place in it: --out {path}/result")
     if os.path.exists(path) and not resume and not is_empty_folder(path):
         if not force:
@@ -93,16 +97,6 @@ def check_format(path: str) -> None:
 def is_empty_folder(path: str | os.PathLike[str]) -> bool:
     """True if a folder stands there in which there is nothing: an output may take its place."""
     return os.path.isdir(path) and not os.listdir(path)
-
-
-def _is_mounted(path: str) -> bool:
-    if os.path.ismount(path):
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    return path.replace(" ", "\\040") in {line.split()[4] for line in lines}
 
 
 def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:

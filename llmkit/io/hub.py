@@ -119,7 +119,7 @@ class HubModel:
         if match is None or match["repo"].startswith(OTHER_KINDS):
             raise UserError(f"{address}: expected the address of a model, {EXAMPLE}")
         try:
-            from huggingface_hub import HfApi, constants
+            from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
             logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each try that fails
         except ImportError:
@@ -136,7 +136,9 @@ class HubModel:
             info: Any = retried(address, ask)
             self.commit, self.sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()}
         except Unreachable as error:
-            folder = self._cached_folder(revision)
+            names = ("config.json", "tokenizer.json")
+            paths = [try_to_load_from_cache(self.repo, name, revision=revision) for name in names]
+            folder = next((Path(path).parent for path in paths if isinstance(path, str)), None)
             if folder is None:
                 raise
             if not self.offline:
@@ -148,14 +150,6 @@ class HubModel:
         if not texts:
             raise UserError(f"{address}: expected a model, found {_listed(self.sizes)}")
         self.fetch(texts, revision)
-
-    def _cached_folder(self, revision: str) -> Path | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        paths = [
-            try_to_load_from_cache(self.repo, name, revision=revision) for name in ("config.json", "tokenizer.json")
-        ]
-        return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
     def weights(self) -> list[str]:
         """The names of the files of weights. Raises UserError where there are none in safetensors."""

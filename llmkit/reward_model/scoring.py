@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -50,9 +50,13 @@ class Scorer:
         With `rank` the records of a prompt come best first, `rank` 1 and on; beside `completions` stands `ranking`.
         Raises UserError for a record without prompt or completion.
         """
-        for groups in _chunks(_grouped(rows)):
-            for group, scores in zip(groups, self._scores(groups), strict=True):
-                yield from _records(group, scores, rank)
+        groups: list[_Group] = []  # whole prompts, of RECORDS_AT_ONCE records or a few more
+        for group in chain(_grouped(rows), [None]):
+            groups += [group] if group else []
+            if groups and (group is None or sum(len(each.rows) for each in groups) >= RECORDS_AT_ONCE):
+                for each, scores in zip(groups, self._scores(groups), strict=True):
+                    yield from _records(each, scores, rank)
+                groups = []
 
     def checked(self, row: Row) -> Row:
         """The row. Raises UserError that names it for one without prompt or completion, and one that has no tokens."""
@@ -93,18 +97,6 @@ def _grouped(rows: Iterable[Row]) -> Iterator[_Group]:
         records = list(neighbours)
         answers = [answer for *_, some in records for answer in some]
         yield _Group(prompt, [row for _, _, row, _ in records], answers, [len(some) for *_, some in records])
-
-
-def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
-    """Whole prompts, of RECORDS_AT_ONCE records or a few more."""
-    chunk: list[_Group] = []
-    for group in groups:
-        chunk.append(group)
-        if sum(len(each.rows) for each in chunk) >= RECORDS_AT_ONCE:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _records(group: _Group, scores: Sequence[np.ndarray | None], rank: bool) -> Iterator[dict[str, Any]]:

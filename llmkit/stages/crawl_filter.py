@@ -201,10 +201,13 @@ def _save_manifest(
     config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], versions: Versions, figures: dict[str, Any]
 ) -> None:
     """Write the manifest of the output, whose `results` are the figures."""
+    from llmkit.crawl.read.frames import sources
     from llmkit.crawl.recipe import as_json
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-    pages = _input_files(inputs)
+    found = ((path, source) for path in inputs for source in sources([path]))
+    # pages, which may be many, go by their folder
+    pages = list(dict.fromkeys(path if source.page else source.path for path, source in found))
     if config.listed is not None:  # of its addresses, up to 90,000, those that Ray has read are not asked again
         known = [path for path in pages if path in versions or not is_remote(path)]
         pages = list(dict.fromkeys([config.listed, *config.inputs, *known]))
@@ -333,14 +336,6 @@ def _listed(config: CrawlFilterConfig) -> list[str]:
         raise UserError(f"--take {config.take}: takes none of {counted(len(names), 'input')}; take more")
     base = config.base.rstrip("/") + "/" if config.base else ""
     return [base + name for name in taken]
-
-
-def _input_files(inputs: list[str]) -> list[str]:
-    """The files of the inputs, for the manifest; pages, which may be many, go by their folder."""
-    from llmkit.crawl.read.frames import sources
-
-    found = ((path, source) for path in inputs for source in sources([path]))
-    return list(dict.fromkeys(path if source.page else source.path for path, source in found))
 
 
 def _is_on_disk(out: str) -> bool:

@@ -231,7 +231,18 @@ def _run(data: bytes, limits: Limits, status: int, folder: str, descriptors: tup
         try:
             output, _, ended = exchange(child, data, limits.wall_seconds, lambda read: len(read) > most)
         finally:
-            _end_group(child)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
+            child.wait()
+            with suppress(ChildProcessError):  # of a container's process 1 what the child leaves becomes its own
+                while True:
+                    os.waitpid(-child.pid, 0)
+            until = time.monotonic() + LEAVING_SECONDS
+            with suppress(ProcessLookupError, PermissionError):
+                while time.monotonic() < until:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    time.sleep(0.001)
     if ended == "done" and child.returncode:
         ended = "error"
         if child.returncode == 128 + signal.SIGXCPU:
@@ -239,18 +250,3 @@ def _run(data: bytes, limits: Limits, status: int, folder: str, descriptors: tup
         elif not 0 < child.returncode <= 128:
             ended = "killed"
     return PythonResult(output[:most].decode("utf-8", "replace"), ended)
-
-
-def _end_group(child: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.kill()
-    child.wait()
-    with suppress(ChildProcessError):  # where this is process 1 of a container, what the child leaves becomes its own
-        while True:
-            os.waitpid(-child.pid, 0)
-    until = time.monotonic() + LEAVING_SECONDS
-    with suppress(ProcessLookupError, PermissionError):
-        while time.monotonic() < until:
-            os.killpg(child.pid, signal.SIGKILL)
-            time.sleep(0.001)

@@ -77,9 +77,15 @@ class Toolbox:
             if name in tools:
                 raise UserError(f"--tools: expected each tool once, found {name} twice")
             if spec.startswith(PREFIX):
-                tools[name], schemas[name] = _user_function(spec)
+                function = UserFunction(spec, f"--tools {spec}").function
+                tools[name] = lambda text, function=function: ToolResult(*answer_of(function, text))
+                schemas[name] = schema_of(function, f"--tools {spec}")
                 continue
-            schemas[name] = _schema(name)
+            # of a tool of llmkit, for a model that was not taught its tokens
+            properties = {ARGUMENT[name]: {"type": "string", "description": DESCRIPTIONS[name][1]}}
+            parameters = {"type": "object", "properties": properties, "required": [ARGUMENT[name]]}
+            described = {"name": name, "description": DESCRIPTIONS[name][0], "parameters": parameters}
+            schemas[name] = {"type": "function", "function": described}
             if name == "calc":
                 tools[name] = calculate
             elif name == "python":
@@ -133,20 +139,6 @@ def _python(sandbox: bool, seconds: float) -> Tool:
         return ToolResult(f"{output}\nerror: {reason.get(result.ended, 'killed')}".lstrip("\n"), failed=True)
 
     return run
-
-
-def _schema(tool: str) -> dict[str, Any]:
-    """Describe a tool of llmkit to a model that was not taught its tokens."""
-    about, argument = DESCRIPTIONS[tool], ARGUMENT[tool]
-    properties = {argument: {"type": "string", "description": about[1]}}
-    parameters = {"type": "object", "properties": properties, "required": [argument]}
-    return {"type": "function", "function": {"name": tool, "description": about[0], "parameters": parameters}}
-
-
-def _user_function(spec: str) -> tuple[Tool, dict[str, Any]]:
-    """A function of the user's with arguments, and its schema."""
-    function = UserFunction(spec, f"--tools {spec}").function
-    return lambda text: ToolResult(*answer_of(function, text)), schema_of(function, f"--tools {spec}")
 
 
 def _user_search(spec: str, where: str) -> Tool:

@@ -75,7 +75,15 @@ def labels_of(path: str) -> set[str]:
             position += 8 * max(pruned, 0)
             for _ in range(2):  # of words, of labels; a quantized one of words need not have one of labels
                 is_quantized, position = data[position], position + 1
-                position = _end_of_matrix(data, position, bool(is_quantized))
+                if not is_quantized:
+                    rows, columns = unpack_from("<2q", data, position)
+                    position += 16 + 4 * rows * columns
+                    continue
+                has_norms, rows, _, codes = unpack_from("<?2qi", data, position)
+                position += 21 + codes
+                for extra in (0, rows)[: 1 + has_norms]:  # the quantizer of the rows, and their norms with one
+                    (dimensions,) = unpack_from("<i", data, position + extra)
+                    position += extra + 16 + 4 * 256 * dimensions
             whole = position == len(data)
     except OSError as error:
         raise UserError(f"{path}: cannot read the classifier: {str(error.strerror).lower()}") from error
@@ -86,15 +94,3 @@ def labels_of(path: str) -> set[str]:
     if not whole:
         raise UserError(f"{path}: a damaged or cut fastText model; fetch it again")
     return labels
-
-
-def _end_of_matrix(data: mmap, position: int, is_quantized: bool) -> int:
-    if not is_quantized:
-        rows, columns = unpack_from("<2q", data, position)
-        return position + 16 + 4 * rows * columns
-    has_norms, rows, _, codes = unpack_from("<?2qi", data, position)
-    position += 21 + codes
-    for extra in (0, rows)[: 1 + has_norms]:  # the quantizer of the rows, and their norms with one of their own
-        (dimensions,) = unpack_from("<i", data, position + extra)
-        position += extra + 16 + 4 * 256 * dimensions
-    return position

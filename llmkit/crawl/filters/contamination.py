@@ -115,7 +115,9 @@ class Contamination:
         runs: list[np.ndarray] = []
         lengths: list[int] = []
         with Progress(f"read {flag}", unit="items", quiet=quiet) as progress:
-            for row in chain.from_iterable(map(_questions, read_jsonl(rules.files))):
+            of_squad = lambda row: isinstance(row.value.get("paragraphs", row.value.get("data")), list)  # noqa: E731
+            rows = (unfolded(row) if of_squad(row) else [row] for row in read_jsonl(rules.files))
+            for row in chain.from_iterable(rows):
                 progress.advance()
                 question, answer = _item(row)
                 letters = _letters(f"{question} {answer}")[0]
@@ -242,11 +244,6 @@ def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tup
             dense += places[max(start, listed) : end + 1]
             listed = end + 1
     return most, dense
-
-
-def _questions(row: Row) -> Iterable[Row]:
-    """A record, or the questions of SQuAD's articles in it."""
-    return unfolded(row) if isinstance(row.value.get("paragraphs", row.value.get("data")), list) else [row]
 
 
 def _item(row: Row) -> tuple[str, str]:

@@ -459,7 +459,9 @@ class Reader:
             if kind == "jsonl":
                 records = _lines(window, self.max_bytes)
             elif kind == "html":
-                records = _single_page(window, self.max_bytes)
+                page = bytes(window.look(self.max_bytes + 1))
+                whole = "truncated" if window.cut else page if len(page) <= self.max_bytes else "too_large"
+                records = iter([(0, whole)] if page.strip() or window.cut else [])
             else:
                 records = iter(Records(window, kind, self.max_bytes))
             kind = kind.removesuffix(".gz")
@@ -515,13 +517,6 @@ def _lines(window: Window, max_bytes: int) -> Iterator[Record]:
             yield number, line
     if window.cut:
         yield number + 1, "truncated"
-
-
-def _single_page(window: Window, max_bytes: int) -> Iterator[Record]:
-    """The whole file as one page."""
-    page = bytes(window.look(max_bytes + 1))
-    if page.strip() or window.cut:
-        yield 0, "truncated" if window.cut else page if len(page) <= max_bytes else "too_large"
 
 
 # ---- the work of the processes

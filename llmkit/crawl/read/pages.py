@@ -245,7 +245,14 @@ def _unpacked(body: bytes, name: str, most: int) -> bytes:
     if name == "deflate":  # with the header of zlib, as RFC 9110 says, or without, as many servers do
         return inflated(body, 15, most) or inflated(body, -15, most) or body
     if name == "br":
-        return _unpacked_brotli(body, most) or body
+        import brotli
+
+        unpacker, chunks, size = brotli.Decompressor(), [], 0
+        with suppress(brotli.error):
+            chunks.append(unpacker.process(body, output_buffer_limit=most))
+            while chunks[-1] and not unpacker.is_finished() and (size := size + len(chunks[-1])) < most:
+                chunks.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
+        return b"".join(chunks) or body
     return body
 
 
@@ -258,15 +265,4 @@ def inflated(body: bytes, format: int, most: int, step: int = STEP) -> bytes:
             size += len(chunks[-1])
             if inflater.eof or size > most:
                 break
-    return b"".join(chunks)
-
-
-def _unpacked_brotli(body: bytes, most: int) -> bytes:
-    import brotli
-
-    unpacker, chunks, size = brotli.Decompressor(), [], 0
-    with suppress(brotli.error):
-        chunks.append(unpacker.process(body, output_buffer_limit=most))
-        while chunks[-1] and not unpacker.is_finished() and (size := size + len(chunks[-1])) < most:
-            chunks.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
     return b"".join(chunks)
