@@ -38,7 +38,7 @@ ROOMS = {
     "evaluation": (900, 1500),
     "rl": (1350, 0),
     "export": (600, 760),
-    "serving": (1100, 1560),
+    "serving": (1100, 1720),
     "stages": (2480, 4150),
     "cli": (380, 0),
     "__main__": (40, 0),
@@ -71,12 +71,12 @@ OPTIONS = {
     "train-reward": 34,
     "rl": 50,
     "sample": 36,
-    "serve": 19,
+    "serve": 21,
     "evaluate": 32,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 133
+DISTINCT = 135
 
 
 def modules() -> dict[str, str]:

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.serving.answers import Answers
+from llmkit.serving.collect import Judgements
 from llmkit.serving.engine import Engine, Failed, Job
 from llmkit.serving.fields import ApiError, Fields
 from llmkit.serving.models import MOST_PROMPTS, MOST_TOP, ServedModel
@@ -49,7 +50,7 @@ class Service:
     queue      requests of a model that may wait while all slots are taken
     slots      sequences of a model that run at a time
     timeout    seconds that a request may take
-    guide      the text of --guide
+    judgements the files of --collect, and `guide` the text of --guide
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class Service:
         slots: int,
         queue: int,
         timeout: float,
+        judgements: Judgements | None,
+        guide: str | None,
     ) -> None:
         self.models, self.engine, self.timeout = models, engine, timeout
+        self.judgements, self.guide = judgements, guide
         self._most_open = slots + queue
         self._slots = slots
         self.counts = Counter[tuple[str, str]]()
@@ -70,7 +74,8 @@ class Service:
     # ---- models
 
     async def list_models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [model.about() for model in self.models]})
+        collecting = {"collect": self.judgements is not None, "guide": self.guide is not None}
+        return _json({"object": "list", "data": [model.about() | collecting for model in self.models]})
 
     async def show_model(self, request: Request) -> Response:
         return _json(self._model(request.path_params["name"]).about())
@@ -235,6 +240,24 @@ class Service:
         fields.check_all_taken()
         return _json({"prompt": model.tokenizer.decode(ids)})
 
+    # ---- people as labellers
+
+    async def collect(self, request: Request) -> Response:
+        fields = Fields(await _body(request))
+        model = self._model(fields.take("model"))
+        if self.judgements is None:
+            raise ApiError("this server collects no judgements; start it with --collect FILE.jsonl", status=404)
+        try:
+            await run_in_threadpool(self.judgements.add, fields, model)
+        except OSError as error:
+            raise ApiError(f"the judgement is not kept: {str(error.strerror or error).lower()}", status=507) from None
+        return _json({"ok": True})
+
+    async def show_guide(self, request: Request) -> Response:
+        if self.guide is None:
+            raise ApiError("this server has no guide; start it with --guide FILE.md", status=404)
+        return Response(self.guide, media_type="text/markdown; charset=utf-8")
+
     # ---- the server itself
 
     async def health(self, request: Request) -> Response:
@@ -283,6 +306,8 @@ def build(service: Service, *, keys: Collection[bytes], hosts: Collection[str], 
         Route("/v1/models/{name:path}", service.show_model),
         Route("/tokenize", service.tokenize, methods=post),
         Route("/detokenize", service.detokenize, methods=post),
+        Route("/collect", service.collect, methods=post),
+        Route("/guide", service.show_guide),
         Route("/health", service.health),
         Route("/metrics", service.metrics),
     ]

@@ -122,7 +122,7 @@ class ServedModel:
         with self._lock, _refusing("messages"):
             if not self.generator.is_assistant:
                 raise ApiError(f"{self.name} is a base model, which answers nobody; use /v1/completions", "model")
-            messages = _read(entries)
+            messages = read_entries(entries, "messages")
             chat = self._chat(switches)
             tools = self._tools(definitions, chat, choice)
             schemas = tools.schemas if tools else self.generator.tools.schemas if self.generator.tools else ()
@@ -225,17 +225,18 @@ class ServedModel:
         return Job(made, scored=scored, generates=max_tokens != 0, **job)
 
 
-def _read(entries: Any) -> tuple[Message, ...]:
+def read_entries(entries: Any, param: str) -> tuple[Message, ...]:
+    """Read the messages of a field. Raises ApiError, also for a part of a message that would be ignored."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ApiError(f"'messages': expected a list of objects, found {kind_of(entries)}", "messages")
+        raise ApiError(f"{param!r}: expected a list of objects, found {kind_of(entries)}", param)
     for index, entry in enumerate(entries):
         for name, value in entry.items():
             if value not in (None, [], {}) and name not in OF_MESSAGE:
-                raise ApiError(
-                    f"'messages[{index}].{name}' is not supported; leave it out", f"messages[{index}].{name}"
-                )
+                place = f"{param}[{index}].{name}"
+                raise ApiError(f"{place!r} is not supported; leave it out", place)
     entries = [{**entry, "content": entry.get("content_parts") or entry.get("content")} for entry in entries]
-    return read_messages(Row({}, "messages", 0), entries)
+    with _refusing(param):
+        return read_messages(Row({}, param, 0), entries)
 
 
 def _never(text: str) -> str:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import LARGEST_INTEGER, CommonConfig, ToolConfig, argument, option
 from llmkit.errors import UserError
+from llmkit.io.files import sole_writer
 from llmkit.io.jsonl import open_input, read_text
 from llmkit.io.progress import say
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
+    from llmkit.serving.collect import Judgements
     from llmkit.serving.models import ServedModel
 
 EXAMPLE = "llmkit serve chat/"
@@ -30,7 +32,7 @@ class ServeConfig(ToolConfig, CommonConfig):
         Examples:
           llmkit serve chat/
           llmkit serve base/ chat/ --port 8080 --dtype int8
-          llmkit serve policy/ --tools calc,python
+          llmkit serve policy/ --tools calc,python --collect judged.jsonl --guide guide.md
           llmkit serve chat/ --host 0.0.0.0 --api-key-file keys.txt
 
         OpenAI's protocol at http://127.0.0.1:8000/v1, for every program that speaks it, and a page to talk to the
@@ -49,6 +51,8 @@ class ServeConfig(ToolConfig, CommonConfig):
     allow_origin: tuple[str, ...] = option(
         (), "Site whose pages may send requests, such as https://app.example; repeatable.", metavar="ORIGIN"
     )
+    collect: str | None = option(None, "JSONL of people's judgements, as two files beside it.", metavar="FILE")
+    guide: str | None = option(None, "Markdown that tells labellers how to judge.", metavar="FILE", reads=True)
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
         "auto",
@@ -82,14 +86,26 @@ def run(config: ServeConfig) -> None:
             f"--host {config.host}: others could use the model; expected --api-key-file FILE beside an address that is "
             "not this machine's own"
         )
+    guide = None
+    if config.guide is not None:
+        with open_input(config.guide) as handle:
+            guide = read_text(handle, config.guide)
+    if config.guide is not None and config.collect is None:
+        raise UserError("--guide: expected --collect FILE.jsonl beside it, which takes what people judge")
     with ExitStack() as stack:
+        judgements = None
+        if config.collect is not None:
+            from llmkit.serving.collect import Judgements
+
+            judgements = Judgements(config.collect)
+            stack.enter_context(sole_writer(config.collect))
         models = _load(config, names, stack)
         if config.dry_run:
             for model in models:
                 for line in model.generator.plan():
                     say(line, config.quiet)
             return
-        _serve(config, models, keys, local)
+        _serve(config, models, keys, local, judgements, guide)
 
 
 def _names(config: ServeConfig) -> dict[str, str]:
@@ -151,7 +167,14 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     return models
 
 
-def _serve(config: ServeConfig, models: list[ServedModel], keys: list[bytes], local: bool) -> None:
+def _serve(
+    config: ServeConfig,
+    models: list[ServedModel],
+    keys: list[bytes],
+    local: bool,
+    judgements: Judgements | None,
+    guide: str | None,
+) -> None:
     from llmkit.serving import server
     from llmkit.serving.app import Service, build
     from llmkit.serving.engine import Engine
@@ -161,7 +184,15 @@ def _serve(config: ServeConfig, models: list[ServedModel], keys: list[bytes], lo
 
     def start(loop: Any) -> Any:
         engine = Engine({model.name: model.generator for model in models}, loop)
-        service = Service(models, engine, slots=config.batch_size, queue=config.queue, timeout=config.timeout)
+        service = Service(
+            models,
+            engine,
+            slots=config.batch_size,
+            queue=config.queue,
+            timeout=config.timeout,
+            judgements=judgements,
+            guide=guide,
+        )
         hosts = {*LOCAL, config.host} if local else ()
         app = build(
             service, keys=keys, hosts=hosts, origins=[origin.lower().rstrip("/") for origin in config.allow_origin]
