@@ -37,8 +37,8 @@ CHOSEN = "language,extract,pii,exact_duplicates,near_duplicates"
 STAGES = {
     "crawl-filter": f"pages.jsonl --workers 2 --only {CHOSEN} --rejects out.rejects.jsonl -o out.jsonl",
     "train-bpe": "docs.jsonl --vocab-size 448 -o out",
-    "pretrain": "docs.jsonl --val docs.jsonl --tokenizer tok --depth 1 --hidden-size 64 --eval-every 4 "
-    f"--sample-every 6 {ROWS} {OFTEN} -o out",
+    "pretrain": "docs.jsonl:0.7 val.jsonl:0.3 --phase 0.5:docs=0.4,val=0.6 --val val.jsonl --tokenizer tok --depth 1 "
+    f"--hidden-size 64 --eval-every 4 --sample-every 6 {ROWS} {OFTEN} -o out",
     "sft": f"base --data chats.jsonl --val chats.jsonl --eval-every 4 {ROWS} {OFTEN} -o out",
     "train-reward": f"chat --data prefs.jsonl --dtype float32 {OFTEN} -o out",
     "rl": f"chat --data problems.jsonl --reward format:(?s).*e.* --group 4 --batch-size 2 "
@@ -65,6 +65,7 @@ def make_inputs(folder: Path) -> None:
     make_models(folder)
     write(folder / "pages.jsonl", [page(number % 350) for number in range(400)])
     write(folder / "docs.jsonl", documents(600, seed=0))
+    write(folder / "val.jsonl", documents(60, seed=1))
     write(
         folder / "prefs.jsonl",
         [{"prompt": f"Say {i}", "chosen": "sea " * (1 + i % 3), "rejected": "no"} for i in range(40)],

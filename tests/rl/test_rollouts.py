@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from attempts import attempt, problem
 
+from llmkit.errors import UserError
 from llmkit.formats.conversations import Part, read_conversation
 from llmkit.formats.preferences import read_answers
 from llmkit.formats.problems import read_problem
 from llmkit.io.records import Row
-from llmkit.rl.rollouts import Rollout
+from llmkit.rl.rollouts import Rollout, RolloutLog
 
 CALLED = (Part("text", "Well: "), Part("calc", "2 + 2"), Part("result", "4"), Part("text", "4"))
 
@@ -37,3 +39,15 @@ def test_a_conversation_comes_before_its_answer():
 def test_an_attempt_without_calls_is_a_prompt_and_a_completion():
     record = attempt([1], [52]).record()
     assert "messages" not in record and (record["prompt"], record["completion"]) == ("2 + 2?", "4")
+
+
+def test_a_log_that_was_edited_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    log = RolloutLog(path)
+    log.write([attempt([1], [52], reward=1.0)])
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b'"completion":"4"', b'"completion":"5"'))
+    with pytest.raises(UserError, match=r"rollouts\.jsonl: damaged or edited; put back what was there, or start again"):
+        RolloutLog(path).trim(9)
+    path.write_bytes(written + b'{"step": 7, "group": 999')  # a line that a kill has cut
+    assert RolloutLog(path).trim(9) == 1 and path.read_bytes() == written

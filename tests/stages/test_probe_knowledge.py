@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -192,34 +188,7 @@ def test_recitals_that_cannot_be(babbler, tmp_path):
     assert not (tmp_path / "r.jsonl").exists()
 
 
-# ---- kills
-
-
-def test_a_killed_run_is_resumed_to_the_same_bytes(babbler, tmp_path):
-    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(120)]
-    rows[3] = {"question": "Why " * 100, "answer": "too long to be asked"}
-    asked = write(tmp_path / "q.jsonl", *rows)
-    out, report, state = tmp_path / "r.jsonl", tmp_path / "p.jsonl", tmp_path / "r.jsonl.state"
-    options = ["--questions", str(asked), "-n", "3", "--max-tokens", "12", "--batch-size", "4", "--quiet"]
-    command = [sys.executable, "-m", "llmkit", "probe-knowledge", str(babbler), *options]
-    places = ["-o", str(out), "--report", str(report)]
-    with subprocess.Popen([*command, *places], stdout=subprocess.DEVNULL) as process:
-        while not (state.exists() and state.stat().st_size > 8000) and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert not out.exists() and not report.exists()
-    kept = state.read_bytes()
-    with state.open("ab") as handle:
-        handle.write(b'{"question": "cut in two')
-    done = subprocess.run([*command, *places, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["questions"] == 119 and not state.exists()
-    assert lines(report)[:2] == [json.loads(line) for line in kept.splitlines()[2:6:2]]
-    whole = [tmp_path / "whole.jsonl", tmp_path / "whole-report.jsonl"]
-    subprocess.run([*command, "-o", str(whole[0]), "--report", str(whole[1])], check=True, capture_output=True)
-    assert out.read_bytes() == whole[0].read_bytes() and report.read_bytes() == whole[1].read_bytes()
-    again = subprocess.run([*command[:-1], *places, "--resume"], capture_output=True, text=True)
-    assert again.returncode == 0 and "finished" in again.stderr and json.loads(again.stdout) == {"path": str(out)}
+# ---- resumptions
 
 
 def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monkeypatch):

@@ -1,14 +1,10 @@
-"""`llmkit sft` as a user runs it: an assistant that stops, kills and resumptions, and bad input."""
+"""`llmkit sft` as a user runs it: an assistant that stops, and bad input."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -202,26 +198,7 @@ def test_an_adapter_teaches_a_base_to_stop(llmkit, tmp_path, tied):
         assert (answer.text, answer.finish_reason) == (colour, "stop")
 
 
-# ---- kills
-
-
-def test_killed_and_resumed_it_is_the_run_that_was_not(base, chats, llmkit, tmp_path):
-    options = ["--data", str(chats), "--max-steps", "60", "--save-every", "5", *SPEED]
-    whole = llmkit("sft", base, *options, "-o", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "-m", "llmkit", "sft", str(base), *options, "-o", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    state = tmp_path / "cut.partial" / "state"
-    deadline = time.monotonic() + 120
-    while not any(state.glob("step-????????")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut").exists()
-    resumed = llmkit("sft", base, *options, "-o", tmp_path / "cut", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step" in resumed.stderr
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+# ---- resumptions
 
 
 def test_a_resumption_with_other_data_is_refused(base, chats, llmkit, tmp_path):
