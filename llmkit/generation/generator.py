@@ -349,8 +349,9 @@ class Pool:
                     break
                 decoding = generator.tokenizer.stream(request.prompt, skip_specials=True)
                 sequence = _Sequence(index, sample, request, limit, room, decoding, StopMatcher(stops), tools)
-                if tools is not None and tools.form is not None:
-                    sequence.opening = StopMatcher(tools.openers)
+                if tools is not None:
+                    sequence.call = tools.open_call(prompt)
+                    sequence.opening = StopMatcher(tools.openers) if tools.form is not None else None
                 yield sequence, prefix
 
     def _enter(self, sequence: _Sequence, prefix: Prefix) -> None:

@@ -77,6 +77,16 @@ class ToolUse:
         self.max_calls, self._result_tokens = max_calls, result_tokens
         self.toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens.get(RESULT, (0, 0))
 
+    def open_call(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
+        """Return the tool of a call that a prompt begins and does not end, and its input so far; None without one."""
+        ends = set(self.ends.values())
+        last = next(
+            (index for index in range(len(prompt) - 1, -1, -1) if prompt[index] in ends | self.starts.keys()), None
+        )
+        if last is None or prompt[last] in ends:
+            return None
+        return self.starts[prompt[last]], list(prompt[last + 1 :])
+
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
         """The tool and the input of the last call in some tokens, which its end token ends."""
         start = max(index for index, token in enumerate(token_ids) if token in self.starts)

@@ -218,27 +218,23 @@ class Service:
         model = self._model(fields.take("model"))
         strings = fields.boolean("return_token_strs")
         adds, prompt = fields.boolean("add_special_tokens", True), fields.text("prompt")
+        of_turns: dict[str, Any] = {}
         if prompt is None:
-            ids = (await run_in_threadpool(model.encode_chat, fields)).ids
+            encoded = (await run_in_threadpool(model.encode_chat, fields)).encoded
+            ids = encoded.token_ids.tolist()
+            of_turns = {"trained": encoded.trained.tolist(), "turn_ends": encoded.turn_ends}
         else:
             ids = await run_in_threadpool(model.encode_text, prompt, adds)
         fields.check_all_taken()
-        return _json(
-            {
-                "count": len(ids),
-                "max_model_len": model.context,
-                "tokens": ids,
-                "token_strs": list(map(model.token_text, ids)) if strings else None,
-                "special": list(map(model.is_special, ids)),
-            }
-        )
+        told = {"count": len(ids), "max_model_len": model.context, "tokens": ids, **of_turns}
+        return _json(told | _names(model, ids, strings))
 
     async def detokenize(self, request: Request) -> Response:
         fields = Fields(await _body(request))
         model = self._model(fields.take("model"))
-        ids = model.check_ids(fields.take("tokens"), "tokens")
+        ids, strings = model.check_ids(fields.take("tokens"), "tokens"), fields.boolean("return_token_strs")
         fields.check_all_taken()
-        return _json({"prompt": model.tokenizer.decode(ids)})
+        return _json({"prompt": model.tokenizer.decode(ids)} | _names(model, ids, strings))
 
     # ---- people as labellers
 
@@ -411,6 +407,12 @@ async def _unless_gone(request: Request, work: Awaitable[None]) -> None:
     finally:
         task.cancel()
         watch.cancel()
+
+
+def _names(model: ServedModel, ids: Sequence[int], strings: bool) -> dict[str, Any]:
+    """What tokens say, where that is asked for, and which of them are special."""
+    texts = list(map(model.token_text, ids)) if strings else None
+    return {"token_strs": texts, "special": list(map(model.is_special, ids))}
 
 
 def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, definitions_of, read_messages
@@ -19,7 +21,7 @@ from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.records import THOUGHTS, Row, kind_of
 from llmkit.serving.engine import Job
 from llmkit.serving.fields import ApiError, Fields
-from llmkit.tokenizer.chat import ChatFormat
+from llmkit.tokenizer.chat import ChatFormat, Encoded
 from llmkit.tokenizer.templates import chat_format, choose_thinking
 from llmkit.tools.toolbox import Toolbox
 
@@ -33,11 +35,16 @@ SWITCHES = ("enable_thinking", "thinking")
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation as ids, the tools that the client runs, and whether a thought has begun."""
+    """A conversation as tokens, the tools that the client runs, and whether a thought has begun."""
 
-    ids: list[int]
+    encoded: Encoded
     tools: ToolUse | None
     thinking: bool
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens."""
+        return self.encoded.token_ids.tolist()
 
 
 class ServedModel:
@@ -65,6 +72,7 @@ class ServedModel:
             "created": self.created,
             "owned_by": "llmkit",
             "max_model_len": self.context,
+            "end_ids": sorted(generator.end_ids),
             "chat": generator.is_assistant,
             "tools": list(generator.tools.toolbox.names) if generator.tools else [],
             "dtype": generator.precision.name,
@@ -127,16 +135,16 @@ class ServedModel:
             tools = self._tools(definitions, chat, choice)
             schemas = tools.schemas if tools else self.generator.tools.schemas if self.generator.tools else ()
             if not goes_on:
-                ids = chat.encode(messages, prompt=begins, tools=schemas).token_ids.tolist()
-                thinking = begins and self.tokenizer.decode(ids[-8:]).rstrip().endswith("<think>")
-                return ChatPrompt(ids, tools, thinking)
+                encoded = chat.encode(messages, prompt=begins, tools=schemas)
+                end = self.tokenizer.decode(encoded.token_ids[-8:].tolist())
+                return ChatPrompt(encoded, tools, begins and end.rstrip().endswith("<think>"))
             if messages[-1].role != "assistant":
                 raise ApiError("'continue_final_message': expected a last message of the assistant's", "messages")
-            ids = chat.encode(messages, tools=schemas).token_ids.tolist()
-            said = messages[-1].text
+            encoded, said = chat.encode(messages, tools=schemas), messages[-1].text
             if not messages[-1].parts or messages[-1].parts[-1].kind == "text":  # a call or a result is left open
-                ids = ids[: len(ids) - 1 - ids[::-1].index(chat.end_id)]
-            return ChatPrompt(ids, tools, said.rfind("<think>") > said.rfind("</think>"))
+                end = int(np.flatnonzero(encoded.token_ids == chat.end_id)[-1])
+                encoded = replace(encoded, token_ids=encoded.token_ids[:end], trained=encoded.trained[:end])
+            return ChatPrompt(encoded, tools, said.rfind("<think>") > said.rfind("</think>"))
 
     def _chat(self, switches: Any) -> ChatFormat:
         """The chat format, with thoughts switched on or off."""

@@ -118,7 +118,9 @@ def test_an_answer_is_continued(server: Server) -> None:
     assert answer.choices[0].message.content == ">1!?.~"
     tokens = server.post("/tokenize", {**asked, "return_token_strs": True})[1]
     assert tokens["token_strs"][-5:] == ["<|im_sep|>", *"aA<b"] and tokens["special"][-5:] == [True, *[False] * 4]
-    assert server.post("/detokenize", {"model": "says", "tokens": tokens["tokens"][-4:]})[1] == {"prompt": "aA<b"}
+    back = server.post("/detokenize", {"model": "says", "tokens": tokens["tokens"][-5:], "return_token_strs": True})[1]
+    assert back["prompt"] == "<|im_sep|>aA<b" and back["token_strs"] == ["<|im_sep|>", *"aA<b"]
+    assert back["special"] == [True, *[False] * 4]
     answer = server.client.completions.create(model="says", prompt=tokens["tokens"], temperature=0)
     assert answer.choices[0].text == ">1!?.~"
 

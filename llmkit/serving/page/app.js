@@ -1,0 +1,758 @@
+// The page of `llmkit serve`: chat, a text to continue, the tokens that a model sees, and people as labellers.
+//
+// A conversation is a tree of messages; `chosen` names the child of each that is shown. It is kept in this browser's
+// localStorage alone. What a person or a model wrote enters the page as the text of a text node, never as markup.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const MOST_SHOWN = 20000, MOST_CUT = 3000; // characters of a message, tokens of a text that is cut live
+const SHADES = [0.9, 0.5, 0.2, 0.05, 0.01]; // a token at least as likely as the first has the shade p0
+const CALLS = /^<\|(calc|python|search|result)_(start|end)\|>$/; // tokens about calls of llmkit's tools
+const THOUGHTS = /^\s*<think>\n?([\s\S]*?)\n?<\/think>\s*/;
+const HIDDEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]/g;
+const conversations = new Map(); // by id
+const running = new Map(); // AbortControllers, by id of the node or conversation that is being written
+let current = null; // conversation
+let pair = null; // two answers that wait for a verdict: {parent, nodes}
+let seen = null, showsTokens = false; // the conversation as the model sees it
+let models = [], settings = {}, collecting = false; // collecting: the server takes judgements
+
+// ---- elements
+
+function make(tag, { data = {}, aria = {}, ...properties } = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  Object.assign(element.dataset, data);
+  for (const [name, value] of Object.entries(aria)) element.setAttribute(`aria-${name}`, value);
+  element.append(...children);
+  return element;
+}
+
+function iconButton(name, label, onclick, aria = {}) {
+  const [svg, use] = ["svg", "use"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+  use.setAttribute("href", `#i-${name}`);
+  svg.append(use);
+  const properties = { type: "button", className: "icon", title: label, onclick };
+  return make("button", { ...properties, data: { does: name }, aria: { label, ...aria } }, svg);
+}
+
+const button = (text, onclick, className = "") => make("button", { type: "button", onclick, className }, text);
+const prose = (...pieces) => make("div", { className: "prose", dir: "auto" }, ...pieces);
+const hint = (text) => make("p", { className: "hint" }, text);
+const say = (text) => { $("status").textContent = text.slice(0, 2000); }; // to screen readers
+const complain = (text) => { $("alert").hidden = !text; $("complaint").textContent = text; };
+
+// Blanks, control characters and changes of direction as signs that can be seen
+function visible(text) {
+  const code = (sign) => `⟨${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
+  return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "·").replace(HIDDEN, code);
+}
+
+function percent(logprob) {
+  const share = 100 * Math.exp(logprob);
+  return share < 0.01 ? "<0.01%" : `${share >= 9.95 ? share.toFixed(0) : share.toPrecision(2)}%`;
+}
+
+// ---- what this browser keeps
+
+function store(name, value, storage = () => localStorage) {
+  try {
+    storage().setItem(`llmkit.${name}`, JSON.stringify(value));
+  } catch {
+    complain("The browser's storage is full or switched off: this change is not kept. Export, then delete conversations.");
+  }
+}
+
+function stored(name, otherwise, storage = () => localStorage) {
+  try { return JSON.parse(storage().getItem(`llmkit.${name}`)) ?? otherwise; } catch { return otherwise; }
+}
+
+function loadConversations() {
+  let names = [];
+  try { names = Object.keys(localStorage).filter((each) => each.startsWith("llmkit.chat.")); } catch { /* switched off */ }
+  for (const conversation of names.map((name) => stored(name.slice("llmkit.".length)))) {
+    if (conversation?.nodes && !conversations.has(conversation.id)) conversations.set(conversation.id, conversation);
+  }
+}
+
+function keep(conversation) {
+  conversation.updated = Date.now();
+  conversations.set(conversation.id, conversation);
+  store(`chat.${conversation.id}`, conversation);
+}
+
+// ---- the server
+
+async function request(path, body, signal) {
+  const headers = { "Content-Type": "application/json" }, key = stored("key", "", () => sessionStorage);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const sent = fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  const response = await sent.catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server does not answer. Is llmkit serve still running?");
+  });
+  if (response.ok) return response;
+  if (response.status === 401) openSettings("key");
+  const text = await response.text();
+  let message = `The server answered ${response.status}: ${text.slice(0, 300)}`;
+  try { message = JSON.parse(text).error.message; } catch { /* no JSON */ }
+  throw new Error(message);
+}
+
+const json = async (...of) => (await request(...of)).json();
+const detokenize = (model, tokens) => json("/detokenize", { model, tokens, return_token_strs: true });
+
+// The choices in a stream of server-sent events
+async function* choices(path, body, signal) {
+  const { body: bytes } = await request(path, { ...body, stream: true }, signal);
+  const reader = bytes.pipeThrough(new TextDecoderStream()).getReader();
+  for (let waiting = "", step = await reader.read(); !step.done; step = await reader.read()) {
+    const events = (waiting + step.value).split("\n\n");
+    waiting = events.pop();
+    for (const data of events.filter((event) => event.startsWith("data: {")).map((event) => event.slice(6))) {
+      const { error, choices: [choice] = [] } = JSON.parse(data);
+      if (error) throw new Error(error.message);
+      if (choice) yield choice;
+    }
+  }
+}
+
+// The fields of a request that settings make, with a seed of its own for each of several tries
+function sampling(conversation, tries = 0) {
+  const { stop, thinking, seed: fixed, ...fields } = settings;
+  const seed = fixed === undefined ? Math.floor(Math.random() * 2 ** 31) : (fixed + tries) % 2 ** 31;
+  return { model: conversation.model, seed, ...fields, ...(stop ? { stop: stop.split("|").map((text) => text.trim()).filter(Boolean) } : {}) };
+}
+
+// ---- conversations
+
+const modelOf = (conversation) => models.find((model) => model.id === conversation.model);
+const isText = () => modelOf(current)?.chat === false; // a base model continues one text
+const freshId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+const textOf = (node) => node.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
+const childrenOf = (conversation, id) => Object.values(conversation.nodes).filter((node) => node.parent === id);
+const runningIn = ({ id, nodes }) => [id, ...Object.keys(nodes)].flatMap((each) => running.get(each) ?? []);
+
+// What the switch for thoughts adds to a request
+const template = () => (settings.thinking ? { chat_template_kwargs: { enable_thinking: settings.thinking === "on" } } : {});
+
+function begin(model = current?.model) {
+  current = { id: freshId(), model, system: "", text: "", nodes: {}, chosen: {}, updated: 0 };
+  pair = null;
+}
+
+// The nodes that are shown, in order
+function shownNodes(conversation = current) {
+  const nodes = [];
+  for (let id = conversation.chosen[""]; id; id = conversation.chosen[id]) nodes.push(conversation.nodes[id]);
+  return nodes;
+}
+
+function add(conversation, parent, role, text, more = {}) {
+  const node = { id: freshId(), parent, role, parts: text ? [{ type: "text", text }] : [], ...more };
+  conversation.nodes[node.id] = node;
+  conversation.chosen[parent] = node.id;
+  return node;
+}
+
+function grow(parts, { type, text }) {
+  if (type === "text" && parts.at(-1)?.type === "text") parts.at(-1).text += text;
+  else parts.push({ type, text });
+}
+
+// A message as chat templates and sft read it
+function message({ role, parts, reasoning }) {
+  const content = parts.every((part) => part.type === "text") ? textOf({ parts }) : parts;
+  return { role, content, ...(reasoning ? { reasoning_content: reasoning } : {}) };
+}
+
+function messages(conversation, nodes) {
+  const system = conversation.system.trim();
+  return [...(system ? [{ role: "system", content: system }] : []), ...nodes.map(message)];
+}
+
+// All messages up to and with a node
+function messagesTo(conversation, node) {
+  const nodes = [];
+  for (let at = node; at; at = conversation.nodes[at.parent]) nodes.unshift(at);
+  return messages(conversation, nodes);
+}
+
+function title(conversation) {
+  const [first] = shownNodes(conversation);
+  return (first ? textOf(first) : conversation.text).trim().slice(0, 60) || "New conversation";
+}
+
+// A conversation as a record of sft, without a question at its end that nobody answered
+function record(conversation) {
+  const nodes = shownNodes(conversation);
+  nodes.length = nodes.findLastIndex((node) => node.role === "assistant") + 1;
+  if (conversation.text) return [{ text: conversation.text }];
+  return nodes.length ? [{ messages: messages(conversation, nodes) }] : [];
+}
+
+function download(name, from) {
+  const lines = from.flatMap(record).map((each) => `${JSON.stringify(each)}\n`);
+  if (!lines.length) return complain("There is nothing to export yet.");
+  const link = make("a", { href: URL.createObjectURL(new Blob(lines)), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+function copy(text) {
+  const copied = navigator.clipboard?.writeText(text) ?? Promise.reject();
+  copied.then(() => say("Copied"), () => complain("Browsers let pages copy behind https and on localhost alone."));
+}
+
+// ---- answers
+
+// Have `work` write for a node or conversation; a stop leaves what has come
+async function write(id, work) {
+  const controller = new AbortController();
+  running.set(id, controller);
+  complain("");
+  render();
+  say("The model writes");
+  await work(controller.signal).catch((error) => { if (error.name !== "AbortError") complain(error.message); });
+  running.delete(id);
+}
+
+// Have an answer written; one that stayed empty for a fault goes
+async function writeAnswer(conversation, node, work) {
+  await write(node.id, work);
+  if (node.parts.length || node.reasoning || node.finish) node.finish ??= "stopped";
+  else {
+    delete conversation.nodes[node.id];
+    conversation.chosen[node.parent] = childrenOf(conversation, node.parent).at(-1)?.id;
+  }
+  keep(conversation);
+  if (conversation !== current) return;
+  say(textOf(node) || "No answer");
+  render();
+}
+
+// Begin an answer to `parent`: its node, and a promise of its end
+function answer(parent) {
+  const conversation = current;
+  const body = sampling(conversation, childrenOf(conversation, parent.id).length), { seed, model, ...used } = body;
+  const node = add(conversation, parent.id, "assistant", "", { seed, model, settings: used });
+  Object.assign(body, template(), { messages: messagesTo(conversation, parent) });
+  const ended = writeAnswer(conversation, node, async (signal) => {
+    for await (const { delta, finish_reason: finish } of choices("/v1/chat/completions", body, signal)) {
+      if (delta.reasoning_content) node.reasoning = (node.reasoning ?? "") + delta.reasoning_content;
+      if (delta.content) grow(node.parts, { type: "text", text: delta.content });
+      for (const part of delta.content_parts ?? []) grow(node.parts, part);
+      node.finish = finish ?? undefined;
+      paint(node);
+    }
+  });
+  return { node, ended };
+}
+
+// Two answers to `parent`, perhaps one that there is, for a person to judge
+async function compare(parent, first) {
+  const conversation = current;
+  pair = { parent: parent.id, nodes: [] };
+  const two = [first ? { node: first } : answer(parent), answer(parent)];
+  pair.nodes = two.map(({ node }) => node);
+  render();
+  await Promise.all(two.map(({ ended }) => ended));
+  if (current !== conversation || !pair) return;
+  if (!pair.nodes.every((node) => conversation.nodes[node.id])) pair = null; // one of them failed
+  render();
+  if (pair) $("judge").querySelector("button").focus();
+}
+
+function ask(text, parent = shownNodes().at(-1)?.id ?? "") {
+  const node = add(current, parent, "user", text);
+  keep(current);
+  if (collecting && $("two").checked) compare(node);
+  else answer(node);
+}
+
+// Continue a text from where it ends, or from `prompt`, tokens
+async function continueText(prompt) {
+  const conversation = current, before = conversation.text;
+  conversation.before = before;
+  await write(conversation.id, async (signal) => {
+    const body = { max_tokens: 100, ...sampling(conversation), prompt: prompt ?? before };
+    for await (const { text } of choices("/v1/completions", body, signal)) {
+      conversation.text += text;
+      if (conversation === current) $("paper").value = conversation.text;
+    }
+  });
+  keep(conversation);
+  if (conversation !== current) return;
+  say(conversation.text.slice(before.length));
+  render();
+}
+
+// ---- drawing
+
+// Draw again what has grown of an answer, and follow it where the end is in sight
+function paint(node) {
+  const body = document.querySelector(`[data-node="${node.id}"] .body`), chat = $("chat");
+  const low = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 80;
+  if (body) fill(body, node);
+  if (low) chat.scrollTop = chat.scrollHeight;
+}
+
+// A text with its fenced code set apart; the beginning of a very long one
+function drawText(text) {
+  if (text.length > MOST_SHOWN) {
+    const rest = button(`Show ${(text.length - MOST_SHOWN).toLocaleString()} more characters`,
+      () => rest.replaceWith(text.slice(MOST_SHOWN)), "plain");
+    return prose(text.slice(0, MOST_SHOWN), rest);
+  }
+  const pieces = text.split(/^```[^\n`]*\n([\s\S]*?)^```[^\S\n]*$\n?/m); // code at odd places
+  return prose(...pieces.map((piece, at) => (at % 2 ? make("pre", {}, make("code", {}, piece)) : piece)));
+}
+
+function fill(body, { id, parts, reasoning, finish }) {
+  const call = ({ type, text }) => make("div", { className: `call ${type}` }, make("span", { className: "tool" }, type),
+    make("code", { dir: "auto" }, text));
+  const drawn = parts.map((part) => (part.type === "text" ? drawText(part.text) : call(part)));
+  if (reasoning) {
+    const open = body.querySelector("details")?.open ?? false;
+    drawn.unshift(make("details", { open }, make("summary", {}, "Thoughts"), drawText(reasoning)));
+  }
+  if (running.has(id) && !drawn.length) drawn.push(make("span", { className: "caret" }));
+  if (finish === "length") drawn.push(hint("Cut: the limit of tokens is reached."));
+  if (finish === "stopped") drawn.push(hint("Stopped."));
+  body.replaceChildren(...drawn);
+}
+
+function drawTurn(node) {
+  const mine = node.role === "user", parent = current.nodes[node.parent];
+  const body = make("div", { className: "body" }), tools = make("div", { className: "tools" });
+  const name = make("h2", { className: "unseen" }, mine ? "You" : "Assistant");
+  const item = make("li", { className: `turn ${node.role}`, data: { node: node.id } }, name, body);
+  fill(body, node);
+  if (running.has(node.id)) return item;
+  const branches = childrenOf(current, node.parent), at = branches.indexOf(node), count = branches.length;
+  const turnTo = (step) => {
+    current.chosen[node.parent] = branches[(at + step + count) % count].id;
+    keep(current);
+    render();
+  };
+  if (count > 1) tools.append(iconButton("left", "Previous branch", () => turnTo(-1)),
+    make("span", { className: "count", title: `Branch ${at + 1} of ${count}` }, `${at + 1}/${count}`),
+    iconButton("right", "Next branch", () => turnTo(1)));
+  tools.append(iconButton("copy", mine ? "Copy the message" : "Copy the answer", () => copy(textOf(node))));
+  if (!mine) tools.append(iconButton("again", "Another answer", () => answer(parent)));
+  tools.append(iconButton("edit", mine ? "Edit, in a branch of its own" : "Rewrite the answer", () => edit(node)));
+  if (!mine && collecting) tools.append(iconButton("pair", "Compare with another answer", () => compare(parent, node)),
+    iconButton("up", "Good answer", () => thumb(node, 1), { pressed: node.thumb === 1 }),
+    iconButton("down", "Bad answer", () => thumb(node, 0), { pressed: node.thumb === 0 }));
+  item.append(tools);
+  return item;
+}
+
+function render() {
+  const focus = document.activeElement?.closest(".tools button"); // the same button of what is drawn again
+  const place = focus && [...$("turns").children].indexOf(focus.closest("li"));
+  let nodes = shownNodes();
+  if (pair) nodes = nodes.slice(0, nodes.findIndex((node) => node.id === pair.parent) + 1);
+  const text = isText(), busy = runningIn(current).length > 0;
+  document.body.classList.toggle("continues", text);
+  $("model").value = current.model ?? "";
+  if ($("paper").value !== current.text) $("paper").value = current.text;
+  $("turns").replaceChildren(...nodes.map(drawTurn));
+  if (pair) drawPair();
+  const hidden = { empty: text || nodes.length, paper: !text, judge: !pair, chat: showsTokens, seen: !showsTokens,
+    labelling: !collecting || text, stop: !busy, send: busy, again: !text || busy || current.before === undefined };
+  for (const [id, value] of Object.entries(hidden)) $(id).hidden = value;
+  $("as-text").setAttribute("aria-pressed", !showsTokens);
+  $("as-tokens").setAttribute("aria-pressed", showsTokens);
+  $("keys").textContent = text ? "Ctrl + Enter continues the text" : "Enter sends, Shift + Enter begins a new line";
+  drawList();
+  if (showsTokens) see(nodes, busy);
+  else closeOdds();
+  if (focus) $("turns").children[place]?.querySelector(`[data-does="${focus.dataset.does}"]`)?.focus();
+  else if (!showsTokens) $("chat").scrollTop = $("chat").scrollHeight;
+}
+
+function drawList() {
+  const newestFirst = [...conversations.values()].sort((one, other) => other.updated - one.updated);
+  $("list").replaceChildren(...newestFirst.map((conversation) => {
+    const open = button("", () => { current = conversation; pair = null; render(); showSide(false); }, "wide");
+    open.append(make("bdi", {}, title(conversation)));
+    if (conversation === current) open.setAttribute("aria-current", "page");
+    return make("li", {}, open, iconButton("bin", `Delete: ${title(conversation)}`, () => remove(conversation)));
+  }));
+}
+
+function remove(conversation) {
+  if (!confirm("Delete this conversation? It is kept in this browser alone.")) return;
+  for (const controller of runningIn(conversation)) controller.abort();
+  conversations.delete(conversation.id);
+  try { localStorage.removeItem(`llmkit.chat.${conversation.id}`); } catch { /* switched off */ }
+  if (conversation === current) begin();
+  render();
+}
+
+function showSide(on) {
+  document.body.classList.toggle("listing", on);
+  $("open-side").setAttribute("aria-expanded", on);
+  (on ? $("close-side") : isText() ? $("paper") : $("text")).focus();
+}
+
+// ---- the conversation as the model sees it
+
+async function see(nodes, busy) {
+  const conversation = current, { model } = conversation, shown = messages(conversation, nodes);
+  const chat = { messages: shown, add_generation_prompt: shown.at(-1)?.role !== "assistant", ...template() };
+  const body = isText() ? { prompt: conversation.text } : chat, key = JSON.stringify([model, body]);
+  if (busy || seen?.key === key) return;
+  closeOdds();
+  seen = null;
+  $("tokens").replaceChildren();
+  const empty = !nodes.length && !conversation.text;
+  $("seen-about").textContent = empty ? "Nothing is said yet." : "";
+  if (empty) return;
+  try {
+    const cut = await json("/tokenize", { model, ...body, return_token_strs: true });
+    const score = { echo: true, logprobs: 10, max_tokens: 0, return_tokens_as_token_ids: true };
+    const scored = await json("/v1/completions", { model, prompt: cut.tokens, ...score });
+    const { token_logprobs: logprobs, top_logprobs: tops } = scored.choices[0].logprobs;
+    if (conversation !== current || !showsTokens) return;
+    seen = { key, conversation, nodes, turns: shown.length, logprobs, tops, trained: [], turn_ends: [], ...cut };
+    drawTokens();
+  } catch (error) {
+    complain(error.message);
+  }
+}
+
+function drawTokens() {
+  const { tokens, token_strs: texts, special, trained, turn_ends: ends, logprobs, max_model_len: most } = seen;
+  $("tokens").replaceChildren(...tokens.flatMap((_, at) => {
+    const logprob = logprobs[at], name = special[at] ? texts[at] : visible(texts[at]);
+    const shade = SHADES.findIndex((least) => Math.exp(logprob) >= least);
+    const kinds = ["token", logprob === null ? "first" : `p${shade < 0 ? SHADES.length : shade}`];
+    if (special[at]) kinds.push("special");
+    if (trained[at]) kinds.push("learnt");
+    const share = logprob === null ? "no probability" : percent(logprob), aria = { label: `${name}, ${share}` };
+    const properties = { type: "button", className: kinds.join(" "), tabIndex: at ? -1 : 0, title: share };
+    const token = make("button", { ...properties, data: { at }, aria }, name);
+    if (ends.includes(at + 1)) return [token, make("span", { className: "end" })];
+    return texts[at].includes("\n") && !special[at] ? [token, make("br")] : [token];
+  }));
+  const scored = logprobs.filter((logprob) => logprob !== null);
+  const bits = scored.reduce((sum, logprob) => sum - logprob / Math.LN2, 0) / (scored.length || 1);
+  $("seen-about").textContent = `${tokens.length.toLocaleString()} of ${most.toLocaleString()} tokens, `
+    + `${bits.toFixed(2)} bits each. Open one to see what else could have stood there.`;
+}
+
+async function showOdds(at) {
+  const { conversation, tokens, special, token_strs: texts, trained, logprobs, tops } = seen;
+  const logprob = logprobs[at], free = isText() || trained[at], name = special[at] ? texts[at] : visible(texts[at]);
+  const listed = Object.entries(tops[at] ?? {}).map(([named, odds]) => ({ id: Number(named.split(":")[1]), odds }));
+  listed.sort((one, other) => other.odds - one.odds);
+  if (listed.length && !listed.some(({ id }) => id === tokens[at])) listed.push({ id: tokens[at], odds: logprob });
+  const strings = listed.length ? await detokenize(conversation.model, listed.map(({ id }) => id)) : {};
+  closeOdds();
+  $("tokens").querySelector(`[data-at="${at}"]`).setAttribute("aria-expanded", "true");
+  $("odds-of").textContent = name;
+  $("odds-about").textContent = logprob === null ? `Token ${tokens[at]}, the first: nothing stands before it.`
+    : `Token ${tokens[at]}, ${percent(logprob)}, ${(-logprob / Math.LN2).toFixed(1)} bits. `
+      + (free ? "Choose another, and the model goes on from there." : "Not written by the model; these are its guesses.");
+  $("odds-list").replaceChildren(...listed.map(({ id, odds }, place) => {
+    const text = visible(strings.token_strs[place]), bar = make("i");
+    bar.style.setProperty("--share", Math.exp(odds));
+    const aria = { label: `${text}, ${percent(odds)}`, ...(id === tokens[at] ? { current: true } : {}) };
+    const properties = { type: "button", disabled: !free, onclick: () => branch(at, id), aria };
+    return make("li", {}, make("button", properties, make("bdi", {}, text), bar, make("span", {}, percent(odds))));
+  }));
+  $("odds").hidden = false;
+  ($("odds-list").querySelector("button:enabled") ?? $("close-odds")).focus();
+}
+
+function closeOdds() {
+  if ($("odds").hidden) return;
+  $("odds").hidden = true;
+  const token = $("tokens").querySelector("[aria-expanded]");
+  token?.removeAttribute("aria-expanded");
+  token?.focus();
+}
+
+// Tokens that an assistant wrote, as its thoughts and the parts of its message: texts, calls of tools, results
+async function readTokens(model, tokens) {
+  const { token_strs: texts, special } = await detokenize(model, tokens), parts = [];
+  let type = "text", from = 0;
+  for (let at = 0; at <= tokens.length; at += 1) {
+    if (at < tokens.length && !special[at]) continue;
+    if (at > from) grow(parts, { type, text: (await detokenize(model, tokens.slice(from, at))).prompt });
+    const [, call, side] = CALLS.exec(texts[at] ?? "") ?? [];
+    type = side === "start" ? call : "text";
+    from = at + 1;
+  }
+  const [thoughts, reasoning] = THOUGHTS.exec(parts[0]?.text ?? "") ?? [""];
+  if (thoughts) parts[0].text = parts[0].text.slice(thoughts.length);
+  return { parts, reasoning };
+}
+
+// Go on from another token at a place: a text as it is, an answer in a branch of its own
+async function branch(at, id) {
+  const { conversation, nodes, turns, tokens, special, trained, turn_ends: ends } = seen, { model } = conversation;
+  const prompt = [...tokens.slice(0, at), id];
+  closeOdds();
+  showsTokens = false;
+  if (isText()) {
+    conversation.text = (await detokenize(model, prompt.filter((_, place) => !special[place] || place === at))).prompt;
+    return continueText(prompt);
+  }
+  const turn = ends.filter((end) => end <= at).length;
+  const answered = nodes[turn - (turns - nodes.length)]; // a system message has no node
+  const written = prompt.slice(trained.indexOf(true, ends[turn - 1] ?? 0));
+  const { seed, model: _, ...used } = sampling(conversation);
+  const node = add(conversation, answered.parent, "assistant", "", { seed, model, settings: used });
+  const body = { max_tokens: modelOf(conversation).max_model_len, ...used, model, seed, prompt, return_token_ids: true };
+  await writeAnswer(conversation, node, async (signal) => {
+    Object.assign(node, await readTokens(model, written));
+    paint(node);
+    if (modelOf(conversation).end_ids.includes(id)) return void (node.finish = "stop");
+    for await (const { text, token_ids: ids, finish_reason: finish } of choices("/v1/completions", body, signal)) {
+      written.push(...(ids ?? []));
+      grow(node.parts, { type: "text", text });
+      node.finish = finish ?? undefined;
+      paint(node);
+    }
+    Object.assign(node, await readTokens(model, written)); // calls of tools, and bytes that are halves of a character
+  });
+}
+
+function moveAmongTokens(event) {
+  const all = [...$("tokens").querySelectorAll(".token")], at = all.indexOf(event.target);
+  const { offsetLeft: left, offsetTop: top } = event.target;
+  const above = ({ offsetLeft, offsetTop }) => offsetTop < top - 4 && offsetLeft <= left;
+  const below = ({ offsetLeft, offsetTop, offsetWidth }) => offsetTop > top + 4 && offsetLeft + offsetWidth > left;
+  const moves = { ArrowRight: () => all[at + 1], ArrowLeft: () => all[at - 1], Home: () => all[0], End: () => all.at(-1),
+    ArrowDown: () => all.slice(at).find(below), ArrowUp: () => all.slice(0, at).findLast(above) };
+  const token = at < 0 ? null : moves[event.key]?.();
+  if (!token) return;
+  event.preventDefault();
+  event.target.tabIndex = -1;
+  token.tabIndex = 0;
+  token.focus();
+}
+
+// ---- any text in tokens
+
+let cutLater = null, cutting = new AbortController();
+
+async function cutText() {
+  cutting.abort();
+  cutting = new AbortController();
+  const { signal } = cutting, prompt = $("cut-text").value, length = [...prompt].length;
+  await Promise.all([...$("cuts").children].map(async (column) => {
+    const model = column.querySelector("select").value, about = column.querySelector(".hint");
+    try {
+      const body = { model, prompt, add_special_tokens: false, return_token_strs: true };
+      const { tokens, token_strs: texts } = prompt ? await json("/tokenize", body, signal) : { tokens: [], token_strs: [] };
+      const each = tokens.length ? `, ${(length / tokens.length).toFixed(2)} characters each` : "";
+      const rest = tokens.length > MOST_CUT ? `; the first ${MOST_CUT.toLocaleString()} are shown` : "";
+      about.textContent = `${tokens.length.toLocaleString()} tokens${each}${rest}`;
+      column.querySelector(".pieces").replaceChildren(...texts.slice(0, MOST_CUT).flatMap((text, at) => {
+        const piece = make("span", { className: `piece c${at % 4}`, title: `token ${tokens[at]}` }, visible(text));
+        return text.includes("\n") ? [piece, make("br")] : [piece];
+      }));
+    } catch (error) {
+      if (error.name !== "AbortError") about.textContent = error.message;
+    }
+  }));
+}
+
+function openCut() {
+  const names = models.map((model) => model.id), other = names.find((name) => name !== current.model);
+  $("cuts").replaceChildren(...[current.model, other].filter(Boolean).map((picked) => {
+    const options = names.map((name) => make("option", { selected: name === picked }, name));
+    const select = make("select", { onchange: cutText, aria: { label: "Tokenizer of" } }, ...options);
+    return make("section", {}, select, hint(""), make("div", { className: "pieces" }));
+  }));
+  $("cut").showModal();
+  cutText();
+}
+
+// ---- people as labellers
+
+// Send a judgement of answers to what `parent` ends; true if the server has it
+async function collect(kind, conversation, parent, nodes, judgement) {
+  const [{ model = conversation.model, settings: used = {} }] = nodes;
+  const body = { kind, model, messages: messagesTo(conversation, parent), answers: nodes.map(message),
+    labeller: $("labeller").value.trim() || null, seeds: nodes.map((node) => node.seed ?? null), settings: used };
+  const saved = request("/collect", { ...body, ...judgement }).then(() => true);
+  const done = await saved.catch((error) => complain(`The judgement is not saved: ${error.message}`));
+  if (done) say("The judgement is saved");
+  return done;
+}
+
+async function thumb(node, better) {
+  const conversation = current;
+  if (await collect("thumb", conversation, conversation.nodes[node.parent], [node], { better })) node.thumb = better;
+  keep(conversation);
+  render();
+}
+
+function drawPair() {
+  $("pair").replaceChildren(...pair.nodes.map((node, at) => {
+    const body = make("div", { className: "body" });
+    fill(body, node);
+    return make("article", { data: { node: node.id }, aria: { label: at ? "Right answer" : "Left answer" } }, body);
+  }));
+  const busy = !pair.nodes.length || pair.nodes.some((node) => running.has(node.id));
+  for (const each of document.querySelectorAll("[data-better]")) each.disabled = busy;
+}
+
+// Take a verdict on the pair: 0 or 1 for the better, null for a tie, none to go on without one
+async function judge(better) {
+  const conversation = current, { parent, nodes } = pair, about = conversation.nodes[parent];
+  if (better !== undefined && !(await collect("comparison", conversation, about, nodes, { better }))) return;
+  conversation.chosen[parent] = nodes[better ?? 0].id;
+  pair = null;
+  keep(conversation);
+  render();
+  $("text").focus();
+}
+
+// Have a person change a message, which is then asked, or write the ideal answer
+function edit(node) {
+  const conversation = current, old = textOf(node), mine = node.role === "user", dialog = $("edit");
+  $("edit-title").textContent = mine ? "Your message" : "The ideal answer";
+  $("edited").value = old;
+  $("save").textContent = mine ? "Send" : "Save";
+  dialog.classList.toggle("mine", mine);
+  $("save").onclick = async () => {
+    const text = $("edited").value.trim(), parent = conversation.nodes[node.parent];
+    if (!text || (!mine && text === old)) return dialog.close();
+    if (!mine && collecting && !(await collect("rewrite", conversation, parent, [node], { rewritten: text }))) return;
+    dialog.close();
+    if (mine) return ask(text, node.parent);
+    add(conversation, node.parent, "assistant", text, { finish: "stop" });
+    keep(conversation);
+    render();
+  };
+  dialog.showModal();
+}
+
+// The guide's headings, items and paragraphs
+function drawGuide(markdown) {
+  const blocks = markdown.split(/\n\s*\n|\n(?=#|[-*] )/).filter((block) => block.trim()).map((block) => {
+    const [, sign, text] = /^\s*(#+|[-*])?\s*([\s\S]*)/.exec(block);
+    return make({ "#": "h3", "-": "li", "*": "li" }[sign] ?? (sign ? "h4" : "p"), {}, text.trim());
+  });
+  for (const place of document.querySelectorAll(".guide")) {
+    place.replaceChildren(...blocks.map((block) => block.cloneNode(true)));
+    place.hidden = false;
+  }
+  $("open-guide").hidden = false;
+}
+
+// ---- settings and the start
+
+const fields = () => [...$("settings").querySelectorAll("[name]")];
+
+function openSettings(focus) {
+  for (const field of fields()) field.value = settings[field.name] ?? "";
+  $("system").value = current.system;
+  if (!$("settings").open) $("settings").showModal();
+  if (focus) fields().find((field) => field.name === focus).focus();
+}
+
+function closeSettings() {
+  const filled = fields().filter((field) => field.value !== "" && field.validity.valid);
+  const values = filled.map(({ name, type, value }) => [name, type === "number" ? Number(value) : value]);
+  const { key, ...others } = Object.fromEntries(values);
+  settings = others;
+  store("settings", settings);
+  current.system = $("system").value;
+  if (shownNodes().length) keep(current);
+  if (!key) return render();
+  store("key", key, () => sessionStorage);
+  start();
+}
+
+function listen() {
+  const clicks = {
+    "new": () => { begin(); render(); showSide(false); },
+    "open-side": () => showSide(true),
+    "close-side": () => showSide(false),
+    "open-cut": openCut,
+    "open-guide": () => $("guide").showModal(),
+    "open-settings": () => openSettings(),
+    "as-text": () => { showsTokens = false; render(); },
+    "as-tokens": () => { showsTokens = true; render(); },
+    "close-odds": closeOdds,
+    "export": () => download("conversation.jsonl", [current]),
+    "export-all": () => download("conversations.jsonl", [...conversations.values()]),
+    "defaults": () => { for (const field of [...fields(), $("system")]) field.value = ""; },
+    "stop": () => { for (const controller of runningIn(current)) controller.abort(); },
+    "again": () => { current.text = current.before; continueText(); },
+    "skip": () => judge(),
+    "dismiss": () => complain(""),
+  };
+  for (const [id, work] of Object.entries(clicks)) $(id).onclick = work;
+  for (const each of document.querySelectorAll("[data-better]")) each.onclick = () => judge(JSON.parse(each.dataset.better));
+  for (const each of document.querySelectorAll("[data-close]")) each.onclick = () => each.closest("dialog").close();
+  $("settings").onclose = closeSettings;
+  $("model").onchange = () => {
+    const used = shownNodes().length || current.text, before = isText();
+    current.model = $("model").value;
+    if (used && before !== isText()) begin(); // a conversation is no text to continue
+    render();
+  };
+  for (const area of [$("text"), $("paper")]) area.onkeydown = (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || (isText() && !event.ctrlKey)) return;
+    event.preventDefault();
+    $("ask").requestSubmit();
+  };
+  $("ask").onsubmit = (event) => {
+    event.preventDefault();
+    const text = $("text").value.trim();
+    if ($("send").hidden || pair || !models.length) return;
+    if (isText()) return continueText();
+    if (text) ask(text);
+    $("text").value = "";
+  };
+  $("paper").oninput = () => { current.text = $("paper").value; keep(current); drawList(); };
+  $("labeller").onchange = () => store("labeller", $("labeller").value);
+  $("two").onchange = () => store("two", $("two").checked);
+  $("tokens").onkeydown = moveAmongTokens;
+  $("tokens").onclick = ({ target: { dataset } }) => {
+    if (dataset.at) showOdds(Number(dataset.at)).catch((error) => complain(error.message));
+  };
+  $("odds").onkeydown = (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key], all = [...$("odds-list").querySelectorAll("button:enabled")];
+    if (!step || !all.length) return;
+    event.preventDefault();
+    all.at((all.indexOf(document.activeElement) + step) % all.length).focus();
+  };
+  $("cut-text").oninput = () => { clearTimeout(cutLater); cutLater = setTimeout(cutText, 150); };
+  document.onkeydown = ({ key, target }) => {
+    if (key !== "Escape" || target.closest("dialog")) return;
+    if (document.body.classList.contains("listing")) showSide(false);
+    else if (!$("odds").hidden) closeOdds();
+    else $("stop").click();
+  };
+  window.onstorage = () => { loadConversations(); drawList(); }; // another tab
+}
+
+async function start() {
+  try {
+    models = (await json("/v1/models")).data;
+    collecting = models.some((model) => model.collect);
+    $("model").replaceChildren(...models.map((model) => make("option", {}, model.id)));
+    if (models.some((model) => model.guide)) drawGuide(await (await request("/guide")).text());
+    complain("");
+  } catch (error) {
+    complain(error.message);
+  }
+  if (!modelOf(current)) current.model = models[0]?.id;
+  render();
+}
+
+settings = stored("settings", {});
+$("labeller").value = stored("labeller", "");
+$("two").checked = stored("two", false);
+loadConversations();
+begin();
+listen();
+render();
+start();
