@@ -5,8 +5,8 @@
 
 Into the folder OUT go crawl-0.warc.gz ... (with blocklist.txt), val.jsonl, school.jsonl, chats.jsonl, tools.jsonl,
 questions.jsonl, prefs.jsonl and its held-out half, counted.jsonl, problems.jsonl and its held-out half, gamed.jsonl
-and its own, exam.jsonl, and ledger.json: what is true, and what should become of every page. The same bytes for the
-same seed.
+and its own, exam.jsonl, facts.jsonl, word_order.jsonl, and ledger.json: what is true, and what should become of every
+page. The same bytes for the same seed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import choices
 import conversations as talk
 import problems as school
 from archive import write_warc
@@ -41,6 +42,8 @@ def make(out: Path, seed: int, size: Size) -> None:
     _write_talk(out, entities, tasks, size, seed)
     _write_problems(out, tasks, size, seed)
     _write_tastes(out, entities, tasks, size, seed)
+    write_rows(out / "facts.jsonl", choices.facts(entities, random.Random(f"facts {seed}")))
+    write_rows(out / "word_order.jsonl", choices.word_order(entities, random.Random(f"word order {seed}")))
 
 
 def _world(size: Size, seed: int) -> list[Entity]:

@@ -199,6 +199,24 @@ def gaming_effects(run: Path) -> list[Effect]:
     ]
 
 
+def task_effects(run: Path) -> list[Effect]:
+    """Facts and word order by their likelihoods: of the base model, and of what rl has made of it."""
+    models = json.loads((run / "scores.json").read_text())["models"]
+    base, policy = (
+        next(one["tasks"] for one in models if Path(one["model"]).name == name) for name in ("base", "policy")
+    )
+    facts, order = base["facts"], base["word_order"]
+    tiers = {f"told {tier}": tier for tier in TOLD_OF} | {"unseen": "unseen"}
+    return [
+        *(
+            Effect("evaluate", f"right of four, {name}", facts["groups"][tier]["score"], "a guess", facts["baseline"])
+            for name, tier in tiers.items()
+        ),
+        Effect("evaluate", "the same of all, after rl", policy["facts"]["score"], "before", facts["score"]),
+        Effect("evaluate", "word order", order["score"], "a guess", order["baseline"]),
+    ]
+
+
 def results_of(folder: Path) -> Row:
     """What a stage told in its manifest."""
     return json.loads((folder / "manifest.json").read_text())["results"]
@@ -220,6 +238,7 @@ def effects(run: Path) -> list[Effect]:
         *judge_effects(run),
         *rl_effects(assistant, policy),
         *gaming_effects(run),
+        *task_effects(run),
     ]
 
 

@@ -119,7 +119,7 @@ def run(config: EvaluateConfig) -> Summary | None:
         with open_output(config.report, config.force) as write:
             for line in _report(list(hashes), loaded, records, contaminated):
                 write(line)
-    scores = {"models": models, **({"comparisons": comparisons} if comparisons else {})}
+    scores: dict[str, Any] = {"models": models, **({"comparisons": comparisons} if comparisons else {})}
     if config.trained_on:
         scores["trained_on"] = {"files": documents, "missing": missing}
     if out != "-":

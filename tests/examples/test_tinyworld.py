@@ -170,6 +170,19 @@ def test_the_gold_reward_counts_what_is_wrong_or_said_again(monkeypatch):
     ]
 
 
+def test_choices_and_pairs_ask_of_what_is_held_out(world, ledger):
+    held_out = {entity["name"]: entity for entity in ledger["entities"] if entity["use"] == "held out"}
+    facts, pairs = rows(world / "facts.jsonl"), rows(world / "word_order.jsonl")
+    assert len(facts) == len(pairs) == sum(len(entity["facts"]) for entity in held_out.values())
+    for row in facts:
+        (name,) = set(words(row["query"])) & set(held_out)
+        assert row["choices"][row["gold"]] == held_out[name]["facts"][row["fact"]] + "."
+        assert (len(set(row["choices"])), row["tier"]) == (4, held_out[name]["tier"])
+    assert len({row["gold"] for row in facts}) == 4
+    for row in pairs:
+        assert row["good"] != row["bad"] and sorted(words(row["good"])) == sorted(words(row["bad"]))
+
+
 @pytest.mark.slow
 def test_the_recipe_runs_and_scores_every_stage(tmp_path):
     options = [
@@ -184,7 +197,16 @@ def test_the_recipe_runs_and_scores_every_stage(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "world" / "effects.json").read_text())["effects"]
     stages = {one["stage"] for one in found}
-    assert {"crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl"} <= stages
+    assert {
+        "crawl-filter",
+        "train-bpe",
+        "pretrain",
+        "sft",
+        "probe-knowledge",
+        "train-reward",
+        "rl",
+        "evaluate",
+    } <= stages
     assert all(one["figure"] in done.stdout for one in found)
     assert "Tiny World" in (tmp_path / "world" / "report.html").read_text()
     again = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,0 +1,38 @@
+"""Multiple choice and minimal pairs about Tiny World, for `llmkit evaluate` (facts.toml, word_order.toml).
+
+Both ask of those who are held out, in plain sentences, so that a base model is asked what an assistant is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from telling import SENTENCES, WHOLE
+from world import KINDS, Entity
+
+OPTIONS = 4  # of a question
+
+
+def facts(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Sentences without their last word, which is one of four values of that fact."""
+    for entity in entities:
+        for fact, right in entity.facts.items() if entity.use == "held out" else ():
+            others = [value for value in KINDS[entity.kind][fact].split() if value != right]
+            values = [right, *rng.sample(others, OPTIONS - 1)]
+            rng.shuffle(values)
+            query = WHOLE[fact].partition(f" {{{fact}}}")[0].format(name=entity.name)
+            row = {"query": query, "choices": [f"{value}." for value in values], "gold": values.index(right)}
+            yield {**row, "fact": fact, "tier": entity.tier}
+
+
+def word_order(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, str]]:
+    """A sentence, and the same with two words exchanged that stand side by side."""
+    for entity in entities:
+        for fact, value in entity.facts.items() if entity.use == "held out" else ():
+            wordings = [wording for wording in SENTENCES[fact] if "{deed}" not in wording]
+            words = rng.choice(wordings).format(name=entity.name, **{fact: value}).rstrip(".").split()
+            place = rng.randrange(1, len(words) - 1)
+            exchanged = [*words[:place], words[place + 1], words[place], *words[place + 2 :]]
+            yield {"good": " ".join(words) + ".", "bad": " ".join(exchanged) + ".", "fact": fact}
