@@ -20,7 +20,7 @@ demo: $(VENV)/.ready ## From raw pages through all stages, each scored: 12 minut
 	@$(MAKE) --no-print-directory -C examples/tinyworld OUT=$(CURDIR)/demo \
 	  LLMKIT=$(CURDIR)/$(BIN)/llmkit PYTHON=$(CURDIR)/$(BIN)/python
 
-smoke: $(VENV)/.ready-test ## Run every recipe of examples/ at its smallest, without a network: 3.5 CPU minutes
+smoke: $(VENV)/.ready-test ## Run every recipe of examples/ at its smallest, without a network: 4 CPU minutes
 	@$(MAKE) --no-print-directory -C examples OUT=$(CURDIR)/smoke \
 	  LLMKIT=$(CURDIR)/$(BIN)/llmkit PYTHON=$(CURDIR)/$(BIN)/python
 

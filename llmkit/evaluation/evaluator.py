@@ -48,6 +48,7 @@ class Asking:
     system       the system message; without `chat` it is text before all else
     samples, temperature, max_tokens, seed  of generation; None takes the task's `max_tokens`
     tools        what the model may call
+    sandbox      whether programs that are tested run in the sandbox
     thinking     whether it is asked for thoughts: "on", "off" or "auto", by the chat template
     """
 
@@ -58,12 +59,21 @@ class Asking:
     max_tokens: int | None = None
     seed: int = 0
     tools: ToolConfig | None = None
+    sandbox: bool = True
     thinking: str = "auto"
 
 
 def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     """Yield the items in the numbers that are evaluated together."""
     return (items[first : first + CHUNK] for first in range(0, len(items), CHUNK))
+
+
+def check_problems(task: Task, items: Sequence[Item], sandbox: bool = True) -> None:
+    """Raise UserError for a problem without what its verifier needs, and for tests on a machine without the sandbox."""
+    verifier = VerifierReward(sandbox=sandbox)
+    for item in items:
+        if item.problem is not None and task.verifier != EXACT_MATCH:
+            verifier.check(item.problem)
 
 
 class Model:
@@ -84,7 +94,7 @@ class Model:
     ) -> None:
         self.name, self.sha256, self._tokenizer, self._asking = name, sha256, tokenizer, asking
         self._score, self._sampler = score, sampler
-        self._verifier = VerifierReward()
+        self._verifier = VerifierReward(sandbox=asking.sandbox)
 
     def evaluate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return a record of each item: what the model made of it, and its `metrics`.
@@ -131,10 +141,7 @@ class Model:
 
     def _generate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
         asking, records = self._asking, []
-        for item in items:
-            assert item.problem is not None
-            if task.verifier != EXACT_MATCH:
-                self._verifier.check(item.problem)
+        check_problems(task, items, asking.sandbox)
         with self._sampler(task.stop) as sampler:
             limit = asking.max_tokens or task.max_tokens
             asked = [self._prompt(task, item, sampler, limit) for item in items]

@@ -48,15 +48,18 @@ from llmkit.io.jsonl import RECORDS, dump_json, expanded, read_jsonl
 from llmkit.io.progress import counted
 from llmkit.io.records import Row, fields_of
 from llmkit.io.remote import is_remote
+from llmkit.rewards.verifiers import NAMES as VERIFIERS
 
 TASKS = Path(__file__).with_name("tasks")
-KINDS = {  # kind: what its forms have, and the metric that is its score
-    "multiple_choice": (("prompt", "choices", "gold"), "acc"),
+KINDS = {  # kind: what its forms have, and the metric that is its score, unless a task says another of these
+    "multiple_choice": (("prompt", "choices", "gold"), "acc", "acc_norm", "acc_bytes", "acc_tokens"),
     "schema": (("contexts", "continuation", "gold"), "acc"),
-    "language_modeling": (("prompt", "continuation"), "acc"),
+    "language_modeling": (("prompt", "continuation"), "acc", "bits_per_byte"),
     "text": (("text",), "bits_per_byte"),
     "generation": (("prompt",), "pass@1"),
 }
+TEMPLATES = ("prompt", "continuation", "text", "answer")  # of a form; its other fields are expressions
+SHOTS_ORDERS = ("random", "spare", "first", "core")
 ENDINGS = ("", *(kind + packed for kind in RECORDS for packed in ("", ".gz", ".zst")))
 SHOT_SEED = 1234  # of lm-evaluation-harness and nanochat
 CORE_SEED = 1337  # of nanochat: the order of a task's items
@@ -246,12 +249,34 @@ def read_task(path: Path) -> Task:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise UserError(f"{path}: expected a regular expression, found {pattern!r}: {error}") from None
-    if values.get("kind") not in KINDS:
-        raise UserError(f"{path}: kind: expected {', '.join(KINDS)}, found {values.get('kind')!r}")
+    known = {"kind": KINDS, "metric": KINDS.get(values.get("kind", ""), ())[1:], "shots_order": SHOTS_ORDERS}
+    for key, names in {**known, "verifier": (*VERIFIERS, EXACT_MATCH)}.items():
+        if values.get(key, "" if key == "kind" else next(iter(names))) not in names:
+            raise UserError(f"{path}: {key}: expected {', '.join(names)}, found {values.get(key)!r}")
+    if values.get("shots", 0) < 0 or not 0 <= values.get("baseline", 0) < 1:
+        raise UserError(f"{path}: expected shots of 0 or more, and a baseline from 0 to below 1")
+    for key in ("description", "group"):
+        _check_compiles(path, key, values.get(key, ""), key == "group")
     for form in forms:
+        for key, source in form.items():
+            if key in TEMPLATES and not isinstance(source, str):
+                raise UserError(f"{path}: [[form]]: {key}: expected a template, found {source!r}")
+            _check_compiles(path, key, source, key not in TEMPLATES)
         if missing := [key for key in KINDS[values["kind"]][0] if key not in form]:
             raise UserError(f"{path}: [[form]]: expected {missing[0]!r}, which kind {values['kind']} needs")
     return Task(path.stem, **values)
+
+
+def _check_compiles(path: Path, key: str, source: Any, is_expression: bool) -> None:
+    from jinja2 import TemplateError
+
+    try:
+        if isinstance(source, str) and source:
+            _compiled(source, is_expression)
+    except TemplateError as error:
+        raise UserError(
+            f"{path}: {key}: expected a Jinja {'expression' if is_expression else 'template'}: {error}"
+        ) from None
 
 
 # ---- items
@@ -359,6 +384,8 @@ def _made(source: Any, record: Mapping[str, Any], is_expression: bool = False) -
     if not isinstance(source, str):
         return source
     name = source if is_expression else source[2:-2] if source.startswith("{{") and source.endswith("}}") else ""
+    if name in record and record[name] is None:
+        raise _OtherForm(f"{source!r}: null")
     if name in record:  # a field as it stands, without the 0.1 ms that Jinja takes
         return record[name] if is_expression else str(record[name])
     try:

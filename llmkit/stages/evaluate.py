@@ -182,7 +182,13 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     for name in gates:
         if name not in names:
             raise UserError(f"--fail-under {name}: expected a task among {', '.join(names)}")
-    return [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
+    loaded = [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
+    for one in loaded:
+        if one.task.kind == "generation":  # before models are loaded and asked of other tasks
+            from llmkit.evaluation.evaluator import check_problems
+
+            check_problems(one.task, one.items, config.sandbox != "none")
+    return loaded
 
 
 def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
@@ -243,6 +249,7 @@ def _asking(config: EvaluateConfig) -> Asking:
         max_tokens=config.max_tokens,
         seed=config.seed,
         tools=config if config.tools else None,
+        sandbox=config.sandbox != "none",
         thinking=config.thinking,
     )
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from llmkit.cli import COMMANDS
+from llmkit.evaluation.scores import core_tasks
+from llmkit.evaluation.tasks import load_items
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
-RECIPES = ["fineweb", "foreign", "gsm8k", "helpful-harmless", "quality"]
+RECIPES = ["evaluation", "fineweb", "foreign", "gsm8k", "helpful-harmless", "quality"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -65,7 +67,29 @@ def test_the_lines_of_the_first_two_stages_print_what_the_page_says(tmp_path):
         run(python, EXAMPLES / "pipes.py", world, "--only", heading, folder=tmp_path)
 
 
-@pytest.mark.slow  # 3.5 CPU minutes together; the job `examples` of the CI runs them all
+def test_a_bundle_of_ones_own_has_the_form_of_core(tmp_path):
+    facts = [{"query": "The sea is", "choices": ["wet.", "dry."], "gold": 0, "tier": "often"}]
+    pairs = [{"good": "In it are fish now.", "bad": "In are it fish now."}, {"good": "Fish swim.", "bad": "Swim fish."}]
+    for name, rows in (("facts", facts), ("word_order", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bundle = tmp_path / "bundle"
+    run(
+        sys.executable,
+        EXAMPLES / "evaluation" / "bundle.py",
+        "facts.jsonl",
+        "word_order.jsonl",
+        "-o",
+        bundle,
+        folder=tmp_path,
+    )
+    tasks = {task.name: load_items(task, shots=0).items for task in core_tasks(str(bundle))}
+    assert set(tasks) == {"core/facts", "core/facts_after_three", "core/last_word", "core/word_order"}
+    (item,) = tasks["core/word_order"]
+    assert (item.contexts, item.continuations) == (("In it are", "In are it"), ("fish now.",))
+    assert tasks["core/last_word"][0].continuations == ("wet.",)
+
+
+@pytest.mark.slow  # 4 CPU minutes together; the job `examples` of the CI runs them all
 @pytest.mark.parametrize("recipe", [*RECIPES, "pipes"])
 def test_runs_at_its_smallest(recipe, tmp_path):
     if shutil.which("jq") is None:
@@ -77,6 +101,20 @@ def test_runs_at_its_smallest(recipe, tmp_path):
         before, after = json.loads((tmp_path / recipe / "accuracy.json").read_text())
         assert before["asked"] == after["asked"] == 8
         assert f"{before['right']} of 8" in said
+    if recipe == "evaluation":
+        scores, core = (json.loads((tmp_path / recipe / name).read_text()) for name in ("scores.json", "core.json"))
+        assert [Path(one["model"]).name for one in scores["models"]] == ["base", "chat", "policy"]
+        assert len(scores["comparisons"]) == 4 and all("core" in one for one in core["models"])
+        gate = json.loads((tmp_path / recipe / "gate.json").read_text())
+        facts = gate["models"][0]["tasks"]["facts"]
+        assert facts["in_training"]["items"] + facts["not_in_training"]["items"] == facts["items"]
+        assert "What the models can do" in (tmp_path / recipe / "report.html").read_text()
+        done = subprocess.run(
+            ["make", "-C", EXAMPLES / recipe, f"OUT={tmp_path / recipe}", "QUICK=1", "GATE=facts=1.01", "gate",
+             f"PYTHON={sys.executable}", f"LLMKIT={sys.executable} -m llmkit"],
+            env=ENVIRONMENT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2 and "is under --fail-under 1.01" in done.stderr and "Error 3" in done.stderr
     if recipe == "quality":
         seed, *scores = (tmp_path / recipe / "bits-per-byte.tsv").read_text().split()[-3:]
         assert seed == "0" and all(0 < float(score) < 8 for score in scores)

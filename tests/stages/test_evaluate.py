@@ -362,6 +362,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatc
         ([{"query": "a", "choices": ["b", " "], "gold": 0}], "1: expected a choice with text, found ' '"),
         ([{"query": "a", "choices": ["b"], "gold": 0}], "1: expected two choices or more, found ['b']"),
         ([*CHOICES, {"query": "a"}], "7: expected an item of bad, found ['query']"),
+        ([*CHOICES, {"query": None, "choices": ["a", "b"], "gold": 0}], "7: expected an item of bad"),
         ([{"id": 7}], "1: expected an item (query, choices, gold;"),
         ([{"prompt": "2 + 2?"}], "expected field 'answer' for the verifier"),
         ([], "expected items, found none"),
@@ -400,6 +401,27 @@ def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):
     assert expected in str(error.value)
 
 
+def test_unit_tests_want_the_sandbox_before_any_model_is_asked(models, tmp_path, monkeypatch):
+    def missing() -> None:
+        raise UserError("the Python sandbox cannot be closed on this machine: no namespaces")
+
+    test = {
+        "task_id": "t/0",
+        "prompt": "def two():\n",
+        "test": "def check(f):\n    assert f() == 2",
+        "entry_point": "two",
+    }
+    tasks = f"{write_lines(tmp_path / 'things.jsonl', CHOICES)},humaneval"
+    write_lines(tmp_path / "HumanEval.jsonl", [test])
+    monkeypatch.setattr("llmkit.rewards.code.check_sandbox", missing)
+    options = {"tasks": tasks, "data_dir": str(tmp_path), "max_tokens": 4}
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="cannot be closed on this machine"):
+        patched.setattr(evaluator, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        evaluate(models / "seven", **options)
+    (scores,) = evaluate(models / "seven", sandbox="none", **options).models
+    assert scores["tasks"]["humaneval"]["score"] == 0
+
+
 @pytest.mark.parametrize(
     ("toml", "expected"),
     [
@@ -408,6 +430,13 @@ def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):
         ('kind = "text"\n[[form]]\nprompt = ""\n', "[[form]]: expected 'text', which kind text needs"),
         ('kind = "text"\nshots = "2"\n[[form]]\ntext = ""\n', "shots: expected int, found '2'"),
         ('kind = "text"\n', "expected a table [[form]] or more"),
+        ('kind = "text"\nmetric = "acc"\n[[form]]\ntext = ""\n', "metric: expected bits_per_byte, found 'acc'"),
+        ('kind = "text"\nshots = -1\n[[form]]\ntext = ""\n', "expected shots of 0 or more"),
+        ('kind = "text"\nshots_order = "frist"\n[[form]]\ntext = ""\n', "shots_order: expected random"),
+        ('kind = "text"\n[[form]]\ntext = 3\n', "[[form]]: text: expected a template, found 3"),
+        ('kind = "text"\n[[form]]\ntext = "{{a"\n', "text: expected a Jinja template: unexpected end of template"),
+        ('kind = "text"\ngroup = "a +"\n[[form]]\ntext = ""\n', "group: expected a Jinja expression: unexpected"),
+        ('kind = "generation"\nverifier = "x"\n[[form]]\nprompt = ""\n', "verifier: expected number, gsm8k,"),
     ],
 )
 def test_mistakes_in_a_toml_are_named(tmp_path, toml, expected):
