@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.problems import Problem
 from llmkit.io.foreign import shown
+from llmkit.io.pool import Worker, WorkerDied
 from llmkit.rewards.reward import Attempt, Reward
 
 SECONDS = 1.0  # for one completion: (a+)+$ on forty letters takes a day
 LONGEST_CHECK = 10.0  # of the processor: JSON of a megabyte takes a second
-_deadline = threading.local()  # of the check by a schema under way
+BACKTRACKS = 1_000_000  # of a pattern in a schema
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
@@ -99,73 +96,64 @@ def _pattern_of(problem: Problem) -> str:
 # ---- the verifier json-schema
 
 
-def check_schema(problem: Problem) -> None:
-    """Raise UserError for a problem without a valid schema, or without jsonschema."""
-    schema = problem.record.get("schema")
-    if not isinstance(schema, dict):
-        raise UserError(f"{problem.where}: expected field 'schema', an object, found {sorted(problem.record)}")
-    if not schema:
-        raise UserError(f"{problem.where}: expected 'schema' to ask for something, found {{}}, which all JSON fits")
-    try:
-        import jsonschema
-        from jsonschema import validators
-        from referencing.exceptions import Unresolvable
-    except ImportError:
-        raise UserError(
-            f"{problem.where}: the verifier 'json-schema' needs jsonschema; pip install 'llmkit[json-schema]'"
-        ) from None
-    try:
-        if not isinstance(schema.get("$schema", ""), str):
-            raise jsonschema.SchemaError(f"its '$schema' is {shown(schema['$schema'])}")
-        validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
-        _check_references(schema)
-    except jsonschema.SchemaError as error:
-        raise UserError(f"{problem.where}: expected 'schema' to be a JSON schema: {error.message[:200]}") from None
-    except RecursionError:
-        raise UserError(
-            f"{problem.where}: expected 'schema' to be less deep; Python ends at a thousand levels"
-        ) from None
-    except Unresolvable as error:
-        raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
+class SchemaVerifier:
+    """JSON that fits `schema`, by jsonschema-rs in a process of its own: `allOf` may double the work at each level."""
+
+    def __init__(self, seconds: float = LONGEST_CHECK) -> None:
+        self.worker = Worker(start_checking, seconds)
+
+    def check(self, problem: Problem) -> None:
+        """Raise UserError for a problem without a valid schema, or without jsonschema-rs."""
+        schema = problem.record.get("schema")
+        if not isinstance(schema, dict):
+            raise UserError(f"{problem.where}: expected field 'schema', an object, found {sorted(problem.record)}")
+        if not schema:
+            raise UserError(f"{problem.where}: expected 'schema' to ask for something, found {{}}, which all JSON fits")
+        try:
+            from jsonschema_rs import ValidationErrorKind
+        except ImportError:
+            needed = "needs jsonschema-rs; pip install 'llmkit[json-schema]'"
+            raise UserError(f"{problem.where}: the verifier 'json-schema' {needed}") from None
+        try:
+            _validator(json.dumps(schema))
+        except (ValueError, RecursionError) as error:
+            refers = isinstance(getattr(error, "kind", None), ValidationErrorKind.Referencing)
+            expected = f"expected 'schema' to {'refer to its own parts' if refers else 'be a JSON schema'}"
+            reason = getattr(error, "message", str(error)).splitlines()[0][:200]
+            raise UserError(f"{problem.where}: {expected}: {reason}") from None
+
+    def is_met(self, problem: Problem, completion: str) -> bool:
+        """The completion is JSON that fits `schema`; alone, or as the one fenced block that it consists of.
+
+        Deliberately strict: text around it, a key twice, NaN and Infinity are no JSON. Nothing is fetched for a `$ref`.
+        """
+        try:
+            return self.worker.call((json.dumps(problem.record["schema"]), completion))
+        except WorkerDied:  # also at the limit of time
+            return False
 
 
-def _check_references(schema: dict[str, Any]) -> None:
-    """Raise Unresolvable for a reference to what is not there, which a completion may come upon much later."""
-    from jsonschema_specifications import REGISTRY
-    from referencing.jsonschema import DRAFT202012, specification_with
+def start_checking() -> Callable[[tuple[str, str]], Iterator[bool]]:
+    """Return a function that tells if a completion is JSON that fits a schema, which is JSON, too."""
 
-    kind = specification_with(schema.get("$schema", ""), default=DRAFT202012)
-    root = kind.create_resource(schema)
-    waiting = [(root, REGISTRY.resolver_with_root(root))]
-    while waiting:
-        part, resolver = waiting.pop()
-        if isinstance(part.contents, dict):
-            for name in ("$ref", "$dynamicRef"):
-                if isinstance(part.contents.get(name), str):
-                    resolver.lookup(part.contents[name])
-        waiting += ((inner, resolver.in_subresource(inner)) for inner in part.subresources())
+    def check(pair: tuple[str, str]) -> Iterator[bool]:
+        schema, completion = pair
+        fenced = FENCED.fullmatch(completion)
+        try:
+            yield _validator(schema).is_valid(strict_json(fenced[1] if fenced else completion))
+        except (ValueError, RecursionError):
+            yield False
+
+    return check
 
 
-def is_schema_met(problem: Problem, completion: str) -> bool:
-    """The completion is JSON that fits `schema`; alone, or as the one fenced block that it consists of.
+@lru_cache(64)
+def _validator(schema: str) -> Any:
+    import jsonschema_rs
 
-    Deliberately strict: text around it, a key twice, NaN and Infinity are no JSON. Nothing is fetched for a `$ref`.
-    """
-    from jsonschema import Draft202012Validator, validators
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-
-    fenced, schema = FENCED.fullmatch(completion), problem.record["schema"]
-    try:
-        value = strict_json(fenced[1] if fenced else completion)
-        _deadline.at = time.thread_time() + LONGEST_CHECK
-        validator = _bounded_validator(validators.validator_for(schema, Draft202012Validator))
-        return validator(schema, registry=Registry()).is_valid(value)
-    # ArithmeticError: a quotient beyond floats of multipleOf
-    except (ValueError, ArithmeticError, RecursionError, TimeoutError, MemoryError):
-        return False
-    except Unresolvable as error:
-        raise UserError(f"{problem.where}: expected 'schema' to refer to its own parts: {error}") from None
+    # (a+)+$ on forty letters takes a day otherwise
+    patterns = jsonschema_rs.FancyRegexOptions(backtrack_limit=BACKTRACKS)
+    return jsonschema_rs.validator_for(json.loads(schema), offline=True, pattern_options=patterns)
 
 
 def strict_json(text: str) -> Any:
@@ -183,45 +171,3 @@ def strict_json(text: str) -> Any:
         return value
 
     return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-
-
-@cache
-def _bounded_validator(known: Any) -> Any:
-    """A validator of jsonschema's with a limit of time on all that it does, and on every pattern."""
-    from jsonschema import validators
-
-    bounded = ModuleType("re")
-    vars(bounded).update(vars(re))
-    bounded.search = lambda pattern, text: _compiled(pattern).search(text, timeout=SECONDS, concurrent=True)  # type: ignore[attr-defined]
-    for name, module in list(sys.modules.items()):
-        if name.startswith("jsonschema.") and getattr(module, "re", None) is re:
-            module.re = bounded  # type: ignore[attr-defined]
-    keywords = {name: _with_deadline(keyword) for name, keyword in known.VALIDATORS.items()}
-    return validators.extend(known, {**keywords, "uniqueItems": _unique_items})
-
-
-def _with_deadline(keyword: Callable[..., Any]) -> Callable[..., Any]:
-    """A keyword of a schema that ends the check where it has taken too long: `allOf` may double at each level."""
-
-    def checked(*arguments: Any) -> Any:
-        if time.thread_time() > _deadline.at:
-            raise TimeoutError
-        yield from keyword(*arguments) or ()
-
-    return checked
-
-
-def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Any:
-    import jsonschema
-
-    if wanted and isinstance(instance, list) and len(set(map(_hashable, instance))) < len(instance):
-        yield jsonschema.ValidationError("two items are equal")
-
-
-def _hashable(value: Any) -> Any:
-    """A JSON value as one that has a hash, equal where JSON Schema's are: 1 and 1.0, but not 1 and true."""
-    if isinstance(value, dict):
-        return frozenset((key, _hashable(inner)) for key, inner in value.items())
-    if isinstance(value, list):
-        return tuple(map(_hashable, value))
-    return ("boolean", value) if isinstance(value, bool) else value

@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from llmkit.errors import UserError
 from llmkit.formats.problems import Problem, read_options
 from llmkit.rewards.code import CodeTests, has_tests
-from llmkit.rewards.constraints import check_pattern, check_schema, is_pattern_met, is_schema_met
+from llmkit.rewards.constraints import SchemaVerifier, check_pattern, is_pattern_met
 from llmkit.rewards.final_answer import chosen, final, last_sentence, marked, plain, says, unasked
 from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import (
@@ -139,7 +139,6 @@ TEXT_VERIFIERS = {
     "match": Verifier(_check_text, is_matching),
     "choice": Verifier(_check_choice, is_choice_right),
     "regex": Verifier(check_pattern, is_pattern_met),
-    "json-schema": Verifier(check_schema, is_schema_met),
 }
 
 
@@ -190,8 +189,12 @@ class VerifierReward(Reward):
     def __init__(self, forced: str | None = None, *, sandbox: bool = True, seconds: float = 10.0) -> None:
         self.name = "verifier" if forced is None else f"verifier={forced}"
         self._forced = forced
-        self._tests, self._latex = CodeTests(sandbox, seconds), LatexComparer()
-        self._verifiers = {**TEXT_VERIFIERS, "latex": Verifier(self._latex.check, self._latex.is_right)}
+        self._tests, self._latex, self._schema = CodeTests(sandbox, seconds), LatexComparer(), SchemaVerifier()
+        in_processes = {
+            "latex": Verifier(self._latex.check, self._latex.is_right),
+            "json-schema": Verifier(self._schema.check, self._schema.is_met),
+        }
+        self._verifiers = {**TEXT_VERIFIERS, **in_processes}
 
     def check(self, problem: Problem) -> None:
         """Raise UserError for a problem without what its verifier needs."""
@@ -226,8 +229,9 @@ class VerifierReward(Reward):
         return verdict
 
     def close(self) -> None:
-        """End what compares LaTeX."""
+        """End the processes that compare LaTeX and check JSON."""
         self._latex.worker.close()
+        self._schema.worker.close()
 
 
 def _each_answer(problem: Problem) -> list[Problem]:

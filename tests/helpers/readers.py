@@ -285,13 +285,10 @@ def reward_readers() -> dict[str, Reader]:
 
 
 def schema_readers() -> dict[str, Reader]:
-    from llmkit.formats.problems import read_problem
-    from llmkit.io.records import Row
     from llmkit.rewards import constraints
 
     def met(schema: dict[str, Any]) -> Reader:
-        problem = read_problem(Row({"prompt": "JSON", "schema": schema, "verifier": "json-schema"}, "a.jsonl", 1))
-        return lambda text: constraints.is_schema_met(problem, text)
+        return lambda text: list(constraints.start_checking()((json.dumps(schema), text)))
 
     as_text, as_object = met({"type": "string", "pattern": "^[a-z ]+$", "maxLength": 10}), met({"type": "object"})
     items = met({"type": "array", "items": {"type": "integer"}, "uniqueItems": True})

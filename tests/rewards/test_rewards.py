@@ -98,7 +98,7 @@ def test_no_user_code_runs_and_no_model_loads_before_every_spec_is_right(tmp_pat
     assert not trace.exists()
     code = "import sys; from llmkit.rewards import parse_rewards\n"
     code += "parse_rewards(['verifier', 'length', 'format:a', 'cmd:cat'])\n"
-    code += "print([name for name in ('torch', 'numpy', 'sympy', 'jsonschema') if name in sys.modules])"
+    code += "print([name for name in ('torch', 'numpy', 'sympy', 'jsonschema_rs') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
