@@ -211,6 +211,9 @@ class TuningConfig(TrainingConfig):
     """Options of every stage that tunes a model on records."""
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
+    quantize: str | None = option(
+        None, "Form of the frozen weights beside the adapters.", group="LoRA", choices=("nf4", "int8")
+    )
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     micro_batch_size: int | None = option(None, "Rows of a forward pass [by length].", group="Training", at_least=1)
@@ -221,6 +224,13 @@ class TuningConfig(TrainingConfig):
     warmup_steps: int | None = option(
         None, "Steps of learning-rate warm-up [a twentieth of the run].", group="Training", at_least=0
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantize is not None and self.lora_rank is None:
+            raise UserError(f"--quantize {self.quantize}: needs --lora-rank; weights that are trained stay whole")
+        if self.quantize is not None and self.compile == "on":
+            raise UserError(f"--quantize {self.quantize}: expected no --compile on beside it")
 
 
 @dataclass(frozen=True, kw_only=True)

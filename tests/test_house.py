@@ -66,17 +66,17 @@ OPTIONS = {
     "crawl-filter": 28,
     "train-bpe": 15,
     "pretrain": 41,
-    "sft": 41,
+    "sft": 42,
     "probe-knowledge": 30,
-    "train-reward": 34,
-    "rl": 50,
+    "train-reward": 35,
+    "rl": 51,
     "sample": 36,
     "serve": 21,
     "evaluate": 32,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 135
+DISTINCT = 136
 
 
 def modules() -> dict[str, str]:

@@ -1,10 +1,11 @@
 """A model folder for other programs: read and checked, and written in another precision or as the adapter alone.
 
-The model is held once, in its new precision.
+The model is held once, in its new precision, and of a folder of several files one at a time.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -114,11 +115,14 @@ def write_folder(
     for name in _COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, work / name)
-    tensors = {}
-    for name in source.shapes:
-        tensors[name] = narrowed(source.tensors.read(name), dtype, f"{source.folder}: {name}")
-        advance(tensors[name].numel())
-    save_tensors(work, values, tensors, max_shard_size)
+
+    def tensor_of(name: str) -> Tensor:
+        value = narrowed(source.tensors.read(name), dtype, f"{source.folder}: {name}")
+        advance(value.numel())
+        return value
+
+    sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, shape in source.shapes.items()}
+    save_tensors(work, values, sizes, tensor_of, max_shard_size)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ from llmkit.kernels.dispatch import backend
 from llmkit.kernels.linear import can_pack, packed_linear
 from llmkit.kernels.projections import ACTIVATIONS
 from llmkit.model.devices import Weights, narrow_linear
-from llmkit.model.transformer import Layer, Transformer, normalize, rotary_tables
+from llmkit.model.transformer import MATRICES, Layer, Transformer, normalize, rotary_tables
 
 FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more
 LEAST_SEEN = 256
@@ -221,9 +222,9 @@ class Decoder:
         self._keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._values = torch.empty_like(self._keys)
         self._viewed: tuple[int, int] | None = None
-        matrices = [matrix for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        width = {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
-        self.weight_bytes = width * sum(matrix.numel() for matrix in (*matrices, model.head_weight))
+        shapes, width = model.config.layer_shapes(), {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
+        numbers = len(self._layers) * sum(math.prod(shapes[name]) for name in MATRICES) + model.head_weight.numel()
+        self.weight_bytes = width * numbers
         self._position_bytes = 2 * shape[0] * shape[2] * shape[4] * self.dtype.itemsize
         self.bytes_read, self.seconds = 0, 0.0  # in all steps: of weights, keys and values; on a CPU
 

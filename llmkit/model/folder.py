@@ -4,9 +4,11 @@ A folder is refused by name and reason where the model would not be the one that
 missing, unknown or of another shape, a cut file, a pickle.
 """
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from llmkit.io.jsonl import read_object, write_json
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.families import FAMILIES
+from llmkit.model.quantized import quantized_when_filled
 from llmkit.model.transformer import Transformer
-from llmkit.model.weights import HEAD, embedding_name, export_state_dict, import_state_dict, stock_shapes
+from llmkit.model.weights import HEAD, embedding_name, export_tensor, import_state_dict, stock_shapes, stock_tensors
 
 CONFIG = "config.json"
 SCORE = "score.weight"  # of a reward model
@@ -85,15 +88,29 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
 def load_model(
     folder: str | os.PathLike[str],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Transformer:
-    """Load a folder of a family in model/families.py, of one safetensors file or several with an index."""
+    """Load a folder of a family in model/families.py, of one safetensors file or several with an index.
+
+    dtype     None is bfloat16 where all tensors are, else float32
+    quantize  "nf4" or "int8", for matrices of layers (model/quantized.py): a layer after the other, so that the whole
+              model is never held unquantized
+    """
     config = load_config(folder)
     tensors = SavedTensors(folder)
     tensors.check(config)
-    model = Transformer(config, dtype=dtype, device=device)
-    import_state_dict(model, tensors.read)
+    if dtype is None:
+        stored = {tensors.stored_dtype(name) for name in stock_shapes(config)}
+        dtype = torch.bfloat16 if stored == {"BF16"} else torch.float32
+    if quantize is None:
+        model = Transformer(config, dtype=dtype, device=device)
+        import_state_dict(model, tensors.read)
+        return model.eval()
+    model = Transformer(config, dtype=dtype, device="meta").to_empty(device=device, recurse=False)
+    around = partial(quantized_when_filled, kind=quantize, dtype=dtype, device=device)
+    import_state_dict(model, tensors.read, around)
     return model.eval()
 
 
@@ -115,40 +132,49 @@ def save_model(
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / GENERATION, {k: v for k, v in tokens.items() if v is not None})
     values = config.to_hf(str(dtype).removeprefix("torch."))
-    save_tensors(folder, values, export_state_dict(model, dtype), max_shard_size)
+    stock = {tensor.name: tensor for tensor in stock_tensors(config)}
+    sizes = {name: math.prod(tensor.shape) * dtype.itemsize for name, tensor in stock.items()}
+    save_tensors(folder, values, sizes, lambda name: export_tensor(model, stock[name], dtype), max_shard_size)
 
 
 def save_tensors(
-    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], max_shard_size: int = 5 * 10**9
+    folder: Path,
+    config: dict[str, Any],
+    sizes: Mapping[str, int],
+    tensor_of: Callable[[str], Tensor],
+    max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write `config` as config.json and, last, the weights, in one file or in several with an index."""
+    """Write `config` as config.json and, last, the weights, in one file or in several with an index.
+
+    sizes      bytes of each tensor, by name
+    tensor_of  called with the name of each in turn; those of one file are held at a time
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config)
-    shards = _shards(tensors, max_shard_size)
+    shards = _shards(sizes, max_shard_size)
     if len(shards) == 1:
-        write_tensors(folder / WEIGHTS, shards[0])
+        write_tensors(folder / WEIGHTS, {key: tensor_of(key) for key in shards[0]})
         stale = [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]
     else:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards, strict=True):
-            write_tensors(folder / name, shard)
+            write_tensors(folder / name, {key: tensor_of(key) for key in shard})
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
         stale = [folder / WEIGHTS, *set(folder.glob("model-*-of-*.safetensors")).difference(folder / n for n in names)]
     for path in stale:  # of an earlier save in the other form; a loader must not find both
         path.unlink(missing_ok=True)
 
 
-def _shards(tensors: dict[str, Tensor], max_shard_size: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > max_shard_size:
-            shards.append({})
+    for name, more in sizes.items():
+        if size and size + more > max_shard_size:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        shards[-1].append(name)
+        size += more
     return shards
 
 

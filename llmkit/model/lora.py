@@ -2,11 +2,12 @@
 
     adapter = LoraAdapter(model, rank=16, alpha=32, targets=("q", "v"), seed=0)
     train(adapter.parameters())
-    adapter.merge()
+    save_model(model, "chat/")                       # whose matrices are the sums
 
-The sum is made once a forward pass, for a whole matrix: rank times fewer products than the batch's, and the layer runs
-the kernels that it always runs. What is saved is the optimizer's state and the masters, not the gradient of W, which
-lives for a moment in each layer. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: A is drawn, B is zero.
+The sum is made for a whole matrix, once in the forward pass and once in the backward pass: rank times fewer products
+than the batch's, and the layer runs the kernels that it always runs. What is saved is the optimizer's state and the
+masters, not the gradient of W, which lives for a moment in each layer. W may be held quantized (model/quantized.py).
+Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: A is drawn, B is zero.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from llmkit.io.files import atomic_file
 from llmkit.model.config import ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.folder import write_tensors
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import MATRICES, Transformer
 from llmkit.model.weights import embedding_name, pairs_apart, stacked_modules
 
 # the names of the matrices that a layer's matrices stack
@@ -51,13 +52,12 @@ def projections(config: ModelConfig) -> dict[str, dict[str, tuple[str, int]]]:
 class _LowRankSum(nn.Module):
     """Adds to a stacked parameter a low-rank product for each adapted matrix of it."""
 
-    def __init__(self, weight: Tensor, rows: dict[str, int], adapted: Sequence[str], rank: int, scale: float, draw):
+    def __init__(self, inputs: int, rows: dict[str, int], adapted: Sequence[str], rank: int, scale: float, draw):
         super().__init__()
         self.rows, self.scale = rows, scale
-        options = {"dtype": weight.dtype, "device": weight.device}
-        bound = 1 / math.sqrt(weight.shape[1])
-        self.down = nn.ParameterDict({name: draw((rank, weight.shape[1]), bound).to(**options) for name in adapted})
-        self.up = nn.ParameterDict({name: torch.zeros(rows[name], rank, **options) for name in adapted})
+        down = {name: draw((rank, inputs), 1 / math.sqrt(inputs)) for name in adapted}
+        self.down = nn.ParameterDict(down)
+        self.up = nn.ParameterDict({name: down[name].new_zeros(rows[name], rank) for name in adapted})
 
     def forward(self, weight: Tensor) -> Tensor:
         if list(self.down) == list(self.rows):
@@ -75,14 +75,14 @@ class _LowRankSum(nn.Module):
 class _Rows(nn.Module):
     """An embedding or a head in which some rows are trained and replace its own."""
 
-    def __init__(self, weight: Tensor, token_ids: Sequence[int]):
+    def __init__(self, weight: Tensor, token_ids: Sequence[int], dtype: torch.dtype):
         super().__init__()
         ids = torch.tensor(token_ids, device=weight.device)
         self.register_buffer("token_ids", ids, persistent=False)
-        self.rows = nn.Parameter(weight.detach()[ids].clone())
+        self.rows = nn.Parameter(weight.detach()[ids].to(dtype, copy=True))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.index_copy(0, cast("Tensor", self.token_ids), self.rows)
+        return weight.to(self.rows.dtype).index_copy(0, cast("Tensor", self.token_ids), self.rows)
 
 
 class LoraAdapter:
@@ -91,6 +91,7 @@ class LoraAdapter:
     rank, alpha  of every adapter
     targets      the projections that get one, in every layer, by the names in `projections`; None is all
     token_ids    tokens whose rows of the embedding, and of a head of its own, are trained as well; ascending
+    dtype        of the adapters, and of the sums where the model's is not wider; None is the model's
     """
 
     def __init__(
@@ -101,17 +102,15 @@ class LoraAdapter:
         targets: Sequence[str] | None = None,
         seed: int = 0,
         token_ids: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
     ):
-        matrices, known = [], projections(model.config)
+        known, shapes, matrices = projections(model.config), model.config.layer_shapes(), {}
         targets = [name for names in known.values() for name in names] if targets is None else targets
-        for name, weight, _ in model.matrices():
-            _, index, stacked = name.split(".")
+        for stacked in MATRICES:
             sizes = {target: rows for target, (_, rows) in known[stacked].items()}
-            adapted = [target for target in sizes if target in targets]
-            matrices += [(model.layers[int(index)], stacked, weight, sizes, adapted)] if adapted else []
-        largest = max(
-            min(sizes[name], weight.shape[1]) for _, _, weight, sizes, adapted in matrices for name in adapted
-        )
+            if adapted := [target for target in sizes if target in targets]:
+                matrices[stacked] = (shapes[stacked][1], sizes, adapted)
+        largest = max(min(sizes[name], inputs) for inputs, sizes, adapted in matrices.values() for name in adapted)
         if rank > largest:
             raise UserError(
                 f"--lora-rank: expected at most {largest}, the smaller side of the matrices that get an adapter, "
@@ -120,16 +119,19 @@ class LoraAdapter:
         self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(targets)
         self.token_ids = tuple(token_ids)
         generator = torch.Generator().manual_seed(seed)
+        device, dtype = model.embed_tokens.device, dtype or model.embed_tokens.dtype
 
         def draw(shape: tuple[int, int], bound: float) -> Tensor:
-            return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
+            return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound).to(device, dtype)
 
         model.requires_grad_(False)
-        for layer, stacked, weight, sizes, adapted in matrices:
-            low_rank = _LowRankSum(weight, sizes, adapted, rank, alpha / rank, draw)
-            parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
+        for layer in model.layers:
+            for stacked, (inputs, sizes, adapted) in matrices.items():
+                low_rank = _LowRankSum(inputs, sizes, adapted, rank, alpha / rank, draw)
+                parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
         for table in self._tables:
-            parametrize.register_parametrization(model, table, _Rows(getattr(model, table), token_ids), unsafe=True)
+            rows = _Rows(getattr(model, table), token_ids, dtype)
+            parametrize.register_parametrization(model, table, rows, unsafe=True)
 
     @property
     def _tables(self) -> tuple[str, ...]:
@@ -142,10 +144,12 @@ class LoraAdapter:
         """(name, parameter) of every A, (rank, in), and B, (out, rank): `layers.0.q.down` and `layers.0.q.up`; and of
         the rows of tokens, `embed_tokens.rows` and `lm_head.rows`."""
         for index, layer in enumerate(self.model.layers):
-            for stacked in PROJECTIONS:
+            for stacked in MATRICES:
                 if not parametrize.is_parametrized(layer, stacked):
                     continue
-                low_rank = cast("_LowRankSum", layer.parametrizations[stacked][0])  # type: ignore[index]
+                low_rank = layer.parametrizations[stacked][-1]  # type: ignore[index]
+                if not isinstance(low_rank, _LowRankSum):  # a matrix that is quantized, and no target
+                    continue
                 for name in low_rank.down:
                     yield f"layers.{index}.{name}.down", low_rank.down[name]
                     yield f"layers.{index}.{name}.up", low_rank.up[name]
@@ -157,16 +161,6 @@ class LoraAdapter:
         """Set the adapters by the names of `parameters`."""
         for name, parameter in self.parameters():
             parameter.copy_(values[name])
-
-    def merge(self) -> Transformer:
-        """Make the sums the weights of a plain model, and return it."""
-        for layer in self.model.layers:
-            for stacked in PROJECTIONS:
-                if parametrize.is_parametrized(layer, stacked):
-                    parametrize.remove_parametrizations(layer, stacked, leave_parametrized=True)
-        for table in self._tables:
-            parametrize.remove_parametrizations(self.model, table, leave_parametrized=True)
-        return self.model.requires_grad_(True)
 
     def save(self, folder: Path, base: str, tokens: int | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT reads them, beside the path of the base.

@@ -20,6 +20,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_attention
@@ -30,6 +31,7 @@ from llmkit.kernels.projections import feed_forward, qkv_rotary
 from llmkit.kernels.rowwise import add_rms_norm, rms_norm
 from llmkit.model.config import ModelConfig, Rope, RopeScaling
 
+MATRICES = ("qkv", "out", "gate_up", "down")  # of a layer
 MULTIPLE = 64  # of rows, where the base kept it: 16-byte loads of the output matrix
 
 
@@ -310,10 +312,8 @@ class Transformer(nn.Module):
         """The matrices for Muon: (name, parameter, rows of each of the matrices that it stacks)."""
         rows = self.config.stacked_rows
         for i, layer in enumerate(self.layers):
-            yield f"layers.{i}.qkv", layer.qkv, rows["qkv"]
-            yield f"layers.{i}.out", layer.out, rows["out"]
-            yield f"layers.{i}.gate_up", layer.gate_up, rows["gate_up"]
-            yield f"layers.{i}.down", layer.down, rows["down"]
+            for name in MATRICES:
+                yield f"layers.{i}.{name}", getattr(layer, name), rows[name]
 
     def forward(self, token_ids_BT: Tensor, *, doc_ids: Tensor | Packing | Branching | None = None) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
@@ -342,6 +342,8 @@ class Transformer(nn.Module):
         for layer, table in zip(self.layers, self._table_of, strict=True):
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, turns[table], doc_ids, use_reentrant=False, preserve_rng_state=False)
+            elif eager and torch.is_grad_enabled() and parametrize.is_parametrized(layer):
+                x_BTC = _with_passing_weights(layer, x_BTC, turns[table], doc_ids)
             else:
                 x_BTC = layer(x_BTC, turns[table], doc_ids)
         x_BTC = normalize(x_BTC, self.norm, self.norm_bias, config)
@@ -370,6 +372,29 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
 
+def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
+    """Run a layer whose matrices are computed, of adapters or of codes, and let backward compute them again.
+
+    Kept until then they would be the whole model once more. Forward holds those of this layer, backward of one product.
+    """
+    with parametrize.cached():
+        names = {getattr(layer, name).untyped_storage().data_ptr(): name for name in MATRICES}
+
+        def pack(saved: Tensor):
+            name = names.get(saved.untyped_storage().data_ptr())
+            return saved if name is None else (name, saved.shape, saved.stride(), saved.storage_offset())
+
+        def unpack(packed) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            name, shape, stride, offset = packed
+            with torch.no_grad():
+                return getattr(layer, name).as_strided(shape, stride, offset)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return layer(x_BTC, cos_sin, doc_ids)
+
+
 def _positions(token_ids_BT: Tensor, doc_ids: Tensor | Packing | Branching | None) -> Tensor:
     """The position of each token in its document, (T,) or (B, T)."""
     if isinstance(doc_ids, Branching):
@@ -382,27 +407,23 @@ def _positions(token_ids_BT: Tensor, doc_ids: Tensor | Packing | Branching | Non
 
 @torch.no_grad()
 def grow_vocabulary(model: Transformer, known: int, wanted: int) -> Transformer:
-    """A model in which ids `known` to `wanted` - 1 start from the mean of the ids below.
+    """Let ids `known` to `wanted` - 1 of a model, which is returned, start from the mean of the ids below.
 
     A base may have rows for them already, that no token has used: they start from the mean as well. The mean makes a
     new token about as likely as an average one, whatever the context (Hewitt 2021, "Initializing new word embeddings
-    for pretrained language models"). The embedding and an untied head grow in step; the same model is returned where
-    no token is new.
+    for pretrained language models"). The embedding and an untied head grow in step.
     """
     if wanted <= known:
         return model
     rows = model.embed_tokens.shape[0]
     if wanted > rows:
         multiple = MULTIPLE if rows % MULTIPLE == 0 else 1
-        grown = Transformer(
-            replace(model.config, vocab_size=-(-wanted // multiple) * multiple),
-            dtype=model.embed_tokens.dtype,
-            device=model.embed_tokens.device,
-        )
-        theirs = dict(grown.named_parameters())
-        for name, parameter in model.named_parameters():
-            theirs[name][: len(parameter)].copy_(parameter)
-        model = grown.train(model.training)
+        model.config = replace(model.config, vocab_size=-(-wanted // multiple) * multiple)
+        for name in ("embed_tokens",) if model.lm_head is None else ("embed_tokens", "lm_head"):
+            table = getattr(model, name)
+            grown = table.new_empty(model.config.vocab_size, model.config.hidden_size)
+            grown[:rows] = table
+            setattr(model, name, nn.Parameter(grown))
     for table in {model.embed_tokens, model.head_weight}:
         table[known:] = table[:known].float().mean(0)
     return model

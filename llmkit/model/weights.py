@@ -7,7 +7,9 @@ tensors on the way out, exactly.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from llmkit.errors import UserError
 from llmkit.kernels.rowwise import rms_norm_reference
 from llmkit.model.config import ModelConfig
 from llmkit.model.families import FAMILIES
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import Layer, Transformer
 
 HEAD = "lm_head.weight"
 
@@ -146,48 +148,56 @@ def pairs_together(rows: Tensor, config: ModelConfig) -> Tensor:
 
 
 def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return the tensors of the stock model that gives the same logits; `dtype` defaults to the parameters'.
-
-    Folding is done in float32 or wider and rounded once.
-    """
-    config = model.config
+    """Return the tensors of the stock model that gives the same logits; `dtype` defaults to the parameters'."""
     dtype = dtype or model.embed_tokens.dtype
-    wide = torch.float64 if model.embed_tokens.dtype == torch.float64 else torch.float32
-    out: dict[str, Tensor] = {}
-    for tensor in stock_tensors(config):
-        owner = model if tensor.layer is None else model.layers[tensor.layer]
-        parameter, scales = getattr(owner, tensor.attribute), getattr(owner, "residual_scale", None)
-        if parameter is None:  # a norm without gains
-            value = torch.ones(tensor.shape, dtype=wide)
-        else:
-            value = parameter.detach()[tensor.rows].to("cpu", wide)
-        if tensor.attribute == "embed_tokens" and config.normalize_embedding:
-            value = rms_norm_reference(value, None, config.rms_norm_eps)
-        elif tensor.attribute == "q_norm":
-            value = value * config.qk_gain
-        elif tensor.attribute in ("out", "down") and scales is not None:
-            value = value * scales.detach().to("cpu", wide)[int(tensor.attribute == "down")]
-        if tensor.pairs:
-            value = torch.cat([pairs_apart(value[: tensor.pairs], config), value[tensor.pairs :]])
-        if tensor.offset:
-            value = value - tensor.offset
-        if tensor.transposed:
-            value = value.T
-        # a copy where nothing was computed: the file must not share storage with the model, nor tensors with others
-        out[tensor.name] = value.to(dtype, copy=True).contiguous()
-    return out
+    return {tensor.name: export_tensor(model, tensor, dtype) for tensor in stock_tensors(model.config)}
 
 
 @torch.no_grad()
-def import_state_dict(model: Transformer, read: Callable[[str], Tensor]) -> None:
-    """Fill a model whose configuration has no training extras from stock tensors, read by name."""
+def export_tensor(model: Transformer, tensor: StockTensor, dtype: torch.dtype) -> Tensor:
+    """Return one tensor of the stock model. Folding is done in float32 or wider and rounded once."""
+    config = model.config
+    wide = torch.float64 if model.embed_tokens.dtype == torch.float64 else torch.float32
+    owner = model if tensor.layer is None else model.layers[tensor.layer]
+    parameter, scales = getattr(owner, tensor.attribute), getattr(owner, "residual_scale", None)
+    # a norm may be without gains
+    value = torch.ones(tensor.shape, dtype=wide) if parameter is None else parameter[tensor.rows].to("cpu", wide)
+    if tensor.attribute == "embed_tokens" and config.normalize_embedding:
+        value = rms_norm_reference(value, None, config.rms_norm_eps)
+    elif tensor.attribute == "q_norm":
+        value = value * config.qk_gain
+    elif tensor.attribute in ("out", "down") and scales is not None:
+        value = value * scales.to("cpu", wide)[int(tensor.attribute == "down")]
+    if tensor.pairs:
+        value = torch.cat([pairs_apart(value[: tensor.pairs], config), value[tensor.pairs :]])
+    if tensor.offset:
+        value = value - tensor.offset
+    if tensor.transposed:
+        value = value.T
+    # a copy where nothing was computed: the file must not share storage with the model, nor tensors with others
+    return value.to(dtype, copy=True).contiguous()
+
+
+@torch.no_grad()
+def import_state_dict(
+    model: Transformer, read: Callable[[str], Tensor], around: Callable[[Layer], AbstractContextManager] = nullcontext
+) -> None:
+    """Fill a model whose configuration has no training extras from stock tensors, read by name.
+
+    around: a context in which a layer is filled
+    """
     if model.config != model.config.folded():
         raise UserError("stock tensors can only be loaded into a model without training extras")
-    for tensor in stock_tensors(model.config):
-        value = read(tensor.name)
-        parameter = getattr(model if tensor.layer is None else model.layers[tensor.layer], tensor.attribute)
-        if tensor.transposed:
-            value = value.T
-        if tensor.pairs:
-            value = torch.cat([pairs_together(value[: tensor.pairs], model.config), value[tensor.pairs :]])
-        parameter[tensor.rows].copy_(value.to(torch.float32) + tensor.offset if tensor.offset else value)
+    for index, tensors in groupby(stock_tensors(model.config), key=lambda tensor: tensor.layer):
+        owner = model if index is None else model.layers[index]
+        with around(owner) if isinstance(owner, Layer) else nullcontext():
+            for tensor in tensors:
+                value, parameter = read(tensor.name), getattr(owner, tensor.attribute)
+                if tensor.transposed:
+                    value = value.T
+                if tensor.pairs:
+                    turned = pairs_together(value[: tensor.pairs], model.config)
+                    value = torch.cat([turned, value[tensor.pairs :]])
+                if tensor.offset:
+                    value = value.to(torch.float32) + tensor.offset
+                parameter[tensor.rows].copy_(value)

@@ -87,7 +87,7 @@ def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id
     }
     tensors = export_state_dict(model, torch.float32)
     tensors[SCORE] = model.score.detach().to("cpu", torch.float32, copy=True)
-    save_tensors(Path(folder), config, tensors)
+    save_tensors(Path(folder), config, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
 def load_reward_model(

@@ -19,7 +19,6 @@ from llmkit.rl.algorithms import Algorithm, is_informative, penalise_length, tea
 from llmkit.rl.policy_loss import PolicyLoss
 from llmkit.rl.rollouts import Rollout, map_shares, pack_rollouts, rewards_of
 from llmkit.training.finetuning import Tuning
-from llmkit.training.plan import training_memory
 from llmkit.training.speed import batch_seconds
 
 Groups = Sequence[Sequence[Rollout]]
@@ -170,12 +169,13 @@ def rehearse(
     if loss.algorithm.penalises_length:
         for rollout in rollouts:
             penalise_length(rollout, max_tokens)
-    model, device = tuning.model, tuning.model.embed_tokens.device
-    batch, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, device.type == "cpu")
+    model = tuning.model
+    batch, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, tuning.device.type == "cpu")
     rows_at_once = max(1, MICRO_BATCH_TOKENS // batch.token_ids.shape[1])
-    training_seconds = updates * batch_seconds(model, loss, batch, rows_at_once, device)
-    memory = sum(training_memory(model.config, MICRO_BATCH_TOKENS, tuning.trained_parameters))
-    memory += model.embed_tokens.dtype.itemsize * model.config.parameter_count * loss.with_reference
+    training_seconds = updates * batch_seconds(model, loss, batch, rows_at_once, tuning.device)
+    memory = sum(tuning.training_memory(MICRO_BATCH_TOKENS))
+    copies = loss.with_reference and tuning.adapter is None  # adapters leave the reference as it is
+    memory += copies * model.embed_tokens.dtype.itemsize * model.config.parameter_count
     figures = describe(groups, rewards)
     solved = ""
     if "success" in figures:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -36,9 +38,11 @@ KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server'
 SLOTS, SMALL_MODEL_SLOTS = 64, 256  # sequences decoded at a time
 
 
-def load_policy(folder: str, system: str | None, device: torch.device, dtype: torch.dtype, quiet: bool) -> Tuning:
+def load_policy(
+    folder: str, system: str | None, device: torch.device, dtype: torch.dtype, quantize: str | None, quiet: bool
+) -> Tuning:
     """The model, which stays what it is: an assistant, or with a warning a base model, which takes no `system`."""
-    tuning = load_unchanged(folder, device=device, dtype=dtype)
+    tuning = load_unchanged(folder, device=device, dtype=dtype, quantize=quantize)
     if not tuning.is_assistant:
         if system is not None:
             raise UserError(f"--system: {folder} is a base model, which knows no turns; tune it by llmkit sft")
@@ -50,6 +54,12 @@ def load_policy(folder: str, system: str | None, device: torch.device, dtype: to
     return tuning
 
 
+def reference_of(model: Transformer, frozen: bool) -> Transformer:
+    """The model as it is now, to compare with; of one that stays `frozen` beside adapters it has the same tensors."""
+    memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers()) if frozen}
+    return deepcopy(model, memo).eval().requires_grad_(False)
+
+
 class OwnPolicy:
     """A policy that samples here; `name` is the model's, in errors, `stop` are strings that end an attempt."""
 
@@ -57,22 +67,16 @@ class OwnPolicy:
         self, model: Transformer, tokenizer: Tokenizer, stop: Sequence[str], name: str, tools: ToolUse | None
     ) -> None:
         self._model, self._tokenizer, self._stop, self._name, self._tools = model, tokenizer, stop, name, tools
-        small = is_small(model.config.parameter_count, model.embed_tokens.device)
-        self._slots = SMALL_MODEL_SLOTS if small else SLOTS
+        self._slots = SMALL_MODEL_SLOTS if is_small(model.config.parameter_count, model.embed_tokens.device) else SLOTS
 
     def sampler(self, temperature: float) -> Generator:
         """Return a sampler of the policy as it is now."""
         model = whole_model(self._model)
         with torch.inference_mode():
             return Generator(
-                model,
-                self._tokenizer,
-                Sampling(temperature),
-                slots=self._slots,
-                stop=self._stop,
-                name=self._name,
-                tools=self._tools,
-            )
+                model, self._tokenizer, Sampling(temperature),
+                slots=self._slots, stop=self._stop, name=self._name, tools=self._tools,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Leave nothing behind."""

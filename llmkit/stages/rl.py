@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -160,7 +159,7 @@ class Learner:
         from llmkit.evaluation.in_training import TaskScores
         from llmkit.generation.tool_calls import open_tools
         from llmkit.rl.algorithms import ALGORITHMS, choose_horizon
-        from llmkit.rl.policy import OwnPolicy, ServedPolicy, load_policy
+        from llmkit.rl.policy import OwnPolicy, ServedPolicy, load_policy, reference_of
         from llmkit.rl.policy_loss import PolicyLoss
         from llmkit.rl.problems import load_problems, report_overlap
         from llmkit.tokenizer.templates import choose_thinking
@@ -170,7 +169,7 @@ class Learner:
         if config.is_served and run.world.size > 1:
             raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
-        tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quiet)
+        tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quantize, config.quiet)
         choose_thinking(tuning.tokenizer, config.thinking)
         self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
@@ -204,7 +203,7 @@ class Learner:
             config.kl_coef,
         )
         compared = self.horizon.kl_coef or config.max_kl is not None
-        self.reference = deepcopy(tuning.model).eval().requires_grad_(False) if compared else None
+        self.reference = reference_of(tuning.model, frozen=config.lora_rank is not None) if compared else None
         self.tuning = tuning.with_adapter(config.lora_rank, config.seed)
         self._check_plan()
         self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)

@@ -154,7 +154,7 @@ def run(config: SftConfig) -> Summary | None:
 
     # load
     run.join()
-    tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype)
+    tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype, quantize=config.quantize)
     tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
     row_tokens = _row_tokens(config, tuning.context)
     sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings := Findings())
@@ -253,14 +253,13 @@ def _rehearse(config: SftConfig, mixture: Mixture, steps: int | None, micro_rows
     from llmkit.training.distributed import world
     from llmkit.training.finetuning import show_examples
     from llmkit.training.loss import next_token_loss, rows_of
-    from llmkit.training.plan import training_memory
     from llmkit.training.speed import batch_seconds
 
     if world().leads:
         show_examples([source.examples for source in mixture.sources], tuning.tokenizer, SHOWN)
     rows = min(micro_rows, mixture.batch_size)
     seconds = batch_seconds(tuning.model, next_token_loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
-    memory = training_memory(tuning.model.config, rows * mixture.sequence_length, tuning.trained_parameters)
+    memory = tuning.training_memory(rows * mixture.sequence_length)
     whole = "" if steps is None else f", {duration(steps * seconds * mixture.batch_size / rows)} to train"
     say(f"about {sum(memory) / 1e9:.2f} GB of memory{whole}", config.quiet)
 

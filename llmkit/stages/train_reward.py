@@ -139,7 +139,9 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     # load
     run.join()
     of_base = partial(RewardModel.of, heads=config.ensemble, seed=config.seed)
-    tuning = load_for_tuning(str(config.inputs[0]), device=run.device, dtype=run.dtype, reshape=of_base)
+    tuning = load_for_tuning(
+        str(config.inputs[0]), device=run.device, dtype=run.dtype, quantize=config.quantize, reshape=of_base
+    )
     model, pad = cast(RewardModel, tuning.model), never_last_id(tuning)
     training, held_out, digests = _read_all(config, files, tuning, run.bad)
     check_unequal(held_out)
@@ -261,7 +263,6 @@ def _trainer(run: Run, tuning: Tuning, mixture: Mixture, steps: int, digests: li
     """The trainer; of a dry run none, but what training would cost is said."""
     from llmkit.reward_model.head import ComparisonLoss
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
-    from llmkit.training.plan import training_memory
     from llmkit.training.speed import batch_seconds
     from llmkit.training.trainer import TrainerSettings
 
@@ -273,7 +274,7 @@ def _trainer(run: Run, tuning: Tuning, mixture: Mixture, steps: int, digests: li
     flops_per_token = tuning.model.config.flops_per_token(row_tokens)
     if config.dry_run:
         flops = flops_per_token * mixture.batch_size * row_tokens * steps
-        memory = sum(training_memory(tuning.model.config, micro_rows * row_tokens, tuning.trained_parameters))
+        memory = sum(tuning.training_memory(micro_rows * row_tokens))
         seconds = steps * batch_seconds(tuning.model, loss, mixture.batch(0), micro_rows, run.device)
         say(f"about {memory / 1e9:.2f} GB of memory, {flops:.3g} FLOPs, {duration(seconds)} to train", config.quiet)
         return None

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from llmkit.io.progress import counted, say
 from llmkit.model.devices import check_memory
 from llmkit.model.folder import load_model, save_model
 from llmkit.model.lora import LoraAdapter
+from llmkit.model.quantized import is_quantized
 from llmkit.model.transformer import Transformer, grow_vocabulary
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
@@ -158,9 +159,18 @@ class Tuning:
     def check_memory(self, micro_batch_tokens: int) -> None:
         """Raise UserError where the parameters and a micro-batch do not fit into the memory of the device."""
         divided = 1 if self.adapter else world().size
-        state, activations = training_memory(self.model.config, micro_batch_tokens, self.trained_parameters, divided)
-        smaller = "take a smaller model" if self.adapter else "take --lora-rank 16, or a smaller model"
+        state, activations = self.training_memory(micro_batch_tokens, divided)
+        smaller = "take --lora-rank 16, or a smaller model"
+        if self.adapter:
+            smaller = "take a smaller model" if is_quantized(self.model) else "take --quantize nf4, or a smaller model"
         check_memory({smaller: state, "lower --micro-batch-size": activations}, self.device)
+
+    def training_memory(self, micro_batch_tokens: float, devices: int = 1) -> tuple[float, float]:
+        """Estimate the bytes of training, as `plan.training_memory` does."""
+        held = None
+        if is_quantized(self.model):
+            held = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        return training_memory(self.model.config, micro_batch_tokens, self.trained_parameters, devices, held)
 
     def build_optimizer(
         self,
@@ -208,19 +218,18 @@ def save_tuned(
     if pad_id is not None:
         names = {number: name for name, number in tokenizer.specials.items()}
         write_json(folder / "tokenizer_config.json", {**tokenizer.config, "pad_token": names[pad_id]})
-    base = load_model(tuning.folder)
+    mine = tuning.adapter
+    base = load_model(tuning.folder, dtype=torch.float32 if mine is None else None)
     rows = max(base.config.vocab_size, tokenizer.vocab_size)
     model = tuning.prepare(base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if tuning.adapter is None or name in tuning.own:
-                parameter.copy_(values[name])
-    if (mine := tuning.adapter) is not None:
-        whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids)
+    for name, parameter in model.named_parameters():
+        if mine is None or name in tuning.own:
+            parameter.data = values[name].to(parameter.device)
+    if mine is not None:  # of a base in bfloat16 each sum is made in float32 when it is written
+        whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids, dtype=torch.float32)
         whole.load(dict(values))
         if keep_adapter:
             whole.save(folder / "adapter", hub_name(tuning.folder), rows)
-        model = whole.merge()
     write(model.eval(), folder)
 
 
@@ -229,17 +238,18 @@ def load_for_tuning(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantize: str | None = None,
     reshape: Callable[[Transformer], Transformer] | None = None,
 ) -> Tuning:
     """Load a model folder to be tuned on conversations, with rows for their tokens where it lacks them.
 
-    A folder that brings a chat template from elsewhere keeps it, and its tokens. `reshape` makes another kind of model
-    of the base, the same each time.
+    A folder that brings a chat template from elsewhere keeps it, and its tokens. `quantize` is that of `load_model`,
+    for adapters alone. `reshape` makes another kind of model of the base, the same each time.
 
     Raises UserError for a folder that cannot be loaded, for weights that are not finite, and for a tokenizer that
     does not fit the model.
     """
-    base = load_unchanged(folder, device=device, dtype=dtype)
+    base = load_unchanged(folder, device=device, dtype=dtype, quantize=quantize)
     known, specials = base.tokenizer.vocab_size, base.tokenizer.specials
     template = not has_own_template(base.tokenizer)
     if template:
@@ -279,10 +289,10 @@ def load_for_tuning(
     )
 
 
-def load_unchanged(folder: str, *, device: torch.device, dtype: torch.dtype) -> Tuning:
+def load_unchanged(folder: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> Tuning:
     """Load a model folder as it is: a base model stays one. Raises UserError as `load_for_tuning` does."""
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=dtype, device=device)
+    model = load_model(folder, dtype=dtype, device=device, quantize=quantize)
     tokenizer.check_fits(model.config.vocab_size)
     check_finite(model, folder)
     ends = model.config.eos_token_ids
@@ -295,8 +305,9 @@ def load_unchanged(folder: str, *, device: torch.device, dtype: torch.dtype) -> 
 
 def check_finite(model: Transformer, folder: str) -> None:
     """Raise UserError for weights that no loss comes from, before work is put into them."""
-    for name, parameter in model.named_parameters():
-        if not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):  # a NaN is both
+    for name, value in chain(model.named_parameters(), model.named_buffers()):  # a quantized matrix has scales
+        if not all(bound.isfinite() for bound in torch.aminmax(value.detach())):  # a NaN is both
+            name = name.replace("parametrizations.", "").removesuffix(".0.scales")
             raise UserError(
                 f"{folder}: expected weights that are finite numbers, found NaN or infinity in {name}; "
                 "make or fetch the model again"

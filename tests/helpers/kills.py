@@ -40,7 +40,7 @@ STAGES = {
     "pretrain": "docs.jsonl:0.7 val.jsonl:0.3 --phase 0.5:docs=0.4,val=0.6 --val val.jsonl --tokenizer tok --depth 1 "
     f"--hidden-size 64 --eval-every 4 --sample-every 6 {ROWS} {OFTEN} -o out",
     "sft": f"base --data chats.jsonl --val chats.jsonl --eval-every 4 {ROWS} {OFTEN} -o out",
-    "train-reward": f"chat --data prefs.jsonl --dtype float32 {OFTEN} -o out",
+    "train-reward": f"chat --data prefs.jsonl --lora-rank 4 --quantize nf4 --dtype float32 {OFTEN} -o out",
     "rl": f"chat --data problems.jsonl --reward format:(?s).*e.* --group 4 --batch-size 2 "
     f"--max-tokens 6 {OFTEN} -o out",
     "sample": "chat --jsonl prompts.jsonl -n 2 --batch-size 4 --max-tokens 24 -o out.jsonl",

@@ -126,6 +126,7 @@ def test_the_folder_has_its_curves(policy):
         {"algo": "reinforce++", "kl_coef": 0.1},
         {"algo": "reinforce++", "group": 1, "batch_size": 32, "warmup_steps": 0},
         {"algo": "dr-grpo", "kl_coef": 0.1, "lora_rank": 4},
+        {"algo": "rloo", "kl_coef": 0.1, "lora_rank": 4, "quantize": "int8"},
         {"reward": ("verifier", "length:-0.1"), "temperature": 0.8},
     ],
 )

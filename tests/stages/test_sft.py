@@ -185,13 +185,15 @@ def test_an_adapter_is_merged_and_kept_apart_on_request(base, chats, llmkit, tmp
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_teaches_a_base_to_stop(llmkit, tmp_path, tied):
-    """The base never saw <|im_end|>: its rows, equal to those of all new tokens, are trained beside the projections."""
+@pytest.mark.parametrize(("tied", "quantize"), [(False, None), (True, None), (False, "nf4"), (True, "int8")])
+def test_an_adapter_teaches_a_base_to_stop(llmkit, tmp_path, tied, quantize):
+    """The base never saw <|im_end|>: its rows, equal to those of all new tokens, are trained beside the projections.
+    What was learnt beside quantized weights holds beside the whole ones that it is merged into."""
     base = save_folder(tmp_path / "base", make_model(tie_word_embeddings=tied))
     colours = ["red", "green", "blue"]
     data = write(tmp_path / "colours.jsonl", *({"prompt": f"Say {one}", "completion": one} for one in colours))
     options = ["--lora-rank", "8", "--max-steps", "120", *SPEED, "--learning-rate", "0.01", "-o", tmp_path / "chat"]
+    options += ["--quantize", quantize] if quantize else []
     done = llmkit("sft", base, "--data", data, *options)
     assert done.returncode == 0, done.stderr
     for colour, answer in zip(colours, answers(tmp_path / "chat", *(f"Say {one}" for one in colours)), strict=True):
@@ -375,6 +377,8 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
         ({"system": "identity"}, "needs --identity"),
         ({"lora_rank": 129}, "--lora-rank: expected at most 64, the smaller side"),
         ({"keep_adapter": True}, "needs --lora-rank"),
+        ({"quantize": "nf4"}, "--quantize nf4: needs --lora-rank"),
+        ({"quantize": "int8", "lora_rank": 2, "compile": "on"}, "--quantize int8: expected no --compile on beside it"),
         ({"eval_every": 5}, "--eval-every: needs --val"),
         ({"identity": "name=Ada;maker=Example Labs:0"}, "--identity: expected a weight above 0"),
         ({"patience": 2}, "needs --val and --eval-every"),

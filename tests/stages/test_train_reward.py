@@ -161,7 +161,7 @@ def test_rankings_margins_weights_and_adapters(base, data, llmkit, tmp_path):
     out = tmp_path / "judge"
     done = llmkit(
         "train-reward", base, "--data", f"{data}:1", "--data", f"{ranked}:3", "--lora-rank", "4",
-        "--max-steps", "3", *SPEED, "-o", out,
+        "--quantize", "nf4", "--max-steps", "3", *SPEED, "-o", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert set(json.loads((out / "evaluation.json").read_text())["by_source"]) == {str(data), str(ranked)}

@@ -117,7 +117,7 @@ def test_more_processes_pretrain_as_one(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [(), ("--lora-rank", 4)])
+@pytest.mark.parametrize("adapter", [(), ("--lora-rank", 4), ("--lora-rank", 4, "--quantize", "nf4")], ids=len)
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_tune_as_one(data, tmp_path, count, adapter):
     options = ["--sequence-length", 64, "--batch-tokens", 320, "--eval-every", 10, "--sample-every", 10, *adapter]
