@@ -176,6 +176,7 @@ def test_the_files_are_small_and_hold_no_script_or_style_inline() -> None:
     texts = {path.name: path.read_text() for path in FILES.iterdir()}
     assert set(texts) == {"index.html", "app.js", "style.css"}
     assert sum(len(text.encode()) for text in texts.values()) < 60_000
+    assert sum(text.count("\n") for text in texts.values()) <= 900
     page = texts["index.html"]
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src=\"app\.js\" defer></script>)", page)
     assert not re.search(
@@ -473,6 +474,98 @@ def test_a_text_is_cut_live_by_two_tokenizers(opened: Browsed) -> None:
     assert columns.first.locator(".piece").count() == 3000
     opened.page.keyboard.press("Escape")
     assert opened.page.evaluate("document.activeElement.id") == "open-cut"
+
+
+GUIDE = "# What is good\n\nHonest first, then helpful.\n- No <b>flattery</b>\n\n## Ties\n\nWhere you would not care.\n"
+
+
+@pytest.fixture
+def labelled(browser, tmp_path) -> Iterator[tuple[Browsed, Path]]:
+    """The page of a server that collects, and the folder of what it has collected."""
+    (tmp_path / "guide.md").write_text(GUIDE)
+    models = save_certain(tmp_path / "says", "World.", "<|im_end|>"), tiny.save_assistant(tmp_path / "chat")
+    with served(*models, "--collect", tmp_path / "judged.jsonl", "--guide", tmp_path / "guide.md") as server:
+        opened = Browsed(browser, server.url)
+        opened.page.fill("#labeller", "Ada")
+        yield opened, tmp_path
+        opened.context.close()
+        assert opened.said == []
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@browsed
+def test_people_say_which_answers_are_good_and_which_is_better(labelled: tuple[Browsed, Path], llmkit) -> None:
+    opened, folder = labelled
+    page = opened.page
+    opened.ask("One")
+    opened.press("up")
+    page.wait_for_selector(".assistant [data-does=up][aria-pressed=true]")
+    opened.press("down")
+    page.wait_for_selector(".assistant [data-does=down][aria-pressed=true]")
+    opened.press("edit", 1)
+    assert "Honest first" in page.locator("#edit .guide").inner_text() and page.locator("#edit h3").count() == 2
+    page.fill("#edited", "Wonderful.")
+    page.click("#save")
+    page.wait_for_selector("#edit", state="hidden")
+    assert opened.turns() == ["One", "Wonderful."]
+    thumbs = lines_of(folder / "judged.conversations.jsonl")
+    assert [(one["kind"], one.get("label"), one["labeller"]) for one in thumbs] == [
+        ("thumb", True, "Ada"),
+        ("thumb", False, "Ada"),
+        ("rewrite", None, "Ada"),
+    ]
+    assert thumbs[2]["messages"][-1]["content"] == "Wonderful."
+    opened.pick("chat")
+    page.click("#open-settings")
+    page.fill("[name=max_tokens]", "6")
+    page.keyboard.press("Escape")
+    page.check("#two")
+    for key, presses in (("left", 0), ("tie", 1), ("right", 2)):
+        opened.ask(f"Which, {key}?")
+        page.wait_for_selector("#judge button:enabled")
+        opened.until("document.activeElement.dataset.better === '0'")
+        answers = page.locator("#pair .body").all_inner_texts()
+        for _ in range(presses):
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#judge", state="hidden")
+        assert opened.turns()[-1] == answers[key == "right"]
+    assert page.locator("#turns .count").last.inner_text() == "2/2"
+    left, tie, right = [one for one in lines_of(folder / "judged.preferences.jsonl") if one["kind"] == "comparison"]
+    assert left["chosen"] != left["rejected"] and tie["ranking"] == [1, 1] and right["labeller"] == "Ada"
+    assert len(set(right["seeds"])) == 2 and right["settings"] == {"max_tokens": 6} and right["model"] == "chat"
+    page.reload()
+    assert page.input_value("#labeller") == "Ada" and page.is_checked("#two")
+    page.click("#open-guide")
+    assert page.locator("#guide .guide").inner_text().splitlines()[0] == "What is good"
+    made = llmkit("train-reward", folder / "chat", "--data", folder / "judged.preferences.jsonl", "--dry-run")
+    assert made.returncode == 0, made.stderr
+
+
+@browsed
+def test_a_comparison_with_the_answer_that_is_there_may_be_skipped(labelled: tuple[Browsed, Path]) -> None:
+    opened, folder = labelled
+    opened.ask("One")
+    opened.press("pair")
+    opened.page.wait_for_selector("#judge button:enabled")
+    opened.page.click("#skip")
+    assert opened.turns() == ["One", "World."] and opened.page.locator(".count").inner_text() == "1/2"
+    assert not (folder / "judged.preferences.jsonl").exists()
+
+
+@browsed
+def test_a_judgement_that_is_not_saved_is_told(labelled: tuple[Browsed, Path]) -> None:
+    opened, folder = labelled
+    opened.ask("One")
+    (folder / "judged.conversations.jsonl").mkdir()
+    opened.press("up")
+    opened.page.wait_for_selector("#alert:visible")
+    assert "not saved" in opened.page.locator("#complaint").inner_text()
+    assert opened.page.locator("[aria-pressed=true][data-does=up]").count() == 0
+    opened.said.clear()  # Chromium's own words about a failed request
 
 
 HOSTILE = {

@@ -18,7 +18,6 @@ let seen = null, showsTokens = false; // the conversation as the model sees it
 let models = [], settings = {}, collecting = false; // collecting: the server takes judgements
 
 // ---- elements
-
 function make(tag, { data = {}, aria = {}, ...properties } = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   Object.assign(element.dataset, data);
@@ -31,8 +30,8 @@ function iconButton(name, label, onclick, aria = {}) {
   const [svg, use] = ["svg", "use"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
   use.setAttribute("href", `#i-${name}`);
   svg.append(use);
-  const properties = { type: "button", className: "icon", title: label, onclick };
-  return make("button", { ...properties, data: { does: name }, aria: { label, ...aria } }, svg);
+  const properties = { type: "button", className: "icon", title: label, onclick, data: { does: name } };
+  return make("button", { ...properties, aria: { label, ...aria } }, svg);
 }
 
 const button = (text, onclick, className = "") => make("button", { type: "button", onclick, className }, text);
@@ -40,7 +39,6 @@ const prose = (...pieces) => make("div", { className: "prose", dir: "auto" }, ..
 const hint = (text) => make("p", { className: "hint" }, text);
 const say = (text) => { $("status").textContent = text.slice(0, 2000); }; // to screen readers
 const complain = (text) => { $("alert").hidden = !text; $("complaint").textContent = text; };
-
 // Blanks, control characters and changes of direction as signs that can be seen
 function visible(text) {
   const code = (sign) => `⟨${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
@@ -49,16 +47,15 @@ function visible(text) {
 
 function percent(logprob) {
   const share = 100 * Math.exp(logprob);
-  return share < 0.01 ? "<0.01%" : `${share >= 9.95 ? share.toFixed(0) : share.toPrecision(2)}%`;
+  return share < 0.01 ? "<0.01%" : `${share.toPrecision(share < 99.5 ? 2 : 3)}%`;
 }
 
 // ---- what this browser keeps
-
 function store(name, value, storage = () => localStorage) {
   try {
     storage().setItem(`llmkit.${name}`, JSON.stringify(value));
   } catch {
-    complain("The browser's storage is full or switched off: this change is not kept. Export, then delete conversations.");
+    complain("The browser's storage is full or switched off: this is not kept. Export, then delete conversations.");
   }
 }
 
@@ -67,21 +64,19 @@ function stored(name, otherwise, storage = () => localStorage) {
 }
 
 function loadConversations() {
-  let names = [];
-  try { names = Object.keys(localStorage).filter((each) => each.startsWith("llmkit.chat.")); } catch { /* switched off */ }
-  for (const conversation of names.map((name) => stored(name.slice("llmkit.".length)))) {
-    if (conversation?.nodes && !conversations.has(conversation.id)) conversations.set(conversation.id, conversation);
+  for (const id of stored("chats", []).filter((each) => !conversations.has(each))) {
+    const conversation = stored(`chat.${id}`);
+    if (conversation) conversations.set(id, conversation);
   }
 }
 
 function keep(conversation) {
-  conversation.updated = Date.now();
-  conversations.set(conversation.id, conversation);
+  conversations.set(conversation.id, Object.assign(conversation, { updated: Date.now() }));
   store(`chat.${conversation.id}`, conversation);
+  store("chats", [...new Set([...stored("chats", []), ...conversations.keys()])]); // those of other tabs, too
 }
 
 // ---- the server
-
 async function request(path, body, signal) {
   const headers = { "Content-Type": "application/json" }, key = stored("key", "", () => sessionStorage);
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -91,15 +86,12 @@ async function request(path, body, signal) {
   });
   if (response.ok) return response;
   if (response.status === 401) openSettings("key");
-  const text = await response.text();
-  let message = `The server answered ${response.status}: ${text.slice(0, 300)}`;
-  try { message = JSON.parse(text).error.message; } catch { /* no JSON */ }
-  throw new Error(message);
+  const { error } = await response.json().catch(() => ({}));
+  throw new Error(error?.message ?? `The server answered ${response.status}.`);
 }
 
 const json = async (...of) => (await request(...of)).json();
 const detokenize = (model, tokens) => json("/detokenize", { model, tokens, return_token_strs: true });
-
 // The choices in a stream of server-sent events
 async function* choices(path, body, signal) {
   const { body: bytes } = await request(path, { ...body, stream: true }, signal);
@@ -114,31 +106,29 @@ async function* choices(path, body, signal) {
     }
   }
 }
-
 // The fields of a request that settings make, with a seed of its own for each of several tries
 function sampling(conversation, tries = 0) {
   const { stop, thinking, seed: fixed, ...fields } = settings;
   const seed = fixed === undefined ? Math.floor(Math.random() * 2 ** 31) : (fixed + tries) % 2 ** 31;
-  return { model: conversation.model, seed, ...fields, ...(stop ? { stop: stop.split("|").map((text) => text.trim()).filter(Boolean) } : {}) };
+  const stops = (stop ?? "").split("|").map((text) => text.trim()).filter(Boolean);
+  return { model: conversation.model, seed, ...fields, ...(stops.length ? { stop: stops } : {}) };
 }
 
 // ---- conversations
-
 const modelOf = (conversation) => models.find((model) => model.id === conversation.model);
 const isText = () => modelOf(current)?.chat === false; // a base model continues one text
 const freshId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 const textOf = (node) => node.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
 const childrenOf = (conversation, id) => Object.values(conversation.nodes).filter((node) => node.parent === id);
 const runningIn = ({ id, nodes }) => [id, ...Object.keys(nodes)].flatMap((each) => running.get(each) ?? []);
-
 // What the switch for thoughts adds to a request
-const template = () => (settings.thinking ? { chat_template_kwargs: { enable_thinking: settings.thinking === "on" } } : {});
+const template = ({ thinking } = settings) =>
+  (thinking ? { chat_template_kwargs: { enable_thinking: thinking === "on" } } : {});
 
 function begin(model = current?.model) {
   current = { id: freshId(), model, system: "", text: "", nodes: {}, chosen: {}, updated: 0 };
   pair = null;
 }
-
 // The nodes that are shown, in order
 function shownNodes(conversation = current) {
   const nodes = [];
@@ -148,39 +138,30 @@ function shownNodes(conversation = current) {
 
 function add(conversation, parent, role, text, more = {}) {
   const node = { id: freshId(), parent, role, parts: text ? [{ type: "text", text }] : [], ...more };
-  conversation.nodes[node.id] = node;
   conversation.chosen[parent] = node.id;
-  return node;
+  return (conversation.nodes[node.id] = node);
 }
 
 function grow(parts, { type, text }) {
   if (type === "text" && parts.at(-1)?.type === "text") parts.at(-1).text += text;
   else parts.push({ type, text });
 }
-
 // A message as chat templates and sft read it
 function message({ role, parts, reasoning }) {
   const content = parts.every((part) => part.type === "text") ? textOf({ parts }) : parts;
   return { role, content, ...(reasoning ? { reasoning_content: reasoning } : {}) };
 }
 
-function messages(conversation, nodes) {
-  const system = conversation.system.trim();
-  return [...(system ? [{ role: "system", content: system }] : []), ...nodes.map(message)];
-}
-
+const messages = ({ system }, nodes) =>
+  [...(system.trim() ? [{ role: "system", content: system.trim() }] : []), ...nodes.map(message)];
 // All messages up to and with a node
-function messagesTo(conversation, node) {
-  const nodes = [];
-  for (let at = node; at; at = conversation.nodes[at.parent]) nodes.unshift(at);
-  return messages(conversation, nodes);
-}
+const messagesTo = (conversation, node, later = []) =>
+  (node ? messagesTo(conversation, conversation.nodes[node.parent], [node, ...later]) : messages(conversation, later));
 
 function title(conversation) {
   const [first] = shownNodes(conversation);
   return (first ? textOf(first) : conversation.text).trim().slice(0, 60) || "New conversation";
 }
-
 // A conversation as a record of sft, without a question at its end that nobody answered
 function record(conversation) {
   const nodes = shownNodes(conversation);
@@ -192,9 +173,9 @@ function record(conversation) {
 function download(name, from) {
   const lines = from.flatMap(record).map((each) => `${JSON.stringify(each)}\n`);
   if (!lines.length) return complain("There is nothing to export yet.");
-  const link = make("a", { href: URL.createObjectURL(new Blob(lines)), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  const href = URL.createObjectURL(new Blob(lines));
+  make("a", { href, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
 }
 
 function copy(text) {
@@ -203,7 +184,6 @@ function copy(text) {
 }
 
 // ---- answers
-
 // Have `work` write for a node or conversation; a stop leaves what has come
 async function write(id, work) {
   const controller = new AbortController();
@@ -215,6 +195,12 @@ async function write(id, work) {
   running.delete(id);
 }
 
+function settle(conversation, text) {
+  keep(conversation);
+  if (conversation !== current) return;
+  say(text);
+  render();
+}
 // Have an answer written; one that stayed empty for a fault goes
 async function writeAnswer(conversation, node, work) {
   await write(node.id, work);
@@ -223,12 +209,8 @@ async function writeAnswer(conversation, node, work) {
     delete conversation.nodes[node.id];
     conversation.chosen[node.parent] = childrenOf(conversation, node.parent).at(-1)?.id;
   }
-  keep(conversation);
-  if (conversation !== current) return;
-  say(textOf(node) || "No answer");
-  render();
+  settle(conversation, textOf(node) || "No answer");
 }
-
 // Begin an answer to `parent`: its node, and a promise of its end
 function answer(parent) {
   const conversation = current;
@@ -246,7 +228,6 @@ function answer(parent) {
   });
   return { node, ended };
 }
-
 // Two answers to `parent`, perhaps one that there is, for a person to judge
 async function compare(parent, first) {
   const conversation = current;
@@ -267,7 +248,6 @@ function ask(text, parent = shownNodes().at(-1)?.id ?? "") {
   if (collecting && $("two").checked) compare(node);
   else answer(node);
 }
-
 // Continue a text from where it ends, or from `prompt`, tokens
 async function continueText(prompt) {
   const conversation = current, before = conversation.text;
@@ -279,14 +259,10 @@ async function continueText(prompt) {
       if (conversation === current) $("paper").value = conversation.text;
     }
   });
-  keep(conversation);
-  if (conversation !== current) return;
-  say(conversation.text.slice(before.length));
-  render();
+  settle(conversation, conversation.text.slice(before.length));
 }
 
 // ---- drawing
-
 // Draw again what has grown of an answer, and follow it where the end is in sight
 function paint(node) {
   const body = document.querySelector(`[data-node="${node.id}"] .body`), chat = $("chat");
@@ -294,7 +270,6 @@ function paint(node) {
   if (body) fill(body, node);
   if (low) chat.scrollTop = chat.scrollHeight;
 }
-
 // A text with its fenced code set apart; the beginning of a very long one
 function drawText(text) {
   if (text.length > MOST_SHOWN) {
@@ -307,9 +282,8 @@ function drawText(text) {
 }
 
 function fill(body, { id, parts, reasoning, finish }) {
-  const call = ({ type, text }) => make("div", { className: `call ${type}` }, make("span", { className: "tool" }, type),
-    make("code", { dir: "auto" }, text));
-  const drawn = parts.map((part) => (part.type === "text" ? drawText(part.text) : call(part)));
+  const drawn = parts.map(({ type, text }) => (type === "text" ? drawText(text) : make("div", { className: `call ${type}` },
+    make("span", { className: "tool" }, type), make("code", { dir: "auto" }, text))));
   if (reasoning) {
     const open = body.querySelector("details")?.open ?? false;
     drawn.unshift(make("details", { open }, make("summary", {}, "Thoughts"), drawText(reasoning)));
@@ -327,27 +301,28 @@ function drawTurn(node) {
   const item = make("li", { className: `turn ${node.role}`, data: { node: node.id } }, name, body);
   fill(body, node);
   if (running.has(node.id)) return item;
-  const branches = childrenOf(current, node.parent), at = branches.indexOf(node), count = branches.length;
-  const turnTo = (step) => {
-    current.chosen[node.parent] = branches[(at + step + count) % count].id;
-    keep(current);
-    render();
+  const conversation = current, branches = childrenOf(current, node.parent), count = branches.length;
+  const at = branches.indexOf(node), change = () => { keep(conversation); render(); };
+  const turnTo = (step) => { current.chosen[node.parent] = branches[(at + step + count) % count].id; change(); };
+  const thumb = async (better) => {
+    if (await collect("thumb", conversation, parent, [node], { better })) node.thumb = better;
+    change();
   };
-  if (count > 1) tools.append(iconButton("left", "Previous branch", () => turnTo(-1)),
-    make("span", { className: "count", title: `Branch ${at + 1} of ${count}` }, `${at + 1}/${count}`),
+  const place = make("span", { className: "count", title: `Branch ${at + 1} of ${count}` }, `${at + 1}/${count}`);
+  if (count > 1) tools.append(iconButton("left", "Previous branch", () => turnTo(-1)), place,
     iconButton("right", "Next branch", () => turnTo(1)));
   tools.append(iconButton("copy", mine ? "Copy the message" : "Copy the answer", () => copy(textOf(node))));
   if (!mine) tools.append(iconButton("again", "Another answer", () => answer(parent)));
   tools.append(iconButton("edit", mine ? "Edit, in a branch of its own" : "Rewrite the answer", () => edit(node)));
   if (!mine && collecting) tools.append(iconButton("pair", "Compare with another answer", () => compare(parent, node)),
-    iconButton("up", "Good answer", () => thumb(node, 1), { pressed: node.thumb === 1 }),
-    iconButton("down", "Bad answer", () => thumb(node, 0), { pressed: node.thumb === 0 }));
+    iconButton("up", "Good answer", () => thumb(1), { pressed: node.thumb === 1 }),
+    iconButton("down", "Bad answer", () => thumb(0), { pressed: node.thumb === 0 }));
   item.append(tools);
   return item;
 }
 
 function render() {
-  const focus = document.activeElement?.closest(".tools button"); // the same button of what is drawn again
+  const focus = document.activeElement?.closest(".tools button"); // is on the same button of what is drawn again
   const place = focus && [...$("turns").children].indexOf(focus.closest("li"));
   let nodes = shownNodes();
   if (pair) nodes = nodes.slice(0, nodes.findIndex((node) => node.id === pair.parent) + 1);
@@ -360,11 +335,10 @@ function render() {
   const hidden = { empty: text || nodes.length, paper: !text, judge: !pair, chat: showsTokens, seen: !showsTokens,
     labelling: !collecting || text, stop: !busy, send: busy, again: !text || busy || current.before === undefined };
   for (const [id, value] of Object.entries(hidden)) $(id).hidden = value;
-  $("as-text").setAttribute("aria-pressed", !showsTokens);
-  $("as-tokens").setAttribute("aria-pressed", showsTokens);
+  for (const id of ["as-text", "as-tokens"]) $(id).setAttribute("aria-pressed", showsTokens === (id === "as-tokens"));
   $("keys").textContent = text ? "Ctrl + Enter continues the text" : "Enter sends, Shift + Enter begins a new line";
   drawList();
-  if (showsTokens) see(nodes, busy);
+  if (showsTokens) see(nodes, busy).catch(({ message: text }) => complain(text));
   else closeOdds();
   if (focus) $("turns").children[place]?.querySelector(`[data-does="${focus.dataset.does}"]`)?.focus();
   else if (!showsTokens) $("chat").scrollTop = $("chat").scrollHeight;
@@ -382,9 +356,10 @@ function drawList() {
 
 function remove(conversation) {
   if (!confirm("Delete this conversation? It is kept in this browser alone.")) return;
-  for (const controller of runningIn(conversation)) controller.abort();
+  runningIn(conversation).forEach((controller) => controller.abort());
   conversations.delete(conversation.id);
-  try { localStorage.removeItem(`llmkit.chat.${conversation.id}`); } catch { /* switched off */ }
+  store("chats", [...conversations.keys()]);
+  store(`chat.${conversation.id}`, null);
   if (conversation === current) begin();
   render();
 }
@@ -396,7 +371,6 @@ function showSide(on) {
 }
 
 // ---- the conversation as the model sees it
-
 async function see(nodes, busy) {
   const conversation = current, { model } = conversation, shown = messages(conversation, nodes);
   const chat = { messages: shown, add_generation_prompt: shown.at(-1)?.role !== "assistant", ...template() };
@@ -408,17 +382,13 @@ async function see(nodes, busy) {
   const empty = !nodes.length && !conversation.text;
   $("seen-about").textContent = empty ? "Nothing is said yet." : "";
   if (empty) return;
-  try {
-    const cut = await json("/tokenize", { model, ...body, return_token_strs: true });
-    const score = { echo: true, logprobs: 10, max_tokens: 0, return_tokens_as_token_ids: true };
-    const scored = await json("/v1/completions", { model, prompt: cut.tokens, ...score });
-    const { token_logprobs: logprobs, top_logprobs: tops } = scored.choices[0].logprobs;
-    if (conversation !== current || !showsTokens) return;
-    seen = { key, conversation, nodes, turns: shown.length, logprobs, tops, trained: [], turn_ends: [], ...cut };
-    drawTokens();
-  } catch (error) {
-    complain(error.message);
-  }
+  const cut = await json("/tokenize", { model, ...body, return_token_strs: true });
+  const score = { echo: true, logprobs: 10, max_tokens: 0, return_tokens_as_token_ids: true };
+  const { choices: [{ logprobs }] } = await json("/v1/completions", { model, prompt: cut.tokens, ...score });
+  if (conversation !== current || !showsTokens) return;
+  const scored = { logprobs: logprobs.token_logprobs, tops: logprobs.top_logprobs };
+  seen = { key, conversation, nodes, turns: shown.length, trained: [], turn_ends: [], ...scored, ...cut };
+  drawTokens();
 }
 
 function drawTokens() {
@@ -444,8 +414,8 @@ function drawTokens() {
 async function showOdds(at) {
   const { conversation, tokens, special, token_strs: texts, trained, logprobs, tops } = seen;
   const logprob = logprobs[at], free = isText() || trained[at], name = special[at] ? texts[at] : visible(texts[at]);
-  const listed = Object.entries(tops[at] ?? {}).map(([named, odds]) => ({ id: Number(named.split(":")[1]), odds }));
-  listed.sort((one, other) => other.odds - one.odds);
+  const listed = Object.entries(tops[at] ?? {}).map(([named, odds]) => ({ id: Number(named.split(":")[1]), odds }))
+    .sort((one, other) => other.odds - one.odds);
   if (listed.length && !listed.some(({ id }) => id === tokens[at])) listed.push({ id: tokens[at], odds: logprob });
   const strings = listed.length ? await detokenize(conversation.model, listed.map(({ id }) => id)) : {};
   closeOdds();
@@ -453,7 +423,7 @@ async function showOdds(at) {
   $("odds-of").textContent = name;
   $("odds-about").textContent = logprob === null ? `Token ${tokens[at]}, the first: nothing stands before it.`
     : `Token ${tokens[at]}, ${percent(logprob)}, ${(-logprob / Math.LN2).toFixed(1)} bits. `
-      + (free ? "Choose another, and the model goes on from there." : "Not written by the model; these are its guesses.");
+      + (free ? "Choose another, and the model goes on from there." : "The model did not write it; these are its guesses.");
   $("odds-list").replaceChildren(...listed.map(({ id, odds }, place) => {
     const text = visible(strings.token_strs[place]), bar = make("i");
     bar.style.setProperty("--share", Math.exp(odds));
@@ -472,7 +442,6 @@ function closeOdds() {
   token?.removeAttribute("aria-expanded");
   token?.focus();
 }
-
 // Tokens that an assistant wrote, as its thoughts and the parts of its message: texts, calls of tools, results
 async function readTokens(model, tokens) {
   const { token_strs: texts, special } = await detokenize(model, tokens), parts = [];
@@ -488,7 +457,6 @@ async function readTokens(model, tokens) {
   if (thoughts) parts[0].text = parts[0].text.slice(thoughts.length);
   return { parts, reasoning };
 }
-
 // Go on from another token at a place: a text as it is, an answer in a branch of its own
 async function branch(at, id) {
   const { conversation, nodes, turns, tokens, special, trained, turn_ends: ends } = seen, { model } = conversation;
@@ -529,34 +497,29 @@ function moveAmongTokens(event) {
   const token = at < 0 ? null : moves[event.key]?.();
   if (!token) return;
   event.preventDefault();
-  event.target.tabIndex = -1;
-  token.tabIndex = 0;
+  [event.target.tabIndex, token.tabIndex] = [-1, 0];
   token.focus();
 }
 
 // ---- any text in tokens
-
 let cutLater = null, cutting = new AbortController();
-
 async function cutText() {
   cutting.abort();
   cutting = new AbortController();
   const { signal } = cutting, prompt = $("cut-text").value, length = [...prompt].length;
   await Promise.all([...$("cuts").children].map(async (column) => {
-    const model = column.querySelector("select").value, about = column.querySelector(".hint");
-    try {
-      const body = { model, prompt, add_special_tokens: false, return_token_strs: true };
-      const { tokens, token_strs: texts } = prompt ? await json("/tokenize", body, signal) : { tokens: [], token_strs: [] };
+    const model = column.querySelector("select").value, [, about, pieces] = column.children;
+    const body = { model, prompt, add_special_tokens: false, return_token_strs: true };
+    const cut = prompt ? json("/tokenize", body, signal) : Promise.resolve({ tokens: [], token_strs: [] });
+    await cut.then(({ tokens, token_strs: texts }) => {
       const each = tokens.length ? `, ${(length / tokens.length).toFixed(2)} characters each` : "";
       const rest = tokens.length > MOST_CUT ? `; the first ${MOST_CUT.toLocaleString()} are shown` : "";
       about.textContent = `${tokens.length.toLocaleString()} tokens${each}${rest}`;
-      column.querySelector(".pieces").replaceChildren(...texts.slice(0, MOST_CUT).flatMap((text, at) => {
+      pieces.replaceChildren(...texts.slice(0, MOST_CUT).flatMap((text, at) => {
         const piece = make("span", { className: `piece c${at % 4}`, title: `token ${tokens[at]}` }, visible(text));
         return text.includes("\n") ? [piece, make("br")] : [piece];
       }));
-    } catch (error) {
-      if (error.name !== "AbortError") about.textContent = error.message;
-    }
+    }).catch((error) => { if (error.name !== "AbortError") about.textContent = error.message; });
   }));
 }
 
@@ -572,7 +535,6 @@ function openCut() {
 }
 
 // ---- people as labellers
-
 // Send a judgement of answers to what `parent` ends; true if the server has it
 async function collect(kind, conversation, parent, nodes, judgement) {
   const [{ model = conversation.model, settings: used = {} }] = nodes;
@@ -584,13 +546,6 @@ async function collect(kind, conversation, parent, nodes, judgement) {
   return done;
 }
 
-async function thumb(node, better) {
-  const conversation = current;
-  if (await collect("thumb", conversation, conversation.nodes[node.parent], [node], { better })) node.thumb = better;
-  keep(conversation);
-  render();
-}
-
 function drawPair() {
   $("pair").replaceChildren(...pair.nodes.map((node, at) => {
     const body = make("div", { className: "body" });
@@ -600,7 +555,6 @@ function drawPair() {
   const busy = !pair.nodes.length || pair.nodes.some((node) => running.has(node.id));
   for (const each of document.querySelectorAll("[data-better]")) each.disabled = busy;
 }
-
 // Take a verdict on the pair: 0 or 1 for the better, null for a tie, none to go on without one
 async function judge(better) {
   const conversation = current, { parent, nodes } = pair, about = conversation.nodes[parent];
@@ -611,7 +565,6 @@ async function judge(better) {
   render();
   $("text").focus();
 }
-
 // Have a person change a message, which is then asked, or write the ideal answer
 function edit(node) {
   const conversation = current, old = textOf(node), mine = node.role === "user", dialog = $("edit");
@@ -631,22 +584,14 @@ function edit(node) {
   };
   dialog.showModal();
 }
-
-// The guide's headings, items and paragraphs
+// Show the labelling guide, its headings as such
 function drawGuide(markdown) {
-  const blocks = markdown.split(/\n\s*\n|\n(?=#|[-*] )/).filter((block) => block.trim()).map((block) => {
-    const [, sign, text] = /^\s*(#+|[-*])?\s*([\s\S]*)/.exec(block);
-    return make({ "#": "h3", "-": "li", "*": "li" }[sign] ?? (sign ? "h4" : "p"), {}, text.trim());
-  });
-  for (const place of document.querySelectorAll(".guide")) {
-    place.replaceChildren(...blocks.map((block) => block.cloneNode(true)));
-    place.hidden = false;
-  }
+  const drawn = prose(...markdown.trim().split(/^(#+ .*)\n+/m).map((text, at) => (at % 2 ? make("h3", {}, text.replace(/^#+ /, "")) : text)));
+  for (const place of document.querySelectorAll(".guide")) place.replaceChildren(drawn.cloneNode(true));
   $("open-guide").hidden = false;
 }
 
 // ---- settings and the start
-
 const fields = () => [...$("settings").querySelectorAll("[name]")];
 
 function openSettings(focus) {
@@ -660,33 +605,25 @@ function closeSettings() {
   const filled = fields().filter((field) => field.value !== "" && field.validity.valid);
   const values = filled.map(({ name, type, value }) => [name, type === "number" ? Number(value) : value]);
   const { key, ...others } = Object.fromEntries(values);
-  settings = others;
-  store("settings", settings);
+  store("settings", settings = others);
   current.system = $("system").value;
   if (shownNodes().length) keep(current);
-  if (!key) return render();
-  store("key", key, () => sessionStorage);
-  start();
+  if (key) store("key", key, () => sessionStorage);
+  (key ? start : render)();
 }
 
 function listen() {
   const clicks = {
     "new": () => { begin(); render(); showSide(false); },
-    "open-side": () => showSide(true),
-    "close-side": () => showSide(false),
-    "open-cut": openCut,
-    "open-guide": () => $("guide").showModal(),
-    "open-settings": () => openSettings(),
-    "as-text": () => { showsTokens = false; render(); },
-    "as-tokens": () => { showsTokens = true; render(); },
-    "close-odds": closeOdds,
+    "open-side": () => showSide(true), "close-side": () => showSide(false),
+    "open-cut": openCut, "open-guide": () => $("guide").showModal(), "open-settings": () => openSettings(),
+    "as-text": () => { showsTokens = false; render(); }, "as-tokens": () => { showsTokens = true; render(); },
     "export": () => download("conversation.jsonl", [current]),
     "export-all": () => download("conversations.jsonl", [...conversations.values()]),
     "defaults": () => { for (const field of [...fields(), $("system")]) field.value = ""; },
-    "stop": () => { for (const controller of runningIn(current)) controller.abort(); },
+    "stop": () => runningIn(current).forEach((controller) => controller.abort()),
     "again": () => { current.text = current.before; continueText(); },
-    "skip": () => judge(),
-    "dismiss": () => complain(""),
+    "skip": () => judge(), "dismiss": () => complain(""), "close-odds": closeOdds,
   };
   for (const [id, work] of Object.entries(clicks)) $(id).onclick = work;
   for (const each of document.querySelectorAll("[data-better]")) each.onclick = () => judge(JSON.parse(each.dataset.better));
@@ -712,8 +649,7 @@ function listen() {
     $("text").value = "";
   };
   $("paper").oninput = () => { current.text = $("paper").value; keep(current); drawList(); };
-  $("labeller").onchange = () => store("labeller", $("labeller").value);
-  $("two").onchange = () => store("two", $("two").checked);
+  $("labelling").onchange = () => { store("labeller", $("labeller").value); store("two", $("two").checked); };
   $("tokens").onkeydown = moveAmongTokens;
   $("tokens").onclick = ({ target: { dataset } }) => {
     if (dataset.at) showOdds(Number(dataset.at)).catch((error) => complain(error.message));
@@ -727,32 +663,21 @@ function listen() {
   $("cut-text").oninput = () => { clearTimeout(cutLater); cutLater = setTimeout(cutText, 150); };
   document.onkeydown = ({ key, target }) => {
     if (key !== "Escape" || target.closest("dialog")) return;
-    if (document.body.classList.contains("listing")) showSide(false);
-    else if (!$("odds").hidden) closeOdds();
-    else $("stop").click();
+    (document.body.classList.contains("listing") ? $("close-side") : !$("odds").hidden ? $("close-odds") : $("stop")).click();
   };
   window.onstorage = () => { loadConversations(); drawList(); }; // another tab
 }
 
 async function start() {
-  try {
-    models = (await json("/v1/models")).data;
-    collecting = models.some((model) => model.collect);
-    $("model").replaceChildren(...models.map((model) => make("option", {}, model.id)));
-    if (models.some((model) => model.guide)) drawGuide(await (await request("/guide")).text());
-    complain("");
-  } catch (error) {
-    complain(error.message);
-  }
+  complain("");
+  ({ data: models } = await json("/v1/models").catch((error) => { complain(error.message); return { data: [] }; }));
+  collecting = models.some((model) => model.collect);
+  $("model").replaceChildren(...models.map((model) => make("option", {}, model.id)));
   if (!modelOf(current)) current.model = models[0]?.id;
   render();
+  if (models.some((model) => model.guide)) drawGuide(await (await request("/guide")).text());
 }
 
 settings = stored("settings", {});
-$("labeller").value = stored("labeller", "");
-$("two").checked = stored("two", false);
-loadConversations();
-begin();
-listen();
-render();
-start();
+[$("labeller").value, $("two").checked] = [stored("labeller", ""), stored("two", false)];
+for (const work of [loadConversations, begin, listen, render, start]) work();
