@@ -298,7 +298,12 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
     seed   added to the one that draws them
     Raises UserError for records in no form of the task, options that are empty and a gold that is none of them.
     """
-    rows = list(read_jsonl(expanded(task.path)))
+    try:
+        rows = list(read_jsonl(expanded(task.path)))
+    except UserError as error:
+        if task.path != task.hub:
+            raise
+        raise UserError(f"{error}; or give --data-dir DIR with {task.file or task.name}.jsonl") from None
     if not rows:
         raise UserError(f"{task.path}: expected items, found none")
     if not task.form:

@@ -271,3 +271,55 @@ def test_commands_take_models_of_the_hub(tmp_path, llmkit) -> None:
         assert json.loads(answers)["completion"] == "Bob."
     run("export", "hf://org/chat", "--format", "hf", "--dtype", "bfloat16", "-o", "x/", HF_HUB_OFFLINE="1")
     assert json.loads((tmp_path / "x" / "manifest.json").read_text())["parents"][0]["path"] == "hf://org/chat"
+
+
+SUM = {"Body": "Ann has 3 pens.", "Question": "How many are 2 more?", "Answer": "5.0"}
+WHY = {"context": "Kim fell.", "question": "Why?", "answerA": "ice", "answerB": "fun", "answerC": "tea", "label": "1"}
+MATH = [
+    {"problem": f"{n} + 1?", "solution": "\\boxed{2}", "type": kind} for n, kind in ((1, "Algebra"), (2, "Geometry"))
+]
+RAIN = [{"question": f"what is {word}", "answer": [word]} for word in ("rain", "snow")]
+
+
+@pytest.mark.parametrize(
+    ("task", "repo", "files", "asked"),
+    [
+        ("svamp", "ChilleD/SVAMP", {"data/test-00000-of-00001-6cf7.parquet": SUM}, ["Question: Ann has 3 pens. How"]),
+        ("social_iqa", "lighteval/siqa", {"data/validation-0.parquet": WHY, "data/train-0.parquet": SUM}, ["Q: Kim"]),
+        ("social_iqa", "lighteval/siqa", {"validation-0.parquet": WHY}, ["Q: Kim fell"]),
+        (
+            "minerva_math",
+            "EleutherAI/hendrycks_math",
+            {f"{row['type']}/test-00000-of-00001.parquet": row for row in MATH},
+            ["Problem:\nFind the domain"] * 2,
+        ),
+        (
+            "nq_open",
+            "google-research-datasets/nq_open",
+            {
+                f"nq_open/{split}-00000-of-00001.parquet": row
+                for split, row in zip(("validation", "train"), RAIN, strict=True)
+            },
+            ["Q: what is snow?\nA: snow\nQ: what is rain?\nA:"],
+        ),
+    ],
+)
+def test_items_of_shipped_tasks_come_from_their_addresses(server, monkeypatch, task, repo, files, asked):
+    from pyarrow import BufferOutputStream, Table
+    from pyarrow.parquet import write_table
+
+    from llmkit.evaluation.tasks import load_items, load_tasks
+
+    stored = {}
+    for path, row in files.items():
+        sink = BufferOutputStream()
+        write_table(Table.from_pylist([row]), sink)
+        stored[path] = sink.getvalue().to_pybytes()
+    server.repos[f"datasets/{repo}"] = Repo({"main": stored})
+    (found,) = load_tasks([task])
+    items = load_items(found, shots=1 if task == "nq_open" else None).items
+    assert [item.contexts[0][: len(start)] for item, start in zip(items, asked, strict=True)] == asked
+    server.repos.clear()
+    use(server.address, monkeypatch)
+    with pytest.raises(UserError, match=rf"; or give --data-dir DIR with {found.file or task}.jsonl"):
+        load_items(found)
