@@ -21,7 +21,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import RESULT, Message, Part, as_record, message
 from llmkit.generation.requests import Completion, Prompt, Request
 from llmkit.generation.sampler import Sampler
-from llmkit.generation.tool_calls import call_part, tools_flag
+from llmkit.generation.tool_calls import ToolUse, call_part, tools_flag
 from llmkit.io.files import atomic_file
 from llmkit.io.jsonl import PACKED
 from llmkit.io.progress import counted
@@ -155,7 +155,7 @@ class Chat:
     def _reason(self, completion: Completion, answered: bool) -> str | None:
         """Why an answer ended, where the model did not end it, or said nothing."""
         tools = self._sampler.tools
-        if completion.finish_reason == "no_tool" and tools is not None:
+        if completion.finish_reason == "no_tool" and isinstance(tools, ToolUse):
             tool, text = tools.last_call(completion.token_ids)
             return f"calls {tool}, which it was not given: {_shortened(text)}; start it with {tools_flag(tool)}"
         if completion.finish_reason == "tool_limit" and tools is not None:

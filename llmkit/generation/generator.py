@@ -34,7 +34,7 @@ from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
-from llmkit.generation.tool_calls import BROKEN, ToolUse, told_unavailable
+from llmkit.generation.tool_calls import BROKEN, Functions, ToolUse, told_unavailable
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
 from llmkit.model.devices import Precision, Weights, is_small, threads
@@ -139,12 +139,12 @@ class Generator:
     def check(self) -> None:
         """Do nothing: all that could be wrong with a folder is found when it is opened."""
 
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        """The tokens of a text to continue, or of a conversation to answer."""
+    def encode(self, prompt: str | Sequence[Message], tools: Functions | None = None) -> list[int]:
+        """The tokens of a text to continue, or of a conversation to answer; `tools` stand for the generator's."""
         if isinstance(prompt, str):
             return prompt_ids(self.tokenizer, prompt)
-        tools = self.tools.schemas if self.tools is not None else ()
-        return self.chat.encode(prompt, prompt=True, tools=tools).token_ids.tolist()
+        schemas = functions.schemas if (functions := tools or self.tools) is not None else ()
+        return self.chat.encode(prompt, prompt=True, tools=schemas).token_ids.tolist()
 
     def complete(
         self,
@@ -343,7 +343,8 @@ class Pool:
                 prefixes.popitem(last=False)
             generator.usage.requests += 1
             generator.usage.prompt_tokens += len(prompt)
-            tools, stops = request.tools or generator.tools, (*generator.stop, *request.stop)
+            tools = request.tools if isinstance(request.tools, ToolUse) else generator.tools
+            stops = (*generator.stop, *request.stop)
             for sample in range(request.samples):
                 if index not in self.done:  # cancelled
                     break
@@ -436,7 +437,7 @@ class Pool:
         elif tools is not None and open_call is not None:
             tool, input_ids = open_call
             if token == tools.ends[tool]:
-                if tool not in tools.toolbox.names:
+                if tool not in tools.toolbox.names and tool not in tools.own:
                     return self._last_text(sequence, "no_tool")
                 text = self._of.tokenizer.decode(input_ids, skip_specials=True)
                 sequence.call = None
@@ -476,7 +477,7 @@ class Pool:
         if len(sequence.tool_calls) + len(calls) > tools.max_calls:
             return self._last_text(sequence, "tool_limit")
         sequence.calls = calls
-        if tools.given_back:
+        if tools.are_left(calls):
             sequence.tool_calls += [{"tool": tool, "input": text} for tool, text in calls]
             return self._last_text(sequence, "tool_calls")
         return self._last_text(sequence, "length") if sequence.full else CALL

@@ -19,10 +19,19 @@ from typing import Any
 import orjson
 
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import Conversation, find_prompt, read_conversation, read_messages
+from llmkit.formats.conversations import (
+    RESULT,
+    TOOL_FIELDS,
+    Conversation,
+    definitions_of,
+    find_prompt,
+    read_conversation,
+    read_messages,
+)
 from llmkit.generation.next_token import request_number, seed_of_repeat
 from llmkit.generation.requests import OnText, Prompt, Request, split_thoughts
 from llmkit.generation.sampler import Sampler
+from llmkit.generation.tool_calls import Functions
 from llmkit.io.jsonl import dump_json, open_bytes, read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import (
@@ -138,7 +147,7 @@ class Prompts:
             where = row.where
             try:
                 with naming(where):
-                    ids, losses = self._ids(row)
+                    ids, losses, functions = self._ids(row)
                     number = request_number(ids)
                     seed = self._seed_of(row, number, where)
             except UserError as error:
@@ -149,7 +158,7 @@ class Prompts:
                 continue
             self._waiting.append((row, seed))
             self.count += 1
-            yield Request(ids, self._samples, self._max_tokens, seed, number, where)
+            yield Request(ids, self._samples, self._max_tokens, seed, number, where, tools=functions)
         self._bad.report_all()
         if next(self.kept, None) is not None:
             raise UserError("the unfinished run has prompts that the input does not have; start again with --force")
@@ -175,7 +184,9 @@ class Prompts:
                     known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
                 fields |= {name: values for name, values in known.items() if values}  # a server need not tell
                 if tools:
-                    fields |= {"sampled": completion.sampled, "tool_calls": completion.tool_calls}
+                    fields |= {"sampled": completion.sampled}
+                if tools or completion.tool_calls:
+                    fields |= {"tool_calls": completion.tool_calls}
                 fields |= {"finish_reason": completion.finish_reason, "seed": seed}
                 records.append(with_made(row.value, fields | ({"sample": number} if len(samples) > 1 else {})))
             yield records
@@ -205,14 +216,15 @@ class Prompts:
             raise UserError(f"{where}: expected 'seed' to be a whole number from 0 to 2^63-1, found {seed!r}")
         return seed
 
-    def _ids(self, row: Row) -> tuple[Prompt, tuple[str, ...]]:
-        """Encode the prompt of a record; the second value names the fields that are not used."""
+    def _ids(self, row: Row) -> tuple[Prompt, tuple[str, ...], Functions | None]:
+        """Encode the prompt of a record; return the fields that are not used, and the functions that it offers, too."""
         prompt = find_prompt(row, PROMPT_FIRST)
         if prompt is None:
             raise UserError(
                 f"{row.where}: expected field 'prompt' or 'messages' (a prompt), found {fields_of(row.value)}"
             )
         lost: list[str] = []
+        used, functions = [*prompt.used], None
         alone = len(prompt.entries) == 1 and not isinstance(row.value[prompt.name], list)
         asks = prompt.name != "prompt" and not self._shots and self._sampler.is_assistant
         if alone and not asks:
@@ -220,11 +232,15 @@ class Prompts:
             ids = self._sampler.encode(with_shots(self._shots, text) if self._shots else text)
         else:
             messages = read_messages(row, prompt.entries, lost)
-            if messages[-1].role != "user":
+            last = messages[-1]
+            if last.role != "user" and (not last.parts or last.parts[-1].kind != RESULT):
                 raise UserError(
-                    f"{row.where}: expected messages that end with the user's, found the {messages[-1].role}'s last"
+                    f"{row.where}: expected messages that end with the user's or a tool's, found the {last.role}'s last"
                 )
-            ids = self._sampler.encode(messages)
+            if (definitions := definitions_of(row.value)) and self._sampler.tools is not None:
+                functions = self._sampler.tools.offering(definitions)
+                used += TOOL_FIELDS
+            ids = self._sampler.encode(messages, functions)
         context, tokenizer = self._sampler.context, self._sampler.tokenizer
         if context is not None and len(ids) >= context:
             of = f" with its {counted(len(self._shots), 'example')}" if self._shots else ""
@@ -234,7 +250,7 @@ class Prompts:
             )
         if tokenizer is not None and tokenizer.unk_id is not None and tokenizer.unk_id in ids:
             lost.append(OUTSIDE)
-        return ids, (*lost, *not_used(row.value, prompt.used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING)))
+        return ids, (*lost, *not_used(row.value, used, (*PROMPT_FIELDS, *CHOICES, *SAMPLING))), functions
 
 
 @contextmanager

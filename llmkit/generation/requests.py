@@ -11,7 +11,7 @@ from llmkit.io.progress import counted
 
 if TYPE_CHECKING:
     from llmkit.generation.next_token import Sampling
-    from llmkit.generation.tool_calls import ToolUse
+    from llmkit.generation.tool_calls import Functions
 
 _THOUGHTS = re.compile(r"<think>(.*?)(?:</think>\n*|\Z)", re.DOTALL)
 Prompt = Sequence[Any]  # token ids; where a server makes them text to continue, or messages to answer
@@ -35,7 +35,7 @@ class Request:
 
     sampling      in the place of the generator's
     stop          strings that end a completion, beside the generator's
-    tools         in the place of the generator's
+    tools         in the place of the generator's, or of a server's
     top_logprobs  how many of the likeliest tokens are told at each position
     """
 
@@ -47,7 +47,7 @@ class Request:
     where: str = "prompt"
     sampling: Sampling | None = None
     stop: Sequence[str] = ()
-    tools: ToolUse | None = None
+    tools: Functions | None = None
     top_logprobs: int = 0
 
 
@@ -65,7 +65,8 @@ class Completion:
                         softmax(logits), over the model's whole vocabulary; 0 where not sampled
     truncated_logprobs  under the distribution drawn from, after top-k, top-p and min-p; 0 where not sampled
     sampled             whether the model chose the token; False for results of tools
-    tool_calls          {"tool", "input", "result"} of each call, with "failed": true where the result is an error
+    tool_calls          {"tool", "input", "result"} of each call, with "failed": true where the result is an error, and
+                        without "result" where it is left to whoever asked
     top_logprobs        the likeliest tokens at each position and their `logprobs`, where the request asks for them;
                         none where not sampled
 

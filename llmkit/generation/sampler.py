@@ -21,7 +21,7 @@ from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, Usage
 from llmkit.generation.served_models import EXAMPLE, SCHEME, OpenAIClient, parse_address
 from llmkit.generation.served_sampler import ServedSampler
-from llmkit.generation.tool_calls import ToolUse, open_tools
+from llmkit.generation.tool_calls import Functions, open_tools
 from llmkit.io.hub import local_folder
 from llmkit.io.remote import is_remote
 from llmkit.io.resume import fingerprint
@@ -41,16 +41,17 @@ class Sampler(Protocol):
     tokenizer     None where a server makes the tokens
     chat          tokens of a conversation; None where a server makes them. Raises UserError for a base model
     is_assistant  whether conversations can be answered
-    tools         what the model may call
+    tools         what the model may call; None where it knows no calls
     usage         requests and tokens so far
     """
 
     name: str
     identity: Mapping[str, Any]
     context: int | None
-    tools: ToolUse | None
     usage: Usage
 
+    @property
+    def tools(self) -> Functions | None: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     @cached_property
@@ -62,8 +63,9 @@ class Sampler(Protocol):
         """Raise ServerError where a server does not answer."""
         ...
 
-    def encode(self, prompt: str | Sequence[Message]) -> Prompt:
-        """A text to continue, or a conversation to answer, as a request has it. Raises UserError for what cannot be."""
+    def encode(self, prompt: str | Sequence[Message], tools: Functions | None = None) -> Prompt:
+        """A text to continue, or a conversation to answer, as a request has it; `tools` are those of the request in the
+        place of the sampler's. Raises UserError for what cannot be."""
         ...
 
     def complete(

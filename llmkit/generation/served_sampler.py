@@ -26,7 +26,7 @@ from llmkit.generation.generator import prompt_ids
 from llmkit.generation.next_token import Sampling, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, finished
 from llmkit.generation.served_models import SCHEME, OpenAIClient, PromptTooLong, Refused, Reply, ServerError
-from llmkit.generation.tool_calls import ToolUse
+from llmkit.generation.tool_calls import Functions
 from llmkit.io.progress import counted
 from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
@@ -50,7 +50,7 @@ class ServedSampler:
     """
 
     context: int | None = None  # only the server knows
-    tools: ToolUse | None = None
+    tools: Functions | None = None
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ServedSampler:
         """Raise ServerError where the server does not answer."""
         self.server.check()
 
-    def encode(self, prompt: str | Sequence[Message]) -> Prompt:
+    def encode(self, prompt: str | Sequence[Message], tools: Functions | None = None) -> Prompt:
         """A text to continue, or a conversation to answer, as it is sent."""
         if isinstance(prompt, str):
             return prompt if self.tokenizer is None else prompt_ids(self.tokenizer, prompt)

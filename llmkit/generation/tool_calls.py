@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from copy import copy
 from itertools import groupby, takewhile
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from llmkit.config import ToolConfig
-from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, TOOLS, Part
+from llmkit.errors import UserError
+from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, TOOLS, Definitions, Part
 from llmkit.io.progress import counted
 from llmkit.tokenizer.calls import TAGGED, Call, CallForm
 from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
@@ -25,23 +27,63 @@ from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import TemplateFormat, chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
 
+AnyFunctions = TypeVar("AnyFunctions", bound="Functions")
 BROKEN = "broken"  # beside the names of tools
 
 
-class ToolUse:
+class Functions:
+    """Functions that a model may call, whoever makes its tokens.
+
+    schemas    of those that a prompt has to describe
+    own        names of those that a prompt offers, and nobody here runs; a call of one ends the completion, as any does
+               where there are no tools
+    max_calls  of one completion; the next call ends it
+    """
+
+    def __init__(self, toolbox: Toolbox, max_calls: int = 8) -> None:
+        self.toolbox, self.max_calls, self.own = toolbox, max_calls, frozenset[str]()
+        self.schemas: Definitions = tuple(toolbox.schemas.values())
+
+    def offering(self: AnyFunctions, definitions: Definitions) -> AnyFunctions:
+        """Return these functions with those of a prompt. Raises UserError for one without a name or twice there."""
+        names = [definition.get("function", definition) for definition in definitions]
+        names = [function.get("name") if isinstance(function, dict) else None for function in names]
+        if not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"expected each of 'tools' to be a function with a name, found {names}")
+        return self._with_own(definitions, [str(name) for name in names])
+
+    def _with_own(self: AnyFunctions, definitions: Definitions, names: Sequence[str]) -> AnyFunctions:
+        if twice := next((name for name in names if names.count(name) > 1 or name in self.toolbox.names), None):
+            raise UserError(f"expected each function once in 'tools' and --tools, found {twice} twice")
+        other = copy(self)
+        other.schemas, other.own = (*self.schemas, *definitions), frozenset(names)
+        return other
+
+    def are_left(self, calls: Sequence[tuple[str, str]]) -> bool:
+        """True if whoever asked has to run these calls."""
+        return not self.toolbox.names or not self.own.isdisjoint(name for name, _ in calls)
+
+    def run(self, calls: Sequence[tuple[str, str]]) -> list[ToolResult]:
+        """Run calls, one after the other."""
+        names = ", ".join(self.toolbox.names)
+        return [
+            self.toolbox.run(tool, text)
+            if tool in self.toolbox.names
+            else ToolResult(f"error: there is no function {tool!r}; there are {names}", failed=True)
+            for tool, text in calls
+        ]
+
+
+class ToolUse(Functions):
     """The tools of a generator, and their tokens.
 
-    form               how calls are written as text, None where there are none such
-    openers            texts with which these begin, and `opener_ids`, tokens
-    schemas            of the tools that a prompt has to describe
+    openers            texts with which calls in text begin, and `opener_ids`, tokens
     starts             start token -> tool, of calls that are no text
     ends               tool -> end token
     others             start token -> tool, of calls that are text, for the tool is not there
     unavailable_calls  how many of them there were, by tool, and under BROKEN, turns with calls that cannot be read
-    max_calls          of one completion; the next call ends it
     result_tokens      a result is cut to this many
     end_at_others      whether a call of a tool that is not there ends the completion; else it is text
-    given_back         whether calls end the completion, for whoever asked to run them
     """
 
     def __init__(
@@ -52,30 +94,39 @@ class ToolUse:
         result_tokens: int = 512,
         *,
         end_at_others: bool = False,
-        given_back: bool = False,
         chat: ChatFormat | None = None,
     ) -> None:
-        self.given_back = given_back
+        super().__init__(toolbox, max_calls)
         self._chat = chat = chat_format(tokenizer) if chat is None else chat
-        self.form: CallForm | None
         if isinstance(chat, TemplateFormat):
-            self._closer, self.form, noticed, tokens = None, chat.call_form, (), {}
+            self._closer, self._form, noticed, tokens = None, chat.call_form, (), {}
             self.call_end: int | None = chat.call_end
-            self.schemas = tuple(toolbox.schemas.values())
         else:
-            tokens, self._closer, self.call_end = chat.tool_tokens(), "</tool_call>", None
+            self._closer, self._form, tokens = "</tool_call>", TAGGED, chat.tool_tokens()
+            self.call_end = None
             self.schemas = tuple(schema for name, schema in toolbox.schemas.items() if name not in TOOLS)
-            self.form = TAGGED if self.schemas else None
             noticed = TOOLS if end_at_others else tuple(name for name in toolbox.names if name in TOOLS)
-        openers = self.form.openers if self.form is not None else ()
+        openers = self._form.openers
         self.opener_ids = {tokenizer.specials[text] for text in openers if text in tokenizer.specials}
         self.openers = tuple(text for text in openers if text not in tokenizer.specials)
         self.starts = {tokens[tool][0]: tool for tool in noticed}
         self.ends = {tool: tokens[tool][1] for tool in noticed}
         self.others = {tokens[tool][0]: tool for tool in TOOLS if tokens and tool not in noticed}
         self.unavailable_calls: Counter[str] = Counter()
-        self.max_calls, self._result_tokens = max_calls, result_tokens
-        self.toolbox, self._tokenizer, self._bounds = toolbox, tokenizer, tokens.get(RESULT, (0, 0))
+        self._tokenizer, self._tokens, self._result_tokens = tokenizer, tokens, result_tokens
+
+    @property
+    def form(self) -> CallForm | None:
+        """How calls are written as text; None where there are none such."""
+        return self._form if self.schemas else None
+
+    def _with_own(self, definitions: Definitions, names: Sequence[str]) -> ToolUse:
+        other = super()._with_own(definitions, names)
+        ours = [name for name in names if name in self._tokens]  # with tokens
+        other.starts = self.starts | {self._tokens[name][0]: name for name in ours}
+        other.ends = self.ends | {name: self._tokens[name][1] for name in ours}
+        other.others = {token: name for token, name in self.others.items() if name not in ours}
+        return other
 
     def open_call(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
         """Return the tool of a call that a prompt begins and does not end, and its input so far; None without one."""
@@ -136,16 +187,6 @@ class ToolUse:
         value = call.arguments.get(ARGUMENT[call.name], next(iter(call.arguments.values()), ""))
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    def run(self, calls: Sequence[tuple[str, str]]) -> list[ToolResult]:
-        """Run calls, one after the other."""
-        names = ", ".join(self.toolbox.names)
-        return [
-            self.toolbox.run(tool, text)
-            if tool in self.toolbox.names
-            else ToolResult(f"error: there is no function {tool!r}; there are {names}", failed=True)
-            for tool, text in calls
-        ]
-
     def result_ids(
         self, calls: Sequence[tuple[str, str]], results: Sequence[ToolResult], room: int
     ) -> tuple[list[int], list[str]]:
@@ -162,7 +203,8 @@ class ToolUse:
         if room < 2:
             return [], [""]
         ids = self._chat.encode_result(texts[0])[: min(self._result_tokens, room - 2)]
-        return [self._bounds[0], *ids, self._bounds[1]], [self._tokenizer.decode(ids, skip_specials=True)]
+        start, end = self._tokens[RESULT]
+        return [start, *ids, end], [self._tokenizer.decode(ids, skip_specials=True)]
 
     def _cut(self, text: str) -> str:
         ids = self._tokenizer.encode(text)
@@ -173,8 +215,8 @@ class ToolUse:
     ) -> tuple[Part, ...]:
         """Split a completion with calls into texts, calls and results, in their order.
 
-        A result is what was not sampled, whatever tokens the model writes around words of its own. A call that has no
-        result is left out: it was cut, or one too many.
+        A result is what was not sampled, whatever tokens the model writes around words of its own. A call that was cut,
+        or one too many, is left out; calls that are left to others have no results, and come last.
         """
         answered, parts, waiting = iter(calls), [], 1
         for own, run in groupby(zip(token_ids, sampled, strict=True), key=itemgetter(1)):
@@ -191,6 +233,7 @@ class ToolUse:
                     parts.append(Part(RESULT, self._tokenizer.decode(ids, skip_specials=True)))
                 else:
                     parts += [Part(RESULT, self._cut(call["result"])) for call in these]
+        parts += [call_part(call["tool"], call["input"]) for call in answered]
         return tuple(part for part in parts if part.text or part.kind != "text")
 
 
@@ -213,11 +256,13 @@ def open_tools(
 ) -> ToolUse | None:
     """The tools that are wanted, closed with `stack`, and what tells the calls of others.
 
-    None where no tool is wanted of a model that knows none, or that does not end a turn: a base writes such tokens
+    None where no tool is wanted of a model that knows no calls, or that does not end a turn: a base writes such tokens
     now and then. Raises UserError as `Toolbox.parse` does.
     """
-    ours = has_chat_tokens(tokenizer) and not has_own_template(tokenizer)
-    if not options.tools and not (ours and tokenizer.specials["<|im_end|>"] in end_ids):
+    if not options.tools and has_own_template(tokenizer):
+        with suppress(UserError):  # a template without calls
+            return ToolUse(Toolbox.parse(()), tokenizer, options.max_tool_calls)
+    if not options.tools and not (has_chat_tokens(tokenizer) and tokenizer.specials["<|im_end|>"] in end_ids):
         return None
     toolbox = Toolbox.parse(options.tools, sandbox=options.sandbox, timeout=options.tool_timeout)
     toolbox = stack.enter_context(toolbox)

@@ -18,7 +18,10 @@ from llmkit.tools.user_code import check_spelling
 
 __all__ = ["Attempt", "Reward", "Weighted", "judge", "parse_rewards"]
 
-EXPECTED = "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX or length"
+EXPECTED = (
+    "verifier, verifier=NAME, rm:FOLDER, spread:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX, length or "
+    "length=answer"
+)
 WEIGHT = re.compile(
     r"(.*):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?(?:nan|inf|infinity))", re.IGNORECASE | re.DOTALL
 )
@@ -58,10 +61,10 @@ def parse_rewards(
 
             forced = check_name(rest, f"{flag} {text}") if mark else None
             build = partial(VerifierReward, forced, sandbox=sandbox != "none", seconds=timeout)
-        elif spec == "length":
+        elif spec in ("length", "length=answer"):
             from llmkit.rewards.constraints import LengthReward
 
-            build = LengthReward
+            build = partial(LengthReward, spec != "length")
         elif mark != ":" or not rest:
             raise UserError(f"{flag} {text or repr(text)}: expected {EXPECTED}")
         elif kind in ("rm", "spread"):

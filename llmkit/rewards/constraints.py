@@ -7,13 +7,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UserError
 from llmkit.formats.problems import Problem
 from llmkit.io.foreign import shown
 from llmkit.io.pool import Worker, WorkerDied
 from llmkit.rewards.reward import Attempt, Reward
+
+if TYPE_CHECKING:
+    from llmkit.tokenizer.encoding import Tokenizer
 
 SECONDS = 1.0  # for one completion: (a+)+$ on forty letters takes a day
 LONGEST_CHECK = 10.0  # of the processor: JSON of a megabyte takes a second
@@ -63,13 +66,26 @@ class FormatReward(Reward):
 
 
 class LengthReward(Reward):
-    """`length`: the share of --max-tokens that was sampled, 0 to 1; a negative weight makes for brevity."""
+    """`length`: the share of --max-tokens that was sampled, 0 to 1; a negative weight makes for brevity.
 
-    name = "length"
+    `length=answer` counts the tokens of what follows the thoughts.
+    """
+
+    def __init__(self, of_answer: bool) -> None:
+        self.name = "length=answer" if of_answer else "length"
+        self._of_answer, self._tokenizer = of_answer, None
+
+    def check_policy(self, tokenizer: Tokenizer) -> None:
+        """Count by the policy's tokenizer."""
+        self._tokenizer = tokenizer if self._of_answer else None
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """Sampled tokens over those that could have been."""
-        return [attempt.token_count / attempt.max_tokens for attempt in attempts]
+        counts = [attempt.token_count for attempt in attempts]
+        if self._tokenizer is not None:
+            answers = [attempt.completion.rpartition("</think>")[2].lstrip("\n") for attempt in attempts]
+            counts = [len(self._tokenizer.encode(answer)) for answer in answers]
+        return [count / attempt.max_tokens for count, attempt in zip(counts, attempts, strict=True)]
 
 
 # ---- the verifier regex

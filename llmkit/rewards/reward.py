@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import as_record
@@ -24,8 +24,9 @@ class Attempt:
 
     completion     its text, without special tokens
     token_count    tokens sampled
-    finish_reason  "stop", "length" or "tool_limit"
+    finish_reason  "stop", "length", "tool_limit" or "tool_calls"
     max_tokens     that could have been sampled
+    tool_calls     {"tool", "input", "result"} of each, without "result" where nobody ran it
     """
 
     problem: Problem
@@ -33,6 +34,7 @@ class Attempt:
     token_count: int
     finish_reason: str
     max_tokens: int
+    tool_calls: Sequence[Mapping[str, Any]] = ()
 
 
 class Reward:

@@ -41,6 +41,7 @@ def record_of(attempt: Attempt) -> dict[str, Any]:
         "completion": attempt.completion,
         "finish_reason": attempt.finish_reason,
         "token_count": attempt.token_count,
+        **({"tool_calls": [*attempt.tool_calls]} if attempt.tool_calls else {}),
     }
 
 

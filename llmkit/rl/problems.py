@@ -8,9 +8,10 @@ from hashlib import sha256
 
 from llmkit.data.overlap import Overlap
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import Definitions, message
+from llmkit.formats.conversations import TOOL_FIELDS, definitions_of, message
 from llmkit.formats.problems import Problem, answer_text, read_problem
 from llmkit.generation.generator import prompt_ids
+from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.jsonl import dump_json, names_of, read_jsonl
 from llmkit.io.progress import counted, say
 from llmkit.io.records import OUTSIDE, BadRecords, Row
@@ -20,6 +21,8 @@ from llmkit.training.finetuning import Tuning
 LEAST_MAX_TOKENS = 256  # of an attempt, where the context has room: short answers do not say how long a model reasons
 MAX_TOKENS_SHARE = 0.95  # of the problems, and of the answers, decide the default; a few long ones do not
 
+NOT_USED = {f"{name!r} not used" for name in TOOL_FIELDS}
+
 
 @dataclass(frozen=True)
 class EncodedProblem:
@@ -28,6 +31,7 @@ class EncodedProblem:
     problem: Problem
     prompt_ids: Sequence[int]
     losses: tuple[str, ...] = ()  # what of the problem's record is not asked
+    tools: ToolUse | None = None  # in the place of the policy's
 
 
 def load_problems(
@@ -40,15 +44,15 @@ def load_problems(
     bad: BadRecords,
     quiet: bool,
     columns: Mapping[str, str] = {},
-    tools: Definitions = (),
+    tools: ToolUse | None = None,
 ) -> tuple[list[EncodedProblem], int]:
     """The problems of files in tokens, and the tokens of an attempt. These are, where `max_tokens` is None, twice those
     of the answers, 256 at least, as far as the context has room for them.
 
     An assistant is asked in its format, with `system` before problems that have no system message; a base model's
-    prompt is text. `tools` are JSON schemas of functions that it may call. A problem that with its attempt is longer
-    than the context is left out, and counted. Bad records are those that a reward cannot judge, and conversations with
-    a base model, too.
+    prompt is text. `tools` may be called, and functions that a problem offers, which nobody runs. A problem that with
+    its attempt is longer than the context is left out, and counted. Bad records are those that a reward cannot judge,
+    and conversations with a base model, too.
 
     Raises UserError for a reward that cannot judge this policy, and where no problem is left.
     """
@@ -61,7 +65,7 @@ def load_problems(
             weighted.reward.check(problem)
         encoded = _encode(problem, tuning, system, tools)
         outside = (OUTSIDE,) if tuning.tokenizer.unk_id in encoded.prompt_ids else ()
-        return replace(encoded, losses=problem.losses + outside)
+        return replace(encoded, losses=encoded.problem.losses + outside)
 
     read = list(read_jsonl(paths, limit, encoded_problem, bad, columns))
     if max_tokens is None:
@@ -87,7 +91,7 @@ def _at_share(lengths: Sequence[int]) -> int:
     return sorted(lengths)[int(MAX_TOKENS_SHARE * (len(lengths) - 1))] if lengths else 0
 
 
-def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: Definitions) -> EncodedProblem:
+def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: ToolUse | None) -> EncodedProblem:
     if not tuning.is_assistant:
         if problem.messages:
             raise UserError(
@@ -99,7 +103,14 @@ def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: Definit
         messages = (message("system", system), *messages)
         problem = replace(problem, messages=messages)
     with naming(problem.where):
-        return EncodedProblem(problem, tuning.chat.encode(messages, prompt=True, tools=tools).token_ids.tolist())
+        own = None
+        if tools is not None and (definitions := definitions_of(problem.record)):
+            tools = own = tools.offering(definitions)
+            problem = replace(problem, losses=tuple(loss for loss in problem.losses if loss not in NOT_USED))
+        schemas = () if tools is None else tools.schemas
+        return EncodedProblem(
+            problem, tuning.chat.encode(messages, prompt=True, tools=schemas).token_ids.tolist(), tools=own
+        )
 
 
 def digest(encoded: Iterable[EncodedProblem]) -> str:

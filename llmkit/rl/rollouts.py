@@ -23,7 +23,7 @@ from llmkit.data.batches import IGNORED, best_fit
 from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
-from llmkit.generation.requests import Completion, Request, split_thoughts
+from llmkit.generation.requests import Completion, split_thoughts
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.files import BLOCK, check_file
 from llmkit.io.foreign import integer
@@ -89,8 +89,8 @@ class Rollout:
 
     def as_attempt(self, max_tokens: int) -> Attempt:
         """Return what rewards take."""
-        completion = self.completion
-        return Attempt(self.problem, completion.text, self.token_count, completion.finish_reason, max_tokens)
+        made = self.completion
+        return Attempt(self.problem, made.text, self.token_count, made.finish_reason, max_tokens, made.tool_calls)
 
     def record(self) -> dict[str, Any]:
         """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
@@ -143,23 +143,13 @@ def map_shares(items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> li
     return [result for part in gathered for result in part]
 
 
-def requests_for(
-    problems: Sequence[EncodedProblem], group: int, max_tokens: int, seed: int, first: int
-) -> list[Request]:
-    """Requests for a group of attempts at each problem, numbered from `first`."""
-    return [
-        Request(encoded.prompt_ids, group, max_tokens, seed, number, encoded.problem.where)
-        for number, encoded in enumerate(problems, first)
-    ]
-
-
 def as_group(
     encoded: EncodedProblem, number: int, completions: Sequence[Completion], step: int, tools: ToolUse | None
 ) -> list[Rollout]:
     """The attempts at a problem. Raises UserError where there are none, for want of room."""
     if not completions:
         raise UserError(f"{encoded.problem.where}: the prompt is longer than the context of the server's model")
-    group = []
+    group, tools = [], encoded.tools or tools
     for sample, completion in enumerate(completions):
         parts: tuple[Part, ...] = ()
         if tools is not None and completion.tool_calls:

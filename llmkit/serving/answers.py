@@ -10,7 +10,7 @@ from typing import Any
 
 from llmkit.formats.conversations import ARGUMENT, RESULT, TOOLS, Message, as_record
 from llmkit.generation.requests import Completion
-from llmkit.generation.tool_calls import call_part
+from llmkit.generation.tool_calls import ToolUse, call_part
 from llmkit.serving.engine import Called, Event, Finished, Job, Piece, Scored
 from llmkit.serving.models import ServedModel
 
@@ -142,7 +142,7 @@ class Answers:
             message["reasoning_content"] = reasoning
         if completion.finish_reason == "tool_calls":
             message |= {"content": text or None, "tool_calls": calls_of(completion.tool_calls)}
-        elif completion.tool_calls and (tools := job.request.tools or self._model.generator.tools):
+        elif completion.tool_calls and isinstance(tools := job.request.tools or self._model.generator.tools, ToolUse):
             parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
             message["content_parts"] = as_record([Message("assistant", parts)])[0]["content"]
         return message

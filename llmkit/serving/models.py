@@ -188,8 +188,9 @@ class ServedModel:
             raise ApiError("'tools': expected a list of {type: function, function: {name, parameters}}", "tools")
         if not chat.shows_tools:
             raise ApiError(f"the chat template of {self.name} shows no tools", "tools")
-        toolbox = Toolbox(dict.fromkeys(named, _never), ExitStack(), named)
-        return ToolUse(toolbox, self.tokenizer, MOST_SAMPLES, given_back=True, chat=chat)
+        return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, MOST_SAMPLES, chat=chat).offering(
+            [*named.values()]
+        )
 
     # ---- requests
 
@@ -245,10 +246,6 @@ def read_entries(entries: Any, param: str) -> tuple[Message, ...]:
     entries = [{**entry, "content": entry.get("content_parts") or entry.get("content")} for entry in entries]
     with _refusing(param):
         return read_messages(Row({}, param, 0), entries)
-
-
-def _never(text: str) -> str:
-    raise AssertionError("a client's function is not run here")
 
 
 @contextmanager

@@ -175,7 +175,7 @@ class Learner:
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         read = partial(
             load_problems,
-            tools=self.tools.schemas if self.tools is not None else (),
+            tools=None if config.is_served else self.tools,
             limit=config.limit,
             tuning=tuning,
             system=config.system,
@@ -362,11 +362,16 @@ class Learner:
 
         Random numbers are those of a group and a sample, whoever draws them. Raises UserError where a reward fails.
         """
+        from llmkit.generation.requests import Request
         from llmkit.rewards import judge
-        from llmkit.rl.rollouts import as_group, map_shares, requests_for, set_rewards
+        from llmkit.rl.rollouts import as_group, map_shares, set_rewards
 
         started = time.monotonic()
-        requests = requests_for(problems, group, self.max_tokens, self.config.seed, first)
+        length, seed = self.max_tokens, self.config.seed
+        requests = [
+            Request(asked.prompt_ids, group, length, seed, number, asked.problem.where, tools=asked.tools)
+            for number, asked in enumerate(problems, first)
+        ]
         sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
         groups = [
             as_group(encoded, number, completions, step, self.tools)

@@ -63,8 +63,9 @@ class SftConfig(TuningConfig, TaskConfig):
 
         A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or
         {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. The loss
-        covers the assistant's words, its tool calls and the end-of-turn token; a message's "weight": 0
-        leaves it out. A FILE's weight is its share of the training tokens; without weights a file counts by its size.
+        covers the assistant's words, its tool calls and the end-of-turn token, with --loss answer without its
+        thoughts; a message's "weight": 0 leaves it out. A FILE's weight is its share of the training tokens; without
+        weights a file counts by its size.
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
 
@@ -72,7 +73,7 @@ class SftConfig(TuningConfig, TaskConfig):
     data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE", reads=True)
 
-    loss: str = option("assistant", "Tokens in the loss.", group="Data", choices=("assistant", "last", "all"))
+    loss: str = option("assistant", "Tokens in the loss.", group="Data", choices=("assistant", "answer", "last", "all"))
     on_long: str = option(
         "truncate",
         "Treatment of conversations longer than the context; truncate ends them after the last turn that fits. "

@@ -9,6 +9,7 @@ transformers' `apply_chat_template` on the folder's template gives the same ids 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -23,7 +24,8 @@ from llmkit.tokenizer.encoding import EnclosedText, Tokenizer, load_tokenizer
 from llmkit.tokenizer.folder import END_OF_TEXT, SPECIALS, write_template
 
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
-LOSSES = ("assistant", "last", "all")
+LOSSES = ("assistant", "answer", "last", "all")
+_THOUGHTS = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 ENCODED_AT_ONCE = 4096  # texts
 # about the functions that may be called, as chat_template.jinja has it
 TOOLS_BEFORE = "# Tools\n\nFunctions that you may call, as JSON schemas:\n<tools>"
@@ -100,8 +102,9 @@ class ChatFormat:
 
         A last turn of the assistant that ends in a call or in its result is left open: the answer goes on with it.
 
-        `loss` says what is trained on: all that the assistant says and does ("assistant"), its last turn only
-        ("last"), or every token ("all"). An assistant's tool results and turns of weight 0 never are, but by "all".
+        `loss` says what is trained on: all that the assistant says and does ("assistant"), the same without its
+        thoughts ("answer"), its last turn only ("last"), or every token ("all"). An assistant's tool results and turns
+        of weight 0 never are, but by "all".
         """
         (encoded,) = self.encode_many([Conversation(tuple(messages), tools=tuple(tools))], loss=loss)
         if not prompt:
@@ -124,7 +127,18 @@ class ChatFormat:
         listed = [(conversation, self._turns(conversation, loss)) for conversation in shown]
         texts = [piece for _, turns in listed for turn in turns for piece, _ in turn if isinstance(piece, tuple)]
         encoded = iter(self._encode_texts(texts))
-        return [_joined(conversation.messages, turns, encoded) for conversation, turns in listed]
+        joined = [_joined(conversation.messages, turns, encoded) for conversation, turns in listed]
+        return [self._without_thoughts(one) for one in joined] if loss == "answer" else joined
+
+    def _without_thoughts(self, encoded: Encoded) -> Encoded:
+        """Take thoughts, with the tags about them, out of what is trained on."""
+        stream, trained = self._tokenizer.stream(), encoded.trained.copy()
+        pieces = [stream.push([token]) for token in encoded.token_ids.tolist()]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        starts = np.concatenate([[0], ends[:-1]])
+        for thought in _THOUGHTS.finditer("".join(pieces)):
+            trained &= (ends <= thought.start()) | (starts >= thought.end())
+        return replace(encoded, trained=trained)
 
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]

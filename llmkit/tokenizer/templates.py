@@ -456,7 +456,8 @@ class TemplateFormat(ChatFormat):
         questions = tuple(starts[i] for i, turn in enumerate(messages) if turn.role == "user" and i < len(starts))
         preamble = ends[0] if messages[0].role == "system" and ends else 0
         flags = np.ones(len(ids), bool) if loss == "all" else np.array(trained, bool)
-        return Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
+        encoded = Encoded(np.array(ids, np.int32), flags, tuple(ends), questions, preamble)
+        return self._without_thoughts(encoded) if loss == "answer" else encoded
 
     def _marked(self, text: str, places: Sequence[tuple[int, int]], turns: Sequence[_Turn], tools: Any) -> str:
         """Put marks about each message, and CUT before each answer that the text asks for with the same words."""

@@ -108,6 +108,16 @@ def test_the_total_is_the_weighted_sum():
     assert judged == [({"verifier": 1, "length": 0.25}, 0.875), ({"verifier": 0, "length": 1}, -0.5)]
 
 
+def test_the_length_of_the_answer_does_not_count_thoughts() -> None:
+    (weighted,) = parse_rewards(["length=answer:-1"])
+    tokenizer = type("Letters", (), {"encode": lambda self, text: list(text)})()
+    weighted.reward.check_policy(tokenizer)
+    said = ("<think>\nTwo?\n</think>\n\nFour", "Four", "<think>\nTwo?\n</think>")
+    thoughts = [attempt(text, max_tokens=8, token_count=8) for text in said]
+    found = weighted.reward.score(thoughts)
+    assert (weighted.reward.name, weighted.weight, found) == ("length=answer", -1, [0.5, 0.5, 0.0])
+
+
 # ---- format and length
 
 

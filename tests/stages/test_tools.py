@@ -1,0 +1,162 @@
+"""Functions in conversations with a model from elsewhere, in the form of Qwen 3, in sample, rl and sft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from foreign_templates import QWEN3
+from tiny import certain, make_model, save_tokenizer
+
+from llmkit.errors import UserError
+from llmkit.formats.conversations import read_conversation
+from llmkit.io.records import Row
+from llmkit.model.folder import save_model
+from llmkit.stages import rl, sample, sft
+from llmkit.tokenizer.encoding import load_tokenizer
+from llmkit.tokenizer.templates import chat_format
+
+CALLED = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
+RAIN = {
+    "type": "function",
+    "function": {"name": "rain", "description": "Whether it rains.", "parameters": {"properties": {"city": {}}}},
+}
+ASKED = {"role": "user", "content": "Rain?"}
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A model that answers everything by a call of `rain`, which is one token of its vocabulary."""
+    folder = tmp_path_factory.mktemp("qwen")
+    save_tokenizer(folder, "<|im_start|>", "<|im_end|>")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    last = spec["added_tokens"][-1]
+    spec["added_tokens"].append({**last, "id": last["id"] + 1, "content": CALLED, "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "add_bos_token": False}))
+    (folder / "chat_template.jinja").write_text(QWEN3)
+    end, (line,) = last["id"], load_tokenizer(folder).encode("\n")
+    model = make_model(vocab_size=end + 2, eos_token_id=end, bos_token_id=None, context=2048)
+    save_model(certain(model, line, end + 1, end), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weather(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("functions") / "weather.py"
+    path.write_text('def rain(city: str) -> str:\n    "Whether it rains."\n    return f"no rain in {city}"\n')
+    return f"py:{path}:rain"
+
+
+def sampled(model: Path, out: Path, *rows: dict, **options: object) -> list[dict]:
+    given = write(out.with_name("given.jsonl"), *rows)
+    config = {"jsonl": True, "temperature": 0.0, "quiet": True, "force": True, "max_bad": "100%"}
+    sample.run(sample.SampleConfig(model=str(model), inputs=(given,), out=str(out), **config | options))
+    return read(out)
+
+
+@pytest.mark.parametrize("tools", [[RAIN], json.dumps([RAIN]), [RAIN["function"]]])
+def test_a_call_that_nobody_runs_is_given_back(qwen, weather, tmp_path, tools) -> None:
+    out = tmp_path / "out.jsonl"
+    (record,) = sampled(qwen, out, {"messages": [ASKED], "tools": tools})
+    assert record["tool_calls"] == [{"tool": "rain", "input": '{"city": "Oslo"}'}]
+    assert (record["completion"], record["finish_reason"]) == ("", "tool_calls")
+    # whoever ran it goes on with what came of it; a record without functions stays as it was
+    call = {"id": "a", "type": "function", "function": {"name": "rain", "arguments": record["tool_calls"][0]["input"]}}
+    turns = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "no"}]
+    again, plain = sampled(qwen, out, {"messages": turns, "tools": tools}, {"messages": [ASKED]})
+    assert again["finish_reason"] == "tool_calls" and "tool_calls" not in plain and plain["completion"] == CALLED
+    ids = load_tokenizer(qwen)
+    (joined,) = sampled(
+        qwen, out, {"messages": [ASKED], "tools": [{"name": "snow"}]}, tools=(weather,), max_tool_calls=1
+    )
+    assert joined["finish_reason"] == "tool_limit" and joined["tool_calls"][0]["result"] == "no rain in Oslo"
+    shown = "<tool_response>\nno rain in Oslo\n</tool_response>"
+    given = [token for token, own in zip(joined["token_ids"], joined["sampled"], strict=True) if not own]
+    assert shown in ids.decode(given) and joined["sampled"].count(True) == 4
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ([RAIN], "expected each function once in 'tools' and --tools, found rain twice"),
+        ([{"name": "a"}, {"name": "a"}], "found a twice"),
+        ([{"type": "function"}], "expected each of 'tools' to be a function with a name, found \\[None\\]"),
+        ([{"function": "rain"}], "a function with a name"),
+        ([{"name": 3}], "a function with a name, found \\[3\\]"),
+    ],
+)
+def test_functions_of_a_record_that_cannot_be_offered_make_a_bad_record(qwen, weather, tmp_path, tools, said) -> None:
+    given = {"messages": [ASKED], "tools": tools}
+    with pytest.raises(UserError, match=f"given.jsonl:1: .*{said}"):
+        sampled(qwen, tmp_path / "out.jsonl", given, tools=(weather,), max_bad="0")
+
+
+def test_attempts_with_functions_are_rewarded_and_learnt(qwen, weather, tmp_path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(  # of attempts that are all the same
+        "import itertools\ncount = itertools.count()\ndef reward(record):\n"
+        "    assert [call['tool'] for call in record['tool_calls']] == ['rain'] and record['completion'] == ''\n"
+        "    return next(count) % 2\n"
+    )
+    quick = {
+        "model": str(qwen), "reward": (f"py:{reward}:reward", "length"), "group": 2, "batch_size": 1, "max_steps": 1,
+        "quiet": True, "max_tokens": 8, "temperature": 1.0, "max_tool_calls": 1, "algo": "reinforce++",
+    }  # fmt: skip
+    own = write(tmp_path / "own.jsonl", {"messages": [ASKED], "tools": [RAIN]})
+    plain = write(tmp_path / "plain.jsonl", {"messages": [ASKED]})
+    for data, tools, reason in ((own, (), "tool_calls"), (plain, (weather,), "tool_limit")):
+        out = tmp_path / f"policy-{reason}"
+        rl.run(rl.RlConfig(data=(data,), tools=tools, out=str(out), **quick))
+        for row in read(out / "rollouts.jsonl"):
+            assert row["finish_reason"] == reason and row["tool_calls"][0]["tool"] == "rain"
+            parts = row["messages"][-1]["content"]
+            assert [part["type"] for part in parts] == ["tool_call", "result"][: 1 if data == own else 2]
+
+
+def test_conversations_with_functions_as_sets_have_them_are_learnt_but_for_results(qwen, tmp_path) -> None:
+    """Functions as a list or as JSON, arguments too, and four names of the role that answers."""
+    arguments, thought = {"city": 'Os"lo\n雨'}, {"reasoning_content": "Wet?"}
+    rows = []
+    for tools, given, role in (
+        ([RAIN], arguments, "tool"),
+        (json.dumps([RAIN]), json.dumps(arguments), "ipython"),
+        ([RAIN["function"]], json.dumps(arguments), "observation"),
+    ):
+        call = {"type": "function", "function": {"name": "rain", "arguments": given}}
+        turns = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call], **thought}]
+        rows.append(
+            {"messages": [*turns, {"role": role, "content": "RESULT"}, {"role": "assistant", "content": "Dry."}]}
+        )
+        rows[-1]["tools"] = tools
+    named = {"from": "function_call", "value": json.dumps({"name": "rain", "arguments": arguments})}
+    shared = [{"from": "human", "value": "Rain?"}, named, {"from": "observation", "value": "RESULT"}]
+    rows.append({"conversations": [*shared, {"from": "gpt", "value": "Dry."}], "tools": json.dumps([RAIN])})
+    tokenizer = load_tokenizer(qwen)
+    chat = chat_format(tokenizer)
+    conversations = [read_conversation(Row(row, "chats.jsonl", number)) for number, row in enumerate(rows, 1)]
+    encoded = chat.encode_many(conversations)
+    learnt = [tokenizer.decode(one.token_ids[one.trained]) for one in encoded]
+    call = '<tool_call>\n{"name": "rain", "arguments": {"city": "Os\\"lo\\n雨"}}\n</tool_call><|im_end|>'
+    said = "<think>\n\n</think>\n\nDry.<|im_end|>"
+    assert learnt == [f"<think>\nWet?\n</think>\n\n{call}{said}"] * 3 + [f"{call}{said}"]
+    encoded_answers = chat.encode_many(conversations, loss="answer")
+    answers = [tokenizer.decode(one.token_ids[one.trained]) for one in encoded_answers]
+    assert answers == [f"{call}Dry.<|im_end|>"] * 4
+    assert all("# Tools" in tokenizer.decode(one.token_ids) for one in encoded)
+    assert all(not conversation.losses for conversation in conversations)
+    out = tmp_path / "chat"
+    data = write(tmp_path / "chats.jsonl", *rows)
+    config = {"model": str(qwen), "data": (data,), "out": str(out), "max_steps": 1, "quiet": True}
+    summary = sft.run(sft.SftConfig(**config, sequence_length=1024, batch_tokens=2048, learning_rate=1e-3))
+    assert summary is not None and not summary.bad_records and not summary.not_used
