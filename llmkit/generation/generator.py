@@ -309,9 +309,10 @@ class Pool:
     def cancel(self, index: int) -> None:
         """Drop a request that is not done; its slots are free at once."""
         del self.done[index]
-        for slot in range(len(self.running) - 1, -1, -1):
-            if self.running[slot].index == index:
-                self._vacate(slot)
+        with self._of.computing():
+            for slot in range(len(self.running) - 1, -1, -1):
+                if self.running[slot].index == index:
+                    self._vacate(slot)
 
     @property
     def idle(self) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Service:
         self.judgements, self.guide = judgements, guide
         self._most_open = slots + queue
         self._slots = slots
+        self.open_jobs: Counter[str] = Counter()  # by model: those that run or wait
         self.counts = Counter[tuple[str, str]]()
         self.first_token_seconds = defaultdict[str, float](float)
 
@@ -171,14 +173,18 @@ class Service:
     async def _answer(
         self, request: Request, model: ServedModel, jobs: Sequence[Job], answers: Answers, stream: bool
     ) -> Response:
-        if self.engine.open_jobs[model.name] >= self._most_open:
+        if self.open_jobs[model.name] >= self._most_open:
             raise ApiError(
                 f"{self._most_open} requests wait or run already; try again", status=429, code="too_many_requests"
             )
+        self.open_jobs[model.name] += len(jobs)  # before anything else has its turn
+        end = partial(self.open_jobs.subtract, {model.name: len(jobs)})
         if stream:
-            chunks = self._chunks(model, jobs, answers)
-            return StreamingResponse(chunks, headers=STREAM_HEADERS, media_type="text/event-stream; charset=utf-8")
-        await _unless_gone(request, self._finish(model, jobs, answers))
+            return _Stream(self._chunks(model, jobs, answers), end)
+        try:
+            await _unless_gone(request, self._finish(model, jobs, answers))
+        finally:
+            end()
         return _json(answers.whole())
 
     async def _finish(self, model: ServedModel, jobs: Sequence[Job], answers: Answers) -> None:
@@ -278,7 +284,7 @@ class Service:
                     lines.append(f"{full}_sum{label} {self.first_token_seconds[model.name]:.6f}")
                     lines.append(f"{full}_count{label} {self.counts[model.name, 'first_tokens']}")
                     continue
-                value = {"requests_open": self.engine.open_jobs[model.name], "slots": self._slots}
+                value = {"requests_open": self.open_jobs[model.name], "slots": self._slots}
                 lines.append(f"{full}{label} {value.get(name, self.counts[model.name, name])}")
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -290,6 +296,20 @@ class Service:
         except OSError:
             raise ApiError("this server has no page", status=404) from None
         return Response(data, headers=headers, media_type=f"{kind}; charset=utf-8")
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `end` is called when they are over, or their client has gone."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+        super().__init__(chunks, headers=STREAM_HEADERS, media_type="text/event-stream; charset=utf-8")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def build(service: Service, *, keys: Collection[bytes], hosts: Collection[str], origins: Collection[str]) -> ASGIApp:

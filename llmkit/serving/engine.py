@@ -205,7 +205,6 @@ class Engine:
         self._loop, self._inbox = loop, SimpleQueue[tuple[str, str, Job | None]]()
         self._outbox: list[tuple[Job, Event]] = []
         self._workers = {name: _Worker(generator, self._outbox) for name, generator in generators.items()}
-        self.open_jobs: Counter[str] = Counter()  # by model
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -219,7 +218,6 @@ class Engine:
         late = Failed(504, f"no whole answer within {timeout:g} s; ask for fewer tokens, or start the server with a "
                       "longer --timeout")  # fmt: skip
         timer = self._loop.call_later(timeout, events.put_nowait, (None, late))
-        self.open_jobs[model] += len(jobs)
         try:
             for job in jobs:
                 job.tell = events.put_nowait
@@ -234,7 +232,6 @@ class Engine:
                     return
         finally:
             timer.cancel()
-            self.open_jobs[model] -= len(jobs)
             for job in jobs:
                 if not job.over:
                     self._inbox.put(("cancel", model, job))
