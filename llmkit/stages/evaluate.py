@@ -82,7 +82,7 @@ class EvaluateConfig(CommonConfig, ToolConfig, ServedConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """Scores of each model, as printed or written, and comparisons of the others with the first."""
+    """Scores of each model and comparisons of the others with the first; of what is in a file the scores alone."""
 
     path: str | None
     models: list[dict[str, Any]]
@@ -129,7 +129,9 @@ def run(config: EvaluateConfig) -> Summary | None:
         write_manifest(out, "evaluate", as_options(config), inputs=inputs, parents=config.models, results=results)
         Path(out + STATE).unlink(missing_ok=True)
     _check_gates(gates, models)
-    return Summary(None if out == "-" else out, models, comparisons or None)
+    if out == "-":
+        return Summary(None, models, comparisons or None)
+    return Summary(out, [{**model, "tasks": results[model["model"]]} for model in models], None)
 
 
 # ---- before

@@ -69,6 +69,12 @@ def test_choices_are_scored_by_their_likelihoods(models, tmp_path, llmkit):
     assert done.returncode == 0, done.stderr
     assert "things  acc" in done.stderr
     scores = json.loads(out.read_text())["models"][0]
+    score = {
+        "model": str(models / "base"),
+        "sha256": scores["sha256"],
+        "tasks": {"things": scores["tasks"]["things"]["score"]},
+    }
+    assert json.loads(done.stdout) == {"path": str(out), "models": [score]}
     summary, items = scores["tasks"]["things"], read_lines(report)
     tokenizer, scorer = load_tokenizer(models / "base"), Scorer(load_model(models / "base"))
     right = {"acc": 0, "acc_norm": 0, "acc_bytes": 0, "acc_tokens": 0}
