@@ -163,6 +163,17 @@ class RecordsConfig(ColumnsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """Options of every stage that computes with a model from elsewhere."""
+
+    backend: str = option(
+        "auto",
+        "Arithmetic of the model; auto: transformers for families that are not native.",
+        choices=("auto", "llmkit", "transformers"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RecordsConfig, CommonConfig):
     """Options of every stage that trains."""
 

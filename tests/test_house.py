@@ -25,12 +25,12 @@ ROOMS = {
     "formats": (950, 1120),
     "text": (530, 1230),
     "tokenizer": (1900, 2950),
-    "model": (1700, 2750),
+    "model": (1700, 2900),
     "tools": (1100, 1560),
     "report": (1250, 1580),
     "crawl": (4640, 5140),
     "data": (1100, 1640),
-    "generation": (2250, 3550),
+    "generation": (2250, 3620),
     "training": (2500, 3250),
     "reward_model": (800, 0),
     "probing": (970, 1020),
@@ -70,13 +70,13 @@ OPTIONS = {
     "probe-knowledge": 30,
     "train-reward": 35,
     "rl": 51,
-    "sample": 36,
+    "sample": 37,
     "serve": 21,
-    "evaluate": 32,
+    "evaluate": 33,
     "export": 10,
     "report": 11,
 }
-DISTINCT = 136
+DISTINCT = 137
 
 
 def modules() -> dict[str, str]:

@@ -30,7 +30,7 @@ from llmkit.generation.tool_calls import open_tools
 from llmkit.io.hub import local_folder
 from llmkit.io.resume import fingerprint
 from llmkit.model.devices import Precision, choose_device, choose_precision
-from llmkit.model.folder import load_model
+from llmkit.model.folder import load_config, load_model
 from llmkit.model.transformer import Transformer
 from llmkit.rewards.reward import Attempt
 from llmkit.rewards.verifiers import VerifierReward
@@ -262,6 +262,7 @@ def open_model(
     engine: str = "local",
     device: str = "auto",
     dtype: str = "auto",
+    backend: str = "auto",
     slots: int = 16,
     concurrency: int = 8,
     timeout: float = 120.0,
@@ -274,8 +275,8 @@ def open_model(
         assert folder is not None
         place, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
         choose_thinking(tokenizer, asking.thinking)
-        precision = choose_precision(dtype, chosen)
-        weights = load_model(place, dtype=precision.dtype, device=chosen)
+        precision = choose_precision(dtype, chosen, load_config(place, backend).backend)
+        weights = load_model(place, dtype=precision.dtype, device=chosen, backend=backend)
         tokenizer.check_fits(weights.config.vocab_size)
         model = model_here(
             weights, tokenizer, asking, name=folder, sha256=fingerprint(place), precision=precision, slots=slots

@@ -24,7 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,11 +35,13 @@ from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.tool_calls import BROKEN, Functions, ToolUse, told_unavailable
+from llmkit.generation.transformers_decoder import TransformersDecoder
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
 from llmkit.model.devices import Precision, Weights, is_small, threads
 from llmkit.model.folder import load_model
 from llmkit.model.transformer import Transformer
+from llmkit.model.transformers_backend import TransformersModel
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
 from llmkit.tokenizer.templates import chat_format
@@ -105,7 +107,7 @@ class Generator:
         else:
             self.device = model.embed_tokens.device
             self.precision = Precision(model.embed_tokens.dtype, weights)
-            self.decoder = Decoder(model, slots, weights, record)
+            self.decoder = open_decoder(model, slots, weights, record)
         small = is_small(model.config.parameter_count, self.device)
         self._threads = 1 if small else torch.get_num_threads()  # which another model may have lowered meanwhile
 
@@ -113,8 +115,9 @@ class Generator:
     def decoder(self) -> Decoder:
         """The slots, with the weights of a folder loaded when first needed."""
         started = time.perf_counter()
-        model = load_model(self._folder.path, dtype=self.precision.dtype, device=self.device)
-        decoder = Decoder(model, self.slots, self.precision.weights, self._record)
+        precision, backend = self.precision, self.config.backend
+        model = load_model(self._folder.path, dtype=precision.dtype, device=self.device, backend=backend)
+        decoder = open_decoder(model, self.slots, precision.weights, self._record)
         self.loading = time.perf_counter() - started
         return decoder
 
@@ -545,6 +548,13 @@ class Pool:
             sequence.begin, sequence.said, sequence.given = len(sequence.token_ids), "", 0
             sequence.opening = StopMatcher(sequence.tools.openers)
         return sequence, prefix
+
+
+def open_decoder(model: Transformer, slots: int, weights: Weights, record: Record | Literal["auto"] | None) -> Decoder:
+    """The decoder of a model: ours, or transformers' cache."""
+    if isinstance(model, TransformersModel):
+        return cast(Decoder, TransformersDecoder(model))  # by its interface
+    return Decoder(model, slots, weights, record)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

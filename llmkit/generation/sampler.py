@@ -99,6 +99,7 @@ def open_sampler(
     folder: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    backend: str = "auto",
     slots: int = 16,
     stop: Sequence[str] = (),
     end_ids: Collection[int] | None = None,
@@ -112,7 +113,8 @@ def open_sampler(
 
     flag                      names the source in errors; --engine takes no folder
     stop                      strings that end a completion and are left out of it
-    device, dtype, slots, end_ids, tools, end_at_others  of a folder: see `Generator` and `open_tools`
+    device, dtype, backend, slots, end_ids, tools, end_at_others  of a folder: see `load_config`, `Generator` and
+        `open_tools`
     folder, concurrency, timeout, logprobs  of a server: see `ServedSampler`; `folder` has the tokenizer
 
     Raises UserError for what is neither, and where a folder's tokenizer and model do not fit; asks a server nothing.
@@ -127,9 +129,9 @@ def open_sampler(
     if not is_remote(source) and not Path(source).is_dir():
         raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {source}")
     chosen = choose_device(device)
-    config, tokenizer = load_config(source), load_tokenizer(source)
+    config, tokenizer = load_config(source, backend), load_tokenizer(source)
     tokenizer.check_fits(config.vocab_size)
-    model = ModelFolder(source, config, chosen, choose_precision(dtype, chosen))
+    model = ModelFolder(source, config, chosen, choose_precision(dtype, chosen, config.backend))
     with ExitStack() as stack:
         use = None
         if tools is not None:

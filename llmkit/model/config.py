@@ -5,7 +5,7 @@ Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from llmkit.errors import UserError
 from llmkit.io.foreign import integer, number, shown, switch
@@ -38,6 +38,7 @@ class ModelConfig:
     as ones); `qk_gain` multiplies the normed queries (saved in q_norm).
     """
 
+    backend: ClassVar[str] = "llmkit"  # what computes it
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -221,7 +222,7 @@ class ModelConfig:
         main = Rope(self.rope_theta, self.rope_scaling, self.rotary_dim)
         activation = family.names.get("activation", "hidden_act")
         assert activation is not None
-        sizes = (*_SIZES, "num_key_value_heads", "head_dim", "activation", "max_position_embeddings", "rms_norm_eps")
+        sizes = (*SIZES, "num_key_value_heads", "head_dim", "activation", "max_position_embeddings", "rms_norm_eps")
         written = {name: getattr(config, name) for name in sizes}
         written["activation"] = family.defaults.get(activation, ACTIVATIONS[self.activation][0])
         names = {"activation": activation, **family.names}
@@ -248,24 +249,30 @@ class ModelConfig:
         return out | _windows_to_hf(config, family)
 
     @classmethod
-    def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """From a parsed `config.json`; `where` names it in errors. Refuses what the model would not reproduce."""
+    def from_hf(
+        cls,
+        values: dict[str, Any],
+        where: str = "config.json",
+        otherwise: str = "choose a model of one of these families",
+    ) -> "ModelConfig":
+        """From a parsed `config.json`; `where` names it in errors, and `otherwise` says what to do about a family that
+        is none of ours. Refuses what the model would not reproduce."""
         model_type = values.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
             code = ", whose code (auto_map) is never run" if values.get("auto_map") else ""
             raise UserError(
                 f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, found {shown(model_type)}{code}; "
-                "choose a model of one of these families"
+                + otherwise
             )
         values = {**family.defaults, **values}
-        names = {name: family.names.get(name) or name for name in _SIZES}
+        names = {name: family.names.get(name) or name for name in SIZES}
         if family.mlp_ratio and values.get(names["intermediate_size"]) is None:
             hidden = integer(values, names["hidden_size"], where, 0, at_most=_WIDEST)
             values[names["intermediate_size"]] = family.mlp_ratio * hidden or None
-        if missing := [names[name] for name in _SIZES if values.get(names[name]) is None]:
+        if missing := [names[name] for name in SIZES if values.get(names[name]) is None]:
             raise UserError(f"{where}: expected integers for {', '.join(missing)}")
-        sizes = {name: integer(values, names[name], where, at_most=most) for name, most in _SIZES.items()}
+        sizes = {name: integer(values, names[name], where, at_most=most) for name, most in SIZES.items()}
         heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
         activation = family.choices.get("activation", PLAIN["activation"])
         key = family.names.get("activation") or "hidden_act"
@@ -308,7 +315,7 @@ class ModelConfig:
 
 _WIDEST = 2**24
 # the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
-_SIZES = {
+SIZES = {
     "vocab_size": _WIDEST,
     "hidden_size": _WIDEST,
     "intermediate_size": _WIDEST,

@@ -152,7 +152,7 @@ class Precision(NamedTuple):
         return {"dense": str(self.dtype).removeprefix("torch."), "half": "half precision"}.get(self.weights, "int8")
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
+def choose_precision(name: str, device: torch.device, backend: str = "llmkit") -> Precision:
     """Choose the precision of sampling by --dtype.
 
     `auto` on a CPU is float32: narrower is faster, but only float32 and int8 give a text its bits whatever is sampled
@@ -160,6 +160,12 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
     bfloat16 on a CPU that cannot multiply it is half precision (model/devices.py), where that is to be had.
     """
+    if backend == "transformers":  # which holds matrices in one way
+        if name == "int8":
+            raise UserError("--dtype int8: expected --backend llmkit, whose products these are; use bfloat16")
+        return Precision(
+            torch.float32 if name == "auto" and device.type == "cpu" else choose_dtype(name, device), "dense"
+        )
     if name == "int8":
         if device.type != "cpu" or not can_narrow():
             raise UserError("--dtype int8: expected an x86 CPU; use bfloat16")

@@ -6,9 +6,11 @@ missing, unknown or of another shape, a cut file, a pickle.
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkit.errors import UserError
-from llmkit.io.files import atomic_file, check_file
+from llmkit.io.files import atomic_file, check_file, read_file
 from llmkit.io.foreign import check_no_adapter, shown
 from llmkit.io.hub import INDEX, WEIGHTS, local_folder
-from llmkit.io.jsonl import read_object, write_json
+from llmkit.io.jsonl import object_of, read_object, write_json
 from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.families import FAMILIES
 from llmkit.model.quantized import quantized_when_filled
 from llmkit.model.transformer import Transformer
+from llmkit.model.transformers_backend import PACKAGE, TransformersConfig, TransformersModel, announce, read_config
 from llmkit.model.weights import HEAD, embedding_name, export_tensor, import_state_dict, stock_shapes, stock_tensors
 
 CONFIG = "config.json"
@@ -55,17 +58,23 @@ _TEXT_MODEL = {
 }
 _PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 LARGEST_INDEX = 64 << 20  # bytes
+_NO_JSON = re.compile(rb"(?<=[\[,:\s])(-?Infinity|NaN)(?=[\s,\]}])")  # which Python writes: time_step_limit of mamba2
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_NARROW = ("F8", "F4", "F6")
 
 
-def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The configuration of a model folder, or of a model at an address."""
+def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> ModelConfig:
+    """The configuration of a model folder, or of a model at an address.
+
+    backend: "llmkit", "transformers", or "auto", by which transformers computes what is of none of our families
+    """
+    name = os.fspath(folder)
     folder = local_folder(folder)
     path = folder / CONFIG
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a model folder, found {'a file' if path.parent.exists() else 'nothing'}")
     try:
-        values = read_object(path)
+        values = object_of(_NO_JSON.sub(rb'{"__float__": "\1"}', read_file(path)), path)
     except FileNotFoundError:
         check_no_adapter(folder)
         raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
@@ -74,10 +83,20 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise UserError(
             f"{path}: expected weights as they were trained, found quantization {shown(method)}; {ORIGINAL}"
         )
-    text = values.get("text_config")
+    text, whole = values.get("text_config"), values
     if isinstance(text, dict) and values.get("model_type") not in FAMILIES:  # that of a model with pictures
         values = {name: values[name] for name in _SHARED if name in values} | text
-    config = ModelConfig.from_hf(values, str(path))
+    family, otherwise = values.get("model_type"), "choose a model of one of these families"
+    if backend == "auto" and family not in FAMILIES:
+        if find_spec("transformers") is not None:
+            backend = "transformers"
+        otherwise += f", or pip install '{PACKAGE}', which computes others"
+    if backend == "transformers":
+        config = read_config(whole, str(path))
+        if family not in FAMILIES:
+            announce(name, config.model_type)
+    else:
+        config = ModelConfig.from_hf(values, str(path), otherwise)
     generation = path.with_name(GENERATION)
     if not generation.exists():
         return config
@@ -91,15 +110,24 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    backend: str = "llmkit",
 ) -> Transformer:
     """Load a folder of a family in model/families.py, of one safetensors file or several with an index.
 
     dtype     None is bfloat16 where all tensors are, else float32
     quantize  "nf4" or "int8", for matrices of layers (model/quantized.py): a layer after the other, so that the whole
               model is never held unquantized
+    backend   as `load_config` has it
     """
-    config = load_config(folder)
+    config = load_config(folder, backend)
     tensors = SavedTensors(folder)
+    if isinstance(config, TransformersConfig):
+        if quantize is not None:
+            raise UserError(
+                f"--quantize {quantize}: expected one of {', '.join(FAMILIES)}, found {config.model_type!r}"
+            )
+        tensors.check_kind()
+        return TransformersModel.load(config, tensors, dtype or torch.float32, device)
     tensors.check(config)
     if dtype is None:
         stored = {tensors.stored_dtype(name) for name in stock_shapes(config)}
@@ -128,6 +156,8 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, TransformersModel):
+        return model.save(folder, dtype)
     config = model.config
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / GENERATION, {k: v for k, v in tokens.items() if v is not None})
@@ -266,14 +296,8 @@ class SavedTensors:
             else:
                 self.where[embedding], self.stored_as[embedding] = self.where[HEAD], HEAD
             del self.where[HEAD]
-        if SCORE in self.where and SCORE not in shapes:
-            raise UserError(
-                f"{self.name}: expected a model that writes, found a reward model, which scores; "
-                f"llmkit train-reward --score {self.name}"
-            )
+        self.check_kind(scores=SCORE in shapes)
         missing = [name for name in shapes if name not in self.where]
-        if quantized := next((name for name in self.where if name.endswith(_QUANTIZED)), None):
-            raise UserError(f"{self.where[quantized]}: found the quantized tensor {quantized}; {ORIGINAL}")
         if missing:
             raise UserError(f"{self.name}: missing tensor {_first(missing)}")
         extra = [name for name in self.where if name not in shapes and not name.endswith(_IGNORED_SUFFIXES)]
@@ -283,6 +307,17 @@ class SavedTensors:
             )
         for name, shape in shapes.items():
             self._check_shape(name, shape)
+
+    def check_kind(self, scores: bool = False) -> None:
+        """Raise UserError for quantized tensors, and for those of a reward model, unless it is to be one."""
+        if SCORE in self.where and not scores:
+            raise UserError(
+                f"{self.name}: expected a model that writes, found a reward model, which scores; "
+                f"llmkit train-reward --score {self.name}"
+            )
+        for name, where in self.where.items():
+            if name.endswith(_QUANTIZED) or self.stored_dtype(name).startswith(_NARROW):
+                raise UserError(f"{where}: found the quantized tensor {name}; {ORIGINAL}")
 
     def _name_as_ours(self, config: ModelConfig) -> None:
         """Give tensors the names of a text model with its head: to those of the text model within one that reads

@@ -27,6 +27,7 @@ from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_atte
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.fused_attention import document_starts
 from llmkit.kernels.linear import linear
+from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.kernels.projections import feed_forward, qkv_rotary
 from llmkit.kernels.rowwise import add_rms_norm, rms_norm
 from llmkit.model.config import ModelConfig, Rope, RopeScaling
@@ -371,6 +372,23 @@ class Transformer(nn.Module):
             softcap=self.config.logits_softcap,
         )  # fmt: skip
 
+    def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each target in the softmax of logits / temperature: (N,) float32."""
+        return linear_logprobs(
+            hidden_NC, self.head_weight, target_N, temperature=temperature, return_entropy=True,
+            softcap=self.config.logits_softcap,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def grow(self, rows: int) -> None:
+        """Have `rows` rows in embedding and head, the new ones unset."""
+        self.config = replace(self.config, vocab_size=rows)
+        for name in ("embed_tokens",) if self.lm_head is None else ("embed_tokens", "lm_head"):
+            table = getattr(self, name)
+            grown = table.new_empty(rows, self.config.hidden_size)
+            grown[: len(table)] = table
+            setattr(self, name, nn.Parameter(grown))
+
 
 def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
     """Run a layer whose matrices are computed, of adapters or of codes, and let backward compute them again.
@@ -418,12 +436,7 @@ def grow_vocabulary(model: Transformer, known: int, wanted: int) -> Transformer:
     rows = model.embed_tokens.shape[0]
     if wanted > rows:
         multiple = MULTIPLE if rows % MULTIPLE == 0 else 1
-        model.config = replace(model.config, vocab_size=-(-wanted // multiple) * multiple)
-        for name in ("embed_tokens",) if model.lm_head is None else ("embed_tokens", "lm_head"):
-            table = getattr(model, name)
-            grown = table.new_empty(model.config.vocab_size, model.config.hidden_size)
-            grown[:rows] = table
-            setattr(model, name, nn.Parameter(grown))
+        model.grow(-(-wanted // multiple) * multiple)
     for table in {model.embed_tokens, model.head_weight}:
         table[known:] = table[:known].float().mean(0)
     return model

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmkit.data.batches import IGNORED
 from llmkit.kernels.attention import Branching
-from llmkit.kernels.logprobs import linear_logprobs
 from llmkit.model.transformer import Transformer
 from llmkit.rl.algorithms import Algorithm
 from llmkit.rl.rollouts import PolicyRows, Rollout, map_shares, pack_rollouts
@@ -107,10 +106,7 @@ def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -
     hidden_BTC = model(ids, doc_ids=documents)
     hidden_NC = hidden_BTC[torch.from_numpy(where).to(device)]
     target_N = torch.from_numpy(batch.targets[where]).to(device)
-    logprobs, entropy = linear_logprobs(
-        hidden_NC, model.head_weight, target_N, temperature=temperature, return_entropy=True,
-        softcap=model.config.logits_softcap,
-    )  # fmt: skip
+    logprobs, entropy = model.logprobs(hidden_NC, target_N, temperature)
     return logprobs, entropy.detach(), where
 
 

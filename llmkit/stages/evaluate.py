@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import CommonConfig, ServedConfig, ToolConfig, argument, as_options, lasting_options, option
+from llmkit.config import (
+    BackendConfig,
+    CommonConfig,
+    ServedConfig,
+    ToolConfig,
+    argument,
+    as_options,
+    lasting_options,
+    option,
+)
 from llmkit.errors import GateError, UserError
 from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import expanded, input_files, open_output, read_documents, write_json
@@ -27,7 +36,7 @@ Records = dict[tuple[str, str], list[dict[str, Any]]]  # of each item, by model 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CommonConfig, ToolConfig, ServedConfig):
+class EvaluateConfig(CommonConfig, BackendConfig, ToolConfig, ServedConfig):
     """Options of `llmkit evaluate`."""
 
     examples: ClassVar[str] = """
@@ -273,6 +282,7 @@ def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tupl
                 engine=config.engine,
                 device=config.device,
                 dtype=config.dtype,
+                backend=config.backend,
                 slots=config.batch_size,
                 concurrency=config.concurrency,
                 timeout=config.timeout,

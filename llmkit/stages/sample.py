@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import (
+    BackendConfig,
     CommonConfig,
     RecordsConfig,
     ServedConfig,
@@ -36,11 +37,14 @@ if TYPE_CHECKING:
     from llmkit.generation.sampler import Sampler
 
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
-OURS, THEIRS = ("device", "dtype", "batch_size", "tools", "thinking"), ("concurrency", "timeout")  # here, on a server
+OURS, THEIRS = (
+    ("device", "dtype", "backend", "batch_size", "tools", "thinking"),
+    ("concurrency", "timeout"),
+)  # here, on a server
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(RecordsConfig, CommonConfig, ToolConfig, ServedConfig):
+class SampleConfig(RecordsConfig, CommonConfig, BackendConfig, ToolConfig, ServedConfig):
     """Options of `llmkit sample`."""
 
     examples: ClassVar[str] = """
@@ -195,6 +199,7 @@ def _sampler(config: SampleConfig) -> AbstractContextManager[Sampler]:
         folder=config.model,
         device=config.device,
         dtype=config.dtype,
+        backend=config.backend,
         slots=min(config.batch_size, config.samples) if one_prompt else config.batch_size,
         stop=(*config.stop, *([STOP] if config.shots else [])),
         tools=None if config.dry_run else config,

@@ -1,0 +1,188 @@
+"""The interface of `Decoder` (generation/decode.py) over a model that transformers computes, by its own cache.
+
+Each slot has a cache of one row. Those of the slots in use are one batch while they decode: keys and values padded on
+the left to the longest, states of recurrent layers as they are. A slot that is filled, left or moved takes the batch
+apart again, which copies as much as a step does, for transformers' cache is copied at every step.
+
+A row's logits depend on its neighbours in their last bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmkit.errors import UserError
+from llmkit.model.transformers_backend import TransformersModel
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """Cache of one sequence of `length` tokens, and the logits of the token that follows, (1, V) or (0, V)."""
+
+    cache: Any
+    length: int
+    logits_1V: Tensor
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class TransformersDecoder:
+    """The slots of one model, which is used as it is: what training changes is seen."""
+
+    def __init__(self, model: TransformersModel) -> None:
+        self.model, self.config = model, model.config
+        self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
+        self.weight_bytes = self.bytes_read = 0  # not counted
+        self.seconds = 0.0
+        self._slots: list[CachedPrefix] = []
+        self._batch: Any = None  # the cache of all slots, newer than theirs
+        self._lengths: list[int] = []  # of the rows of the batch
+
+    def prefill(self, token_ids: list[int]) -> CachedPrefix:
+        """Run a prompt through the model by itself."""
+        return self._extend(self._new_cache(), 0, token_ids)
+
+    def extend(self, prefix: CachedPrefix, token_ids: list[int]) -> CachedPrefix:
+        """Run more tokens through the model behind a prefix, which stays as it is."""
+        extended = replace(prefix, cache=_join([prefix]))
+        # recurrent layers go on from their state by one token: of several mamba forgets the first
+        by_one = any(map(_states, extended.cache.layers))
+        for ids in [[token] for token in token_ids] if by_one else [token_ids]:
+            extended = self._extend(extended.cache, len(extended), ids)
+        return extended
+
+    def turns_anew(self, before: int, after: int) -> bool:
+        """False: a cache goes on as transformers has it."""
+        return False
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """The logits (T, V) behind each of T tokens."""
+        return self._run([token_ids], [0], self._new_cache())[0]
+
+    def hold(self, slot: int, length: int) -> CachedPrefix:
+        """The first `length` positions of a slot, to go on from later."""
+        self._take_apart()
+        assert len(self._slots[slot]) == length
+        return self._slots[slot]
+
+    def load(self, slot: int, prefix: CachedPrefix) -> None:
+        """Let a slot begin where a prompt ended."""
+        self._take_apart()
+        self._slots[slot:] = [prefix]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy one slot into another."""
+        self._take_apart()
+        self._slots[target] = self._slots[source]
+
+    def step(self, tokens: list[int], positions: list[int]) -> Tensor:
+        """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
+        if self._batch is None or len(tokens) != len(self._lengths):
+            self._take_apart()
+            self._slots = self._slots[: len(tokens)]
+            self._batch, self._lengths = _join(self._slots), [len(prefix) for prefix in self._slots]
+        assert self._lengths == positions
+        logits_BV = self._run([[token] for token in tokens], positions, self._batch)[:, -1]
+        self._lengths = [position + 1 for position in positions]
+        return logits_BV
+
+    def _new_cache(self) -> Any:
+        from transformers import cache_utils
+
+        if self.model.cache_name is None:
+            raise UserError(
+                f"model_type {self.config.model_type!r}: expected the cache that models of transformers share, found "
+                "one of its own; it can be trained, not sampled"
+            )
+        cache = cache_utils.DynamicCache(config=self.config.stock)
+        whole = {
+            "DynamicSlidingWindowLayer": "DynamicLayer",
+            "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
+        }
+        # all positions are held, for rows of several lengths could not be padded otherwise; the mask has the window
+        cache.layers = [
+            getattr(cache_utils, whole[name])() if (name := type(layer).__name__) in whole else layer
+            for layer in cache.layers
+        ]
+        return cache
+
+    def _extend(self, cache: Any, length: int, token_ids: list[int]) -> CachedPrefix:
+        logits_1TV = self._run([token_ids], [length], cache, last=True)
+        return CachedPrefix(cache, length + len(token_ids), logits_1TV[:, -1])
+
+    @torch.no_grad()
+    def _run(self, tokens: list[list[int]], lengths: list[int], cache: Any, last: bool = False) -> Tensor:
+        """The logits behind tokens (B, T) that follow caches of some lengths: (B, T, V), or of the last alone."""
+        ids_BT = torch.tensor(tokens, device=self.device)
+        length_B1 = torch.tensor(lengths, device=self.device).unsqueeze(1)
+        options = {"position_ids": length_B1 + torch.arange(ids_BT.shape[1], device=self.device)}
+        longest = max(lengths)
+        if min(lengths) < longest and any(_by_position(layer) for layer in cache.layers):
+            key_S = torch.arange(longest + ids_BT.shape[1], device=self.device)
+            options["attention_mask"] = (key_S >= longest - length_B1).long()
+        self.model.module.eval()
+        hidden = self.model.run(ids_BT, cache, **options)
+        return self.model.logits(hidden[:, -1:] if last else hidden)
+
+    def _take_apart(self) -> None:
+        if self._batch is not None:
+            none = torch.empty((0, self.config.vocab_size))
+            self._slots = [
+                CachedPrefix(_row(self._batch, i, length), length, none) for i, length in enumerate(self._lengths)
+            ]
+            self._batch = None
+
+
+def _by_position(layer: Any) -> list[str]:
+    """Names of what a layer of a cache holds for each position, (rows, ..., positions, D); its states are in
+    dictionaries."""
+    return [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
+
+
+def _states(layer: Any) -> list[tuple[str, dict[Any, Tensor]]]:
+    """Names of a layer's states by number, (rows, ...), which have no positions."""
+    return [(name, value) for name, value in vars(layer).items() if isinstance(value, dict)]
+
+
+def _join(prefixes: Sequence[CachedPrefix]) -> Any:
+    """A cache of all rows, which shares no memory with theirs."""
+    longest, batch = max(map(len, prefixes)), copy.copy(prefixes[0].cache)
+    batch.layers = []
+    for layers in zip(*(prefix.cache.layers for prefix in prefixes), strict=True):
+        joined = copy.copy(layers[0])
+        for name in _by_position(joined):
+            rows = zip((getattr(layer, name) for layer in layers), prefixes, strict=True)
+            setattr(joined, name, torch.cat([F.pad(row, (0, 0, longest - len(prefix), 0)) for row, prefix in rows]))
+        for name, states in _states(joined):
+            whole = {
+                number: torch.cat([getattr(layer, name)[number] for layer in layers])
+                for number, state in states.items()
+                if isinstance(state, Tensor)
+            }
+            setattr(joined, name, {**states, **whole})
+        batch.layers.append(joined)
+    return batch
+
+
+def _row(batch: Any, index: int, length: int) -> Any:
+    """The cache of one row, a view."""
+    one = copy.copy(batch)
+    one.layers = []
+    for layer in batch.layers:
+        row = copy.copy(layer)
+        for name in _by_position(layer):
+            value = getattr(layer, name)[index : index + 1]
+            setattr(row, name, value.narrow(-2, value.shape[-2] - length, length))
+        for name, states in _states(layer):
+            own = {n: state[index : index + 1] for n, state in states.items() if isinstance(state, Tensor)}
+            setattr(row, name, {**states, **own})
+        one.layers.append(row)
+    return one

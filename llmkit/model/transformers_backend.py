@@ -1,0 +1,361 @@
+"""Models of families that are not in model/families.py, computed by the package transformers.
+
+A `TransformersModel` has the interface of `Transformer`: token ids come in, hidden states go out, `logits` and `loss`
+finish them. Documents that are packed into a row, and answers that share a prompt, become rows of their own, padded on
+the right: no architecture with causal layers, recurrent ones among them, can look from one into another then.
+
+Code of a folder is never run, and its weights are read by us, so that transformers opens no file and no address.
+
+B batch, T tokens, N documents, L tokens of the longest of them, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.errors import UserError
+from llmkit.io.foreign import integer, shown
+from llmkit.io.progress import say
+from llmkit.io.ranks import launch
+from llmkit.kernels.attention import Branching, Packing
+from llmkit.model.config import SIZES, ModelConfig
+from llmkit.model.families import FAMILIES
+from llmkit.model.transformer import Transformer
+
+PACKAGE = "transformers>=5"
+CONTEXT = 2048  # tokens, of a family whose configuration names no limit, as lm-evaluation-harness has it
+_CACHES = ("cache", "past_key_values", "cache_params")  # the name of the cache in releases 5.2x, and before
+_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersConfig(ModelConfig):
+    """Sizes of a model that transformers computes, as far as they can be known.
+
+    parameters  of the saved model
+    stock       transformers' own configuration
+    """
+
+    backend: ClassVar[str] = "transformers"
+    parameters: int
+    stock: Any
+
+    def __post_init__(self) -> None:
+        """Check nothing: transformers has."""
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the saved model."""
+        return self.parameters
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs a token: 6 a parameter, with all experts of a mixture counted, and those of attention."""
+        return 6.0 * self.parameters + 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * context
+
+
+class Tensors(Protocol):
+    """The tensors of a folder (`SavedTensors` of model/folder.py)."""
+
+    name: str
+    where: Mapping[str, Path]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@cache
+def load_package() -> Any:
+    """The package transformers, silent. Raises UserError without release 5 of it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"--backend transformers: expected the package, found none ({error}); pip install '{PACKAGE}'"
+        ) from None
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise UserError(
+            f"--backend transformers: expected release 5, found {transformers.__version__}; pip install '{PACKAGE}'"
+        )
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@cache
+def announce(folder: str, family: str) -> None:
+    """Say once that transformers computes this family, and what that costs."""
+    say(
+        f"{folder}: family {family!r} is not native; running it through transformers (about 2x slower sampling on a "
+        "CPU, and packed documents are padded: docs/models.md)"
+    )
+
+
+def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
+    """From a parsed `config.json`. Raises UserError for what transformers cannot compute, or is no language model."""
+    package, family = load_package(), values.get("model_type")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        code = "; its own code (auto_map) is never run" if values.get("auto_map") else ""
+        raise UserError(
+            f"{where}: expected a model_type of transformers {package.__version__} or one of {', '.join(FAMILIES)}, "
+            f"found {shown(family)}{code}; choose another model, or a newer transformers"
+        )
+    try:
+        stock = CONFIG_MAPPING[family].from_dict(_with_floats(values))
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(stock), None)
+        if kind is None or stock.is_encoder_decoder:
+            raise UserError(
+                f"{where}: expected a model that writes text, found {family!r}, which transformers has not so"
+            )
+        for name, most in SIZES.items():  # before it is built
+            integer({name: getattr(stock.get_text_config(), name, None)}, name, where, at_most=most)
+        for part in {id(part): part for part in (stock, stock.get_text_config())}.values():
+            for name, value in vars(part).items():
+                if "drop" in name and isinstance(value, float):  # no dropout, as in our own families
+                    setattr(part, name, 0.0)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in kind._from_config(stock).parameters())
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{where}: transformers {package.__version__} refuses this {family!r}: {_first_line(error)}"
+        ) from error
+    sizes = stock.get_text_config()
+
+    def size(*names: str) -> int | None:
+        return next((value for name in names if isinstance(value := getattr(sizes, name, None), int)), None)
+
+    hidden, heads = size("hidden_size") or 0, size("num_attention_heads") or 0
+    ends = values.get("eos_token_id")
+    return TransformersConfig(
+        vocab_size=size("vocab_size") or 0,
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner") or 4 * hidden,
+        num_hidden_layers=size("num_hidden_layers") or 1,
+        num_attention_heads=heads,
+        num_key_value_heads=size("num_key_value_heads") or heads,
+        head_dim=size("head_dim") or hidden // max(1, heads),
+        max_position_embeddings=size("n_positions", "max_position_embeddings", "n_ctx", "seq_length") or CONTEXT,
+        tie_word_embeddings=bool(stock.tie_word_embeddings),
+        model_type=family,
+        bos_token_id=integer(values, "bos_token_id", where, at_least=-1),
+        eos_token_id=tuple(ends) if isinstance(ends, list) else ends,
+        parameters=parameters,
+        stock=stock,
+    )
+
+
+def _with_floats(value: Any) -> Any:
+    """Floats that JSON does not know are `{"__float__": "Infinity"}` in a configuration."""
+    if isinstance(value, list):
+        return [_with_floats(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {name: _with_floats(one) for name, one in value.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class TransformersModel(Transformer):
+    """A language model of transformers behind the interface of `Transformer`.
+
+    module  transformers' own model; its parameters are this one's
+    """
+
+    config: TransformersConfig
+    layers = ()  # nothing is compiled, or divided among processes, by layer
+
+    def __init__(self, config: TransformersConfig, module: Any) -> None:
+        nn.Module.__init__(self)  # in place of the decoder
+        self.config, self.module = config, module
+        accepted = inspect.signature(module.base_model.forward).parameters
+        self.cache_name = next((name for name in _CACHES if name in accepted), None)
+        self._has_positions = "position_ids" in accepted
+        self._scale: float | None = self._head_scale()
+
+    @classmethod
+    def load(
+        cls, config: TransformersConfig, tensors: Tensors, dtype: torch.dtype, device: torch.device | str
+    ) -> TransformersModel:
+        """Read the weights. Raises UserError for tensors that are missing, unknown or of another shape."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        if launch().size > 1:
+            raise UserError(
+                f"--backend transformers: expected one process, found {launch().size}; start without torchrun"
+            )
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.stock)]
+        state = {name: tensors.read(name) for name in tensors.where}
+        module, info = kind.from_pretrained(
+            None, config=config.stock, state_dict=state, dtype=dtype, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        for name, found, expected in sorted(info["mismatched_keys"]):
+            raise UserError(
+                f"{tensors.name}: tensor {name}: expected shape {list(expected)}, found {list(found)}; "
+                "are config.json and weights of one model?"
+            )
+        for key, fault in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
+            for name in sorted(info[key]):
+                raise UserError(f"{tensors.name}: {fault} tensor {name} for model_type {config.model_type}")
+        return cls(config, module.to(device)).eval()
+
+    @property
+    def embed_tokens(self) -> Tensor:  # type: ignore[override]
+        """(V, hidden)."""
+        return self.module.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, hidden), the embedding where they are tied."""
+        return self.module.get_output_embeddings().weight
+
+    @property
+    def checkpoint_layers(self) -> bool:  # type: ignore[override]
+        """True if each layer is computed again in backward, where the family can."""
+        return self.module.is_activation_checkpointing
+
+    @checkpoint_layers.setter
+    def checkpoint_layers(self, wanted: bool) -> None:
+        if wanted:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def run(self, token_ids_NL: Tensor, cache: Any = None, **options: Any) -> Tensor:
+        """Hidden states (N, L, C), ready for the head, or logits (N, L, V) of a head that is more than a matrix.
+
+        With a cache of transformers, behind what is in it, which grows.
+        """
+        given = {self.cache_name: cache, "use_cache": True} if cache is not None else {"use_cache": False}
+        if not self._has_positions:
+            options.pop("position_ids", None)
+        if self._scale is None:
+            return self.module(token_ids_NL, **given, **options).logits
+        hidden_NLC = self.module.base_model(token_ids_NL, **given, **options)[0]
+        return hidden_NLC if self._scale == 1.0 else hidden_NLC * self._scale
+
+    @torch.no_grad()
+    def _head_scale(self) -> float | None:
+        """The number by which hidden states times the head's matrix are the logits; None where they never are.
+
+        Raises UserError for a model in which a token sees those behind it.
+        """
+        head, names = self.module.get_output_embeddings(), vars(self.config.stock.get_text_config())
+        ids_2L = torch.arange(8, device=self.embed_tokens.device).repeat(2, 1) % self.config.vocab_size
+        ids_2L[1, -1] = 0
+        self._scale = None
+        logits_2LV = self.run(ids_2L).float()
+        near = 1e-3 if logits_2LV.dtype == self.embed_tokens.dtype else 0.1  # of what is largest
+        if not _close(logits_2LV[0, :-1], logits_2LV[1, :-1], near):
+            raise UserError(
+                f"model_type {self.config.model_type!r}: expected causal layers, found tokens that see later ones"
+            )
+        capped = any("cap" in name and value for name, value in names.items())
+        if capped or not isinstance(head, nn.Linear) or head.bias is not None:
+            return None
+        self._scale = 1.0
+        hidden_2LC = self.run(ids_2L)
+        if not isinstance(hidden_2LC, Tensor) or hidden_2LC.shape[-1] != head.weight.shape[1]:
+            return None
+        plain_2LV = F.linear(hidden_2LC, head.weight).float()
+        scale = float((logits_2LV * plain_2LV).sum() / plain_2LV.square().sum())
+        scale = 1.0 if abs(scale - 1.0) < near else scale
+        return scale if _close(logits_2LV, scale * plain_2LV, near) else None
+
+    @torch.compiler.disable
+    def forward(self, token_ids_BT: Tensor, *, doc_ids: Tensor | Packing | Branching | None = None) -> Tensor:
+        """Hidden states as `Transformer.forward`, or logits: what `logits`, `loss` and `logprobs` take."""
+        training = self.training and torch.is_grad_enabled()
+        if self.module.training != training:
+            self.module.train(training)
+        if doc_ids is None:
+            return self.run(token_ids_BT)
+        ids, states, places = token_ids_BT.flatten(), [], []
+        for index_NL, there_NL in _document_rows(_seen(doc_ids)):
+            states.append(self.run(ids[index_NL])[there_NL])
+            places.append(index_NL[there_NL])
+        place = torch.cat(places)
+        # a token that several answers share is computed with each of them, and taken once
+        at = torch.arange(len(place), device=place.device)
+        first = torch.full_like(ids, len(place)).scatter_reduce(0, place, at, "amin")
+        return torch.cat(states)[first].unflatten(0, token_ids_BT.shape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., V)."""
+        return hidden if self._scale is None else F.linear(hidden, self.head_weight)
+
+    def loss(self, token_ids_BT: Tensor, targets_BT: Tensor, doc_ids: Any = None, **options: Any) -> Tensor:
+        """Cross-entropy of the targets, as `Transformer.loss`."""
+        if self._scale is not None:
+            return super().loss(token_ids_BT, targets_BT, doc_ids, **options)
+        options.pop("chunk_tokens", None)
+        logits_NV = self(token_ids_BT, doc_ids=doc_ids).flatten(0, 1).float()
+        return F.cross_entropy(logits_NV, targets_BT.flatten(), **options)
+
+    def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each target, as `Transformer.logprobs`."""
+        if self._scale is not None:
+            return super().logprobs(hidden_NC, target_N, temperature)
+        logprobs_NV = torch.log_softmax(hidden_NC.float() / temperature, -1)
+        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        return logprobs_NV.gather(1, target_N.unsqueeze(1)).squeeze(1), entropy_N
+
+    def grow(self, rows: int) -> None:
+        """Have `rows` rows in embedding and head."""
+        self.module.resize_token_embeddings(rows, mean_resizing=False)
+        self.config = replace(self.config, vocab_size=rows)
+
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write configuration and weights as transformers has them."""
+        module = self.module if self.embed_tokens.dtype == dtype else self.module.to(dtype)
+        ends = list(self.config.eos_token_ids)
+        module.config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+        tokens = {"bos_token_id": self.config.bos_token_id, "eos_token_id": module.config.eos_token_id}
+        module.generation_config = load_package().GenerationConfig(**tokens)
+        module.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
+
+
+def _close(one: Tensor, other: Tensor, near: float) -> bool:
+    return bool((one - other).abs().max() <= near * other.abs().max())
+
+
+def _seen(doc_ids: Tensor | Packing | Branching) -> Tensor:
+    """Boolean (B, T, T): which keys each query sees."""
+    if isinstance(doc_ids, Branching):
+        return doc_ids.mask().squeeze(1)
+    ids_BT = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
+    return (ids_BT.unsqueeze(2) == ids_BT.unsqueeze(1)).tril()
+
+
+def _document_rows(seen_BTT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places in the flat batch (N, L) of the tokens of documents, and which are not padding, (N, L), the longest first.
+
+    A token that none but itself sees ends a document, or one of the answers that share its beginning: what it sees is
+    the row. Rows of more than half the length of the longest stand together, so that less than half is padding.
+    """
+    batch_N, end_N = (seen_BTT.sum(1) == 1).nonzero(as_tuple=True)
+    seen_NT = seen_BTT[batch_N, end_N]
+    length_N, longest_first = seen_NT.sum(1).sort(descending=True, stable=True)
+    index_NT = (~seen_NT[longest_first]).byte().argsort(dim=1, stable=True)
+    index_NT += batch_N[longest_first].unsqueeze(1) * seen_BTT.shape[1]
+    lengths, start = length_N.tolist(), 0
+    while start < len(lengths):
+        longest = lengths[start]
+        stop = next((i for i in range(start, len(lengths)) if lengths[i] <= longest / 2), len(lengths))
+        there_NL = torch.arange(longest, device=index_NT.device) < length_N[start:stop].unsqueeze(1)
+        yield index_NT[start:stop, :longest], there_NL
+        start = stop
