@@ -436,6 +436,7 @@ def _names(model: ServedModel, ids: Sequence[int], strings: bool) -> dict[str, A
 
 
 def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    headers = {"x-content-type-options": "nosniff", **(headers or {})}
     return Response(orjson.dumps(content), status, headers, "application/json")
 
 
