@@ -97,7 +97,8 @@ class Task:
     description  before the examples, a template; in chats the system message
     separator    behind each example
     shots        examples before the question
-    shots_file   stem of the file that they come from; else they are `example`, records in the TOML, or the other items
+    shots_file   stem of the file that they come from; else they are `example`, records in the TOML, or the other items,
+                 which also stand in for a file that is not there, where a task has no examples of its own accord
     shots_order  "random" draws them for each item, "spare" one more than is shown, as lm-evaluation-harness does for
                  tasks without a test split, "first" takes the first, "core" is nanochat's draw
     group        an expression: items are scored apart by it, and examples are of the item's own group
@@ -315,7 +316,7 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
         Random(CORE_SEED).shuffle(rows)
         rows = rows[:limit]
     count = task.shots if shots is None else shots
-    if count and task.shots_file and not task.shots_path:
+    if count and task.shots and task.shots_file and not task.shots_path:
         raise UserError(f"{task.path}: expected {task.shots_file}.jsonl beside it, which has the examples, found none")
     elsewhere = bool(task.shots_path or task.example)
     pool = [_parse(task, row) for row in (rows if task.group or (count and not elsewhere) else rows[:limit])]

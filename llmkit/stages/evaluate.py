@@ -195,6 +195,8 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
             raise UserError(f"--fail-under {name}: expected a task among {', '.join(names)}")
     loaded = [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
     for one in loaded:
+        if one.task.shots and one.task.shots_file and not one.task.shots_path:
+            say(f"{one.task.name}: examples are other items, for there is no {one.task.shots_file}.jsonl", config.quiet)
         if one.task.kind == "generation":  # before models are loaded and asked of other tasks
             from llmkit.evaluation.evaluator import check_problems
 

@@ -367,6 +367,19 @@ def test_mistakes_in_answers_are_named(line, expected, tmp_path):
     assert expected in str(error.value)
 
 
+def test_a_training_file_that_is_not_there_leaves_the_other_items_as_examples(tmp_path, llmkit):
+    rows = [{"query": f"Is {n}?", "choices": ["yes", "no"], "gold": 0} for n in range(3)]
+    (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = load_tasks(["arc_easy"], str(tmp_path))
+    assert all(item.contexts[0].count("Answer: yes\n\n") == 2 for item in load_items(task, shots=2).items)
+    (tmp_path / "arc_easy.train.jsonl").write_text(json.dumps({**rows[0], "query": "Was it?"}) + "\n")
+    (task,) = load_tasks(["arc_easy"], str(tmp_path))
+    assert {item.contexts[0].partition("\n")[0] for item in load_items(task, shots=1).items} == {"Was it?"}
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    with pytest.raises(UserError, match=r"expected gsm8k.train.jsonl beside it"):
+        load_items(load_tasks(["gsm8k"], str(tmp_path))[0])
+
+
 # ---- beside lm-evaluation-harness
 
 
@@ -411,6 +424,34 @@ def test_prompts_and_verdicts_are_those_of_lm_evaluation_harness(case, tmp_path,
             (name,) = request.filtered_resps
             judged = task.process_results(document, [request.filtered_resps[name]])["exact_match"]
             assert float(judged) == is_exact_match(one.task, completion, item.problem), completion
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-evaluation-harness: pip install lm-eval")
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.peer and len(case.files) == 1], ids=lambda case: case.task
+)
+def test_examples_are_drawn_from_training_files_as_lm_evaluation_harness_draws_them(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    if case.task == "minerva_math":
+        pytest.skip("its examples are in its TOML")
+    assert case.peer is not None
+    ((stem, (row,)),) = case.files.items()
+    asked = next(
+        name for name in ("question_stem", "ctx_a", "goal", "premise", "sentence", "text", "question") if name in row
+    )
+    rows = [{**row, asked: f"{n} {row[asked]}"} for n in range(11)]
+    files = {stem: rows[:4], f"{stem}.train": rows[4:]}
+    one = loaded(case._replace(files=files), tmp_path, 2)
+    task = harness_task(Path(case.peer[0]), {case.peer[1][0]: stem, "train": f"{stem}.train"}, tmp_path, case)
+    task.set_fewshot_seed(1234)
+    for document, item in zip(task.eval_docs, one.items, strict=True):
+        context = task.fewshot_context(document, 2)
+        if item.problem is not None:
+            assert context == item.description + item.contexts[0]
+            continue
+        requests = task.construct_requests(document, context)
+        assert ["".join(request.args) for request in requests] == texts_of(item, one.task.delimiter)
 
 
 def harness_task(path: Path, files: dict[str, str], folder: Path, case: Case) -> Any:
