@@ -160,12 +160,16 @@ class Layer(nn.Module):
             self.register_parameter(name, None if shape is None else new(*shape))
         self.residual_scale = new(2) if config.residual_scales else None
 
-    def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
+    def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, rows: Tensor | None = None) -> Tensor:
+        """Hidden states behind the layer (B, T, C); with `rows` (N,), of these tokens of the flat batch, (N, C)."""
         config, eps, out, down = self.config, self.config.rms_norm_eps, self.out, self.down
         if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
             out, down = out * self.residual_scale[0], down * self.residual_scale[1]
         normed = normalize(x_BTC, self.input_norm, self.input_norm_bias, config) if config.pre_norms else x_BTC
-        branch = linear(self._attend(normed, cos_sin, doc_ids), out, self.out_bias)
+        branch = self._attend(normed, cos_sin, doc_ids)
+        if rows is not None:
+            branch, x_BTC = branch.flatten(0, 1)[rows], x_BTC.flatten(0, 1)[rows]
+        branch = linear(branch, out, self.out_bias)
         branch = self._finish(branch, self.attention_post_norm)
         if config.pre_norms and not config.layer_norm:
             normed, x_BTC = add_rms_norm(branch, x_BTC, self.mlp_norm, eps)
@@ -316,8 +320,16 @@ class Transformer(nn.Module):
             for name in MATRICES:
                 yield f"layers.{i}.{name}", getattr(layer, name), rows[name]
 
-    def forward(self, token_ids_BT: Tensor, *, doc_ids: Tensor | Packing | Branching | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids_BT: Tensor,
+        *,
+        doc_ids: Tensor | Packing | Branching | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, hidden), normed, ready for the head.
+
+        With `rows` (N,) only those of these tokens of the flat batch, (N, hidden): the last layer leaves the others.
 
         `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
         several answers share a prompt. Rotary positions do not restart at documents, for rotary attention depends on
@@ -340,9 +352,12 @@ class Transformer(nn.Module):
                 doc_ids = Packing(doc_ids)
         if self.embed_positions is not None:
             x_BTC = x_BTC + F.embedding(_positions(token_ids_BT, doc_ids), self.embed_positions)
+        last = self.layers[-1]
         for layer, table in zip(self.layers, self._table_of, strict=True):
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, turns[table], doc_ids, use_reentrant=False, preserve_rng_state=False)
+            elif rows is not None and layer is last:
+                x_BTC = layer(x_BTC, turns[table], doc_ids, rows)
             elif eager and torch.is_grad_enabled() and parametrize.is_parametrized(layer):
                 x_BTC = _with_passing_weights(layer, x_BTC, turns[table], doc_ids)
             else:

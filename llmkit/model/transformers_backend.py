@@ -277,13 +277,20 @@ class TransformersModel(Transformer):
         return scale if _close(logits_2LV, scale * plain_2LV, near) else None
 
     @torch.compiler.disable
-    def forward(self, token_ids_BT: Tensor, *, doc_ids: Tensor | Packing | Branching | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids_BT: Tensor,
+        *,
+        doc_ids: Tensor | Packing | Branching | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states as `Transformer.forward`, or logits: what `logits`, `loss` and `logprobs` take."""
         training = self.training and torch.is_grad_enabled()
         if self.module.training != training:
             self.module.train(training)
         if doc_ids is None:
-            return self.run(token_ids_BT)
+            states_BTC = self.run(token_ids_BT)
+            return states_BTC if rows is None else states_BTC.flatten(0, 1)[rows]
         ids, states, places = token_ids_BT.flatten(), [], []
         for index_NL, there_NL in _document_rows(_seen(doc_ids)):
             states.append(self.run(ids[index_NL])[there_NL])
@@ -292,7 +299,11 @@ class TransformersModel(Transformer):
         # a token that several answers share is computed with each of them, and taken once
         at = torch.arange(len(place), device=place.device)
         first = torch.full_like(ids, len(place)).scatter_reduce(0, place, at, "amin")
-        return torch.cat(states)[first].unflatten(0, token_ids_BT.shape)
+        return (
+            torch.cat(states)[first].unflatten(0, token_ids_BT.shape)
+            if rows is None
+            else torch.cat(states)[first[rows]]
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V)."""

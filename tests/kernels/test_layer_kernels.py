@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from llmkit.kernels.linear import linear
 from llmkit.kernels.projections import qkv_rotary, qkv_rotary_reference, swiglu_mlp
-from llmkit.kernels.rowwise import add_rms_norm, rms_norm, rms_norm_reference, swiglu
+from llmkit.kernels.rowwise import add_rms_norm, rms_norm, rms_norm_reference, rotary, swiglu
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 DTYPES = list(TOLERANCE)
@@ -73,6 +73,17 @@ def test_qkv_rotary(dtype, bias, norm, rows_differ):
         return qkv_rotary_reference(x, w, table.double(), heads, kv_heads, b, q_gain, k_gain, eps)
 
     check(ours, reference, inputs, dtype)
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+@pytest.mark.parametrize("rows_differ", [True, False])
+def test_a_rotation_without_gradients_is_the_same(size, rows_differ):
+    angles = normal(3, 7, size // 2) if rows_differ else normal(7, size // 2)
+    table = torch.stack((angles.float().cos(), angles.float().sin()), -1)
+    heads = normal(3, 7, 6, size).float()[:, :, 1:5]  # of a projection that has more
+    with torch.no_grad():
+        quick = rotary(heads, table)
+    assert torch.equal(quick, rotary(heads, table))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -94,6 +94,8 @@ def test_documents_of_a_row_and_branches_are_as_if_alone(name, tmp_path):
     second = model(torch.cat([ids[:, :12], ids[:, 21:]], 1))[:, 12:]
     assert (both[:, :21] - model(ids[:, :21])).abs().max() < 1e-4
     assert (both[:, 21:] - second).abs().max() < 1e-4
+    rows = torch.tensor([3, 3, 29, 0])
+    assert (model(ids, rows=rows) - model(ids)[0, rows]).abs().max() < 1e-4
 
 
 def test_activation_checkpointing_changes_no_gradient():
