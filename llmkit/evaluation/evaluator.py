@@ -49,7 +49,7 @@ class Asking:
     samples, temperature, max_tokens, seed  of generation; None takes the task's `max_tokens`
     tools        what the model may call
     sandbox      whether programs that are tested run in the sandbox
-    thinking     whether it is asked for thoughts: "on", "off" or "auto", by the chat template
+    thinking     whether it is asked for thoughts: "on", "off" or "auto", by the chat template; of a server see `tools`
     """
 
     chat: bool = False
@@ -151,7 +151,7 @@ class Model:
             ]
             completed = list(sampler.complete(requests))
         attempts = [
-            Attempt(item.problem, sample.text, len(sample.token_ids), sample.finish_reason, limit)
+            Attempt(item.problem, sample.text, len(sample.token_ids), sample.finish_reason, limit, sample.tool_calls)
             for item, samples in zip(items, completed, strict=True)
             for sample in samples
             if item.problem is not None
@@ -286,7 +286,7 @@ def open_model(
         def sampler(stop: Sequence[str]) -> AbstractContextManager[Sampler]:
             return open_sampler(
                 engine, Sampling(asking.temperature), flag="--engine", folder=folder, stop=stop,
-                concurrency=concurrency, timeout=timeout,
+                concurrency=concurrency, timeout=timeout, tools=asking.tools,
             )  # fmt: skip
 
         with sampler(()) as asked:

@@ -140,8 +140,10 @@ class Chat:
             if not samples:
                 raise UserError(f"the conversation is longer than the context of {self._sampler.name}")
             for kind in left_out:
-                if left_out[kind] > before.get(kind, 0):
+                if kind != "reasoning" and left_out[kind] > before.get(kind, 0):
                     say(f"left out: the server's {kind}")
+            if samples[0].thought:
+                say(f"thinks: {_shortened(samples[0].thought)}")
             if reason := self._reason(samples[0], bool(answer)):
                 say(reason)
         finally:
@@ -166,6 +168,9 @@ class Chat:
             if self._context is None:
                 return f"cut by --max-tokens {self.max_tokens}, or by a limit of the server"
             return f"cut: {self._context} tokens of context"
+        if completion.finish_reason == "tool_calls":
+            called = ", ".join(call["tool"] for call in completion.tool_calls)
+            return f"calls {called}, which it was not given; --tools gives it tools"
         if completion.finish_reason != "stop":
             return f"ended by {completion.finish_reason or 'the server, for no reason given'}"
         return None if answered else "no answer, so the message is taken back; /retry asks it again"

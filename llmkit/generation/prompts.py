@@ -178,6 +178,7 @@ class Prompts:
             records = []
             for number, completion in enumerate(samples):
                 thought, answer = split_thoughts(completion.text)
+                thought = completion.thought or thought
                 fields: dict[str, Any] = {"completion": answer} | ({"reasoning_content": thought} if thought else {})
                 known = {"token_ids": completion.token_ids}
                 if logprobs:

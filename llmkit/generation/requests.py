@@ -69,6 +69,7 @@ class Completion:
                         without "result" where it is left to whoever asked
     top_logprobs        the likeliest tokens at each position and their `logprobs`, where the request asks for them;
                         none where not sampled
+    thought             what a server tells apart from the text; thoughts of a model here stand in the text
 
     What a server does not tell is empty: `token_ids`, `logprobs`, `sampled`, and always `truncated_logprobs`.
     """
@@ -81,6 +82,7 @@ class Completion:
     sampled: list[bool]
     tool_calls: list[dict[str, Any]]
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    thought: str = ""
 
 
 def split_thoughts(text: str) -> tuple[str, str]:

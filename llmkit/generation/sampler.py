@@ -30,6 +30,7 @@ from llmkit.model.folder import load_config
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import choose_thinking
+from llmkit.tools.toolbox import Toolbox
 
 
 class Sampler(Protocol):
@@ -113,8 +114,8 @@ def open_sampler(
 
     flag                      names the source in errors; --engine takes no folder
     stop                      strings that end a completion and are left out of it
-    device, dtype, backend, slots, end_ids, tools, end_at_others  of a folder: see `load_config`, `Generator` and
-        `open_tools`
+    tools                     what may be called, and whether thoughts are asked for
+    device, dtype, backend, slots, end_ids, end_at_others  of a folder: see `load_config`, `Generator` and `open_tools`
     folder, concurrency, timeout, logprobs  of a server: see `ServedSampler`; `folder` has the tokenizer
 
     Raises UserError for what is neither, and where a folder's tokenizer and model do not fit; asks a server nothing.
@@ -122,9 +123,26 @@ def open_sampler(
     if source.startswith(SCHEME) or flag == "--engine":
         server = OpenAIClient(parse_address(source, flag), timeout)
         tokenizer = None if folder is None else load_tokenizer(folder)
-        yield ServedSampler(
-            server, sampling, tokenizer=tokenizer, concurrency=concurrency, stop=stop, logprobs=logprobs
-        )
+        with ExitStack() as stack:
+            functions, thinking = None, None
+            if tools is not None and tokenizer is not None:
+                choose_thinking(tokenizer, tools.thinking)
+                if tools.tools:
+                    raise UserError("--tools: expected no MODEL beside --engine, whose server reads calls of functions")
+            elif tools is not None:
+                toolbox = Toolbox.parse(tools.tools, sandbox=tools.sandbox, timeout=tools.tool_timeout)
+                functions = Functions(stack.enter_context(toolbox), tools.max_tool_calls)
+                thinking = {"on": True, "off": False}.get(tools.thinking)
+            yield ServedSampler(
+                server,
+                sampling,
+                tokenizer=tokenizer,
+                concurrency=concurrency,
+                stop=stop,
+                logprobs=logprobs,
+                tools=functions,
+                thinking=thinking,
+            )
         return
     if not is_remote(source) and not Path(source).is_dir():
         raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {source}")

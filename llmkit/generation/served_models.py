@@ -17,12 +17,13 @@ turn a POST into a GET is not followed, so that the server's answer to it is tol
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -119,7 +120,8 @@ class Reply:
     logprobs    natural, of each token; None where the server gives none
     prompt_ids  the prompt as the model saw it; None where the server does not tell
     weights     the version of the weights; None where the server has no name for it
-    left_out    what else it says beside the text: reasoning, tool calls
+    thought     reasoning that it tells apart from the text
+    tool_calls  {"id", "name", "arguments"} of each, the last as text
     """
 
     text: str
@@ -129,7 +131,8 @@ class Reply:
     logprobs: list[float] | None = None
     prompt_ids: list[int] | None = None
     weights: str | None = None
-    left_out: tuple[str, ...] = ()
+    thought: str = ""
+    tool_calls: tuple[dict[str, str], ...] = ()
 
 
 class OpenAIClient:
@@ -184,11 +187,13 @@ class OpenAIClient:
         temperature: float,
         logprobs: bool = False,
         on_text: Callable[[str], object] | None = None,
+        kept: Collection[str] = (),
         **details: Any,
     ) -> Reply:
         """Messages answered, or text or token ids continued; `on_text` is given the text as it comes.
 
-        `details` are those of `openai`: top_p, stop, extra_body. Raises ServerError, and PromptTooLong.
+        `kept` is what the caller makes use of beside the text, which else counts as left out. `details` are those of
+        `openai`: top_p, stop, tools, extra_body. Raises ServerError, and PromptTooLong.
         """
         import openai
 
@@ -207,7 +212,7 @@ class OpenAIClient:
                 response = create(model=self.address.model, **{length: max_tokens}, **body)
                 if body.get("stream"):
                     assert on_text is not None
-                    if (reply := self._take_stream(response, on_text)) is not None:
+                    if (reply := self._take_stream(response, on_text, kept)) is not None:
                         return reply
                     tries += 1
                     del body["stream"]  # it may not know how to stream, or not answer at all
@@ -233,7 +238,7 @@ class OpenAIClient:
                 raise ServerError(f"{self.place}: fails: {fault}")
             reply = _read(content)
             if reply is not None:
-                self._count(content.get("usage"), reply.left_out)
+                self._count(content.get("usage"), reply, kept)
                 if on_text is not None and reply.text:
                     on_text(reply.text)
                 return reply
@@ -241,19 +246,26 @@ class OpenAIClient:
         text = response.to_json(indent=None, warnings=False) if hasattr(response, "to_json") else str(response)
         raise ServerError(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
 
-    def _take_stream(self, chunks: Iterable[Any], on_text: Callable[[str], object]) -> Reply | None:
+    def _take_stream(
+        self, chunks: Iterable[Any], on_text: Callable[[str], object], kept: Collection[str]
+    ) -> Reply | None:
         """The reply that is streamed; None where nothing is."""
         pieces: list[str] = []
-        reason, reported = "", None
-        left_out: set[str] = set()
-        came = False
+        reason, reported, came = "", None, False
+        thoughts: list[str] = []
+        calls: dict[Any, dict[str, str]] = {}
         try:
             for chunk in chunks:
                 came, content = True, _plain(chunk)
                 reported = content.get("usage") or reported
                 for choice in filter(None, map(_object, content.get("choices") or ())):
                     delta = _object(choice.get("delta"))
-                    left_out |= {*_beside_text(delta)}
+                    thoughts.append(text_of(delta.get("reasoning_content") or delta.get("reasoning")))
+                    given = delta.get("tool_calls")
+                    for number, part in enumerate(map(_object, given if isinstance(given, list) else ())):
+                        call = calls.setdefault(part.get("index", number), {"id": "", "name": "", "arguments": ""})
+                        for name, text in _call(part).items():
+                            call[name] += text
                     reason = choice.get("finish_reason") or reason
                     if text := text_of(delta.get("content")) or text_of(delta.get("refusal") or choice.get("text")):
                         pieces.append(text)
@@ -266,9 +278,12 @@ class OpenAIClient:
             return None
         if not reason:
             raise ServerError(f"{self.place}: an answer has no end; was the server stopped?")
-        self._count(reported, left_out)
         count = _count_of(reported, "completion_tokens") or len(pieces)
-        return Reply("".join(pieces), _finish(reason), count, left_out=tuple(sorted(left_out)))
+        made = Reply(
+            "".join(pieces), _finish(reason), count, thought="".join(thoughts), tool_calls=tuple(calls.values())
+        )
+        self._count(reported, made, kept)
+        return made
 
     def command(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST to a path beside the API, such as "/flush_cache", and return the reply. Raises ServerError."""
@@ -288,12 +303,13 @@ class OpenAIClient:
         """The option and the URL, as errors begin."""
         return f"{self.address.flag} {self.address.url}"
 
-    def _count(self, reported: Any, left_out: Iterable[str] = ()) -> None:
+    def _count(self, reported: Any, reply: Reply, kept: Collection[str]) -> None:
+        beside = {"reasoning": reply.thought, "tool calls": reply.tool_calls}
         with self._counting:
             self.usage.requests += 1
             self.usage.prompt_tokens += _count_of(reported, "prompt_tokens")
             self.usage.completion_tokens += _count_of(reported, "completion_tokens")
-            for kind in left_out:
+            for kind in (kind for kind, content in beside.items() if content and kind not in kept):
                 self.usage.left_out[kind] = self.usage.left_out.get(kind, 0) + 1
 
     def _explain(self, error: Any) -> str:
@@ -355,6 +371,9 @@ def _read(content: Mapping[str, Any]) -> Reply | None:
     if (given := _ids(choice.get("token_ids"))) is not None:
         token_ids = given
     version = _object(content.get("metadata")).get("weight_version")
+    calls = message.get("tool_calls")
+    if not calls and (older := message.get("function_call")):
+        calls = [{"function": older}]
     return Reply(
         text=text_of(message.get("content")) or text_of(message.get("refusal") or choice.get("text")),
         finish_reason=_finish(choice.get("finish_reason")),
@@ -363,16 +382,18 @@ def _read(content: Mapping[str, Any]) -> Reply | None:
         logprobs=logprobs,
         prompt_ids=_ids(choice.get("prompt_token_ids") or content.get("prompt_token_ids")),
         weights=None if version is None else str(version),
-        left_out=tuple(_beside_text(message)),
+        thought=text_of(message.get("reasoning_content") or message.get("reasoning")),
+        tool_calls=tuple(map(_call, calls if isinstance(calls, list) else ())),
     )
 
 
-def _beside_text(message: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the kinds of content that a message has beside the text of the answer."""
-    if message.get("reasoning_content") or message.get("reasoning"):
-        yield "reasoning"
-    if message.get("tool_calls") or message.get("function_call"):
-        yield "tool calls"
+def _call(part: Any) -> dict[str, str]:
+    """Read a call of a function, or a piece of one in a stream."""
+    function = _object(_object(part).get("function"))
+    texts = {"id": _object(part).get("id"), "name": function.get("name"), "arguments": function.get("arguments")}
+    if isinstance(texts["arguments"], dict):  # Ollama's own
+        texts["arguments"] = json.dumps(texts["arguments"], ensure_ascii=False)
+    return {name: text_of(text) for name, text in texts.items()}
 
 
 def _finish(reason: Any) -> str:

@@ -12,16 +12,17 @@ server's own tokenizer and template. Each sample is a request of its own with a 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from queue import SimpleQueue
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import Message, as_record
+from llmkit.formats.conversations import RESULT, Message
 from llmkit.generation.generator import prompt_ids
 from llmkit.generation.next_token import Sampling, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, finished
@@ -30,7 +31,7 @@ from llmkit.generation.tool_calls import Functions
 from llmkit.io.progress import counted
 from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
-from llmkit.tokenizer.templates import chat_format
+from llmkit.tokenizer.templates import chat_format, function_of
 
 OPEN_SAMPLES, OPEN_REQUESTS = 2, 16  # times the requests at a time: asked for ahead, and read ahead of one not done
 SHOWN = 60  # characters of a text that is not what was expected
@@ -43,6 +44,8 @@ class ServedSampler:
     tokenizer    of prompts that are sent as token ids; None where text and messages are
     concurrency  requests under way at most
     stop         strings that end a completion and are left out of it
+    tools        functions that may be called, without a tokenizer; None for a sampler that takes no calls
+    thinking     whether the server's chat template asks for thoughts; None leaves that to it
     logprobs     whether the log-probabilities of tokens are needed: under softmax(logits / temperature) or
                  softmax(logits), as the server has it
     token_ids    whether the ids of tokens are needed
@@ -50,7 +53,6 @@ class ServedSampler:
     """
 
     context: int | None = None  # only the server knows
-    tools: Functions | None = None
 
     def __init__(
         self,
@@ -63,11 +65,14 @@ class ServedSampler:
         logprobs: bool = False,
         token_ids: bool = False,
         end_ids: Collection[int] = (),
+        tools: Functions | None = None,
+        thinking: bool | None = None,
     ) -> None:
+        self.tools = tools
         self.server, self.tokenizer, self.usage, self.name = server, tokenizer, server.usage, server.address.name
         self._temperature, self._concurrency, self._stop = sampling.temperature, concurrency, stop
         self._needs_logprobs, self._needs_ids, self._end_ids = logprobs, token_ids, frozenset(end_ids)
-        self._details = _details(sampling, stop, tokenizer is not None)
+        self._details = _details(sampling, stop, tokenizer is not None, thinking)
         self._seconds = 0.0
         self.weights: str | None = None  # the version that answers must be of, where the server names one
         self.identity: Mapping[str, Any] = {
@@ -96,7 +101,7 @@ class ServedSampler:
         """A text to continue, or a conversation to answer, as it is sent."""
         if isinstance(prompt, str):
             return prompt if self.tokenizer is None else prompt_ids(self.tokenizer, prompt)
-        return as_record(prompt) if self.chat is None else self.chat.encode(prompt, prompt=True).token_ids.tolist()
+        return as_openai(prompt) if self.chat is None else self.chat.encode(prompt, prompt=True).token_ids.tolist()
 
     def complete(
         self,
@@ -105,20 +110,24 @@ class ServedSampler:
         on_text: OnText | None = None,
         on_call: OnCall | None = None,
     ) -> Iterator[list[Completion]]:
-        """See `Sampler.complete`; a server calls no tools. Raises ServerError where a request has failed for good."""
+        """See `Sampler.complete`. Raises ServerError where a request has failed for good."""
         done: dict[int, list[Completion | None]] = {}
         results: SimpleQueue[tuple[int, int, Completion | BaseException]] = SimpleQueue()
         stopped, running, started = threading.Event(), 0, time.monotonic()
 
         def work(index: int, sample: int, request: Request) -> None:
-            def give(request: int, sample: int, text: str) -> None:
+            def give(text: str) -> None:
                 if stopped.is_set():
                     raise InterruptedError  # ends the stream, which nobody reads any more
                 assert on_text is not None
-                on_text(request, sample, text)
+                on_text(index, sample, text)
+
+            def tell(call: Mapping[str, Any], seen: str | None) -> None:
+                if on_call is not None:
+                    on_call(index, sample, call, seen)
 
             try:
-                results.put((index, sample, self._sample(request, index, sample, None if on_text is None else give)))
+                results.put((index, sample, self._sample(request, sample, None if on_text is None else give, tell)))
             except BaseException as error:
                 results.put((index, sample, error))
 
@@ -149,20 +158,81 @@ class ServedSampler:
                 stopped.set()
                 self._seconds += time.monotonic() - started
 
-    def _sample(self, request: Request, index: int, sample: int, on_text: OnText | None) -> Completion:
+    def _sample(
+        self,
+        request: Request,
+        sample: int,
+        on_text: Callable[[str], object] | None,
+        on_call: Callable[[Mapping[str, Any], str | None], object],
+    ) -> Completion:
+        """Ask for a completion, and again with the results of the functions that it calls."""
         if request.max_tokens is None:
             raise UserError(f"{request.where}: --max-tokens none: a server needs a number")
         if not request.prompt:
             raise UserError(f"{request.where}: an empty prompt, which a server has nothing to answer to")
+        tools, prompt, left = request.tools or self.tools, list(request.prompt), request.max_tokens
+        if isinstance(request.prompt, str) or self.tokenizer is not None:
+            tools, prompt = None, request.prompt
+        replies: list[Reply] = []
+        called: list[dict[str, Any]] = []
+        while True:
+            replies.append(reply := self._reply(request, prompt, sample, left, tools, on_text))
+            ids, logprobs, left = reply.token_ids or [], reply.logprobs or [], left - reply.tokens
+            calls, reason = [(call["name"], call["arguments"]) for call in reply.tool_calls], reply.finish_reason
+            if not calls or tools is None:
+                break
+            made: list[dict[str, Any]] = [{"tool": tool, "input": text} for tool, text in calls]
+            if len(called) + len(calls) > tools.max_calls:
+                reason = "tool_limit"
+                break
+            called += made
+            if reason == "length" or tools.are_left(calls):
+                reason = "length" if reason == "length" else "tool_calls"
+                break
+            results = []
+            for call, one in zip(made, calls, strict=True):
+                on_call(call, None)
+                (result,) = tools.run([one])
+                call |= {"result": result.text, **({"failed": True} if result.failed else {})}
+                on_call(call, result.text)
+                results.append(result.text)
+            if left <= 0:
+                reason = "length"
+                break
+            assert isinstance(prompt, list)
+            prompt += as_openai_call(reply, results)
+        return Completion(
+            "".join(one.text for one in replies),
+            ids,
+            reason,
+            logprobs if self._needs_logprobs else [],
+            [],
+            [True] * len(ids),
+            called,
+            thought="\n\n".join(one.thought.strip("\n") for one in replies if one.thought),
+        )
+
+    def _reply(
+        self,
+        request: Request,
+        prompt: Prompt,
+        sample: int,
+        max_tokens: int,
+        tools: Functions | None,
+        on_text: Callable[[str], object] | None,
+    ) -> Reply:
+        schemas: dict[str, Any] = {"tools": [*tools.schemas]} if tools is not None and tools.schemas else {}
         try:
             reply = self.server.ask(
-                request.prompt,
+                prompt,
                 seed=sample_seed(request.seed, request.number, sample),
-                max_tokens=request.max_tokens,
+                max_tokens=max_tokens,
                 temperature=self._temperature,
                 logprobs=self._needs_logprobs,
-                on_text=None if on_text is None else lambda text: on_text(index, sample, text),
+                on_text=on_text,
+                kept=() if tools is None else ("reasoning", "tool calls"),
                 **self._details,
+                **schemas,
             )
         except Refused as error:
             if self.tokenizer is None:
@@ -170,10 +240,7 @@ class ServedSampler:
             raise Refused(f"{error}; does it take token ids? Without MODEL it is sent text") from None
         if (fault := self._fault(request, reply)) is not None:
             raise ServerError(f"{self.server.place}: {fault}")
-        ids, logprobs = reply.token_ids or [], reply.logprobs or []
-        return Completion(
-            reply.text, ids, reply.finish_reason, logprobs if self._needs_logprobs else [], [], [True] * len(ids), []
-        )
+        return reply
 
     def plan(self) -> Iterator[str]:
         """Describe in a line how prompts are sent."""
@@ -214,7 +281,7 @@ class ServedSampler:
         return None
 
 
-def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool) -> dict[str, Any]:
+def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool, thinking: bool | None) -> dict[str, Any]:
     """Collect the fields of a request beside prompt, seed, length, temperature and log-probabilities.
 
     Servers that take token ids know the fields beyond OpenAI's, and have defaults of their own for them (vLLM those
@@ -227,6 +294,8 @@ def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool) -> dict[s
         details["top_p"] = sampling.top_p or 1.0
         extra = {"top_k": sampling.top_k or -1, "min_p": sampling.min_p or 0.0, "repetition_penalty": 1.0}
         extra |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    if thinking is not None:
+        extra["chat_template_kwargs"] = {"enable_thinking": thinking}
     details["extra_body"] = {name: value for name, value in extra.items() if value is not None} or None
     return {name: value for name, value in details.items() if value is not None}
 
@@ -250,3 +319,45 @@ def _difference(tokenizer: Tokenizer, sent: Prompt, reply: Reply) -> str | None:
 def sample_seed(seed: int, request: int, sample: int) -> int:
     """The seed of one sample of a request, below 2^31, which every server takes."""
     return int(uniforms(seed, request, sample, 0, 1)[0] * 2**31)
+
+
+def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Write messages as OpenAI's interface has them, with `tool_calls` and role `tool`.
+
+    Calls stand behind the text between two results, wherever they were in it.
+    """
+    entries: list[dict[str, Any]] = []
+    ids: list[str] = []  # of calls, in their order; of which `answered` have results
+    answered = 0
+    for turn in messages:
+        entries.append(entry := {"role": turn.role, "content": ""})
+        for part in turn.parts:
+            if part.kind == RESULT:
+                of = {"tool_call_id": ids[answered]} if answered < len(ids) else {}
+                entries.append({"role": "tool", "content": part.text, **of})
+                answered += 1
+                continue
+            if entries[-1]["role"] == "tool":
+                entries.append(entry := {"role": turn.role, "content": ""})
+            if part.kind == "text":
+                entry["content"] += part.text
+            else:
+                ids.append(f"call_{len(ids)}")
+                function = function_of(part)
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                call = {"id": ids[-1], "type": "function", "function": function}
+                entry.setdefault("tool_calls", []).append(call)
+    return entries
+
+
+def as_openai_call(reply: Reply, results: Sequence[str]) -> list[dict[str, Any]]:
+    """Write an answer with calls, and their results, as the next messages."""
+    ids = [call["id"] or f"call_{number}" for number, call in enumerate(reply.tool_calls)]
+    calls = [
+        {"id": name, "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+        for name, call in zip(ids, reply.tool_calls, strict=True)
+    ]
+    thought = {"reasoning_content": reply.thought} if reply.thought else {}
+    answer = {"role": "assistant", "content": reply.text, "tool_calls": calls, **thought}
+    found = [{"role": "tool", "tool_call_id": name, "content": text} for name, text in zip(ids, results, strict=True)]
+    return [answer, *found]

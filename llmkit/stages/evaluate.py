@@ -162,8 +162,8 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
         raise UserError(f"--samples {config.samples}: expected --temperature above 0; greedy samples are all the same")
     if config.tools and not config.chat:
         raise UserError("--tools: expected --chat beside it; tools are called within an answer")
-    if config.thinking != "auto" and (config.is_served or not config.chat):
-        raise UserError("--thinking: expected --chat and a model here, whose chat template it switches")
+    if config.thinking != "auto" and not config.chat:
+        raise UserError("--thinking: expected --chat beside it, for it switches the chat template")
     if config.resume and config.out in (None, "-"):
         raise UserError("--resume: expected --out, beside which a killed run has left its state")
     written = [Path(path).resolve() for path in (config.out, config.report) if path not in (None, "-")]
@@ -261,7 +261,7 @@ def _asking(config: EvaluateConfig) -> Asking:
         temperature=config.temperature,
         max_tokens=config.max_tokens,
         seed=config.seed,
-        tools=config if config.tools else None,
+        tools=config if config.tools or config.is_served else None,
         sandbox=config.sandbox != "none",
         thinking=config.thinking,
     )

@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from llmkit.generation.sampler import Sampler
 
 KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
-OURS, THEIRS = (
-    ("device", "dtype", "backend", "batch_size", "tools", "thinking"),
-    ("concurrency", "timeout"),
-)  # here, on a server
+OURS, THEIRS = ("device", "dtype", "backend", "batch_size"), ("concurrency", "timeout")  # here, on a server
 
 
 @dataclass(frozen=True, kw_only=True)

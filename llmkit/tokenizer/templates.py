@@ -268,7 +268,7 @@ class TemplateFormat(ChatFormat):
         for texts, parts, results in groups:
             if parts or results:
                 way = self._calling.way if way is None else way
-            functions = [self._escape_all(_function(part)) for part in parts]
+            functions = [self._escape_all(function_of(part)) for part in parts]
             # ids of nine characters, which Mistral's templates ask for
             calls = [
                 {"id": f"call{number:05d}", "type": "function", "function": function}
@@ -493,27 +493,7 @@ class TemplateFormat(ChatFormat):
             yield mark, 0
 
 
-def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Write messages as transformers' templates and OpenAI's interface have them, with `tool_calls` and role `tool`.
-
-    Calls stand behind the text between two results, wherever they were in it.
-    """
-    entries: list[dict[str, Any]] = []
-    for turn in messages:
-        entries.append(entry := {"role": turn.role, "content": ""})
-        for part in turn.parts:
-            if part.kind == RESULT:
-                entries.append({"role": "tool", "content": part.text})
-            elif entries[-1]["role"] == "tool":
-                entries.append(entry := {"role": turn.role, "content": ""})
-            if part.kind == "text":
-                entry["content"] += part.text
-            elif part.kind != RESULT:
-                entry.setdefault("tool_calls", []).append({"type": "function", "function": _function(part)})
-    return entries
-
-
-def _function(part: Part) -> dict[str, Any]:
+def function_of(part: Part) -> dict[str, Any]:
     """The name and the arguments of a call."""
     if part.kind == CALL:
         return json.loads(part.text)

@@ -118,8 +118,8 @@ def test_what_a_chat_leaves_out_is_said_with_the_answer(delta):
         said: list[str] = []
         with open_sampler(address, Sampling()) as sampler:
             Chat(sampler, max_tokens=9).ask("Hi", lambda text: None, said.append)
-    kind = "reasoning" if "reasoning_content" in delta else "tool calls"
-    assert said[0] == f"left out: the server's {kind}" and said[1].startswith("no answer")
+    first = "thinks: Hm." if "reasoning_content" in delta else "left out: the server's tool calls"
+    assert said[0] == first and said[1].startswith("no answer")
 
 
 @pytest.mark.parametrize("streams", [False, True])

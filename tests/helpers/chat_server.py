@@ -113,7 +113,20 @@ class ChatServer:
                 self.send_header("Connection", "close")
                 self.end_headers()
                 (choice,) = made["choices"]
-                text = choice["message"]["content"] if "message" in choice else choice["text"]
+                message = choice.get("message", {})
+                text = message.get("content") or "" if message else choice["text"]
+                for name in ("reasoning_content", "reasoning"):
+                    delta = {name: message[name]} if message.get(name) else {}
+                    one = {**made, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+                    self.wfile.write(b"data: " + json.dumps(one).encode() + b"\n\n")
+                for number, call in enumerate(message.get("tool_calls") or ()):
+                    named, half = {"index": number, "id": call["id"]}, len(call["function"]["arguments"]) // 2
+                    for name, piece in ((call["function"]["name"], slice(half)), (None, slice(half, None))):
+                        function = {"name": name, "arguments": call["function"]["arguments"][piece]}
+                        delta = {"tool_calls": [{**named, "function": function}]}
+                        one = {**made, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+                        self.wfile.write(b"data: " + json.dumps(one).encode() + b"\n\n")
+                        named.pop("id", None)
                 for number, piece in enumerate([*text, ""]):
                     if fault == "cut stream" and number == 3:
                         break

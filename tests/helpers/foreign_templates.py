@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from llmkit.formats.conversations import Message
+from llmkit.generation.served_sampler import as_openai
 from llmkit.tokenizer.patterns import PATTERNS
 
 # as the models of these families have them, shortened
@@ -107,6 +110,15 @@ QWEN3 = """
 SPECIALS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<|header|>"]
 KINDS = ("bytes", "first", "always", "prepend")
 TEXT = "What is assistant user system Sure? Four. Yes, \n\n"
+
+
+def as_templates_take(messages: Sequence[Message]) -> list[dict]:
+    """Messages in OpenAI's form, with arguments of calls as objects, and without numbers of calls."""
+    entries = [{name: entry[name] for name in entry if name != "tool_call_id"} for entry in as_openai(messages)]
+    for call in (call for entry in entries for call in entry.get("tool_calls", ())):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        del call["id"]
+    return entries
 
 
 def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool = False, **config: object) -> Path:

@@ -243,7 +243,7 @@ def test_a_dry_run_asks_whether_it_is_there(folder, llmkit):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tools": "calc"}, "--tools: has no effect beside --engine"),
+        ({"tools": "calc"}, "--tools: expected no MODEL beside --engine"),
         ({"batch_size": "3"}, "--batch-size: has no effect beside --engine"),
         ({"max_tokens": "none"}, "--max-tokens none: expected a number beside --engine"),
         ({"model": "no/where"}, "no/where: expected a model folder or an input file, found nothing"),

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer
 from foreign_templates import QWEN3
 from tiny import certain, make_model, save_tokenizer
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import read_conversation
+from llmkit.generation.chat import Chat
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.sampler import open_sampler
 from llmkit.io.records import Row
 from llmkit.model.folder import save_model
-from llmkit.stages import rl, sample, sft
+from llmkit.stages import evaluate, rl, sample, sft
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.templates import chat_format
 
@@ -160,3 +164,96 @@ def test_conversations_with_functions_as_sets_have_them_are_learnt_but_for_resul
     config = {"model": str(qwen), "data": (data,), "out": str(out), "max_steps": 1, "quiet": True}
     summary = sft.run(sft.SftConfig(**config, sequence_length=1024, batch_tokens=2048, learning_rate=1e-3))
     assert summary is not None and not summary.bad_records and not summary.not_used
+
+
+# ---- behind a server
+
+
+def served(messages: list[dict]) -> dict:
+    """What a server of a model with thoughts answers: a call, and to its result a text."""
+    call = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Oslo"}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Ask."}
+    if messages[-1]["role"] == "tool":
+        message = {"role": "assistant", "content": f"So: {messages[-1]['content']}", "reasoning": "Now I know."}
+    reason = "tool_calls" if "tool_calls" in message else "stop"
+    usage = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+    return {
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+        "usage": usage,
+    }
+
+
+@pytest.fixture
+def server():
+    class Calling(ChatServer):
+        def respond(self, path, body):
+            return 200, served(body["messages"])
+
+    with Calling(lambda prompt, seed: "") as running:
+        yield running
+
+
+def test_a_server_is_told_of_functions_and_answered_by_their_results(server, weather, tmp_path) -> None:
+    out, given = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", {"messages": [ASKED]})
+    config = {"engine": server.spec, "inputs": (given,), "out": str(out), "jsonl": True, "force": True, "quiet": True}
+    sample.run(sample.SampleConfig(**config, tools=(weather,), thinking="on"))
+    (record,) = read(out)
+    assert (record["completion"], record["reasoning_content"]) == ("So: no rain in Oslo", "Ask.\n\nNow I know.")
+    call = {"tool": "rain", "input": '{"city": "Oslo"}', "result": "no rain in Oslo"}
+    assert (record["tool_calls"], record["finish_reason"]) == ([call], "stop")
+    first, second = server.requests
+    assert [tool["function"]["name"] for tool in first["tools"]] == ["rain"] and first["tools"] == second["tools"]
+    assert first["chat_template_kwargs"] == {"enable_thinking": True}
+    assert [turn["role"] for turn in second["messages"]] == ["user", "assistant", "tool"]
+    assert second["messages"][2] == {"role": "tool", "tool_call_id": "c1", "content": "no rain in Oslo"}
+    assert second["messages"][1]["tool_calls"][0]["id"] == "c1" and second["max_tokens"] == first["max_tokens"] - 4
+    sample.run(sample.SampleConfig(**config, tools=(weather,), max_tool_calls=0))
+    assert read(out)[0]["finish_reason"] == "tool_limit" and "chat_template_kwargs" not in server.requests[-1]
+    sample.run(sample.SampleConfig(**config, tools=(weather,), max_tokens=4))
+    assert read(out)[0]["finish_reason"] == "length"
+
+
+def test_functions_of_a_record_go_to_a_server_and_their_calls_come_back(server, tmp_path) -> None:
+    out, given = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", {"messages": [ASKED], "tools": [RAIN]})
+    config = {"engine": server.spec, "inputs": (given,), "out": str(out), "jsonl": True, "quiet": True}
+    sample.run(sample.SampleConfig(**config))
+    (record,) = read(out)
+    assert record["tool_calls"] == [{"tool": "rain", "input": '{"city": "Oslo"}'}]
+    assert (record["finish_reason"], record["reasoning_content"]) == ("tool_calls", "Ask.")
+    assert server.requests[0]["tools"] == [RAIN]
+    turns = [
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [{"function": RAIN["function"] | {"arguments": "{}"}}]},
+    ]
+    write(tmp_path / "in.jsonl", {"messages": [*turns, {"role": "tool", "content": "yes"}], "tools": [RAIN]})
+    sample.run(sample.SampleConfig(**config, force=True))
+    assert read(out)[0]["completion"] == "So: yes"
+    (asked,) = server.requests[1:]
+    assert asked["messages"][1]["tool_calls"][0]["function"] == {"name": "rain", "arguments": "{}"}
+    assert asked["messages"][2]["tool_call_id"] == asked["messages"][1]["tool_calls"][0]["id"]
+
+
+def test_a_chat_with_a_server_streams_calls(server, weather) -> None:
+    said: list[str] = []
+    pieces: list[str] = []
+    with open_sampler(server.spec, Sampling(), tools=sample.SampleConfig(model="x", tools=(weather,))) as sampler:
+        Chat(sampler, max_tokens=99).ask("Rain?", pieces.append, said.append)
+    assert "".join(pieces) == "So: no rain in Oslo" and len(pieces) > 5
+    assert said == ['calls rain: {"city": "Oslo"}', "rain answers: no rain in Oslo", "thinks: Ask. |  | Now I know."]
+
+
+def test_a_server_is_evaluated_with_functions_and_thoughts(server, weather, tmp_path) -> None:
+    problems = write(tmp_path / "p.jsonl", {"prompt": "Rain?", "answer": "So: no rain in Oslo", "verifier": "exact"})
+    config = {"engine": server.spec, "tasks": (problems,), "chat": True, "out": str(tmp_path / "s.json"), "quiet": True}
+    evaluate.run(evaluate.EvaluateConfig(models=(), **config, tools=(weather,), thinking="off"))
+    (scores,) = json.loads((tmp_path / "s.json").read_text())["models"]
+    assert [task["score"] for task in scores["tasks"].values()] == [1.0]
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_tools_beside_a_server_and_a_folder_are_refused(qwen, server, weather, tmp_path) -> None:
+    given = write(tmp_path / "in.jsonl", {"messages": [ASKED]})
+    config = sample.SampleConfig(model=str(qwen), engine=server.spec, inputs=(given,), jsonl=True, tools=(weather,))
+    with pytest.raises(UserError, match="--tools: expected no MODEL beside --engine"):
+        sample.run(config)

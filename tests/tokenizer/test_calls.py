@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from foreign_templates import save
+from foreign_templates import as_templates_take, save
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, Message, Part, message
 from llmkit.tokenizer.calls import FORMS, Call
 from llmkit.tokenizer.encoding import load_tokenizer
-from llmkit.tokenizer.templates import TemplateFormat, as_openai, chat_format
+from llmkit.tokenizer.templates import TemplateFormat, chat_format
 
 OSLO = Call("rain", {"city": "Oslo", "days": 2})
 WRITTEN = '{"name": "rain", "arguments": {"city": "Oslo", "days": 2}}'
@@ -275,7 +275,7 @@ def test_a_conversation_with_calls_is_that_of_transformers(tmp_path: Path, famil
     call = Part("tool_call", '{"name": "rain", "arguments": {"city": "Oslo"}}')
     answer = Message("assistant", (call, Part("result", "no"), Part("text", "It is dry.")))
     asked = [message("user", "Rain?"), answer, message("user", "Sure?")]
-    entries = as_openai(asked)
+    entries = as_templates_take(asked)
     entries[1]["tool_calls"][0]["id"] = "call00000"
     entries[2] |= {"name": "rain", "tool_call_id": "call00000"}
     theirs = AutoTokenizer.from_pretrained(folder)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from foreign_templates import KINDS, save
+from foreign_templates import KINDS, as_templates_take, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,6 @@ from llmkit.io.records import Row
 from llmkit.tokenizer.chat import ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 from llmkit.tokenizer.folder import SPECIALS
-from llmkit.tokenizer.templates import as_openai
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,7 @@ def test_conversations_in_openais_form_begin_alike_and_answers_are_read_back(
     parts = [part for part in parts if part.text or part.kind != "text"]
     parts = (*parts, Part("text", said), *called)
     messages = [message("user", "hi"), Message("assistant", parts), *([message("user", "so?")] if more else [])]
-    entries = as_openai(messages)
+    entries = as_templates_take(messages)
     whole = stranger.apply_chat_template(entries, tools=list(TOOLS), tokenize=False)
     assert rendered(stranger, entries)["input_ids"] == chat.encode(messages).token_ids.tolist()
     for count, entry in enumerate(entries[1:], 1):
@@ -194,7 +193,7 @@ def test_thoughts_and_what_a_tool_answered_are_read_apart(stranger):
         parts = [{"type": kind, "text": "Two\nand two."}, {"type": "text", "text": "Four."}]
         turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": parts}]
         read = read_conversation(Row({"messages": turns}, "x", 1)).messages
-        assert as_openai(read)[1]["content"] == "<think>\nTwo\nand two.\n</think>\n\nFour."
+        assert as_templates_take(read)[1]["content"] == "<think>\nTwo\nand two.\n</think>\n\nFour."
         assert stranger.apply_chat_template(turns, tokenize=False).endswith(said.partition("<|im_sep|>")[2])
     turn = "It is <|calc_start|> 6*7 <|calc_end|><|result_start|>42\n<|result_end|>42.<|im_end|>"
     call = {"type": "function", "function": {"name": "calc", "arguments": {"calc": " 6*7 "}}}
@@ -234,7 +233,7 @@ def test_real_conversations_are_those_of_transformers_and_read_back(chat, strang
     conversations = [read_conversation(row) for row in islice(read_jsonl([path]), count)]
     assert len(conversations) == count
     for conversation, ours in zip(conversations, chat.encode_many(conversations), strict=True):
-        entries, tools = as_openai(conversation.messages), list(conversation.tools) or None
+        entries, tools = as_templates_take(conversation.messages), list(conversation.tools) or None
         assert ours.token_ids.tolist() == rendered(stranger, entries, tools=tools)["input_ids"]
         whole = stranger.apply_chat_template(entries, tools=tools, tokenize=False)
         for end in [end for end, entry in enumerate(entries) if entry["role"] == "assistant"]:
