@@ -18,7 +18,7 @@ from llmkit.evaluation.tasks import load_items
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
-RECIPES = ["evaluation", "fineweb", "foreign", "gsm8k", "helpful-harmless", "quality"]
+RECIPES = ["evaluation", "fineweb", "foreign", "gsm8k", "helpful-harmless", "labelling", "quality"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -89,6 +89,15 @@ def test_a_bundle_of_ones_own_has_the_form_of_core(tmp_path):
     assert tasks["core/last_word"][0].continuations == ("wet.",)
 
 
+def judgements_by_http(made: Path, folder: Path) -> list[dict]:
+    """Return what the scripted labeller of a recipe at its smallest collects without a browser."""
+    folder.mkdir()
+    script = [sys.executable, EXAMPLES / "labelling" / "label.py", made / "chat", "--prompts", made / "prompts.jsonl"]
+    files = ["--collect", folder / "judged.jsonl", "--guide", EXAMPLES / "labelling" / "guide.md"]
+    run(*script, *files, *["--good", "e", "--judgements", "12", "--max-tokens", "8", "--by", "http"], folder=folder)
+    return [json.loads(line) for line in (folder / "judged.preferences.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow  # 4 CPU minutes together; the job `examples` of the CI runs them all
 @pytest.mark.parametrize("recipe", [*RECIPES, "pipes"])
 def test_runs_at_its_smallest(recipe, tmp_path):
@@ -96,6 +105,8 @@ def test_runs_at_its_smallest(recipe, tmp_path):
         pytest.skip("jq is not installed")
     if recipe == "quality":
         pytest.importorskip("floret")
+    if recipe == "labelling":
+        pytest.importorskip("uvicorn")
     said = make(f"smoke-{recipe}", f"OUT={tmp_path}")
     if recipe == "gsm8k":
         before, after = json.loads((tmp_path / recipe / "accuracy.json").read_text())
@@ -115,6 +126,13 @@ def test_runs_at_its_smallest(recipe, tmp_path):
             env=ENVIRONMENT, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 2 and "is under --fail-under 1.01" in done.stderr and "Error 3" in done.stderr
+    if recipe == "labelling":
+        rows = [json.loads(line) for line in (tmp_path / recipe / "judged.preferences.jsonl").read_text().splitlines()]
+        assert len(rows) == 12 and {row["labeller"] for row in rows} == {"script"}
+        scored = [json.loads(line)["answers"] for line in said.splitlines() if line.startswith('{"answers"')]
+        assert scored == ["scored-chat.jsonl", "scored-policy.jsonl"]
+        again = judgements_by_http(tmp_path / recipe, tmp_path / "again")
+        assert [{**row, "time": ""} for row in again] == [{**row, "time": ""} for row in rows]
     if recipe == "quality":
         seed, *scores = (tmp_path / recipe / "bits-per-byte.tsv").read_text().split()[-3:]
         assert seed == "0" and all(0 < float(score) < 8 for score in scores)
