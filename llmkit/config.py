@@ -218,7 +218,7 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig(TrainingConfig):
+class TuningConfig(TrainingConfig, BackendConfig):
     """Options of every stage that tunes a model on records."""
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)

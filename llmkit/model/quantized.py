@@ -99,5 +99,7 @@ def quantized_when_filled(layer: Layer, kind: str, dtype: torch.dtype, device: t
 
 def is_quantized(model: Transformer) -> bool:
     """True if the matrices of the layers are held quantized."""
-    layer = cast("nn.Module", model.layers[0])
-    return parametrize.is_parametrized(layer) and any(isinstance(module, Quantized) for module in layer.modules())
+    layers = cast("list[nn.Module]", model.layers[:1])
+    return any(parametrize.is_parametrized(layer) for layer in layers) and any(
+        isinstance(module, Quantized) for module in layers[0].modules()
+    )

@@ -338,6 +338,8 @@ class TransformersModel(Transformer):
         tokens = {"bos_token_id": self.config.bos_token_id, "eos_token_id": module.config.eos_token_id}
         module.generation_config = load_package().GenerationConfig(**tokens)
         module.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
+        for path in folder.glob("*.safetensors"):  # readable for whom the others are
+            path.chmod((folder / "config.json").stat().st_mode)
 
 
 def _close(one: Tensor, other: Tensor, near: float) -> bool:

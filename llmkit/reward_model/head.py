@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.data.batches import splitmix64
+from llmkit.errors import UserError
 from llmkit.kernels.attention import Branching
 from llmkit.kernels.linear import linear
 from llmkit.model.config import ModelConfig
@@ -59,6 +60,11 @@ class RewardModel(Transformer):
 
         Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1: scores then begin near 0.
         """
+        if model.config.backend != "llmkit":
+            raise UserError(
+                f"train-reward: expected one of {', '.join(FAMILIES)}, found {model.config.model_type!r}, which "
+                "transformers computes; choose a model of one of these families"
+            )
         reward = cls(model.config, heads, dtype=model.embed_tokens.dtype, device="meta")
         for name in ("embed_tokens", "embed_positions", "layers", "norm", "norm_bias"):
             setattr(reward, name, getattr(model, name))

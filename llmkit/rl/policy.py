@@ -39,10 +39,16 @@ SLOTS, SMALL_MODEL_SLOTS = 64, 256  # sequences decoded at a time
 
 
 def load_policy(
-    folder: str, system: str | None, device: torch.device, dtype: torch.dtype, quantize: str | None, quiet: bool
+    folder: str,
+    system: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    backend: str,
+    quiet: bool,
 ) -> Tuning:
     """The model, which stays what it is: an assistant, or with a warning a base model, which takes no `system`."""
-    tuning = load_unchanged(folder, device=device, dtype=dtype, quantize=quantize)
+    tuning = load_unchanged(folder, device, dtype, quantize, backend)
     if not tuning.is_assistant:
         if system is not None:
             raise UserError(f"--system: {folder} is a base model, which knows no turns; tune it by llmkit sft")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import (
+    BackendConfig,
     CommonConfig,
     RecordsConfig,
     ServedConfig,
@@ -44,7 +45,7 @@ WORDS = "match"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, ServedConfig):
+class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedConfig):
     """Options of `llmkit probe-knowledge`."""
 
     examples: ClassVar[str] = """
@@ -335,6 +336,7 @@ def _sampler(
         folder=config.model if source is None else None,
         device=config.device,
         dtype=config.dtype,
+        backend=config.backend,
         slots=config.batch_size,
         end_ids=end_ids,
         concurrency=config.concurrency,

@@ -164,12 +164,12 @@ class Learner:
         from llmkit.rl.problems import load_problems, report_overlap
         from llmkit.tokenizer.templates import choose_thinking
 
-        config, run = self.config, self.run
+        config, run, model = self.config, self.run, str(self.config.model)
         run.join()
         if config.is_served and run.world.size > 1:
             raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
-        tuning = load_policy(str(config.model), config.system, run.device, run.dtype, config.quantize, config.quiet)
+        tuning = load_policy(model, config.system, run.device, run.dtype, config.quantize, config.backend, config.quiet)
         choose_thinking(tuning.tokenizer, config.thinking)
         self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
@@ -206,7 +206,7 @@ class Learner:
         self.reference = reference_of(tuning.model, frozen=config.lora_rank is not None) if compared else None
         self.tuning = tuning.with_adapter(config.lora_rank, config.seed)
         self._check_plan()
-        self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, str(config.model), self.tools)
+        self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, model, self.tools)
         if config.is_served:
             folder = run.work / "served"
             served = ServedPolicy(

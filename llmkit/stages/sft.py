@@ -155,7 +155,7 @@ def run(config: SftConfig) -> Summary | None:
 
     # load
     run.join()
-    tuning = load_for_tuning(str(config.model), device=run.device, dtype=run.dtype, quantize=config.quantize)
+    tuning = load_for_tuning(str(config.model), run.device, run.dtype, config.quantize, config.backend)
     tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
     row_tokens = _row_tokens(config, tuning.context)
     sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings := Findings())

@@ -138,10 +138,8 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
     # load
     run.join()
-    of_base = partial(RewardModel.of, heads=config.ensemble, seed=config.seed)
-    tuning = load_for_tuning(
-        str(config.inputs[0]), device=run.device, dtype=run.dtype, quantize=config.quantize, reshape=of_base
-    )
+    folder, of_base = str(config.inputs[0]), partial(RewardModel.of, heads=config.ensemble, seed=config.seed)
+    tuning = load_for_tuning(folder, run.device, run.dtype, config.quantize, config.backend, reshape=of_base)
     model, pad = cast(RewardModel, tuning.model), never_last_id(tuning)
     training, held_out, digests = _read_all(config, files, tuning, run.bad)
     check_unequal(held_out)
@@ -175,7 +173,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
     _say_evaluation(evaluation, config.quiet)
     results = _results(trainer, training, tuning, evaluation)
     inputs = [path for file in files for path in file.files if path != "-"]
-    results = run.finish(results, inputs=inputs, parents=[str(config.inputs[0])], write=write)
+    results = run.finish(results, inputs=inputs, parents=[folder], write=write)
     _check_gate(config, evaluation["overall"]["accuracy"])
 
     # summarise

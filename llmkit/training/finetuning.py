@@ -151,6 +151,10 @@ class Tuning:
         """
         if rank is None:
             return self
+        if (family := self.model.config.model_type) and self.model.config.backend != "llmkit":
+            raise UserError(
+                f"--lora-rank: expected a native family, found {family!r}; --lora-rank none trains all of it"
+            )
         tuning = replace(self, adapter=LoraAdapter(self.model, rank, 2.0 * rank, seed=seed, token_ids=self.unlearnt))
         for _, parameter in tuning.parameters:
             parameter.requires_grad_(True)
@@ -219,7 +223,8 @@ def save_tuned(
         names = {number: name for name, number in tokenizer.specials.items()}
         write_json(folder / "tokenizer_config.json", {**tokenizer.config, "pad_token": names[pad_id]})
     mine = tuning.adapter
-    base = load_model(tuning.folder, dtype=torch.float32 if mine is None else None)
+    backend = tuning.model.config.backend
+    base = load_model(tuning.folder, dtype=torch.float32 if mine is None else None, backend=backend)
     rows = max(base.config.vocab_size, tokenizer.vocab_size)
     model = tuning.prepare(base)
     for name, parameter in model.named_parameters():
@@ -235,21 +240,22 @@ def save_tuned(
 
 def load_for_tuning(
     folder: str,
-    *,
     device: torch.device,
     dtype: torch.dtype,
     quantize: str | None = None,
+    backend: str = "auto",
+    *,
     reshape: Callable[[Transformer], Transformer] | None = None,
 ) -> Tuning:
     """Load a model folder to be tuned on conversations, with rows for their tokens where it lacks them.
 
-    A folder that brings a chat template from elsewhere keeps it, and its tokens. `quantize` is that of `load_model`,
-    for adapters alone. `reshape` makes another kind of model of the base, the same each time.
+    A folder that brings a chat template from elsewhere keeps it, and its tokens. `quantize` and `backend` are those of
+    `load_model`, the former for adapters alone. `reshape` makes another kind of model of the base, the same each time.
 
     Raises UserError for a folder that cannot be loaded, for weights that are not finite, and for a tokenizer that
     does not fit the model.
     """
-    base = load_unchanged(folder, device=device, dtype=dtype, quantize=quantize)
+    base = load_unchanged(folder, device, dtype, quantize, backend)
     known, specials = base.tokenizer.vocab_size, base.tokenizer.specials
     template = not has_own_template(base.tokenizer)
     if template:
@@ -289,10 +295,12 @@ def load_for_tuning(
     )
 
 
-def load_unchanged(folder: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> Tuning:
+def load_unchanged(
+    folder: str, device: torch.device, dtype: torch.dtype, quantize: str | None = None, backend: str = "auto"
+) -> Tuning:
     """Load a model folder as it is: a base model stays one. Raises UserError as `load_for_tuning` does."""
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=dtype, device=device, quantize=quantize)
+    model = load_model(folder, dtype=dtype, device=device, quantize=quantize, backend=backend)
     tokenizer.check_fits(model.config.vocab_size)
     check_finite(model, folder)
     ends = model.config.eos_token_ids
@@ -306,6 +314,8 @@ def load_unchanged(folder: str, *, device: torch.device, dtype: torch.dtype, qua
 def check_finite(model: Transformer, folder: str) -> None:
     """Raise UserError for weights that no loss comes from, before work is put into them."""
     for name, value in chain(model.named_parameters(), model.named_buffers()):  # a quantized matrix has scales
+        if not value.is_floating_point():
+            continue
         if not all(bound.isfinite() for bound in torch.aminmax(value.detach())):  # a NaN is both
             name = name.replace("parametrizations.", "").removesuffix(".0.scales")
             raise UserError(
