@@ -308,6 +308,34 @@ def test_a_full_storage_is_told_and_ends_nothing(opened: Browsed) -> None:
 
 
 @browsed
+def test_what_nobody_answered_is_asked_again(opened: Browsed) -> None:
+    opened.pick("says")
+    opened.page.route("**/v1/chat/completions", lambda route: route.abort())
+    opened.ask("Hi")
+    assert "llmkit serve" in opened.page.locator("#complaint").inner_text() and opened.turns() == ["Hi"]
+    opened.page.unroute("**/v1/chat/completions")
+    opened.press("again")
+    assert opened.turns() == ["Hi", "World."] and not opened.page.locator("#alert").is_visible()
+    assert [text for text in opened.said if "ERR_FAILED" not in text] == []
+    opened.said.clear()
+
+
+@browsed
+def test_a_conversation_of_a_model_that_is_gone_goes_on_with_one_of_its_kind(opened: Browsed) -> None:
+    kept = {"model": "gone", "system": "", "nodes": {}, "chosen": {}, "updated": 1}
+    items = {"chats": ["one", "two"], "chat.one": kept | {"id": "one", "text": "Once"}}
+    items["chat.two"] = kept | {"id": "two", "text": ""}
+    for name, item in items.items():
+        opened.page.evaluate("(item) => localStorage.setItem(...item)", [f"llmkit.{name}", json.dumps(item)])
+    opened.page.reload()
+    opened.page.wait_for_selector("#model option", state="attached")
+    opened.page.locator("#list button.wide").get_by_text("Once").click()
+    assert opened.page.input_value("#model") == "base" and opened.page.input_value("#paper") == "Once"
+    opened.page.locator("#list button.wide").get_by_text("New conversation").click()
+    assert opened.page.input_value("#model") == "chat" and not opened.page.locator("#paper").is_visible()
+
+
+@browsed
 def test_a_message_is_copied(browser, server) -> None:
     opened = Browsed(browser, server.url, permissions=["clipboard-read", "clipboard-write"])
     opened.pick("script")
@@ -553,6 +581,13 @@ def test_a_comparison_with_the_answer_that_is_there_may_be_skipped(labelled: tup
     opened.page.wait_for_selector("#judge button:enabled")
     opened.page.click("#skip")
     assert opened.turns() == ["One", "World."] and opened.page.locator(".count").inner_text() == "1/2"
+    opened.press("pair")
+    opened.page.wait_for_selector("#judge button:enabled")
+    opened.press("edit", 0)  # away from what is compared
+    opened.page.fill("#edited", "Two")
+    opened.page.click("#save")
+    opened.rest()
+    assert opened.turns() == ["Two", "World."] and not opened.page.locator("#judge").is_visible()
     assert not (folder / "judged.preferences.jsonl").exists()
 
 

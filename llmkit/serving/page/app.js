@@ -303,16 +303,17 @@ function drawTurn(node) {
   if (running.has(node.id)) return item;
   const conversation = current, branches = childrenOf(current, node.parent), count = branches.length;
   const at = branches.indexOf(node), change = () => { keep(conversation); render(); };
-  const turnTo = (step) => { current.chosen[node.parent] = branches[(at + step + count) % count].id; change(); };
+  const step = (by) => { current.chosen[node.parent] = branches[(at + by + count) % count].id; change(); };
   const thumb = async (better) => {
     if (await collect("thumb", conversation, parent, [node], { better })) node.thumb = better;
     change();
   };
   const place = make("span", { className: "count", title: `Branch ${at + 1} of ${count}` }, `${at + 1}/${count}`);
-  if (count > 1) tools.append(iconButton("left", "Previous branch", () => turnTo(-1)), place,
-    iconButton("right", "Next branch", () => turnTo(1)));
+  if (count > 1) tools.append(iconButton("left", "Previous branch", () => step(-1)), place,
+    iconButton("right", "Next branch", () => step(1)));
   tools.append(iconButton("copy", mine ? "Copy the message" : "Copy the answer", () => copy(textOf(node))));
   if (!mine) tools.append(iconButton("again", "Another answer", () => answer(parent)));
+  else if (!childrenOf(current, node.id).length) tools.append(iconButton("again", "Ask again", () => answer(node)));
   tools.append(iconButton("edit", mine ? "Edit, in a branch of its own" : "Rewrite the answer", () => edit(node)));
   if (!mine && collecting) tools.append(iconButton("pair", "Compare with another answer", () => compare(parent, node)),
     iconButton("up", "Good answer", () => thumb(1), { pressed: node.thumb === 1 }),
@@ -324,8 +325,9 @@ function drawTurn(node) {
 function render() {
   const focus = document.activeElement?.closest(".tools button"); // is on the same button of what is drawn again
   const place = focus && [...$("turns").children].indexOf(focus.closest("li"));
-  let nodes = shownNodes();
-  if (pair) nodes = nodes.slice(0, nodes.findIndex((node) => node.id === pair.parent) + 1);
+  const nodes = shownNodes(), judged = nodes.findIndex((node) => node.id === pair?.parent);
+  if (judged < 0) pair = null; // somebody has turned to another branch
+  else nodes.length = judged + 1;
   const text = isText(), busy = runningIn(current).length > 0;
   document.body.classList.toggle("continues", text);
   $("model").value = current.model ?? "";
@@ -344,10 +346,16 @@ function render() {
   else if (!showsTokens) $("chat").scrollTop = $("chat").scrollHeight;
 }
 
+function turnTo(conversation) {
+  [current, pair] = [conversation, null];
+  if (!modelOf(current)) current.model = (models.find((model) => model.chat === !current.text) ?? models[0])?.id;
+  render();
+}
+
 function drawList() {
   const newestFirst = [...conversations.values()].sort((one, other) => other.updated - one.updated);
   $("list").replaceChildren(...newestFirst.map((conversation) => {
-    const open = button("", () => { current = conversation; pair = null; render(); showSide(false); }, "wide");
+    const open = button("", () => { turnTo(conversation); showSide(false); }, "wide");
     open.append(make("bdi", {}, title(conversation)));
     if (conversation === current) open.setAttribute("aria-current", "page");
     return make("li", {}, open, iconButton("bin", `Delete: ${title(conversation)}`, () => remove(conversation)));
@@ -673,8 +681,7 @@ async function start() {
   ({ data: models } = await json("/v1/models").catch((error) => { complain(error.message); return { data: [] }; }));
   collecting = models.some((model) => model.collect);
   $("model").replaceChildren(...models.map((model) => make("option", {}, model.id)));
-  if (!modelOf(current)) current.model = models[0]?.id;
-  render();
+  turnTo(current);
   if (models.some((model) => model.guide)) drawGuide(await (await request("/guide")).text());
 }
 
