@@ -184,7 +184,7 @@ class Prompts:
                 if logprobs:
                     known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
                 fields |= {name: values for name, values in known.items() if values}  # a server need not tell
-                if tools:
+                if tools and completion.sampled:
                     fields |= {"sampled": completion.sampled}
                 if tools or completion.tool_calls:
                     fields |= {"tool_calls": completion.tool_calls}

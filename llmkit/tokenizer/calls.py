@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 
@@ -215,70 +215,60 @@ def _gemma(match: re.Match[str], schemas: Schemas) -> list[Call]:
     return []
 
 
+def _between(begin: str, end: str, reader: Reader, or_cut: str = r"|\Z") -> CallForm:
+    """Make the form of calls between a text or token and another, which an end token may stand for."""
+    return CallForm((begin,), _pattern(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}{or_cut})"), reader)
+
+
+def _within(form: CallForm) -> Reader:
+    """Make a reader of calls of another form, each between its own texts or tokens."""
+    return lambda match, schemas: form.read(match[1], schemas)
+
+
 _GEMMA_STRING = _pattern(r'<\|"\|>(.*?)<\|"\|>|<escape>(.*?)<escape>')
-TAGGED = CallForm(  # ours, too
-    ("<tool_call>",),
-    _pattern(r"<tool_call>(.*?)(?:</tool_call>|\Z)"),
-    _first(
-        _json_calls,
-        _pairs(r"<function=([^>\n]+)>(.*)</function>", r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>"),
-    ),
-    ("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+_XML = _pairs(r"<function=([^>\n]+)>(.*)</function>", r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>")
+_GLM = _pairs(r"([\w.-]+)((?:\s*<arg_key>.*)?)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>")
+_MISTRAL = _named(r"([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*\})")
+_DEEPSEEK = _first(
+    _named(r"function<\uff5ctool▁sep\uff5c>([\w.-]+)\s*```json\s*(\{.*\})\s*```"),
+    _named(r"([\w.-]+)<\uff5ctool▁sep\uff5c>\s*(\{.*\})"),
 )
-LISTED = CallForm(
-    ("<|tool_call|>",),
-    _pattern(r"<\|tool_call\|>(.*?)(?:<\|/tool_call\|>|\Z)"),
-    _json_calls,
-    ("<|tool_call|>[", ", ", "]"),
-    "<|/tool_call|>",
+_KIMI = _named(r"functions\.([\w.-]+):\d+\s*<\|tool_call_argument_begin\|>\s*(\{.*\})")
+_HARMONY = _named(r"functions\.([\w.-]+)[^{]*<\|message\|>\s*(\{.*\})")
+TAGGED = replace(  # ours, too
+    _between("<tool_call>", "</tool_call>", _first(_json_calls, _XML)),
+    writing=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
 )
 FORMS: Sequence[CallForm] = (
     TAGGED,
-    LISTED,
-    CallForm(
-        ("<tool_call>",),
-        _pattern(r"<tool_call>(.*?)</tool_call>"),
-        _pairs(r"([\w.-]+)((?:\s*<arg_key>.*)?)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"),
+    replace(
+        _between("<|tool_call|>", "<|/tool_call|>", _json_calls),
+        writing=("<|tool_call|>[", ", ", "]"),
+        closer="<|/tool_call|>",
     ),
-    CallForm(
-        ("[TOOL_CALLS]",),
-        _pattern(r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|\Z)"),
-        _first(_json_calls, _named(r"([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(\{.*\})")),
-    ),
+    _between("<tool_call>", "</tool_call>", _GLM, or_cut=""),
+    CallForm(("[TOOL_CALLS]",), _pattern(r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|\Z)"), _first(_json_calls, _MISTRAL)),
     CallForm(("functools",), _pattern(r"functools(\[.*)\Z"), _json_calls),  # Phi-4-mini's, too
-    CallForm(("<tool_calls>",), _pattern(r"<tool_calls>(.*?)(?:</tool_calls>|\Z)"), _json_calls),
-    CallForm(("<TOOLCALL>",), _pattern(r"<TOOLCALL>(.*?)(?:</TOOLCALL>|\Z)"), _json_calls),
-    CallForm(
-        ("<|tool_call>", "<start_function_call>"),
-        _pattern(r"(?:<\|tool_call>|<start_function_call>)(.*?)(?:<tool_call\|>|<end_function_call>|\Z)"),
-        _gemma,
+    _between("<tool_calls>", "</tool_calls>", _json_calls),
+    _between("<TOOLCALL>", "</TOOLCALL>", _json_calls),
+    _between("<|tool_call>", "<tool_call|>", _gemma),
+    _between("<start_function_call>", "<end_function_call>", _gemma),
+    _between("<|tool_call_start|>", "<|tool_call_end|>", _python_calls),
+    _between("<function_calls>", "</function_calls>", _python_calls),
+    _between(
+        "<\uff5ctool▁calls▁begin\uff5c>",
+        "<\uff5ctool▁calls▁end\uff5c>",
+        _within(_between("<\uff5ctool▁call▁begin\uff5c>", "<\uff5ctool▁call▁end\uff5c>", _DEEPSEEK)),
     ),
-    CallForm(
-        ("<|tool_call_start|>",), _pattern(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|\Z)"), _python_calls
-    ),
-    CallForm(("<function_calls>",), _pattern(r"<function_calls>(.*?)(?:</function_calls>|\Z)"), _python_calls),
-    CallForm(
-        ("<\uff5ctool▁calls▁begin\uff5c>",),
-        _pattern(
-            r"(?:<\uff5ctool▁calls▁begin\uff5c>)?\s*<\uff5ctool▁call▁begin\uff5c>(.*?)(?:<\uff5ctool▁call▁end\uff5c>|\Z)(?:<\uff5ctool▁calls▁end\uff5c>)?"
-        ),
-        _first(
-            _named(r"function<\uff5ctool▁sep\uff5c>([\w.-]+)\s*```json\s*(\{.*\})\s*```"),
-            _named(r"([\w.-]+)<\uff5ctool▁sep\uff5c>\s*(\{.*\})"),
-        ),
-    ),
-    CallForm(
-        ("<|tool_calls_section_begin|>",),
-        _pattern(
-            r"(?:<\|tool_calls_section_begin\|>)?<\|tool_call_begin\|>(.*?)(?:<\|tool_call_end\|>|\Z)"
-            r"(?:<\|tool_calls_section_end\|>)?"
-        ),
-        _named(r"functions\.([\w.-]+):\d+\s*<\|tool_call_argument_begin\|>\s*(\{.*\})"),
+    _between(
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        _within(_between("<|tool_call_begin|>", "<|tool_call_end|>", _KIMI)),
     ),
     CallForm(
         ("<|channel|>commentary to=", " to=functions."),
         _pattern(r"(?:<\|channel\|>commentary)? to=(functions\..*?)(?:<\|call\|>|\Z)"),
-        _named(r"functions\.([\w.-]+)[^{]*<\|message\|>\s*(\{.*\})"),
+        _HARMONY,
     ),
     CallForm(("<|python_tag|>", "{"), _pattern(r"\A\s*(?:<\|python_tag\|>)?\s*(\{.*)\Z"), _json_calls),
 )

@@ -287,7 +287,7 @@ class TemplateFormat(ChatFormat):
                 before, between, after = way.writing
                 written = between.join(json.dumps(function, ensure_ascii=False) for function in functions)
                 closer = way.closer if way.closer in self._tokenizer.specials else ""
-                text += ("\n" if text else "") + before + written + after + closer
+                text += ("" if not text or text.endswith("\n") else "\n") + before + written + after + closer
                 calls = []
             turns.append(replace(self._turn(turn.role, text), calls=calls, results=answers))
         return turns
