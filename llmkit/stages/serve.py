@@ -146,9 +146,15 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
     from llmkit.serving.models import ServedModel
+    from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
+    from llmkit.tokenizer.encoding import load_tokenizer
 
+    tokenizers = {name: load_tokenizer(path) for name, path in names.items()}
+    chats = {name for name, one in tokenizers.items() if has_chat_tokens(one) or has_own_template(one)}
     models = []
     for name, path in names.items():
+        base = chats and name not in chats  # beside chat models it gets no tools, and is no reason to refuse them
+        tools = None if config.dry_run or base else config
         sampler: Any = stack.enter_context(
             open_sampler(
                 path,
@@ -156,7 +162,7 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
                 device=config.device,
                 dtype=config.dtype,
                 slots=config.batch_size,
-                tools=None if config.dry_run else config,
+                tools=tools,
             )
         )
         assert isinstance(sampler, Generator)

@@ -70,13 +70,6 @@ def save_certain(folder: Path, *said: str) -> Path:
     return folder
 
 
-def save_base(folder: Path) -> Path:
-    """A model that has the special tokens of conversations and ends no turn with them."""
-    tiny.save_assistant(folder)
-    save_model(tiny.make_model(vocab_size=257 + len(CHAT_SPECIALS)), folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("models")
@@ -86,7 +79,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         save_certain(root / "script", "<i>&", "<|im_end|>"),
         save_certain(root / "calls", "<|calc_start|>", "1+2", "<|calc_end|>", "<|result_end|>", "sum!", "<|im_end|>"),
         save_certain(root / "endless", "ab", "a"),
-        save_base(root / "base"),
+        tiny.save_folder(root / "base"),  # it has no tokens of tools, and gets none
     )
     with served(*folders, "--tools", "calc") as server:
         yield server
