@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.folder import write_tensors
 from llmkit.model.transformer import MATRICES, Transformer
+from llmkit.model.transformers_backend import TransformersModel
 from llmkit.model.weights import embedding_name, pairs_apart, stacked_modules
 
 # the names of the matrices that a layer's matrices stack
@@ -85,6 +86,12 @@ class _Rows(nn.Module):
         return weight.to(self.rows.dtype).index_copy(0, cast("Tensor", self.token_ids), self.rows)
 
 
+def _drawing(seed: int, device: torch.device, dtype: torch.dtype) -> Callable[[tuple[int, int], float], Tensor]:
+    """What draws matrices uniformly within a bound, from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape, bound: torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound).to(device, dtype)
+
+
 class LoraAdapter:
     """Adapters on a model, whose own parameters are frozen.
 
@@ -118,12 +125,8 @@ class LoraAdapter:
             )
         self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(targets)
         self.token_ids = tuple(token_ids)
-        generator = torch.Generator().manual_seed(seed)
-        device, dtype = model.embed_tokens.device, dtype or model.embed_tokens.dtype
-
-        def draw(shape: tuple[int, int], bound: float) -> Tensor:
-            return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound).to(device, dtype)
-
+        dtype = dtype or model.embed_tokens.dtype
+        draw = _drawing(seed, model.embed_tokens.device, dtype)
         model.requires_grad_(False)
         for layer in model.layers:
             for stacked, (inputs, sizes, adapted) in matrices.items():
@@ -184,7 +187,26 @@ class LoraAdapter:
             letter = "A" if side == "down" else "B"
             module = f"{family.prefix}{family.layers}.{index}.{modules[target]}"
             tensors[f"base_model.model.{module}.lora_{letter}.weight"] = value.contiguous()
-        peft_config = {
+        names = {"embed_tokens": family.tables["embed_tokens"], "lm_head": "lm_head"}
+        self._write(
+            folder,
+            base,
+            tensors,
+            list(dict.fromkeys(modules[name].split(".")[-1] for name in self.targets)),
+            {names[table]: saved_ids for table in self._tables if saved_ids},
+            family.transposed,
+        )
+
+    def _write(
+        self,
+        folder: Path,
+        base: str,
+        tensors: dict[str, Tensor],
+        modules: list[str],
+        token_ids: dict[str, list[int]],
+        transposed: bool = False,
+    ) -> None:
+        peft_config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
@@ -192,14 +214,77 @@ class LoraAdapter:
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": list(dict.fromkeys(modules[name].split(".")[-1] for name in self.targets)),
+            "target_modules": modules,
         }
-        if family.transposed:
+        if transposed:
             peft_config["fan_in_fan_out"] = True
-        if saved_ids:
-            names = {"embed_tokens": family.tables["embed_tokens"], "lm_head": "lm_head"}
-            peft_config["trainable_token_indices"] = {names[table]: saved_ids for table in self._tables}
+        if token_ids:
+            peft_config["trainable_token_indices"] = token_ids
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(peft_config, handle, indent=2)
         write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+class LinearAdapter(LoraAdapter):
+    """Adapters on the linear modules of a model that transformers computes, but for its head; not on experts that are
+    one tensor. Parameters as those of `LoraAdapter`, but for the targets, which are paths of modules."""
+
+    def __init__(
+        self,
+        model: TransformersModel,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] | None = None,
+        seed: int = 0,
+        token_ids: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+    ):
+        paths = {one: name for name, one in model.module.named_modules()}
+        named = {name: one for one, name in paths.items() if isinstance(one, nn.Linear) and one is not model.head}
+        self._linears = {name: named[name] for name in (named if targets is None else targets)}
+        largest = max((min(linear.weight.shape) for linear in self._linears.values()), default=0)
+        if rank > largest:
+            raise UserError(
+                f"--lora-rank: expected at most {largest}, the smaller side of the linear modules of this "
+                f"{model.config.model_type!r}, found {rank}; --lora-rank none trains all parameters"
+            )
+        self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(self._linears)
+        self.token_ids = tuple(token_ids)
+        dtype = dtype or model.embed_tokens.dtype
+        draw = _drawing(seed, model.embed_tokens.device, dtype)
+        model.requires_grad_(False)
+        for linear in self._linears.values():
+            rows, inputs = linear.weight.shape
+            low_rank = _LowRankSum(inputs, {"weight": rows}, ["weight"], rank, alpha / rank, draw)
+            parametrize.register_parametrization(linear, "weight", low_rank, unsafe=True)
+        self._trained_rows: dict[str, nn.Parameter] = {}  # by the path of the table
+        tables = [(table, table.weight) for table in model.tables if token_ids]
+        for table, weight in tables:
+            trained = _Rows(weight, token_ids, dtype)
+            if table is not tables[0][0] and weight is tables[0][1]:  # tied: both have the same rows
+                trained.rows = self._trained_rows[paths[tables[0][0]]]
+            else:
+                self._trained_rows[paths[table]] = trained.rows
+            parametrize.register_parametrization(table, "weight", trained, unsafe=True)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of every A, `PATH.down`, and B, `PATH.up`; and of the rows of tokens, `PATH.rows`."""
+        for name, linear in self._linears.items():
+            low_rank = cast("_LowRankSum", linear.parametrizations["weight"][-1])  # type: ignore[index]
+            yield f"{name}.down", low_rank.down["weight"]
+            yield f"{name}.up", low_rank.up["weight"]
+        for name, rows in self._trained_rows.items():
+            yield f"{name}.rows", rows
+
+    def save(self, folder: Path, base: str, tokens: int | None = None) -> None:
+        """Write the adapter as `LoraAdapter.save`."""
+        ends = {"down": "lora_A.weight", "up": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
+        saved_ids = [token for token in self.token_ids if tokens is None or token < tokens]
+        tensors = {}
+        for name, parameter in self.parameters():
+            path, _, kind = name.rpartition(".")
+            value = parameter.detach().to("cpu", torch.float32).contiguous()
+            tensors[f"base_model.model.{path}.{ends[kind]}"] = value[: len(saved_ids)] if kind == "rows" else value
+        token_ids = {path.split(".")[-1]: saved_ids for path in self._trained_rows if saved_ids}
+        self._write(folder, base, tensors, list(self.targets), token_ids)

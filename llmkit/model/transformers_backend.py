@@ -11,8 +11,9 @@ B batch, T tokens, N documents, L tokens of the longest of them, C hidden, V voc
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
 from llmkit.io.foreign import integer, shown
@@ -188,18 +190,26 @@ class TransformersModel(Transformer):
         self._has_positions = "position_ids" in accepted
         self._scale: float | None = self._head_scale()
 
+    @property
+    def head(self) -> nn.Module:
+        """What makes scores of hidden states: logits."""
+        return self.module.get_output_embeddings()
+
+    @property
+    def tables(self) -> list[nn.Module]:
+        """Modules with a row for each token."""
+        return [self.module.get_input_embeddings(), self.head]
+
     @classmethod
     def load(
         cls, config: TransformersConfig, tensors: Tensors, dtype: torch.dtype, device: torch.device | str
     ) -> TransformersModel:
         """Read the weights. Raises UserError for tensors that are missing, unknown or of another shape."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
         if launch().size > 1:
             raise UserError(
                 f"--backend transformers: expected one process, found {launch().size}; start without torchrun"
             )
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.stock)]
+        kind = cls.kind(config)
         state = {name: tensors.read(name) for name in tensors.where}
         module, info = kind.from_pretrained(
             None, config=config.stock, state_dict=state, dtype=dtype, ignore_mismatched_sizes=True,
@@ -223,7 +233,7 @@ class TransformersModel(Transformer):
     @property
     def head_weight(self) -> Tensor:
         """(V, hidden), the embedding where they are tied."""
-        return self.module.get_output_embeddings().weight
+        return self.head.weight  # type: ignore[return-value]
 
     @property
     def checkpoint_layers(self) -> bool:  # type: ignore[override]
@@ -254,7 +264,7 @@ class TransformersModel(Transformer):
 
         Raises UserError for a model in which a token sees those behind it.
         """
-        head, names = self.module.get_output_embeddings(), vars(self.config.stock.get_text_config())
+        head, names = self.head, vars(self.config.stock.get_text_config())
         ids_2L = torch.arange(8, device=self.embed_tokens.device).repeat(2, 1) % self.config.vocab_size
         ids_2L[1, -1] = 0
         self._scale = None
@@ -330,8 +340,21 @@ class TransformersModel(Transformer):
         self.module.resize_token_embeddings(rows, mean_resizing=False)
         self.config = replace(self.config, vocab_size=rows)
 
+    @classmethod
+    def kind(cls, config: TransformersConfig) -> Any:
+        """The class of transformers."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.stock)]
+
+    @torch.no_grad()
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write configuration and weights as transformers has them."""
+        """Write configuration and weights as transformers has them, adapters merged into these."""
+        for owner in list(self.module.modules()):
+            if parametrize.is_parametrized(owner):
+                for name in list(owner.parametrizations):  # type: ignore[arg-type]
+                    parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
+        self.module.tie_weights()
         module = self.module if self.embed_tokens.dtype == dtype else self.module.to(dtype)
         ends = list(self.config.eos_token_ids)
         module.config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
@@ -340,6 +363,60 @@ class TransformersModel(Transformer):
         module.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
         for path in folder.glob("*.safetensors"):  # readable for whom the others are
             path.chmod((folder / "config.json").stat().st_mode)
+
+
+class TransformersReward(TransformersModel):
+    """A decoder of transformers whose head gives `heads` scores in place of words: its sequence classifier."""
+
+    @classmethod
+    def kind(cls, config: TransformersConfig) -> Any:
+        """The class of transformers. Raises UserError where the family has none with a matrix of scores."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+        kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config.stock), None)
+        with torch.device("meta"):
+            head = getattr(kind and kind._from_config(config.stock), "score", None)
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise UserError(
+                f"model_type {config.model_type!r}: expected a family of which transformers has a reward model, whose "
+                "head is a matrix named score; choose another model"
+            )
+        return kind
+
+    @classmethod
+    def of(cls, model: TransformersModel, heads: int, draw: Callable[[int, int], Tensor]) -> TransformersReward:
+        """The layers of a language model, and a head drawn as (heads, hidden)."""
+        stock = copy.deepcopy(model.module.config)  # which knows of rows that were added
+        stock.num_labels = heads
+        config = replace(model.config, stock=stock)
+        kind = cls.kind(config)
+        with torch.device("meta"):
+            module = kind._from_config(stock)
+        setattr(module, module.base_model_prefix, model.module.base_model)
+        module.score.weight = nn.Parameter(draw(heads, module.score.in_features).to(model.embed_tokens))
+        return cls(config, module).train(model.training)
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes scores of hidden states."""
+        return self.module.score
+
+    @property
+    def tables(self) -> list[nn.Module]:
+        """Modules with a row for each token."""
+        return [self.module.get_input_embeddings()]
+
+    @property
+    def score(self) -> Tensor:
+        """(heads, hidden)."""
+        return self.module.score.weight
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., heads), in float32."""
+        return F.linear(hidden.float(), self.score.float())
+
+    def _head_scale(self) -> float:
+        return 1.0  # hidden states are taken as they are
 
 
 def _close(one: Tensor, other: Tensor, near: float) -> bool:

@@ -9,20 +9,20 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llmkit.data.batches import splitmix64
-from llmkit.errors import UserError
 from llmkit.kernels.attention import Branching
 from llmkit.kernels.linear import linear
 from llmkit.model.config import ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.folder import SCORE, SavedTensors, load_config, save_tensors
 from llmkit.model.transformer import Transformer
+from llmkit.model.transformers_backend import TransformersConfig, TransformersModel, TransformersReward
 from llmkit.model.weights import export_state_dict, import_state_dict
 from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluation_rows
 from llmkit.training.distributed import is_sharded
@@ -60,18 +60,17 @@ class RewardModel(Transformer):
 
         Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1: scores then begin near 0.
         """
-        if model.config.backend != "llmkit":
-            raise UserError(
-                f"train-reward: expected one of {', '.join(FAMILIES)}, found {model.config.model_type!r}, which "
-                "transformers computes; choose a model of one of these families"
-            )
+
+        def drawn(heads: int, hidden: int) -> Tensor:
+            drawn = torch.randn(heads, hidden, generator=torch.Generator().manual_seed(seed))
+            return drawn / math.sqrt(hidden + 1)
+
+        if isinstance(model, TransformersModel):
+            return cast(RewardModel, TransformersReward.of(model, heads, drawn))  # by its interface
         reward = cls(model.config, heads, dtype=model.embed_tokens.dtype, device="meta")
         for name in ("embed_tokens", "embed_positions", "layers", "norm", "norm_bias"):
             setattr(reward, name, getattr(model, name))
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(heads, model.config.hidden_size, generator=generator)
-        drawn /= math.sqrt(model.config.hidden_size + 1)
-        reward.score = nn.Parameter(drawn.to(model.embed_tokens))
+        reward.score = nn.Parameter(drawn(heads, model.config.hidden_size).to(model.embed_tokens))
         return reward.train(model.training)
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -81,16 +80,19 @@ class RewardModel(Transformer):
 
 def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id: int | None) -> None:
     """Write the folder in float32; `pad_id` is the token that transformers takes for padding."""
-    config = model.config.to_hf("float32")
-    family = FAMILIES[model.config.model_type]
     labels = {str(head): f"reward_{head}" if len(model.score) > 1 else "reward" for head in range(len(model.score))}
-    config |= {
-        "architectures": [(family.scorer or family.architecture) + ARCHITECTURE],
+    described = {
         "id2label": labels,
         "label2id": {name: int(head) for head, name in labels.items()},
         "num_labels": len(labels),
         "pad_token_id": pad_id,
     }
+    if isinstance(model, TransformersModel):
+        model.module.config.update({**described, "id2label": dict(enumerate(labels.values()))})
+        return model.save(Path(folder), torch.float32)
+    family = FAMILIES[model.config.model_type]
+    architecture = (family.scorer or family.architecture) + ARCHITECTURE
+    config = model.config.to_hf("float32") | {"architectures": [architecture], **described}
     tensors = export_state_dict(model, torch.float32)
     tensors[SCORE] = model.score.detach().to("cpu", torch.float32, copy=True)
     save_tensors(Path(folder), config, {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__)
@@ -100,9 +102,11 @@ def load_reward_model(
     folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> RewardModel:
     """Load a folder of one or more scores. Raises UserError for one of another kind, or damaged."""
-    config = replace(load_config(folder), tie_word_embeddings=True)
+    config = replace(load_config(folder, "auto"), tie_word_embeddings=True)
     tensors = SavedTensors(folder)
     heads = tensors.rows(SCORE, "a reward model, as llmkit train-reward makes it")
+    if isinstance(config, TransformersConfig):
+        return cast(RewardModel, TransformersReward.load(config, tensors, dtype, device))
     tensors.check(config, {SCORE: (heads, config.hidden_size)})
     model = RewardModel(config, heads, dtype=dtype, device=device)
     import_state_dict(model, tensors.read)

@@ -34,9 +34,10 @@ from llmkit.io.jsonl import write_json
 from llmkit.io.progress import counted, say
 from llmkit.model.devices import check_memory
 from llmkit.model.folder import load_model, save_model
-from llmkit.model.lora import LoraAdapter
+from llmkit.model.lora import LinearAdapter, LoraAdapter
 from llmkit.model.quantized import is_quantized
 from llmkit.model.transformer import Transformer, grow_vocabulary
+from llmkit.model.transformers_backend import TransformersModel
 from llmkit.tokenizer.chat import CHAT_SPECIALS, ChatFormat, has_own_template, write_chat_tokenizer
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import chat_format
@@ -151,11 +152,8 @@ class Tuning:
         """
         if rank is None:
             return self
-        if (family := self.model.config.model_type) and self.model.config.backend != "llmkit":
-            raise UserError(
-                f"--lora-rank: expected a native family, found {family!r}; --lora-rank none trains all of it"
-            )
-        tuning = replace(self, adapter=LoraAdapter(self.model, rank, 2.0 * rank, seed=seed, token_ids=self.unlearnt))
+        kind: Any = LinearAdapter if isinstance(self.model, TransformersModel) else LoraAdapter
+        tuning = replace(self, adapter=kind(self.model, rank, 2.0 * rank, seed=seed, token_ids=self.unlearnt))
         for _, parameter in tuning.parameters:
             parameter.requires_grad_(True)
         return tuning
@@ -231,7 +229,8 @@ def save_tuned(
         if mine is None or name in tuning.own:
             parameter.data = values[name].to(parameter.device)
     if mine is not None:  # of a base in bfloat16 each sum is made in float32 when it is written
-        whole = LoraAdapter(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids, dtype=torch.float32)
+        kind: Any = type(mine)
+        whole = kind(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids, dtype=torch.float32)
         whole.load(dict(values))
         if keep_adapter:
             whole.save(folder / "adapter", hub_name(tuning.folder), rows)

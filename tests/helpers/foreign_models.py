@@ -33,10 +33,10 @@ MODELS = {
 }
 
 
-def make(family: str):
+def make(family: str, **options):
     """A model whose distribution is sharp, every parameter random."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **MODELS[family])
+    config = transformers.AutoConfig.for_model(family, **MODELS[family] | options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,9 +44,9 @@ def make(family: str):
     return model
 
 
-def save(family: str, folder: Path):
+def save(family: str, folder: Path, **options):
     """Write the folder; the model."""
-    model = make(family)
+    model = make(family, **options)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -12,6 +13,7 @@ from llmkit.formats.conversations import message
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request
 from llmkit.generation.sampler import open_sampler
+from llmkit.reward_model.head import load_reward_model
 from llmkit.stages import rl, sft, train_reward
 from llmkit.training.trainer import Trainer
 
@@ -37,7 +39,7 @@ def chats(tmp_path_factory):
 
 def tuned(base, chats, out, steps, **more):
     options = {"model": str(base), "data": (str(chats),), "out": str(out), "max_steps": steps, "quiet": True}
-    return sft.run(sft.SftConfig(**options, **SHORT, **more))
+    return sft.run(sft.SftConfig(**(options | SHORT | more)))
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +79,13 @@ def test_a_resumed_run_ends_with_the_same_weights(base, chats, tmp_path, monkeyp
     assert contents[0] == contents[1]
 
 
-def test_rl_trains_on_the_tokens_that_were_sampled(chat, tmp_path):
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_rl_trains_on_the_tokens_that_were_sampled(lora_rank, chat, tmp_path):
     problems, reward = tmp_path / "problems.jsonl", tmp_path / "reward.py"
     problems.write_text('{"prompt": "Who are you?", "answer": "A ship."}\n{"prompt": "The sea?", "answer": "A"}\n')
     reward.write_text("def score(record):\n    return float(len(record['completion']))\n")
     options = {"max_steps": 2, "group": 4, "batch_size": 2, "max_tokens": 12, "temperature": 1.5, "kl_coef": 0.01}
+    options["lora_rank"] = lora_rank
     out = tmp_path / "policy"
     config = rl.RlConfig(
         model=str(chat), data=(str(problems),), reward=(f"py:{reward}:score",), out=str(out), quiet=True, **options
@@ -93,15 +97,46 @@ def test_rl_trains_on_the_tokens_that_were_sampled(chat, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(out).config.model_type in FAMILIES
 
 
-def test_what_is_ours_alone_is_refused_by_name(base, chats, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_is_trained_merged_and_read_by_peft(tied, chats, tmp_path):
+    model = save("gpt_neox", tmp_path / "base", tie_word_embeddings=tied)
+    lora = {"lora_rank": 4, "keep_adapter": True, "learning_rate": 0.03}
+    assert tuned(tmp_path / "base", chats, tmp_path / "chat", 40, **lora).loss < 1.5
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
+    rows = merged.get_input_embeddings().weight
+    assert (rows is merged.get_output_embeddings().weight) is tied
+    assert torch.equal(rows[:200], model.get_input_embeddings().weight[:200])
+    model.resize_token_embeddings(len(rows))
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "chat/adapter")
+    ids = torch.arange(40)[None]
+    assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_a_reward_model_scores_as_in_transformers(lora_rank, tmp_path):
+    save("gpt_neox", tmp_path / "base")
+    rows = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"learning_rate": 0.01, "max_steps": 12, "batch_size": 8, "ensemble": 2, "lora_rank": lora_rank}
+    judge = tmp_path / "judge"
+    config = train_reward.TrainRewardConfig(
+        inputs=(str(tmp_path / "base"),), data=(str(tmp_path / "pairs.jsonl"),), out=str(judge), quiet=True, **options
+    )
+    assert train_reward.run(config).val_accuracy > 0.9
+    ours = load_reward_model(judge)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert (ours.scores(ours(ids)[:, -1]) - theirs(ids).logits).abs().max() < 1e-4
+    assert theirs.config.id2label == {0: "reward_0", 1: "reward_1"}
+
+
+def test_what_it_cannot_do_is_refused_by_name(base, chats, tmp_path):
     with pytest.raises(UserError, match="--quantize nf4: expected one of llama"):
         tuned(base, chats, tmp_path / "out", 1, lora_rank=4, quantize="nf4")
-    with pytest.raises(UserError, match="--lora-rank: expected a native family, found"):
-        tuned(base, chats, tmp_path / "out", 1, lora_rank=4)
-    comparisons = tmp_path / "comparisons.jsonl"
-    comparisons.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 8)
-    with pytest.raises(UserError, match="train-reward: expected one of llama"):
-        train_reward.run(
-            train_reward.TrainRewardConfig(inputs=(str(base),), data=(str(comparisons),), out=str(tmp_path / "judge"))
-        )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparisons.jsonl"]
+    with pytest.raises(UserError, match="--lora-rank: expected at most"):
+        tuned(base, chats, tmp_path / "out", 1, lora_rank=400)
+    save("mamba", tmp_path / "mamba")
+    with pytest.raises(UserError, match="'mamba': expected a family of which transformers has a reward model"):
+        train_reward.run(train_reward.TrainRewardConfig(inputs=(str(tmp_path / "mamba"),), out=str(tmp_path / "judge")))
+    assert [path.name for path in tmp_path.iterdir()] == ["mamba"]
