@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
@@ -50,6 +51,25 @@ def projections(config: ModelConfig) -> dict[str, dict[str, tuple[str, int]]]:
     return out
 
 
+class _AddProduct(torch.autograd.Function):
+    """Adds scale * up @ down in place to rows of a matrix, from `first` on: no temporary of its size in either pass."""
+
+    @staticmethod
+    def forward(ctx, weight, up, down, first, scale):
+        ctx.save_for_backward(up, down)
+        ctx.rows, ctx.scale = slice(first, first + len(up)), scale
+        weight[ctx.rows].addmm_(up, down, alpha=scale)
+        ctx.mark_dirty(weight)
+        return weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        up, down = ctx.saved_tensors
+        rows = grad[ctx.rows]
+        return grad, ctx.scale * (rows @ down.T), ctx.scale * (up.T @ rows), None, None
+
+
 class _LowRankSum(nn.Module):
     """Adds to a stacked parameter a low-rank product for each adapted matrix of it."""
 
@@ -61,6 +81,13 @@ class _LowRankSum(nn.Module):
         self.up = nn.ParameterDict({name: down[name].new_zeros(rows[name], rank) for name in adapted})
 
     def forward(self, weight: Tensor) -> Tensor:
+        if not isinstance(weight, nn.Parameter):  # just made of codes, and nobody else's
+            first = 0
+            for name, rows in self.rows.items():
+                if name in self.down:
+                    weight = _AddProduct.apply(weight, self.up[name], self.down[name], first, self.scale)
+                first += rows
+            return weight
         if list(self.down) == list(self.rows):
             change = [self.up[name] @ self.down[name] for name in self.rows]
             return torch.add(weight, torch.cat(change) if len(change) > 1 else change[0], alpha=self.scale)
