@@ -12,6 +12,7 @@ import pytest
 from chat_server import ChatServer
 
 from llmkit.display import printable, redacted
+from tests.helpers.jsonl import write
 
 SECRET = "sk-Marker8Secret"
 EVIL = "\x1b]0;PWNED\x07\x1b[31m\x1b]52;c;cm0=\x07\x9b31m"
@@ -36,7 +37,7 @@ def run(folder: Path, *arguments: str, key: str | None = None, stdin: str = "") 
 @pytest.mark.parametrize("end", ["\r\n", " "])
 def test_a_key_may_end_as_the_file_it_came_from(tmp_path, end):
     with ChatServer(lambda prompt, seed: f"a {prompt}") as server:
-        (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
+        write(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "Hi"}]})
         done = run(tmp_path, "sample", "--engine", server.spec, "--jsonl", "in.jsonl", key=SECRET + end)
     assert done.returncode == 0, done.stderr
     assert server.keys == {f"Bearer {SECRET}"}
@@ -121,14 +122,14 @@ def test_what_is_no_secret_and_no_control_stays() -> None:
 
 
 def test_what_others_wrote_moves_nothing_on_a_terminal(tmp_path, on_terminal, monkeypatch):
-    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": f"Good text. {EVIL}", "id": EVIL, "source": EVIL}) + "\n")
+    write(tmp_path / "docs.jsonl", {"text": f"Good text. {EVIL}", "id": EVIL, "source": EVIL})
     (tmp_path / "bad.toml").write_text('"k\\u001b]0;PWNED\\u0007" = 1\n')
     (tmp_path / "own.py").write_text(f"def keep(page):\n    raise ValueError({EVIL!r})\n")
     (tmp_path / f"x{EVIL}.jsonl").write_text("[]\n")
     monkeypatch.chdir(tmp_path)
     with ChatServer(lambda prompt, seed: f"hello {EVIL}") as server:
         chat = tmp_path / "chat.jsonl"
-        chat.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}], "note": EVIL}) + "\n")
+        write(chat, {"messages": [{"role": "user", "content": "Hi"}], "note": EVIL})
         commands = [
             ["crawl-filter", "docs.jsonl", "--only", "pii"],
             ["crawl-filter", "docs.jsonl", "--only", "pii", "--explain", EVIL],

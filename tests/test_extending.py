@@ -17,6 +17,7 @@ from tiny import END, certain, make_model, save_assistant
 
 from llmkit.model.folder import save_model
 from llmkit.tokenizer.encoding import load_tokenizer
+from tests.helpers.jsonl import lines, write
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -56,11 +57,7 @@ def follow(tmp_path):
 
 def write_rows(path: Path, *rows: dict) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    write(path, *rows)
 
 
 def test_examples_are_short():
@@ -74,7 +71,7 @@ def test_a_reward(follow, tmp_path):
     save_assistant(tmp_path / "chat")
     write_rows(tmp_path / "problems.jsonl", *({"prompt": f"{n} + 1", "answer": str(n + 1)} for n in range(8)))
     follow("A reward")
-    attempts = rows_of(tmp_path / "policy" / "rollouts.jsonl")
+    attempts = lines(tmp_path / "policy" / "rollouts.jsonl")
     assert {one["step"] for one in attempts} == {1, 2} and (tmp_path / "policy" / "model.safetensors").exists()
     for one in attempts:
         words = one["completion"].split()
@@ -102,8 +99,8 @@ def test_a_filter_of_pages(follow, tmp_path):
     archive = members([page(text.replace("\n", " ").encode(), url=url) for text, url in told])
     (tmp_path / "crawl" / "pages.warc.gz").write_bytes(archive)
     (done,) = follow("A filter of pages")
-    assert [row["url"] for row in rows_of(tmp_path / "docs.jsonl")] == ["http://quiet.example/"]
-    (dropped,) = rows_of(tmp_path / "rejects.jsonl")
+    assert [row["url"] for row in lines(tmp_path / "docs.jsonl")] == ["http://quiet.example/"]
+    (dropped,) = lines(tmp_path / "rejects.jsonl")
     assert (dropped["url"], dropped["step"], dropped["reason"]) == ("http://loud.example/", "own", "exclamations")
     assert re.search(r"^own +2 +1 +1 ", done.stderr, re.MULTILINE)  # in the funnel
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkit.stages import export
+from tests.helpers.jsonl import lines
 
 CAUSAL = ("base", "chat", "lora", "policy", "narrow", "shards")
 TOKENS = torch.arange(2, 62).view(2, 30)
@@ -31,10 +32,6 @@ def made(tmp_path_factory) -> Path:
         export.ExportConfig(model=str(folder / "lora"), format="adapter", out=str(folder / "adapter"), quiet=True)
     )
     return folder
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---- transformers

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.jsonl import lines
+
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "tinyworld"
 
@@ -20,10 +22,6 @@ def make(out: Path, *options: str) -> Path:
     done = subprocess.run([sys.executable, FOLDER / "make.py", out, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def words(text: str) -> list[str]:
@@ -89,28 +87,30 @@ def test_the_held_out_are_in_no_lesson(world, ledger):
     held_out = {entity["name"] for entity in ledger["entities"] if entity["use"] == "held out"}
     shown = "\n".join((world / name).read_text() for name in ("chats.jsonl", "questions.jsonl", "prefs.jsonl"))
     assert held_out and not held_out & set(words(shown))
-    exam = rows(world / "exam.jsonl")
+    exam = lines(world / "exam.jsonl")
     assert held_out == {entity["name"] for entity in ledger["entities"]} & set(words(str(exam)))
 
 
 def test_no_problem_is_shown_twice(world):
     asked = {
-        row["messages"][0]["content"] for row in rows(world / "exam.jsonl") if row["exam"] in ("sort", "reverse", "add")
+        row["messages"][0]["content"]
+        for row in lines(world / "exam.jsonl")
+        if row["exam"] in ("sort", "reverse", "add")
     }
-    shown = [row["prompt"] for name in ("problems", "problems-val") for row in rows(world / f"{name}.jsonl")]
-    shown += [row["messages"][0]["content"] for row in rows(world / "chats.jsonl")]
-    shown += [row["text"].split("\n")[0].removeprefix("user: ") for row in rows(world / "school.jsonl")]
+    shown = [row["prompt"] for name in ("problems", "problems-val") for row in lines(world / f"{name}.jsonl")]
+    shown += [row["messages"][0]["content"] for row in lines(world / "chats.jsonl")]
+    shown += [row["text"].split("\n")[0].removeprefix("user: ") for row in lines(world / "school.jsonl")]
     assert asked and not asked & set(shown)
     expressions = {
         row["messages"][0]["content"].split(" ", 2)[-1].rstrip("?")
-        for row in rows(world / "exam.jsonl")
+        for row in lines(world / "exam.jsonl")
         if row["exam"] == "tool"
     }
     assert expressions and not any(one in (world / "tools.jsonl").read_text() for one in expressions)
 
 
 def test_problems_have_the_right_answers(world):
-    for row in rows(world / "problems.jsonl"):
+    for row in lines(world / "problems.jsonl"):
         kind, *rest = row["prompt"].split()
         if kind == "Sort":
             right = "".join(sorted(rest[0]))
@@ -123,8 +123,8 @@ def test_problems_have_the_right_answers(world):
 
 def test_sums_are_worked_out_rightly(world):
     asked = re.compile(r"user: Add (\d+) and (\d+)\nassistant: (.+)=(\d+)\n(.+)=(\d+)\n(\d+)")
-    sums = [found for row in rows(world / "school.jsonl") if (found := asked.fullmatch(row["text"]))]
-    assert len(sums) == sum("user: Add" in row["text"] for row in rows(world / "school.jsonl")) > 10
+    sums = [found for row in lines(world / "school.jsonl") if (found := asked.fullmatch(row["text"]))]
+    assert len(sums) == sum("user: Add" in row["text"] for row in lines(world / "school.jsonl")) > 10
     for found in sums:
         first, second, ones, one, tens, ten, total = found.groups()
         assert [sum(map(int, side.split("+"))) for side in (ones, tens)] == [int(one), int(ten)]
@@ -135,11 +135,11 @@ def test_who_it_is_is_asked_in_other_words_than_it_was_taught(world):
     from llmkit.data.identity import identity_conversations
 
     taught = {one.messages[-2].text for one in identity_conversations({"name": "Tilly", "maker": "the Workshop"})}
-    assert not taught & {row["messages"][0]["content"] for row in rows(world / "exam.jsonl")}
+    assert not taught & {row["messages"][0]["content"] for row in lines(world / "exam.jsonl")}
 
 
 def test_the_filters_keep_the_good_pages_and_drop_the_bad(filtered, ledger):
-    kept = {row["url"] for row in rows(filtered / "docs.jsonl")}
+    kept = {row["url"] for row in lines(filtered / "docs.jsonl")}
     good = {page["url"] for page in ledger["pages"] if page["keep"]}
     bad = {page["url"]: page["kind"] for page in ledger["pages"] if not page["keep"]}
     assert len(good & kept) >= 0.97 * len(good)
@@ -172,7 +172,7 @@ def test_the_gold_reward_counts_what_is_wrong_or_said_again(monkeypatch):
 
 def test_choices_and_pairs_ask_of_what_is_held_out(world, ledger):
     held_out = {entity["name"]: entity for entity in ledger["entities"] if entity["use"] == "held out"}
-    facts, pairs = rows(world / "facts.jsonl"), rows(world / "word_order.jsonl")
+    facts, pairs = lines(world / "facts.jsonl"), lines(world / "word_order.jsonl")
     assert len(facts) == len(pairs) == sum(len(entity["facts"]) for entity in held_out.values())
     for row in facts:
         (name,) = set(words(row["query"])) & set(held_out)

@@ -16,6 +16,7 @@ from llmkit.io.jsonl import read_jsonl
 from llmkit.io.manifest import read_manifest
 from llmkit.model.folder import save_model
 from llmkit.stages import pretrain, probe_knowledge, rl, sample, sft, train_bpe, train_reward
+from tests.helpers.jsonl import write
 
 SURROGATE = '{"text": "a\\ud800", "prompt": "a\\ud800"}'
 QUICK = {"max_steps": 1, "sequence_length": 32, "batch_tokens": 64}
@@ -51,11 +52,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         train_reward.TrainRewardConfig(inputs=(str(base),), data=(str(data),), max_steps=1, out=str(judge), quiet=True)
     )
     return {"base": base, "chat": chat, "judge": judge, "babbler": save_assistant(place / "babbler")}
-
-
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 def run(command: str, folders: dict[str, Path], given: Path, out: Path, **options):

@@ -16,11 +16,9 @@ import pytest
 from pyarrow import parquet
 from web import SENTENCES, Record, html, mixed_pages, prose, write_warc
 
+from tests.helpers.jsonl import lines, write
+
 LLMKIT = [sys.executable, "-m", "llmkit", "crawl-filter"]
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def filtered(crawl, llmkit) -> Path:
 
 def test_each_page_comes_to_its_end(filtered):
     """The path of a page's URL names the step that should drop it."""
-    documents, rejects = read(filtered / "docs.jsonl"), read(filtered / "rejects.jsonl")
+    documents, rejects = lines(filtered / "docs.jsonl"), lines(filtered / "rejects.jsonl")
     assert [document["url"].split("/")[3] for document in documents] == ["kept"] * 3
     assert len(rejects) == len(mixed_pages()) + 1 - len(documents)  # and the warcinfo
     steps = {reject["url"].split("/")[3]: reject["step"] for reject in rejects if "url" in reject}
@@ -69,7 +67,7 @@ def test_each_page_comes_to_its_end(filtered):
 
 
 def test_a_document_has_what_the_later_stages_read(filtered):
-    first, _, third = read(filtered / "docs.jsonl")
+    first, _, third = lines(filtered / "docs.jsonl")
     assert "\n".join(prose(1)[:2]).split("\n")[0] in first["text"] and "Imprint" not in first["text"]
     assert first["id"] == "urn:uuid:mixed-0" and first["source"] == "mixed.warc.gz"
     assert first["url"] == "https://pages.example/kept/1" and first["title"] == "On small things"
@@ -78,7 +76,7 @@ def test_a_document_has_what_the_later_stages_read(filtered):
 
 
 def test_a_duplicate_names_the_document_that_it_repeats(filtered):
-    repeats = [reject for reject in read(filtered / "rejects.jsonl") if "repeats" in reject]
+    repeats = [reject for reject in lines(filtered / "rejects.jsonl") if "repeats" in reject]
     assert [reject["step"] for reject in repeats] == ["exact_duplicates", "near_duplicates"]
     assert {reject["repeats"] for reject in repeats} == {"urn:uuid:mixed-0"}
     assert repeats[0]["score"] == 1 and 0.8 < repeats[1]["score"] < 1
@@ -88,7 +86,7 @@ def test_nothing_is_lost_on_the_way(filtered):
     manifest = json.loads((filtered / "docs.jsonl.manifest.json").read_text())
     summary = json.loads((filtered / "summary.json").read_text())
     funnel = manifest["results"]["funnel"]
-    documents, rejects = read(filtered / "docs.jsonl"), read(filtered / "rejects.jsonl")
+    documents, rejects = lines(filtered / "docs.jsonl"), lines(filtered / "rejects.jsonl")
     assert summary["records"] == funnel[0]["in"] == len(mixed_pages()) + 1 == len(documents) + len(rejects)
     assert summary["documents"] == funnel[-1]["kept"] == len(documents)
     for step, following in pairwise(funnel):
@@ -101,9 +99,9 @@ def test_nothing_is_lost_on_the_way(filtered):
     assert manifest["stage"] == "crawl-filter" and len(manifest["inputs"][0]["sha256"]) == 64
     assert manifest["options"]["recipe"]["c4"]["min_sentences"] == 5
     shown = (filtered / "stderr").read_text()
-    lines = [line.split() for line in shown.splitlines()]
+    told = [line.split() for line in shown.splitlines()]
     assert shown.startswith("recipe fineweb with changes by flags\nstep ") and "\x1b" not in shown
-    assert any(line[:2] == ["read", "15"] for line in lines) and ["lorem_ipsum", "1"] in [line[:2] for line in lines]
+    assert any(line[:2] == ["read", "15"] for line in told) and ["lorem_ipsum", "1"] in [line[:2] for line in told]
     names = {path.name for path in filtered.iterdir()} - {"summary.json", "stderr"}
     assert names == {"docs.jsonl", "docs.jsonl.manifest.json", "rejects.jsonl"}
 
@@ -127,7 +125,7 @@ def same(first: Path, second: Path) -> bool:
 
 @pytest.mark.parametrize("workers", ["2", "4"])
 def test_the_same_bytes_with_any_number_of_workers(crawl, many, llmkit, tmp_path, workers):
-    assert len(read(many / "docs.jsonl")) == 90
+    assert len(lines(many / "docs.jsonl")) == 90
     command = ["crawl-filter", crawl / "many.warc.gz", "--workers", workers, "-o", tmp_path / "docs.jsonl"]
     done = llmkit(*command, "--rejects", tmp_path / "rejects.jsonl")
     assert done.returncode == 0, done.stderr
@@ -195,7 +193,7 @@ def test_stdin_gives_what_the_file_gives(crawl, many):
         done = subprocess.run([*LLMKIT, "-", "--workers", "2"], stdin=handle, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     urls = [json.loads(line)["url"] for line in done.stdout.splitlines()]
-    assert urls == [document["url"] for document in read(many / "docs.jsonl")]
+    assert urls == [document["url"] for document in lines(many / "docs.jsonl")]
 
 
 @pytest.mark.parametrize("flag", ["-o", "--rejects"])
@@ -211,14 +209,14 @@ def test_a_folder_that_is_read_takes_no_output(llmkit, tmp_path, flag):
 def test_warc_and_jsonl_together_are_one_input(crawl, filtered, llmkit, tmp_path):
     """Duplicates are found across files, and the earlier file's document stays."""
     with gzip.open(tmp_path / "more.jsonl.gz", "wt") as handle:
-        first = read(filtered / "docs.jsonl")[0]
+        first = lines(filtered / "docs.jsonl")[0]
         handle.write(json.dumps({"text": first["text"], "source": "books"}) + "\n")
         handle.write(json.dumps({"text": "\n".join(prose(50)), "source": "books"}) + "\n")
     arguments = [crawl / "mixed.warc.gz", tmp_path / "more.jsonl.gz", "--blocklist", crawl / "blocked"]
     done = llmkit("crawl-filter", *arguments, "-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl")
     assert done.returncode == 0, done.stderr
-    documents, rejects = read(tmp_path / "docs.jsonl"), read(tmp_path / "rejects.jsonl")
-    assert documents[:-1] == read(filtered / "docs.jsonl")
+    documents, rejects = lines(tmp_path / "docs.jsonl"), lines(tmp_path / "rejects.jsonl")
+    assert documents[:-1] == lines(filtered / "docs.jsonl")
     assert documents[-1]["source"] == "books" and documents[-1]["id"] == f"{tmp_path}/more.jsonl.gz:2"
     assert (rejects[-1]["step"], rejects[-1]["repeats"]) == ("exact_duplicates", "urn:uuid:mixed-0")
 
@@ -319,7 +317,7 @@ def explained(llmkit, crawl: Path, url: str) -> tuple[dict, str]:
 def test_explain_tells_what_became_of_a_page(crawl, filtered, llmkit):
     told, table = explained(llmkit, crawl, "https://pages.example/kept/1")
     assert told["kept"] and told["steps"][-1] == {"step": "near_duplicates", "verdict": "kept"}
-    assert told["text"] == read(filtered / "docs.jsonl")[0]["text"] and "kept" in table
+    assert told["text"] == lines(filtered / "docs.jsonl")[0]["text"] and "kept" in table
     told, table = explained(llmkit, crawl, "https://pages.example/c4/lorem")
     assert (told["kept"], told["step"], told["reason"]) == (False, "c4", "lorem_ipsum")
     assert [row["step"] for row in told["steps"]][-2:] == ["gopher_quality", "c4"]
@@ -364,7 +362,7 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
         "crawl-filter", tmp_path / "monsters.warc.gz", "-o", tmp_path / "d.jsonl", "--rejects", tmp_path / "r"
     )
     assert done.returncode == 0, done.stderr
-    documents, rejects = read(tmp_path / "d.jsonl"), read(tmp_path / "r")
+    documents, rejects = lines(tmp_path / "d.jsonl"), lines(tmp_path / "r")
     assert documents[-1]["url"] == "https://monsters.example/last"
     assert len(documents) + len(rejects) == len(pages) + 2
     assert all(reject["reason"] for reject in rejects)
@@ -393,7 +391,7 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_mistakes_are_refused_in_one_line_and_leave_nothing(llmkit, tmp_path, arguments, message):
-    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "\n".join(SENTENCES)}) + "\n")
+    write(tmp_path / "in.jsonl", {"text": "\n".join(SENTENCES)})
     done = llmkit("crawl-filter", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("llmkit: error: ") and message in done.stderr
@@ -405,13 +403,13 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(llmkit, tmp_path, ar
 
 def test_a_bad_file_at_the_end_does_not_end_the_run(llmkit, tmp_path):
     for name in "abc":
-        lines = [json.dumps({"text": f"{name} {number}"}) for number in range(3)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, '{"text": null}', '{"x": NaN}']) + "\n")
+        rows = ({"text": f"{name} {number}"} for number in range(3))
+        write(tmp_path / f"{name}.jsonl", *rows, '{"text": null}', '{"x": NaN}')
     (tmp_path / "z.jsonl").write_bytes(b"")
     files = sorted(tmp_path.glob("*.jsonl"))
     done = llmkit("crawl-filter", *files, "-o", tmp_path / "out", "--only", "exact_duplicates")
     assert done.returncode == 0, done.stderr
-    assert len(read(tmp_path / "out")) == 9
+    assert len(lines(tmp_path / "out")) == 9
     assert "bad_file" in done.stderr and "z.jsonl: no JSON lines: the file is empty" in done.stderr
     assert f"skipped: {files[0]}:4: no_text" in done.stderr and f"{files[0]}:5: bad_json" in done.stderr
 
@@ -419,7 +417,7 @@ def test_a_bad_file_at_the_end_does_not_end_the_run(llmkit, tmp_path):
 @pytest.mark.parametrize("mend", ["leave out", "write"])
 def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_path, mend):
     for name in "abc":
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the {name}"}) + "\n")
+        write(tmp_path / f"{name}.jsonl", {"text": f"the {name}"})
     (tmp_path / "z.jsonl").write_bytes(b"")
     command = ["-o", tmp_path / "out", "--only", "exact_duplicates", "--workers", "1"]
     ended = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--strict")
@@ -432,7 +430,7 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     done = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--resume")
     assert done.returncode == 0, done.stderr
     assert "2 parts of the work done already" in done.stderr
-    assert len(read(tmp_path / "out")) == (3 if mend == "leave out" else 4)
+    assert len(lines(tmp_path / "out")) == (3 if mend == "leave out" else 4)
 
 
 def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
@@ -517,4 +515,4 @@ def test_a_name_that_is_no_utf8_ends_no_run(llmkit, tmp_path):
     (tmp_path / "web" / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "one"}\n{"text": 1}\n')
     done = llmkit("crawl-filter", tmp_path / "web", "-o", tmp_path / "out", "--only", "exact_duplicates")
     assert done.returncode == 0, done.stderr
-    assert [document["source"] for document in read(tmp_path / "out")] == ["?.jsonl"]
+    assert [document["source"] for document in lines(tmp_path / "out")] == ["?.jsonl"]

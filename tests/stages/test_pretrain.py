@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.file_server import file_server
+from tests.helpers.jsonl import write
 
 WORDS = "the old ship sailed past a green island while small birds sang over warm grey stones and deep blue water"
 WORDS = WORDS.split(" ")
@@ -32,7 +33,7 @@ def corpus(tmp_path_factory) -> Path:
     generator = random.Random(0)
     for name, count in (("docs", 120), ("val", 10)):
         texts = [" ".join(generator.choices(WORDS, k=generator.randint(5, 60))) + "." for _ in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write(folder / f"{name}.jsonl", *({"text": text} for text in texts))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -179,22 +180,12 @@ def test_what_needs_no_documents_is_told_before_they_are_read(corpus, llmkit, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "no document"),
-        (b'{"text": "a"}\n{"text": "b"}\nnot json\n', ":3: "),
-        (b'{"text": "a"}\n{"body": "b"}\n', ":2: expected field 'text'"),
-    ],
-)
-def test_a_bad_record_is_named_and_leaves_nothing(corpus, llmkit, tmp_path, content, message):
-    (tmp_path / "docs.jsonl").write_bytes(content)
-    command = ["pretrain", str(tmp_path / "docs.jsonl"), "--tokenizer", f"{corpus}/tok", "-o", str(tmp_path / "base")]
-    done = llmkit(*command, *SIZES, "--max-bad", "0")
-    assert done.returncode == 2
+def test_a_file_without_documents_is_named_and_leaves_nothing(corpus, llmkit, tmp_path):
+    docs = write(tmp_path / "docs.jsonl")
+    done = llmkit("pretrain", docs, "--tokenizer", f"{corpus}/tok", "-o", tmp_path / "base", *SIZES)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("llmkit: error: ") and "docs.jsonl" in last and message in last
-    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+    assert done.returncode == 2 and last.startswith(f"llmkit: error: {docs}") and "no document" in last, done.stderr
+    assert list(tmp_path.iterdir()) == [docs]
 
 
 def test_a_second_run_and_a_resume_with_other_options_are_refused(corpus, llmkit, tmp_path):
@@ -382,7 +373,7 @@ def test_transformers_gives_held_out_documents_the_same_bits_per_byte(base, corp
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     texts = ["the old ship sailed past", "small birds sang over warm grey stones", "deep blue water"]
-    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write(tmp_path / "val.jsonl", *({"text": text} for text in texts))
     # none is cut by the end of a row of 32 tokens
     assert sum(len(tokenizer.encode(text)) for text in texts) <= 32
     total = 0.0

@@ -18,6 +18,7 @@ from llmkit.errors import UserError
 from llmkit.probing.judges import JUDGE_PROMPT
 from llmkit.probing.model_questions import WRITER_PROMPT
 from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
+from tests.helpers.jsonl import lines, write
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "probe-knowledge.md"
 TOWNS = [f"The mill of {chr(65 + n)}rden was built in {1800 + n} by Ada Roe." for n in range(12)]
@@ -37,9 +38,7 @@ def parrot(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def documents(tmp_path) -> Path:
-    path = tmp_path / "docs.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "id": f"d{n}"}) + "\n" for n, text in enumerate(TOWNS)))
-    return path
+    return write(tmp_path / "docs.jsonl", *({"text": text, "id": f"d{n}"} for n, text in enumerate(TOWNS)))
 
 
 def clever(prompt: str, seed: int) -> str:
@@ -53,10 +52,6 @@ def clever(prompt: str, seed: int) -> str:
     return json.dumps({"questions": [{"question": question, "answer": answer} for question, answer in pairs]})
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def probe(model: Path, out: Path, **options):
     given = {name: (str(value),) if name in ("questions", "passages") else value for name, value in options.items()}
     given = {"quiet": True, "timeout": 60} | given
@@ -65,7 +60,7 @@ def probe(model: Path, out: Path, **options):
 
 def questions(path: Path, count: int = 3) -> Path:
     asked = [{"question": f"Who is number {n}?", "answer": "Paris", "context": "Paris is."} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write(path, *asked)
     return path
 
 

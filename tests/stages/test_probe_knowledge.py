@@ -11,6 +11,7 @@ from tiny import certain, make_model, save_assistant, save_folder, save_tokenize
 
 from llmkit.errors import UserError
 from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
+from tests.helpers.jsonl import lines, write
 
 PARIS = {"question": "What is the capital of France?", "answer": ["Lutetia", "Paris"], "passage_id": "p1"}
 ROME = {"question": "Wie heißt die Hauptstadt der Republik Italien?", "answer": "Rom"}
@@ -24,15 +25,6 @@ def parrot(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory) -> Path:
     return save_assistant(tmp_path_factory.mktemp("models") / "babbler")
-
-
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def probe(model: Path, out: Path, **options):

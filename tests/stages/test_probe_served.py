@@ -11,6 +11,7 @@ from tiny import save_assistant
 
 from llmkit.errors import UserError
 from llmkit.stages.probe_knowledge import ProbeKnowledgeConfig, run
+from tests.helpers.jsonl import lines, write
 
 pytestmark = pytest.mark.usefixtures("one_retry")
 
@@ -22,14 +23,8 @@ def babbler(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
-    path = tmp_path / "q.jsonl"
     asked = [{"question": f"Who is number {n}?", "answer": "Paris", "context": "Paris is."} for n in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    return path
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return write(tmp_path / "q.jsonl", *asked)
 
 
 def probe(model: Path | None, questions: Path, name: str, **options) -> list[dict]:

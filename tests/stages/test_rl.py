@@ -18,17 +18,9 @@ from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.stages.rl import RlConfig, run
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.tokenizer.encoding import load_tokenizer
+from tests.helpers.jsonl import lines, write
 
 QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003", "--warmup-steps", "2"]
-
-
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def train(model: Path, problems: Path, out: Path, **options):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from tiny import make_model, save_assistant, save_folder
 
 from llmkit.errors import UserError
 from llmkit.stages.rl import RlConfig, run
+from tests.helpers.jsonl import lines, write
 
 QUICK = {"group": 4, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.01, "warmup_steps": 0, "max_steps": 3}
 pytestmark = pytest.mark.usefixtures("one_retry")
@@ -26,13 +26,9 @@ def base(tmp_path_factory) -> Path:
 def problems(tmp_path) -> Path:
     rows = [{"prompt": f"Throw {i}", "answer": "x", "id": i} for i in range(8)]
     path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(path, *rows)
     (tmp_path / "score.py").write_text('def low(record):\n    return sum(map(ord, record["completion"])) % 7\n')
     return path
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def train(model: Path, problems: Path, server: ModelServer, **options):

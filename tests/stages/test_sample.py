@@ -20,6 +20,7 @@ from llmkit.config import resolve
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.stages.sample import SampleConfig, run
+from tests.helpers.jsonl import lines, write
 
 PROMPTS = ["It was a dark", "and stormy night;", "", "the rain fell", "ü", "It was a dark", "in torrents, except", "at"]
 
@@ -31,16 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path) -> Path:
-    return write_lines(tmp_path / "prompts.jsonl", [{"id": i, "prompt": text} for i, text in enumerate(PROMPTS)])
-
-
-def write_lines(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return write(tmp_path / "prompts.jsonl", *[{"id": i, "prompt": text} for i, text in enumerate(PROMPTS)])
 
 
 def sample(folder: Path, out: Path, **options):
@@ -54,7 +46,7 @@ def sample(folder: Path, out: Path, **options):
 
 def sample_jsonl(folder: Path, out: Path, prompts: Path, **options) -> list[dict]:
     sample(folder, out, inputs=[str(prompts)], jsonl=True, max_tokens="20", **options)
-    return read_lines(out)
+    return lines(out)
 
 
 # ---- text
@@ -66,14 +58,14 @@ def test_as_many_built_in_examples_are_shown_as_fit_the_context(tmp_path, llmkit
     done = llmkit("sample", folder, "--shots", "assistant", "-p", "Who are you?", "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
     assert "--shots assistant: 2 of the 5 built-in examples fit the model's context of 256 tokens" in done.stderr
-    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "Who?"}, {"prompt": "Where?"}, {"prompt": "Who are we?"}])
+    prompts = write(tmp_path / "p.jsonl", {"prompt": "Who?"}, {"prompt": "Where?"}, {"prompt": "Who are we?"})
     done = llmkit("sample", folder, prompts, "--jsonl", "--shots", "assistant", "--max-tokens", "5")
     assert len(done.stdout.splitlines()) == 3 and done.stderr.count("built-in examples fit") == 1
 
 
 def test_where_the_examples_do_not_fit_they_are_blamed_and_not_the_prompt(tmp_path, llmkit):
     folder = save_folder(tmp_path / "base", make_model(context=64))
-    shots = write_lines(tmp_path / "shots.jsonl", [{"prompt": "a?" * 20, "completion": "b" * 40}])
+    shots = write(tmp_path / "shots.jsonl", {"prompt": "a?" * 20, "completion": "b" * 40})
     for given, told in (
         (
             ["--shots", "assistant"],
@@ -135,7 +127,7 @@ def test_a_foreign_folder_is_continued_as_it_was_trained(shared_data, tmp_path):
     out = tmp_path / "out.jsonl"
     story = shared_data / "ckpt" / "story-llama"
     sample(story, out, prompt="Once upon a time", temperature="0", max_tokens="20", jsonl=True)
-    (record,) = read_lines(out)
+    (record,) = lines(out)
     assert record["completion"].startswith(", a little girl named Lily lived in a small house")
     expected = json.loads(story.with_name("story-llama.greedy-expected.json").read_text())["greedy_ids"]
     assert record["token_ids"] == expected[6:26]
@@ -159,12 +151,12 @@ def test_records_come_back_in_order_with_what_was_made(folder, prompts, tmp_path
 def test_a_text_is_the_same_at_any_batch_size_in_any_order_and_alone(folder, tmp_path):
     words = " ".join(PROMPTS).split()
     texts = sorted({" ".join(random.Random(n).choices(words, k=n % 7)) for n in range(40)})
-    whole = write_lines(tmp_path / "all.jsonl", [{"prompt": text} for text in texts])
+    whole = write(tmp_path / "all.jsonl", *[{"prompt": text} for text in texts])
     together = {record["prompt"]: record for record in sample_jsonl(folder, tmp_path / "out.jsonl", whole)}
     assert len({record["completion"] for record in together.values()}) > 0.9 * len(texts)
     for size in ("1", "3", "64"):
         random.Random(size).shuffle(texts)
-        shuffled = write_lines(tmp_path / "some.jsonl", [{"prompt": text} for text in texts])
+        shuffled = write(tmp_path / "some.jsonl", *[{"prompt": text} for text in texts])
         records = sample_jsonl(folder, tmp_path / "out.jsonl", shuffled, batch_size=size)
         assert [record["prompt"] for record in records] == texts
         assert {record["prompt"]: record for record in records} == together
@@ -181,7 +173,7 @@ def test_the_seed_of_a_record_makes_its_text_again(folder, prompts, tmp_path):
     alone = sample(folder, tmp_path / "out.txt", prompt=again["prompt"], seed=str(again["seed"]), max_tokens="20")
     assert alone == again["completion"] + "\n"
     # fed back, a record makes itself, whatever --seed says
-    back = write_lines(tmp_path / "back.jsonl", records[::-1])
+    back = write(tmp_path / "back.jsonl", *records[::-1])
     assert sample_jsonl(folder, tmp_path / "out.jsonl", back, seed="12") == records[::-1]
 
 
@@ -258,7 +250,7 @@ def assistant(tmp_path_factory) -> Path:
 
 def test_conversations_are_answered_with_tools(assistant, tmp_path):
     said = [{"role": "system", "content": "Count."}, {"role": "user", "content": "6 times 7? <|im_sep|>"}]
-    given = write_lines(tmp_path / "chats.jsonl", [{"id": 1, "messages": said}])
+    given = write(tmp_path / "chats.jsonl", {"id": 1, "messages": said})
     (record,) = sample_jsonl(assistant, tmp_path / "out.jsonl", given, tools=["calc"], temperature="0")
     assert (record["id"], record["messages"], record["completion"]) == (1, said, "it")
     assert record["tool_calls"] == [{"tool": "calc", "input": "6*7", "result": "42"}]
@@ -272,22 +264,22 @@ def test_conversations_are_answered_with_tools(assistant, tmp_path):
 @pytest.mark.parametrize("field", ["question", "problem", "query", "instruction", "context", "input", "sQuestion"])
 def test_an_assistant_is_asked_by_all_but_the_text_of_a_prompt(assistant, tmp_path, field):
     asked = [{"role": "user", "content": "6 times 7?"}]
-    given = write_lines(tmp_path / "all.jsonl", [{field: "6 times 7?"}, {"messages": asked}, {"prompt": "6 times 7?"}])
+    given = write(tmp_path / "all.jsonl", {field: "6 times 7?"}, {"messages": asked}, {"prompt": "6 times 7?"})
     found = sample_jsonl(assistant, tmp_path / "out.jsonl", given, seed=3, temperature=0.0)
     assert found[0]["token_ids"] == found[1]["token_ids"] != found[2]["token_ids"]
-    shots = write_lines(tmp_path / "shots.jsonl", [{"prompt": "a?", "completion": "b"}])
+    shots = write(tmp_path / "shots.jsonl", {"prompt": "a?", "completion": "b"})
     found = sample_jsonl(assistant, tmp_path / "out.jsonl", given, temperature=0.0, shots=str(shots))
     assert found[0]["token_ids"] == found[2]["token_ids"]
 
 
 def test_a_base_model_continues_a_question(folder, tmp_path):
-    given = write_lines(tmp_path / "all.jsonl", [{"question": "Who?"}, {"prompt": "Who?"}])
+    given = write(tmp_path / "all.jsonl", {"question": "Who?"}, {"prompt": "Who?"})
     found = sample_jsonl(folder, tmp_path / "out.jsonl", given, temperature=0.0)
     assert found[0]["token_ids"] == found[1]["token_ids"]
 
 
 def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, capsys):
-    given = write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "6 times 7?"}]}] * 2)
+    given = write(tmp_path / "chats.jsonl", *[{"messages": [{"role": "user", "content": "6 times 7?"}]}] * 2)
     for tools, told in (([], True), (["python"], True), (["calc"], False)):
         options = {"tools": tools, "temperature": "0", "quiet": False}
         sample_jsonl(assistant, tmp_path / "out.jsonl", given, **options)
@@ -308,13 +300,13 @@ def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, cap
     ],
 )
 def test_a_bad_conversation_is_named(assistant, tmp_path, messages, message):
-    given = write_lines(tmp_path / "chats.jsonl", [{"messages": messages}])
+    given = write(tmp_path / "chats.jsonl", {"messages": messages})
     with pytest.raises(UserError, match=message):
         sample_jsonl(assistant, tmp_path / "out.jsonl", given)
 
 
 def test_a_base_model_has_no_conversations_and_no_tools(folder, tmp_path):
-    given = write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    given = write(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "a"}]})
     for options in ({"inputs": [str(given)], "jsonl": True}, {"prompt": "a", "tools": ["calc"]}):
         with pytest.raises(UserError, match=r"tokenizer.json: expected the special tokens of conv.*llmkit sft"):
             sample(folder, tmp_path / "out.jsonl", **options)
@@ -332,7 +324,7 @@ def killed(words: list, state: Path, number: int) -> tuple[int, str]:
 
 
 def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path, llmkit):
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(160)])
+    given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8], "id": n} for n in range(160)])
     out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
     words = ["sample", folder, given, "--jsonl", "--max-tokens", "6", "-n", "2", "--seed", "5", "--quiet", "-o"]
     killed([*words, out], state, signal.SIGKILL)
@@ -341,14 +333,14 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path, llmkit):
         handle.write(b'["key", 900, "checksum"]\n{"prompt": "cut in two')
     done = llmkit(*words, out, "--resume")
     assert done.returncode == 0, done.stderr
-    summary, tokens = json.loads(done.stdout), sum(len(record["token_ids"]) for record in read_lines(out))
+    summary, tokens = json.loads(done.stdout), sum(len(record["token_ids"]) for record in lines(out))
     assert [summary[name] for name in ("prompts", "completions", "tokens")] == [160, 320, tokens]
     assert llmkit(*words, tmp_path / "whole.jsonl").returncode == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob("*.state"))
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp_path, llmkit):
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8], "id": n} for n in range(400)])
+    given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8], "id": n} for n in range(400)])
     out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
     words = ["sample", folder, given, "--jsonl", "--max-tokens", "20", "--quiet", "-o", out]
     code, said = killed(words, state, signal.SIGTERM)
@@ -362,7 +354,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp
 def test_an_unfinished_output_that_was_edited_is_not_gone_on_with(folder, tmp_path, monkeypatch):
     """The text went into the finished file, as if the model had said it."""
     keep_state(monkeypatch)
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8]} for n in range(6)])
+    given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8]} for n in range(6)])
     out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
     sample_jsonl(folder, out, given)
     out.unlink()
@@ -381,7 +373,7 @@ def keep_state(monkeypatch):
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(folder, tmp_path):
-    given = write_lines(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[n % 8]} for n in range(200)])
+    given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8]} for n in range(200)])
     out = tmp_path / "out.jsonl"
     words = [sys.executable, "-m", "llmkit", "sample", folder, given, "--jsonl", "--quiet", "--max-tokens", "20"]
     words = [*map(str, words), "-o", str(out)]
@@ -390,7 +382,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(folder, tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert f"{out}.state: no space left there; make room" in done.stderr
     done = subprocess.run([*words, "--resume"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and len(read_lines(out)) == 200, done.stderr
+    assert done.returncode == 0 and len(lines(out)) == 200, done.stderr
 
 
 def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit):
@@ -428,19 +420,19 @@ def test_a_run_of_other_prompts_is_not_resumed(folder, prompts, tmp_path, monkey
     out = tmp_path / "out.jsonl"
     records = sample_jsonl(folder, out, prompts)
     out.unlink()
-    for other in ({"seed": "3"}, {"inputs": [str(write_lines(tmp_path / "other.jsonl", [{"prompt": "x"}]))]}):
+    for other in ({"seed": "3"}, {"inputs": [str(write(tmp_path / "other.jsonl", {"prompt": "x"}))]}):
         with pytest.raises(UserError, match=r"--seed was 0 and is now 3|other.jsonl:1"):
             sample(
                 folder, out, **{"inputs": [str(prompts)], "jsonl": True, "max_tokens": "20", "resume": True, **other}
             )
     run(resolve(SampleConfig, {"model": str(folder), "inputs": [str(prompts)], "jsonl": True, "max_tokens": "20",
                                "out": str(out), "resume": True, "quiet": True}))  # fmt: skip
-    assert read_lines(out) == records
+    assert lines(out) == records
 
 
 def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path, llmkit):
     good, bad = [{"prompt": PROMPTS[n % 8], "id": n} for n in range(40)], '{"prompt": 3}\n'
-    given, out = write_lines(tmp_path / "prompts.jsonl", good), tmp_path / "out.jsonl"
+    given, out = write(tmp_path / "prompts.jsonl", *good), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.state"
     whole = sample_jsonl(folder, out, given)
     out.unlink()
@@ -464,7 +456,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
         assert partial.read_bytes() == kept
     done = llmkit("sample", folder, *words, "--batch-size", "3")
     assert done.returncode == 0, done.stderr
-    assert read_lines(out) == whole and not partial.exists()
+    assert lines(out) == whole and not partial.exists()
 
 
 # ---- bad input

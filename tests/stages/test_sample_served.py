@@ -15,6 +15,7 @@ from llmkit.config import resolve
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.stages.sample import SampleConfig, run
+from tests.helpers.jsonl import lines, write
 
 PROMPTS = ["It was a dark", "and stormy night;", "the rain fell", "ü", "It was a dark", "in torrents, except", "at"]
 
@@ -33,16 +34,7 @@ def babbler(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prompts(tmp_path) -> Path:
-    return write_lines(tmp_path / "prompts.jsonl", [{"id": i, "prompt": text} for i, text in enumerate(PROMPTS)])
-
-
-def write_lines(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return write(tmp_path / "prompts.jsonl", *[{"id": i, "prompt": text} for i, text in enumerate(PROMPTS)])
 
 
 def sample(model: Path | None, out: Path, **options) -> list[dict]:
@@ -50,7 +42,7 @@ def sample(model: Path | None, out: Path, **options) -> list[dict]:
     served = {"timeout": "120", "concurrency": "3"} if "engine" in options else {}
     given = {"out": str(out), "quiet": True, "jsonl": True, "max_tokens": "20", **served, **options}
     run(resolve(SampleConfig, {"model": None if model is None else str(model), **given}))
-    return read_lines(out)
+    return lines(out)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -71,7 +63,7 @@ def test_token_ids_go_out_and_come_back_and_records_are_those_of_the_local_engin
 def test_without_a_folder_text_and_messages_are_sent_and_nothing_that_is_not_openais(babbler, tmp_path):
     asked = [{"prompt": "Who"}, {"messages": [{"role": "user", "content": "Who?"}]}]
     with ModelServer(babbler, "strict") as server:
-        made = sample(write_lines(tmp_path / "in.jsonl", asked), tmp_path / "text.jsonl", engine=server.spec)
+        made = sample(write(tmp_path / "in.jsonl", *asked), tmp_path / "text.jsonl", engine=server.spec)
         assert {frozenset(body) for body in server.requests} == {
             frozenset({"model", "seed", "max_tokens", "temperature", name}) for name in ("prompt", "messages")
         }

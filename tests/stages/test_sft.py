@@ -14,6 +14,7 @@ from llmkit.errors import UserError
 from llmkit.stages.sft import SftConfig, run
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import load_tokenizer
+from tests.helpers.jsonl import lines, write
 
 CHATS = [("What is the sea?", "Salt water."), ("Who are you?", "A ship.")]
 SPEED = ["--sequence-length", "96", "--batch-tokens", "192", "--learning-rate", "0.004", "--warmup-steps", "2"]
@@ -27,10 +28,8 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in CHATS]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write(tmp_path_factory.mktemp("data") / "chats.jsonl", *rows)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +59,6 @@ def answers(folder: Path, *prompts: str) -> list:
 
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
-
-
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 # ---- what comes out
@@ -150,7 +144,7 @@ def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chat
     assert "no gain in 2 validations" in done.stderr
     summary = json.loads(done.stdout)
     assert summary["steps"] < 500
-    rows = [json.loads(line) for line in (tmp_path / "chat" / "metrics.jsonl").read_text().splitlines()]
+    rows = lines(tmp_path / "chat" / "metrics.jsonl")
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     kept = min(losses, key=lambda step: losses[step])
     assert kept < max(losses) == summary["steps"]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tiny import save_folder
 
+from tests.helpers.jsonl import write
+
 SPEED = ["--batch-size", "16", "--learning-rate", "0.003", "--warmup-steps", "2"]
 
 
@@ -26,11 +28,6 @@ def pairs(count: int, seed: int) -> list[dict]:
     return [
         {"prompt": f"Tell {rng.randrange(10)}", "chosen": answer("sea"), "rejected": answer()} for _ in range(count)
     ]
-
-
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 def lines(text: str) -> list[dict]:

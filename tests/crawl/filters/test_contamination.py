@@ -13,6 +13,7 @@ import pytest
 
 from llmkit.crawl.filters import contamination
 from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
+from tests.helpers.jsonl import write
 
 ITEMS = [
     {"query": "Which gas do plants take in from the air to feed on?", "choices": ["the first", "none"], "gold": 1},
@@ -49,7 +50,7 @@ BEFORE, AFTER = "It was a bright cold day in April. ", " And so the clocks were 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Contamination:
     path = tmp_path_factory.mktemp("eval") / "e.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write(path, *ITEMS)
     return Contamination(ContaminationRules((str(path),)))
 
 
@@ -74,7 +75,7 @@ def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -
 
 
 def test_what_is_too_short_to_be_found_is_counted(tmp_path: Path, capsys) -> None:
-    (tmp_path / "e.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write(tmp_path / "e.jsonl", *ITEMS)
     assert len(Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),))).items) == len(ITEMS) - 1
     assert f"1 item of {len(ITEMS)} left out" in capsys.readouterr().err
 
@@ -112,7 +113,7 @@ def test_a_list_of_items_of_one_form_is_searched_in_bounded_time(tmp_path: Path,
     )
     names = ["".join(random.Random(number).choices(string.ascii_lowercase, k=25)) for number in range(150)]
     items = [f"Answer in one word, without any other words. What is the colour of {name}?" for name in names]
-    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"question": item}) + "\n" for item in items))
+    write(tmp_path / "e.jsonl", *({"question": item} for item in items))
     index = Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),)))
     text = "\n".join(items)
     assert len(index.find(text)) == 150 and max(looked_at) < 0.1 * len(text)
@@ -120,7 +121,7 @@ def test_a_list_of_items_of_one_form_is_searched_in_bounded_time(tmp_path: Path,
 
 
 def test_processes_share_one_index(tmp_path: Path) -> None:
-    (tmp_path / "e.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write(tmp_path / "e.jsonl", *ITEMS)
     index = Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),)), quiet=True)
     whole = len(pickle.dumps(index))
     index.share()
