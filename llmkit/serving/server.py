@@ -107,4 +107,5 @@ class _Messages(logging.Handler):
     """Errors of uvicorn's, without control characters."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        write_message(self.format(record))
+        if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):  # by a second Ctrl-C
+            write_message(self.format(record))

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,23 @@ def test_a_stop_keeps_what_has_come(opened: Browsed) -> None:
     opened.page.click("#stop")
     opened.rest()
     assert len(opened.turns()) == 4 and opened.turns()[3].endswith("Stopped.")
+
+
+@browsed
+def test_a_server_that_dies_within_an_answer_is_told(browser, tmp_path) -> None:
+    with served(save_certain(tmp_path / "endless", "ab", "a")) as server:
+        opened = Browsed(browser, server.url)
+        opened.page.fill("#text", "Go")
+        opened.page.press("#text", "Enter")
+        opened.until("document.querySelectorAll('#turns .body')[1]?.innerText.length > 5")
+        server.process.send_signal(signal.SIGINT)
+        opened.page.wait_for_timeout(500)
+        server.process.send_signal(signal.SIGINT)  # the second one ends what runs
+        server.process.wait(30)
+        opened.rest()
+        assert "llmkit serve" in opened.page.locator("#complaint").inner_text()
+        assert re.fullmatch(r"(ab)+a?\s+Stopped\.", opened.turns()[1])
+        opened.context.close()
 
 
 @browsed

@@ -80,16 +80,16 @@ function keep(conversation) {
 async function request(path, body, signal) {
   const headers = { "Content-Type": "application/json" }, key = stored("key", "", () => sessionStorage);
   if (key) headers.Authorization = `Bearer ${key}`;
-  const sent = fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
-  const response = await sent.catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("The server does not answer. Is llmkit serve still running?");
-  });
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal });
   if (response.ok) return response;
   if (response.status === 401) openSettings("key");
   const { error } = await response.json().catch(() => ({}));
   throw new Error(error?.message ?? `The server answered ${response.status}.`);
 }
 
+// What a failure means; fetch and streams fail with a TypeError where the connection does
+const reason = (error) =>
+  (error instanceof TypeError ? "The server does not answer. Is llmkit serve still running?" : error.message);
 const json = async (...of) => (await request(...of)).json();
 const detokenize = (model, tokens) => json("/detokenize", { model, tokens, return_token_strs: true });
 // The choices in a stream of server-sent events
@@ -191,7 +191,7 @@ async function write(id, work) {
   complain("");
   render();
   say("The model writes");
-  await work(controller.signal).catch((error) => { if (error.name !== "AbortError") complain(error.message); });
+  await work(controller.signal).catch((error) => { if (error.name !== "AbortError") complain(reason(error)); });
   running.delete(id);
 }
 
@@ -340,7 +340,7 @@ function render() {
   for (const id of ["as-text", "as-tokens"]) $(id).setAttribute("aria-pressed", showsTokens === (id === "as-tokens"));
   $("keys").textContent = text ? "Ctrl + Enter continues the text" : "Enter sends, Shift + Enter begins a new line";
   drawList();
-  if (showsTokens) see(nodes, busy).catch(({ message: text }) => complain(text));
+  if (showsTokens) see(nodes, busy).catch((error) => complain(reason(error)));
   else closeOdds();
   if (focus) $("turns").children[place]?.querySelector(`[data-does="${focus.dataset.does}"]`)?.focus();
   else if (!showsTokens) $("chat").scrollTop = $("chat").scrollHeight;
@@ -527,7 +527,7 @@ async function cutText() {
         const piece = make("span", { className: `piece c${at % 4}`, title: `token ${tokens[at]}` }, visible(text));
         return text.includes("\n") ? [piece, make("br")] : [piece];
       }));
-    }).catch((error) => { if (error.name !== "AbortError") about.textContent = error.message; });
+    }).catch((error) => { if (error.name !== "AbortError") about.textContent = reason(error); });
   }));
 }
 
@@ -549,7 +549,7 @@ async function collect(kind, conversation, parent, nodes, judgement) {
   const body = { kind, model, messages: messagesTo(conversation, parent), answers: nodes.map(message),
     labeller: $("labeller").value.trim() || null, seeds: nodes.map((node) => node.seed ?? null), settings: used };
   const saved = request("/collect", { ...body, ...judgement }).then(() => true);
-  const done = await saved.catch((error) => complain(`The judgement is not saved: ${error.message}`));
+  const done = await saved.catch((error) => complain(`The judgement is not saved: ${reason(error)}`));
   if (done) say("The judgement is saved");
   return done;
 }
@@ -660,7 +660,7 @@ function listen() {
   $("labelling").onchange = () => { store("labeller", $("labeller").value); store("two", $("two").checked); };
   $("tokens").onkeydown = moveAmongTokens;
   $("tokens").onclick = ({ target: { dataset } }) => {
-    if (dataset.at) showOdds(Number(dataset.at)).catch((error) => complain(error.message));
+    if (dataset.at) showOdds(Number(dataset.at)).catch((error) => complain(reason(error)));
   };
   $("odds").onkeydown = (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key], all = [...$("odds-list").querySelectorAll("button:enabled")];
@@ -678,7 +678,7 @@ function listen() {
 
 async function start() {
   complain("");
-  ({ data: models } = await json("/v1/models").catch((error) => { complain(error.message); return { data: [] }; }));
+  ({ data: models } = await json("/v1/models").catch((error) => { complain(reason(error)); return { data: [] }; }));
   collecting = models.some((model) => model.collect);
   $("model").replaceChildren(...models.map((model) => make("option", {}, model.id)));
   turnTo(current);
