@@ -18,10 +18,9 @@ from llmkit.formats.conversations import ARGUMENT, TOOL_OF_FUNCTION, TOOLS
 from llmkit.io.progress import counted
 from llmkit.io.records import kind_of
 from llmkit.tools.calc import CalculationError, calculate
-from llmkit.tools.functions import answer_of, schema_of
 from llmkit.tools.python import Limits, check_sandbox, run_python
 from llmkit.tools.search import SearchEngine, SearchError, SearchIndex
-from llmkit.tools.user_code import PREFIX, UserFunction, check_spelling
+from llmkit.tools.user_code import PREFIX, UserFunction, answer_of, check_spelling, schema_of
 
 RESULT_CHARACTERS = 4000  # of any result; a model's context is small
 DESCRIPTIONS = {  # of a tool and of its argument

@@ -35,7 +35,7 @@ EXEMPT = {
     "llmkit.io.hub",  # the same
     "llmkit.io.remote",  # the same
     "llmkit.io.run_folder",  # steps of checkpoints
-    "llmkit.tools.functions",  # a docstring of the user's
+    "llmkit.tools.user_code",  # a docstring of the user's
 }
 
 
