@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmkit.errors import UserError, naming
-from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, Conversation, Definitions, Message, Part
+from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, Conversation, Definitions, Message, Part, message
 from llmkit.tokenizer.calls import FORMS, Call, CallForm, form_of, response_form
 from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
@@ -85,14 +85,21 @@ def choose_thinking(tokenizer: Tokenizer, wanted: str) -> None:
     """
     if wanted == "auto":
         return
-    template = (tokenizer.chat_template or "") if has_own_template(tokenizer) else ""
-    switch = next((name for name in _SWITCHES if re.search(rf"""(?<![\w.'"]){name}(?![\w'"])""", template)), None)
-    if switch is None:
-        raise UserError(
-            f"--thinking {wanted}: expected a chat template with the switch enable_thinking or thinking in "
-            f"{tokenizer.path.parent}, found none; leave the option out"
-        )
-    tokenizer.template_values = {switch: wanted == "on"}
+    before = tokenizer.template_values
+    for switch in _SWITCHES if has_own_template(tokenizer) else ():
+        prompts = []
+        for value in (wanted != "on", wanted == "on"):
+            tokenizer.template_values = {switch: value}
+            with suppress(UserError):
+                asked = TemplateFormat(tokenizer).encode([message("user", "Hello")], prompt=True)
+                prompts.append(asked.token_ids.tolist())
+        if prompts[1:] != prompts[:1]:  # a template may name it without using it, as gpt-oss's does a field of messages
+            return
+    tokenizer.template_values = before
+    raise UserError(
+        f"--thinking {wanted}: expected a chat template with the switch enable_thinking or thinking in "
+        f"{tokenizer.path.parent}, found none; leave the option out"
+    )
 
 
 class TemplateFormat(ChatFormat):
