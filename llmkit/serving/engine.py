@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -105,8 +105,8 @@ class Job:
 class _Worker:
     """A model with the jobs that wait for a slot of it and those under way."""
 
-    def __init__(self, generator: Generator, outbox: list[tuple[Job, Event]]) -> None:
-        self.generator, self._outbox = generator, outbox
+    def __init__(self, generator: Generator, outbox: list[tuple[Job, Event]], send: Callable[[], None]) -> None:
+        self.generator, self._outbox, self._send = generator, outbox, send
         self.waiting: deque[Job] = deque()
         self.open()
 
@@ -122,8 +122,7 @@ class _Worker:
         """Let jobs in where slots are free, make one token of each sequence, and tell of both."""
         with self.generator.computing():
             self.pool.advance()
-        for sequence in self.pool.running:
-            self._tell_piece(self.jobs[sequence.index], sequence.sample, sequence)
+        self._tell_pieces()
         for index in [index for index, samples in self.pool.done.items() if None not in samples]:
             job, completions = self.jobs.pop(index), [one for one in self.pool.done.pop(index) if one is not None]
             for sample, completion in enumerate(completions):
@@ -143,12 +142,18 @@ class _Worker:
             del self.jobs[index]
             self.pool.cancel(index)
 
+    def _tell_pieces(self) -> None:
+        for sequence in self.pool.running:
+            self._tell_piece(self.jobs[sequence.index], sequence.sample, sequence)
+
     def _arriving(self) -> Iterator[Request | None]:
         number = 0
         while True:
             if not self.waiting:
                 yield None
                 continue
+            self._tell_pieces()  # first tokens, which do not wait for the prompts of others
+            self._send()
             job = self.waiting.popleft()
             if job.scored is not None:
                 self._outbox.append((job, self._score(job.request.prompt, job.scored)))
@@ -204,7 +209,7 @@ class Engine:
     def __init__(self, generators: Mapping[str, Generator], loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._inbox = loop, SimpleQueue[tuple[str, str, Job | None]]()
         self._outbox: list[tuple[Job, Event]] = []
-        self._workers = {name: _Worker(generator, self._outbox) for name, generator in generators.items()}
+        self._workers = {name: _Worker(generator, self._outbox, self._send) for name, generator in generators.items()}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -255,11 +260,15 @@ class Engine:
                 except Exception:
                     write_message(traceback.format_exc().rstrip("\n"))
                     worker.fail("a bug in llmkit; its lines are on the server's stderr")
-            if self._outbox:
-                told = self._outbox[:]
-                self._outbox.clear()
-                with suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(_tell, told)
+            self._send()
+
+    def _send(self) -> None:
+        """Pass to the event loop what is to be told."""
+        if self._outbox:
+            told = self._outbox[:]
+            self._outbox.clear()
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(_tell, told)
 
     def _receive(self) -> bool:
         """Take what the event loop has sent, and wait for it where there is nothing else to do; False to stop."""

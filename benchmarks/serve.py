@@ -1,0 +1,134 @@
+"""`llmkit serve` beside llama-cpp-python's server: requests and tokens a second, and the time to the first token.
+
+    python benchmarks/serve.py chat/ --peer-python peers/bin/python     # has llama-cpp-python[server]
+
+Both serve one folder on the same threads: float32 beside a GGUF file in float32, and int8 beside one in q8_0. In each
+round the two answer the same requests in turn, at 1 client and at 16; what is printed are medians over the rounds, and
+the median of the rounds' ratios. A client asks again as soon as it is answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+PORTS = 8471, 8472
+PROMPT = "Tell me about the village where the river meets the old road, and who lives there. "
+
+
+async def ask(url: str, body: dict[str, Any]) -> tuple[float, float, bytes]:
+    """Send a request; seconds to the first data of the body and to its end, and the body."""
+    address, data = urlsplit(url), json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+    started = time.perf_counter()
+    writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+    await reader.readuntil(b"\r\n\r\n")
+    content = await reader.read(1)
+    while body.get("stream") and b'"text": "' not in content.replace(b'"text":"', b'"text": "'):
+        if not (piece := await reader.read(65536)):
+            break
+        content += piece
+    first = time.perf_counter() - started
+    content += await reader.read()
+    writer.close()
+    return first, time.perf_counter() - started, content
+
+
+async def load(url: str, clients: int, requests: int, tokens: int, stream: bool) -> dict[str, float]:
+    """Figures of some clients who ask at once."""
+    waiting, firsts, made = list(range(requests)), [], 0
+
+    async def client() -> None:
+        nonlocal made
+        while waiting:
+            number = waiting.pop()
+            body = {"prompt": f"{number}. {PROMPT}", "max_tokens": tokens, "seed": number, "stream": stream}
+            first, _, content = await ask(url, body | {"temperature": 1.0, "top_k": 40})
+            firsts.append(first)
+            if not stream:
+                made += json.loads(content[content.index(b"{") : content.rindex(b"}") + 1])["usage"][
+                    "completion_tokens"
+                ]
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - started
+    if stream:
+        return {"first token, ms": 1000 * statistics.median(firsts)}
+    return {"requests/s": requests / seconds, "tokens/s": made / seconds}
+
+
+def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            sys.exit(f"{' '.join(map(str, process.args))}: ended with {process.returncode}")
+        try:
+            urllib.request.urlopen(f"{url}/v1/models", timeout=1).read()
+            return
+        except OSError:
+            time.sleep(0.2)
+    sys.exit(f"{url}: does not answer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--peer-python", required=True, help="Python with llama-cpp-python and its server")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    urls = [f"http://127.0.0.1:{port}" for port in PORTS]
+    print("| precision | clients | figure | llmkit | llama.cpp | ratio |\n|---|---|---|---|---|---|")
+    for ours, theirs in (("float32", "float32"), ("int8", "q8_0")):
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            file = Path(folder) / "m.gguf"
+            export = [sys.executable, "-m", "llmkit", "export", options.model, "--format", "gguf", "--dtype", theirs]
+            subprocess.run([*export, "-o", str(file), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+            commands = [
+                [sys.executable, "-m", "llmkit", "serve", options.model, "--dtype", ours, "--port", str(PORTS[0])],
+                [options.peer_python, "-m", "llama_cpp.server", "--model", str(file), "--port",
+                 str(PORTS[1]), "--n_threads", str(options.threads), "--n_threads_batch", str(options.threads),
+                 "--n_ctx", "0", "--verbose", "false"],
+            ]  # fmt: skip
+            for url, command in zip(urls, commands, strict=True):
+                process = stack.enter_context(
+                    subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                )
+                stack.callback(process.terminate)
+                wait_for(url, process)
+            compare(f"{ours}, {theirs}", urls, options.rounds, options.tokens)
+
+
+def compare(precision: str, urls: list[str], rounds: int, tokens: int) -> None:
+    """Print the rows of one precision."""
+    for clients in (1, 16):
+        figures: dict[str, list[tuple[float, float]]] = {}
+        for number in range(rounds + 1):
+            for stream in (False, True):
+                pair = [asyncio.run(load(url, clients, max(4, 2 * clients), tokens, stream)) for url in urls]
+                for name in pair[0] if number else ():  # the first round warms up
+                    figures.setdefault(name, []).append((pair[0][name], pair[1][name]))
+        for name, values in figures.items():
+            mine, other = (statistics.median(value[side] for value in values) for side in (0, 1))
+            ratio = statistics.median(value[0] / value[1] for value in values)
+            print(f"| {precision} | {clients} | {name} | {mine:.1f} | {other:.1f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
