@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1580),
     "crawl": (4640, 5140),
     "data": (1100, 1640),
-    "generation": (2250, 3720),
+    "generation": (2250, 3745),
     "training": (2500, 3250),
     "reward_model": (800, 0),
     "probing": (970, 1020),

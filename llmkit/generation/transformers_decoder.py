@@ -47,8 +47,16 @@ class TransformersDecoder:
         self._lengths: list[int] = []  # of the rows of the batch
 
     def prefill(self, token_ids: list[int]) -> CachedPrefix:
-        """Run a prompt through the model by itself."""
-        return self._extend(self._new_cache(), 0, token_ids)
+        """Run a prompt through the model by itself. Raises UserError for a family whose layers keep more than their
+        part of the cache, or refuse it."""
+        cache = self._new_cache()
+        try:
+            prefix = self._extend(cache, 0, token_ids)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self._own_cache()} ({error})") from error
+        if not all(map(_is_filled, prefix.cache.layers)):
+            raise UserError(self._own_cache())
+        return prefix
 
     def extend(self, prefix: CachedPrefix, token_ids: list[int]) -> CachedPrefix:
         """Run more tokens through the model behind a prefix, which stays as it is."""
@@ -98,10 +106,7 @@ class TransformersDecoder:
         from transformers import cache_utils
 
         if self.model.cache_name is None:
-            raise UserError(
-                f"model_type {self.config.model_type!r}: expected the cache that models of transformers share, found "
-                "one of its own; it can be trained, not sampled"
-            )
+            raise UserError(self._own_cache())
         cache = cache_utils.DynamicCache(config=self.config.stock)
         whole = {
             "DynamicSlidingWindowLayer": "DynamicLayer",
@@ -113,6 +118,12 @@ class TransformersDecoder:
             for layer in cache.layers
         ]
         return cache
+
+    def _own_cache(self) -> str:
+        return (
+            f"model_type {self.config.model_type!r}: expected the cache that models of transformers share, found "
+            "one of its own; it can be trained, not sampled"
+        )
 
     def _extend(self, cache: Any, length: int, token_ids: list[int]) -> CachedPrefix:
         logits_1TV = self._run([token_ids], [length], cache, last=True)
@@ -150,6 +161,12 @@ def _by_position(layer: Any) -> list[str]:
 def _states(layer: Any) -> list[tuple[str, dict[Any, Tensor]]]:
     """Names of a layer's states by number, (rows, ...), which have no positions."""
     return [(name, value) for name, value in vars(layer).items() if isinstance(value, dict)]
+
+
+def _is_filled(layer: Any) -> bool:
+    """True if a layer of a cache holds something, or is there for one that needs nothing."""
+    states = any(isinstance(state, Tensor) for _, states in _states(layer) for state in states.values())
+    return states or bool(_by_position(layer)) or type(layer).__name__ == "DummyLayer"
 
 
 def _join(prefixes: Sequence[CachedPrefix]) -> Any:

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from foreign_models import MODELS, edit_config, save
+from foreign_models import COMMON, GROUPED, MODELS, edit_config, save
 from llmkit.kernels.attention import Branching
 from safetensors.torch import load_file, save_file
 
@@ -190,6 +190,22 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(UserError, match="'bert': expected causal layers, found tokens that see later ones"):
         load_model(tmp_path / "bert", backend="auto")
+
+
+@pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma"])
+def test_a_family_with_a_cache_of_its_own_is_trained_but_not_sampled(family, tmp_path):
+    own = dict(head_dim=8, lru_width=32, attention_window_size=16, block_types=["recurrent", "attention"])
+    models = {"rwkv": COMMON | {"attention_hidden_size": 32}, "recurrent_gemma": GROUPED | own}
+    config = transformers.AutoConfig.for_model(family, **models[family])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, backend="auto").train()
+    ids = numbers(1, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    packed = model.loss(ids, ids, documents, reduction="sum")
+    alone = sum(model.loss(part, part, reduction="sum") for part in ids.split([5, 7], 1))
+    assert abs(packed - alone) < 1e-4
+    with pytest.raises(UserError, match=f"'{family}': expected the cache that .* can be trained, not sampled"):
+        TransformersDecoder(model).prefill([1, 2, 3])
 
 
 def test_without_transformers_the_line_names_the_families_and_the_package(tmp_path, monkeypatch):
