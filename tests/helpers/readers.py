@@ -35,6 +35,7 @@ EXEMPT = {
     "llmkit.io.hub",  # the same
     "llmkit.io.remote",  # the same
     "llmkit.io.run_folder",  # steps of checkpoints
+    "llmkit.model.folder",  # two words, of a model's config.json
     "llmkit.tools.user_code",  # a docstring of the user's
 }
 
