@@ -83,9 +83,10 @@ def measure(form: str, arguments: argparse.Namespace, folder: Path, data: Path) 
     command += ["--activation-checkpointing"] if arguments.activation_checkpointing else []
     work, peaks, rows, clocks = Path(f"{out}.partial"), {"load": 0.0, "steps": 0.0, "save": 0.0}, 0, []
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and (rows < arguments.steps or (arguments.save and form == arguments.forms[-1])):
-        phase = "load" if not (work / "state").exists() else "steps" if rows < arguments.steps else "save"
+        begun = rows or (work / "state").exists()
+        phase = "load" if not begun else "steps" if rows < arguments.steps else "save"
         peaks[phase] = max(peaks[phase], resident(process))
         now = (work / "metrics.jsonl").read_bytes().count(b"\n") if (work / "metrics.jsonl").exists() else 0
         if now > rows:

@@ -71,7 +71,8 @@ FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
     --cache-type-k --cache-type-v --max-per-task --fast
-    --hf-trainer --litgpt-python --models --peer-python --peers --rounds --seeds --steps --folds"""
+    --forms --hf-trainer --litgpt-python --models --peer-python --peers --rounds --save --seeds --steps
+    --folds --work"""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
