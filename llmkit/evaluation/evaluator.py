@@ -20,12 +20,14 @@ import numpy as np
 from llmkit.config import ToolConfig
 from llmkit.errors import UserError, naming
 from llmkit.evaluation.likelihood import Likelihood, Scorer, Tokens, encode_core, encode_pairs
+from llmkit.evaluation.served import WITH_FOLDER, ServedScorer
 from llmkit.evaluation.tasks import EXACT_MATCH, Item, Task, is_exact_match
 from llmkit.formats.conversations import Message, message
 from llmkit.generation.generator import Generator, end_tokens
 from llmkit.generation.next_token import Sampling, request_number
 from llmkit.generation.requests import Request
 from llmkit.generation.sampler import Sampler, open_sampler
+from llmkit.generation.served_models import OpenAIClient, parse_address
 from llmkit.generation.tool_calls import open_tools
 from llmkit.io.hub import local_folder
 from llmkit.io.resume import fingerprint
@@ -79,7 +81,7 @@ def check_problems(task: Task, items: Sequence[Item], sandbox: bool = True) -> N
 class Model:
     """A model under evaluation, here or behind a server.
 
-    score    likelihoods of continuations; None where they cannot be had
+    scorer   of continuations
     sampler  opens a sampler that ends completions at some strings
     """
 
@@ -89,11 +91,11 @@ class Model:
         sha256: str,
         tokenizer: Tokenizer | None,
         asking: Asking,
-        score: Callable[[Sequence[Tokens]], list[Likelihood]] | None,
+        scorer: Scorer | ServedScorer,
         sampler: Callable[[Sequence[str]], AbstractContextManager[Sampler]],
     ) -> None:
         self.name, self.sha256, self._tokenizer, self._asking = name, sha256, tokenizer, asking
-        self._score, self._sampler = score, sampler
+        self._scorer, self._sampler = scorer, sampler
         self._verifier = VerifierReward(sandbox=asking.sandbox)
 
     def evaluate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -104,9 +106,14 @@ class Model:
         return self._generate(task, items) if task.kind == "generation" else self._weigh(task, items)
 
     def _weigh(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
-        if self._score is None or self._tokenizer is None:
-            raise UserError("log-likelihoods behind --engine need MODEL beside it, whose tokenizer makes the tokens")
-        scores = iter(self._score(self._encoded(task, items)))
+        if self._tokenizer is not None:
+            scores = iter(self._scorer.score(self._encoded(task, items)))
+        elif task.tokens == "core" or (self._asking.chat and task.kind != "text"):
+            why = "--chat" if self._asking.chat else "CORE"
+            raise UserError(f"{task.name}: {why} needs the tokens of prompts; {WITH_FOLDER}")
+        else:
+            assert isinstance(self._scorer, ServedScorer)
+            scores = iter(self._scorer.score_texts(self._texts(task, items)))
         return [_judged(task, item, [next(scores) for _ in item.pairs("")]) for item in items]
 
     def _encoded(self, task: Task, items: Sequence[Item]) -> list[Tokens]:
@@ -116,11 +123,8 @@ class Model:
             contexts = [item.contexts[0].strip() for item in items] if task.kind == "language_modeling" else None
             return encode_core(self._tokenizer, groups, contexts, task.kind == "schema")
         if not self._asking.chat or task.kind == "text":
-            delimiter = "" if task.kind == "text" else task.delimiter
-            pairs = [pair for item in items for pair in item.pairs(delimiter)]
-            before = [self._before(task, item) for item in items for _ in item.pairs("")]
             with naming(f"--tasks {task.name}"):
-                return encode_pairs(self._tokenizer, [(a + b, c) for a, (b, c) in zip(before, pairs, strict=True)])
+                return encode_pairs(self._tokenizer, self._texts(task, items))
         with self._sampler(()) as sampler:
             if sampler.chat is None:
                 raise UserError("--chat: expected a model whose chat format is here")
@@ -128,6 +132,11 @@ class Model:
             asked = [sampler.chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
         rests = [self._tokenizer.encode(rest) for _, rest in turns]
         return [(ids + rest, len(ids)) for ids, rest in zip(asked, rests, strict=True)]
+
+    def _texts(self, task: Task, items: Sequence[Item]) -> list[tuple[str, str]]:
+        """Contexts and continuations of all options."""
+        delimiter = "" if task.kind == "text" else task.delimiter
+        return [(self._before(task, item) + a, b) for item in items for a, b in item.pairs(delimiter)]
 
     def _before(self, task: Task, item: Item) -> str:
         """What stands before an item's text: the system message and the task's description."""
@@ -251,7 +260,7 @@ def model_here(
                 weights=weights,
             )  # fmt: skip
 
-    return Model(name, sha256, tokenizer, asking, Scorer(model).score, sampler)
+    return Model(name, sha256, tokenizer, asking, Scorer(model), sampler)
 
 
 @contextmanager
@@ -289,10 +298,14 @@ def open_model(
                 concurrency=concurrency, timeout=timeout, tools=asking.tools,
             )  # fmt: skip
 
+        context = None
+        if folder is not None and (local_folder(folder) / "config.json").is_file():
+            context = load_config(folder).max_position_embeddings
         with sampler(()) as asked:
             asked.check()
             name, tokenizer = asked.name, asked.tokenizer
-        model = Model(name, "", tokenizer, asking, None, sampler)
+        server = OpenAIClient(parse_address(engine, "--engine"), timeout)
+        model = Model(name, "", tokenizer, asking, ServedScorer(server, concurrency, context), sampler)
     try:
         yield model
     finally:

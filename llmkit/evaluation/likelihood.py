@@ -63,21 +63,31 @@ class Likelihood:
 # ---- text to tokens
 
 
+def split_pair(context: str, continuation: str) -> tuple[str, str]:
+    """Split a text where its continuation begins: white space at the end of a context goes to it.
+
+    Raises UserError for an empty continuation.
+    """
+    before = context.rstrip()
+    rest = context[len(before) :] + continuation
+    if not rest.strip():
+        raise UserError(f"expected a continuation with text, found {rest[:40]!r} behind {context[-40:]!r}")
+    return before, rest
+
+
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
     """Encode contexts with their continuations, each pair as one text.
 
-    White space at the end of a context goes to the continuation; an empty context is the beginning token, or the end
+    A pair is split by `split_pair`; an empty context is the beginning token, or the end
     token where there is none. Raises UserError for an empty continuation.
     """
-    split = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
+    split = [split_pair(context, continuation) for context, continuation in pairs]
     texts = list(dict.fromkeys(text for context, rest in split for text in (context, context + rest)))
     ids, lengths = tokenizer.encode_batch(texts)
     ids_of = {text: some.tolist() for text, some in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)}
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     encoded: list[Tokens] = []
     for context, rest in split:
-        if not rest.strip():
-            raise UserError(f"expected a continuation with text, found {rest[:40]!r} behind {context[-40:]!r}")
         before, whole = (_with(begin, ids_of[context]) if context else []), ids_of[context + rest]
         whole = _with(begin if context else [beginning(tokenizer)], whole)
         start = max(1, len(before))

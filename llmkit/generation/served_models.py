@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -122,6 +122,7 @@ class Reply:
     weights     the version of the weights; None where the server has no name for it
     thought     reasoning that it tells apart from the text
     tool_calls  {"id", "name", "arguments"} of each, the last as text
+    echoed      the log-probabilities as they came, of the prompt too where it was to be echoed
     """
 
     text: str
@@ -133,6 +134,7 @@ class Reply:
     weights: str | None = None
     thought: str = ""
     tool_calls: tuple[dict[str, str], ...] = ()
+    echoed: Mapping[str, Any] = field(default_factory=dict)
 
 
 class OpenAIClient:
@@ -193,7 +195,7 @@ class OpenAIClient:
         """Messages answered, or text or token ids continued; `on_text` is given the text as it comes.
 
         `kept` is what the caller makes use of beside the text, which else counts as left out. `details` are those of
-        `openai`: top_p, stop, tools, extra_body. Raises ServerError, and PromptTooLong.
+        `openai`: top_p, stop, tools, echo, extra_body. Raises ServerError, and PromptTooLong.
         """
         import openai
 
@@ -384,6 +386,7 @@ def _read(content: Mapping[str, Any]) -> Reply | None:
         weights=None if version is None else str(version),
         thought=text_of(message.get("reasoning_content") or message.get("reasoning")),
         tool_calls=tuple(map(_call, calls if isinstance(calls, list) else ())),
+        echoed=_object(choice.get("logprobs")),
     )
 
 

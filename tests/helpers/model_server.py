@@ -9,6 +9,7 @@ with ModelServer(folder, kind="vllm") as server:
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,19 @@ from llmkit.model.folder import load_model
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import load_tokenizer
 
-OPENAI = {"model", "prompt", "messages", "seed", "max_tokens", "temperature", "top_p", "stop", "stream", "logprobs"}
+OPENAI = {
+    "model",
+    "prompt",
+    "messages",
+    "seed",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "stream",
+    "logprobs",
+    "echo",
+}
 
 
 class ModelServer(ChatServer):
@@ -32,6 +45,7 @@ class ModelServer(ChatServer):
 
     kind    "vllm" and "sglang" take token ids and load weights; "strict" takes the fields of OpenAI's alone and text
     lies    "few logprobs", "no logprobs", "no ids", "ids as names" (as older vLLM has it), "no end" (leaves it out),
+            "no echo" (of the prompt), "no zero" (refuses max_tokens=0), "no begin" (token before an echoed text),
             "stale" (says that it loaded weights, and did not), "refuses" (to load), "abort" (ends completions so)
     loaded  the folders that it was asked to load; `resets` counts those of its cache
     """
@@ -43,6 +57,11 @@ class ModelServer(ChatServer):
         self.version, self._lock = "default", threading.Lock()
         self._load(folder)
         self._tokenizer = load_tokenizer(folder)
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        while self.open:  # a thread within torch at the interpreter's end aborts it
+            time.sleep(0.01)
 
     def _load(self, folder: Path) -> None:
         self._model = load_model(folder)
@@ -78,6 +97,8 @@ class ModelServer(ChatServer):
         ids = self._ids(body)
         if len(ids) + body["max_tokens"] > self._model.config.max_position_embeddings:
             return 400, {"error": {"message": "This model's maximum context length is exceeded."}}
+        if body.get("echo") and "no echo" not in self.lies:
+            return self._echo(ids["no begin" in self.lies :], body["max_tokens"])
         top_k, top_p, min_p = (body.get(name) for name in ("top_k", "top_p", "min_p"))
         sampling = Sampling(body["temperature"], top_k if top_k and top_k > 0 else None, top_p, min_p)
         generator = Generator(self._model, self._tokenizer, sampling, slots=1, stop=body.get("stop") or ())
@@ -99,6 +120,22 @@ class ModelServer(ChatServer):
         usage = {"prompt_tokens": len(ids), "completion_tokens": count, "total_tokens": len(ids) + count}
         whole: dict[str, Any] = {"id": "1", "choices": [choice], "usage": usage}
         return 200, whole | ({"metadata": {"weight_version": self.version}} if self.kind == "sglang" else {})
+
+    def _echo(self, ids: list[int], max_tokens: int) -> tuple[int, Any]:
+        """The prompt with its log-probabilities, and what follows it."""
+        if max_tokens == 0 and "no zero" in self.lies:
+            return 400, {"error": {"message": "max_tokens must be at least 1, got 0."}}
+        for _ in range(max_tokens):
+            with torch.no_grad():
+                ids = [*ids, int(self._model.logits(self._model(torch.tensor([ids])))[0, -1].argmax())]
+        with torch.no_grad():
+            all_TV = self._model.logits(self._model(torch.tensor([ids])))[0].log_softmax(-1)
+        given = [None, *(float(all_TV[place, token]) for place, token in enumerate(ids[1:]))]
+        names = [self._tokenizer.decode([one]) for one in ids]
+        tops = [None, *({self._tokenizer.decode([int(row.argmax())]): float(row.max())} for row in all_TV[:-1])]
+        logprobs = {"tokens": names, "token_logprobs": given, "top_logprobs": tops, "text_offset": None}
+        choice = {"index": 0, "finish_reason": "length", "text": "".join(names), "logprobs": logprobs}
+        return 200, {"id": "1", "choices": [choice]}
 
     def _logprobs(self, of_messages: bool, token_ids: list[int], given: list[float]) -> dict[str, Any]:
         names = [self._tokenizer.decode([one]) for one in token_ids[: len(given)]]

@@ -119,6 +119,49 @@ def test_schemas_language_modelling_and_texts(models, tmp_path):
     assert [item["tokens"] for item in texts] == [[len(row["text"])] for row in TEXTS]  # a token for each byte
 
 
+@pytest.mark.parametrize(("folder", "lies"), [(True, set()), (True, {"no zero"}), (False, {"no zero"})])
+def test_likelihoods_from_a_server_are_those_of_its_model(models, tmp_path, folder, lies):
+    from model_server import ModelServer
+
+    rows = {"choices": CHOICES, "schemas": SCHEMAS, "words": WORDS} | ({"texts": TEXTS} if folder else {})
+    rows["choices"] = [{**row, "choices": [*row["choices"][:2], "old"]} for row in CHOICES]  # all of ASCII
+    tasks = ",".join(write_lines(tmp_path / f"{name}.jsonl", some) for name, some in rows.items())
+    here = evaluate(models / "base", tasks=tasks, report=str(tmp_path / "here.jsonl"), force=True)
+    with ModelServer(models / "base") as server:
+        server.lies = lies
+        of = [models / "base"] if folder else []
+        there = evaluate(*of, tasks=tasks, engine=server.spec, report=str(tmp_path / "there.jsonl"), force=True)
+    for first, second in zip(read_lines(tmp_path / "here.jsonl"), read_lines(tmp_path / "there.jsonl"), strict=True):
+        assert second["logprobs"] == pytest.approx(first["logprobs"], abs=1e-4)
+        assert [second[name] for name in ("where", "tokens", "metrics")] == [
+            first[name] for name in ("where", "tokens", "metrics")
+        ]
+    scores = [{name: task["score"] for name, task in run.models[0]["tasks"].items()} for run in (here, there)]
+    assert scores[0] == pytest.approx(scores[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "lies", "options", "expected"),
+    [
+        (CHOICES, {"no echo"}, {}, "expected log-probabilities of the prompt .echo=true., found none; llmkit serve"),
+        (
+            TEXTS,
+            {"no begin"},
+            {},
+            "expected a log-probability of each token of a continuation, found none of the first",
+        ),
+        (CHOICES, set(), {}, "expected tokens of which one begins ' öd', found .*; give MODEL beside --engine"),
+        (CHOICES, set(), {"chat": True}, "a: --chat needs the tokens of prompts; give MODEL beside --engine"),
+    ],
+)
+def test_a_server_that_gives_no_likelihoods_is_named(models, tmp_path, rows, lies, options, expected):
+    from model_server import ModelServer
+
+    with ModelServer(models / "base") as server, pytest.raises(UserError, match=expected):
+        server.lies = lies
+        evaluate(tasks=write_lines(tmp_path / "a.jsonl", rows), engine=server.spec, **options)
+
+
 def test_completions_are_judged_as_rl_judges_them(models, tmp_path):
     file, report = write_lines(tmp_path / "sums.jsonl", PROBLEMS), tmp_path / "report.jsonl"
     summary = evaluate(models / "seven", tasks=file, report=str(report)).models[0]["tasks"]["sums"]

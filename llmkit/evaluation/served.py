@@ -1,0 +1,110 @@
+"""Log-likelihoods from a server that echoes prompts with log-probabilities: OpenAI's legacy `/v1/completions`.
+
+scorer = ServedScorer(OpenAIClient(parse_address("openai:http://localhost:8000/v1#base", "--engine")))
+scorer.score([([1, 72, 105], 1)])  # by ids, cut as for a model here
+scorer.score_texts([("The sea is", " blue")])  # by the server's tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+from llmkit.errors import ServerError, UserError
+from llmkit.evaluation.likelihood import Likelihood, Tokens, split_pair, windows
+from llmkit.generation.served_models import OpenAIClient, PromptTooLong, Refused
+
+WITH_FOLDER = "give MODEL beside --engine, whose tokenizer makes the tokens"
+
+
+class ServedScorer:
+    """Scores continuations by a model behind a server, `concurrency` requests at a time.
+
+    context  tokens of a prompt; beyond them its beginning goes. None where only the server knows them
+    """
+
+    def __init__(self, server: OpenAIClient, concurrency: int = 8, context: int | None = None) -> None:
+        self._server, self._concurrency, self._context = server, concurrency, context
+        self._max_tokens = 0
+
+    def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
+        """Return the likelihood of each continuation. Raises ServerError where the server does not echo."""
+        # a server takes whole prompts, with the last token, and may want room for one more
+        context = 1 << 40 if self._context is None else self._context - 2
+        pieces = [(number, piece) for number, tokens in enumerate(requests) for piece in windows(tokens, context)]
+        scores: list[list[Likelihood]] = [[] for _ in requests]
+        for (number, _), score in zip(pieces, self._each(self._score, [piece for _, piece in pieces]), strict=True):
+            scores[number].append(score)
+        return [
+            Likelihood(
+                sum(one.logprob for one in some),
+                all(one.is_greedy for one in some),
+                sum(one.tokens for one in some),
+                len(ids) > context + 1,
+            )
+            for (ids, _), some in zip(requests, scores, strict=True)
+        ]
+
+    def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Return the likelihood of each continuation behind its context, by the server's own tokens.
+
+        Raises ServerError where none of them begins with the continuation, or nothing stands before it.
+        """
+        return self._each(self._score_text, [split_pair(context, rest) for context, rest in pairs])
+
+    def _each(self, score: Callable[[Any], Likelihood], requests: list[Any]) -> list[Likelihood]:
+        with ThreadPool(self._concurrency) as pool:
+            return list(pool.imap(score, requests))
+
+    def _score(self, tokens: Tokens) -> Likelihood:
+        ids, start = tokens
+        echo = self._echo(ids)
+        if len(echo["token_logprobs"]) != len(ids):
+            raise self._fault(f"log-probabilities of the prompt's {len(ids)} tokens", len(echo["token_logprobs"]))
+        return self._likelihood(echo, start)
+
+    def _score_text(self, pair: tuple[str, str]) -> Likelihood:
+        context, rest = pair
+        echo = self._echo(context + rest)
+        names = [str(name) for name in echo["tokens"]]
+        letters, start, text = "".join(rest.split()), len(names), ""
+        # from the end, for a server may put a token before the prompt; without spaces, which some leave out of tokens
+        while start and len(text) < len(letters):
+            start -= 1
+            text = "".join(names[start].split()) + text
+        if text != letters:
+            raise self._fault(f"tokens of which one begins {rest[:40]!r}", f"{text[:40]!r}; {WITH_FOLDER}")
+        while start > 1 and not names[start - 1].strip():
+            start -= 1
+        return self._likelihood(echo, start)
+
+    def _echo(self, prompt: str | list[int]) -> dict[str, Any]:
+        """Tokens of a prompt and their log-probabilities; those of a token that had to be generated are cut off."""
+        extra, details = self._max_tokens, {"seed": 0, "temperature": 0.0, "logprobs": True, "echo": True}
+        try:
+            try:
+                reply = self._server.ask(prompt, max_tokens=extra, **details)
+            except Refused:
+                if extra:
+                    raise
+                extra = 1  # not every server takes 0
+                reply = self._server.ask(prompt, max_tokens=extra, **details)
+                self._max_tokens = extra
+        except PromptTooLong:
+            raise ServerError(f"{self._server.place}: a prompt is longer than its context; {WITH_FOLDER}") from None
+        rows = {name: reply.echoed.get(name) for name in ("tokens", "token_logprobs", "top_logprobs")}
+        sizes = {len(row) if isinstance(row, list) else 0 for row in rows.values()}
+        if len(sizes) > 1 or max(sizes) <= extra:
+            raise self._fault("log-probabilities of the prompt (echo=true)", "none; llmkit serve and vLLM give them")
+        return {name: row[: max(sizes) - extra] for name, row in rows.items() if row is not None}
+
+    def _likelihood(self, echo: dict[str, Any], start: int) -> Likelihood:
+        logprobs, best = echo["token_logprobs"][start:], echo["top_logprobs"][start:]
+        if not all(isinstance(value, (int, float)) for value in logprobs):
+            raise self._fault("a log-probability of each token of a continuation", f"none of the first; {WITH_FOLDER}")
+        greedy = [not top or value >= max(top.values()) for value, top in zip(logprobs, best, strict=True)]
+        return Likelihood(float(sum(logprobs)), all(greedy), len(logprobs))
+
+    def _fault(self, expected: str, found: object) -> UserError:
+        return ServerError(f"{self._server.place}: expected {expected}, found {found}")
