@@ -184,7 +184,7 @@ class TransformersModel(Transformer):
 
     def __init__(self, config: TransformersConfig, module: Any) -> None:
         nn.Module.__init__(self)  # in place of the decoder
-        self.config, self.module = config, module
+        self.config, self.module, self._checkpoint_layers = config, module, False
         accepted = inspect.signature(module.base_model.forward).parameters
         self.cache_name = next((name for name in _CACHES if name in accepted), None)
         self._has_positions = "position_ids" in accepted
@@ -238,12 +238,14 @@ class TransformersModel(Transformer):
     @property
     def checkpoint_layers(self) -> bool:  # type: ignore[override]
         """True if each layer is computed again in backward, where the family can."""
-        return self.module.is_activation_checkpointing
+        return self._checkpoint_layers
 
     @checkpoint_layers.setter
     def checkpoint_layers(self, wanted: bool) -> None:
-        if wanted:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        self._checkpoint_layers = wanted
+        if wanted:  # by its name from release 5.2x on, or before
+            new = getattr(self.module, "activation_checkpointing_enable", None)
+            (new or self.module.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def run(self, token_ids_NL: Tensor, cache: Any = None, **options: Any) -> Tensor:
         """Hidden states (N, L, C), ready for the head, or logits (N, L, V) of a head that is more than a matrix.
@@ -256,6 +258,7 @@ class TransformersModel(Transformer):
         if self._scale is None:
             return self.module(token_ids_NL, **given, **options).logits
         hidden_NLC = self.module.base_model(token_ids_NL, **given, **options)[0]
+        hidden_NLC = hidden_NLC.to(self.embed_tokens.dtype)  # mamba2's are float32
         return hidden_NLC if self._scale == 1.0 else hidden_NLC * self._scale
 
     @torch.no_grad()

@@ -142,6 +142,20 @@ def test_a_sequence_goes_on_behind_the_result_of_a_tool(folder):
         assert (logits[row] - model.logits(model(torch.tensor([ids])))[0, -1]).abs().max() < 1e-4
 
 
+def test_bfloat16(folder):
+    model = load_model(folder[0], dtype=torch.bfloat16, backend="auto").train()
+    ids = numbers(2, 20)
+    exact = load_model(folder[0], backend="auto").loss(ids, ids)
+    loss = model.loss(ids, ids, torch.tensor([[0] * 8 + [1] * 12] * 2))
+    loss.backward()
+    assert loss.isfinite() and model.loss(ids, ids) < 1.2 * exact
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    with torch.no_grad():
+        decoder = TransformersDecoder(model.eval())
+        decoder.load(0, decoder.prefill([1, 2, 3]))
+        assert decoder.step([4], [3]).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window", "gemma3", "granite", "gpt2", "gemma2"])
 def test_native_families_are_the_same_by_either_backend(name, tmp_path):
     families.save(name, tmp_path)
