@@ -1,12 +1,14 @@
-"""The paths of the server: OpenAI's, those that vLLM has beside them, the page, and the people's judgements."""
+"""The routes of the server: OpenAI's, those of vLLM for tokens, the page, and judgements; and who may use them."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,41 +19,50 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llmkit.serving.answers import Answers
-from llmkit.serving.collect import Judgements
-from llmkit.serving.engine import Engine, Failed, Job
-from llmkit.serving.fields import ApiError, Fields
-from llmkit.serving.models import MOST_PROMPTS, MOST_TOP, ServedModel
-
-MOST_BODY = 8 << 20  # bytes
-BODY_SECONDS = 30.0  # for a body to arrive
-PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/app.js": ("app.js", "text/javascript"),
-    "/style.css": ("style.css", "text/css"),
-}
-CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+from llmkit.serving.answers import Answer
+from llmkit.serving.collect import JudgementBody, Judgements
+from llmkit.serving.engine import Engine, Job
+from llmkit.serving.models import Prompt, ServedModel
+from llmkit.serving.protocol import (
+    AnyBody,
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    read_body,
 )
-OPEN_PATHS = {*PAGE_FILES, "/health"}  # without a key
-STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would hold a stream back
+
+MAX_BODY = 8 << 20  # bytes
+BODY_SECONDS = 30.0  # for a body to arrive
+PAGE = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+    "x-content-type-options": "nosniff",
+}
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would buffer the stream
+METRICS = (  # name, type, help, samples
+    ("requests_total", "counter", "Requests answered.", ("",)),
+    ("prompt_tokens_total", "counter", "Tokens of prompts.", ("",)),
+    ("generation_tokens_total", "counter", "Tokens generated.", ("",)),
+    ("requests_open", "gauge", "Requests that run or wait.", ("",)),
+    ("slots", "gauge", "Sequences that can run at a time.", ("",)),
+    ("time_to_first_token_seconds", "summary", "From a request to its first text.", ("_sum", "_count")),
+)
 
 
 class Service:
-    """What the paths work with.
+    """The handlers of the routes.
 
-    models     by name
-    engine     computes for them
-    queue      requests of a model that may wait while all slots are taken
-    slots      sequences of a model that run at a time
-    timeout    seconds that a request may take
-    judgements the files of --collect, and `guide` the text of --guide
+    slots    sequences of a model that run at a time
+    queue    requests of a model that may wait while all slots are taken
+    timeout  seconds that a request may take
     """
 
     def __init__(
@@ -66,193 +77,127 @@ class Service:
         guide: str | None,
     ) -> None:
         self.models, self.engine, self.timeout = models, engine, timeout
-        self.judgements, self.guide = judgements, guide
-        self._most_open = slots + queue
-        self._slots = slots
-        self.open_jobs: Counter[str] = Counter()  # by model: those that run or wait
-        self.counts = Counter[tuple[str, str]]()
-        self.first_token_seconds = defaultdict[str, float](float)
+        self.judgements, self.guide, self._max_open = judgements, guide, slots + queue
+        self.metric_values: dict[str, Any] = defaultdict(Counter)  # by sample of METRICS and model
+        self.metric_values["slots"].update({model.name: slots for model in models})
+        self._open = self.metric_values["requests_open"]
 
-    # ---- models
-
-    async def list_models(self, request: Request) -> Response:
-        collecting = {"collect": self.judgements is not None, "guide": self.guide is not None}
-        return _json({"object": "list", "data": [model.about() | collecting for model in self.models]})
-
-    async def show_model(self, request: Request) -> Response:
-        return _json(self._model(request.path_params["name"]).about())
-
-    def _model(self, name: Any) -> ServedModel:
-        """The model that a request names; the only one where it names none."""
+    def _model(self, name: str | None) -> ServedModel:
+        """Return the model that a request names; the only one for a request that names none."""
         if name is None and len(self.models) == 1:
             return self.models[0]
-        model = next((one for one in self.models if name in (one.name, one.path)), None)
-        if model is None:
-            known = ", ".join(one.name for one in self.models)
-            raise ApiError(
-                f"there is no model {name!r}; there are {known}", "model", status=404, code="model_not_found"
-            )
-        return model
+        for model in self.models:
+            if name in (model.name, model.path):
+                return model
+        names = ", ".join(model.name for model in self.models)
+        raise ApiError(f"there is no model {name!r}; there are {names}", "model", status=404, code="model_not_found")
 
     # ---- completions
 
     async def chat_completions(self, request: Request) -> Response:
-        fields = Fields(await _body(request))
-        model = self._model(fields.take("model"))
-        wants = fields.boolean("logprobs")
-        top = fields.integer("top_logprobs", 0, 0, MOST_TOP)
-        if top and not wants:
-            raise ApiError("'top_logprobs': expected 'logprobs' to be true beside it", "top_logprobs")
-        limits = [fields.integer(name, None, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
-        max_tokens = next((limit for limit in limits if limit is not None), None)
-        form = self._form(fields)
-        details = model.read_sampling(fields)
-        prompt = await run_in_threadpool(model.encode_chat, fields)
-        fields.check_all_taken()
-        job = {"stream": form["stream"], "tokens": wants or form["token_ids"]}
-        jobs = [
-            model.job(
-                "messages",
-                prompt.ids,
-                max_tokens=max_tokens,
-                scored=None,
-                job=job,
-                top_logprobs=top,
-                tools=prompt.tools,
-                **details,
-            )
-        ]
-        answers = Answers(model, jobs, chat=True, logprobs=top if wants else None, thinking=prompt.thinking, form=form)
-        return await self._answer(request, model, jobs, answers, form["stream"])
+        body = await _read(request, ChatBody)
+        model = self._model(body.model)
+        return await self._complete(request, model, body, [await run_in_threadpool(model.encode_chat, body)])
 
     async def completions(self, request: Request) -> Response:
-        fields = Fields(await _body(request))
-        model = self._model(fields.take("model"))
-        logprobs = fields.integer("logprobs", None, 0, MOST_TOP)
-        max_tokens = fields.integer("max_tokens", 16, 0, 2**31)
-        echo = fields.boolean("echo")
-        if max_tokens == 0 and not echo:
-            raise ApiError("'max_tokens': expected 'echo' to be true beside 0", "max_tokens")
-        adds, form, details = (
-            fields.boolean("add_special_tokens", True),
-            self._form(fields),
-            model.read_sampling(fields),
-        )
-        prompts = await run_in_threadpool(_prompts, model, fields.take("prompt"), adds)
-        fields.check_all_taken()
-        scored = logprobs if echo else None
-        job = {"stream": form["stream"], "tokens": logprobs is not None or form["token_ids"]}
-        top = logprobs or 0
-        jobs = [
-            model.job("prompt", ids, max_tokens=max_tokens, scored=scored, job=job, top_logprobs=top, **details)
-            for ids, _ in prompts
-        ]
-        texts = [text for _, text in prompts] if echo else None
-        answers = Answers(model, jobs, chat=False, logprobs=logprobs, echo=texts, form=form)
-        return await self._answer(request, model, jobs, answers, form["stream"])
+        body = await _read(request, CompletionBody)
+        model = self._model(body.model)
 
-    @staticmethod
-    def _form(fields: Fields) -> dict[str, bool]:
-        """How the answer is wanted."""
-        stream, options = fields.boolean("stream"), fields.take("stream_options")
-        usage = False
-        if options is not None:
-            if not stream:
-                raise ApiError("'stream_options': expected 'stream' to be true beside it", "stream_options")
-            inner = Fields(options)
-            usage = inner.boolean("include_usage")
-            inner.take("include_obfuscation")
-            inner.check_all_taken()
-        return {
-            "stream": stream,
-            "usage": usage,
-            "token_ids": fields.boolean("return_token_ids"),
-            "names_ids": fields.boolean("return_tokens_as_token_ids"),
-        }
+        def encode() -> list[Prompt]:
+            return [model.encode_text(prompt, body.add_special_tokens) for prompt in body.prompt]
 
-    async def _answer(
-        self, request: Request, model: ServedModel, jobs: Sequence[Job], answers: Answers, stream: bool
+        return await self._complete(request, model, body, await run_in_threadpool(encode))
+
+    async def _complete(
+        self, request: Request, model: ServedModel, body: ChatBody | CompletionBody, prompts: Sequence[Prompt]
     ) -> Response:
-        if self.open_jobs[model.name] >= self._most_open:
-            raise ApiError(
-                f"{self._most_open} requests wait or run already; try again", status=429, code="too_many_requests"
-            )
-        self.open_jobs[model.name] += len(jobs)  # before anything else has its turn
-        end = partial(self.open_jobs.subtract, {model.name: len(jobs)})
-        if stream:
-            return _Stream(self._chunks(model, jobs, answers), end)
+        jobs = model.jobs(body, prompts)
+        answer = Answer(model, body, prompts, jobs)
+        if self._open[model.name] >= self._max_open:
+            message = f"{self._max_open} requests wait or run already; try again"
+            raise ApiError(message, status=429, code="too_many_requests")
+        self._open[model.name] += len(jobs)  # no await since the check
+        release = partial(self._release, model, jobs, answer)
+        if body.stream:
+            return _Stream(self._chunks(model, jobs, answer), release)
+        whole = asyncio.ensure_future(self._whole(model, jobs, answer))
+        disconnected = asyncio.ensure_future(request.receive())  # the only message after the body
         try:
-            await _unless_gone(request, self._finish(model, jobs, answers))
+            await asyncio.wait((whole, disconnected), return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                raise ClientDisconnect
+            return _json(whole.result())
         finally:
-            end()
-        return _json(answers.whole())
+            whole.cancel()
+            disconnected.cancel()
+            release()
 
-    async def _finish(self, model: ServedModel, jobs: Sequence[Job], answers: Answers) -> None:
-        async with aclosing(self.engine.answers(model.name, jobs, self.timeout)) as events:
-            async for index, event in events:
-                if isinstance(event, Failed):
-                    raise ApiError(event.reason, status=event.status)
-                answers.take(index, event)
-        self._count(model, jobs, answers)
+    def _release(self, model: ServedModel, jobs: Sequence[Job], answer: Answer) -> None:
+        """Count a request that has ended, and let others wait in its place."""
+        self._open[model.name] -= len(jobs)
+        if not all(job.completions for job in jobs):
+            return
+        values, name, usage = self.metric_values, model.name, answer.usage
+        values["requests_total"][name] += len(jobs)
+        values["prompt_tokens_total"][name] += usage["prompt_tokens"]
+        values["generation_tokens_total"][name] += usage["completion_tokens"]
+        seconds = [job.first_token - job.created for job in jobs if job.first_token is not None]
+        values["time_to_first_token_seconds_sum"][name] += sum(seconds)
+        values["time_to_first_token_seconds_count"][name] += len(seconds)
 
-    async def _chunks(self, model: ServedModel, jobs: Sequence[Job], answers: Answers) -> AsyncIterator[bytes]:
-        yield b"".join(map(_chunk, answers.first_chunks()))
-        async with aclosing(self.engine.answers(model.name, jobs, self.timeout)) as events:
-            async for index, event in events:
-                if isinstance(event, Failed):
-                    yield _chunk(ApiError(event.reason, status=event.status).body)
-                    return
-                if chunk := b"".join(map(_chunk, answers.chunks(index, event))):
-                    yield chunk
-        self._count(model, jobs, answers)
-        yield b"".join(map(_chunk, answers.last_chunks())) + b"data: [DONE]\n\n"
+    async def _whole(self, model: ServedModel, jobs: Sequence[Job], answer: Answer) -> dict[str, Any]:
+        async with aclosing(self.engine.run(model.name, jobs, self.timeout)) as events:
+            async for _ in events:
+                pass
+        return answer.whole()
 
-    def _count(self, model: ServedModel, jobs: Sequence[Job], answers: Answers) -> None:
-        usage = answers.usage
-        self.counts[model.name, "prompt_tokens"] += usage["prompt_tokens"]
-        self.counts[model.name, "generation_tokens"] += usage["completion_tokens"]
-        for job in jobs:
-            self.counts[model.name, "requests"] += 1
-            if job.first_token is not None:
-                self.counts[model.name, "first_tokens"] += 1
-                self.first_token_seconds[model.name] += job.first_token - job.started
+    async def _chunks(self, model: ServedModel, jobs: Sequence[Job], answer: Answer) -> AsyncIterator[bytes]:
+        yield b"".join(map(_event, answer.first_chunks()))
+        try:
+            async with aclosing(self.engine.run(model.name, jobs, self.timeout)) as events:
+                async for job, delta in events:
+                    if chunk := b"".join(map(_event, answer.chunks(job, delta))):
+                        yield chunk
+        except ApiError as error:
+            yield _event(error.body)
+            return
+        yield b"".join(map(_event, answer.last_chunks())) + b"data: [DONE]\n\n"
 
     # ---- tokens
 
     async def tokenize(self, request: Request) -> Response:
-        fields = Fields(await _body(request))
-        model = self._model(fields.take("model"))
-        strings = fields.boolean("return_token_strs")
-        adds, prompt = fields.boolean("add_special_tokens", True), fields.text("prompt")
-        of_turns: dict[str, Any] = {}
-        if prompt is None:
-            encoded = (await run_in_threadpool(model.encode_chat, fields)).encoded
-            ids = encoded.token_ids.tolist()
-            of_turns = {"trained": encoded.trained.tolist(), "turn_ends": encoded.turn_ends}
+        body = await _read(request, TokenizeBody)
+        model = self._model(body.model)
+        conversation: dict[str, Any] = {}
+        if body.prompt is not None:
+            prompt = await run_in_threadpool(model.encode_text, body.prompt, body.add_special_tokens)
         else:
-            ids = await run_in_threadpool(model.encode_text, prompt, adds)
-        fields.check_all_taken()
-        told = {"count": len(ids), "max_model_len": model.context, "tokens": ids, **of_turns}
-        return _json(told | _names(model, ids, strings))
+            prompt = await run_in_threadpool(model.encode_chat, body)
+            if prompt.encoded is not None:
+                conversation = {"trained": prompt.encoded.trained.tolist(), "turn_ends": prompt.encoded.turn_ends}
+        ids = prompt.token_ids
+        fields = {"count": len(ids), "max_model_len": model.context, "tokens": ids, **conversation}
+        return _json(fields | model.token_strings(ids, body.return_token_strs))
 
     async def detokenize(self, request: Request) -> Response:
-        fields = Fields(await _body(request))
-        model = self._model(fields.take("model"))
-        ids, strings = model.check_ids(fields.take("tokens"), "tokens"), fields.boolean("return_token_strs")
-        fields.check_all_taken()
-        return _json({"prompt": model.tokenizer.decode(ids)} | _names(model, ids, strings))
+        body = await _read(request, DetokenizeBody)
+        model = self._model(body.model)
+        model.check_ids(body.tokens, "tokens")
+        return _json(
+            {"prompt": model.tokenizer.decode(body.tokens)} | model.token_strings(body.tokens, body.return_token_strs)
+        )
 
-    # ---- people as labellers
+    # ---- judgements, models, the server itself
 
     async def collect(self, request: Request) -> Response:
-        fields = Fields(await _body(request))
-        model = self._model(fields.take("model"))
+        body = await _read(request, JudgementBody)
         if self.judgements is None:
             raise ApiError("this server collects no judgements; start it with --collect FILE.jsonl", status=404)
         try:
-            await run_in_threadpool(self.judgements.add, fields, model)
+            await run_in_threadpool(self.judgements.add, body, self._model(body.model))
         except OSError as error:
-            raise ApiError(f"the judgement is not kept: {str(error.strerror or error).lower()}", status=507) from None
+            reason = str(error.strerror or error).lower()
+            raise ApiError(f"the judgement is not saved: {reason}", status=507) from None
         return _json({"ok": True})
 
     async def show_guide(self, request: Request) -> Response:
@@ -260,202 +205,137 @@ class Service:
             raise ApiError("this server has no guide; start it with --guide FILE.md", status=404)
         return Response(self.guide, media_type="text/markdown; charset=utf-8")
 
-    # ---- the server itself
+    async def list_models(self, request: Request) -> Response:
+        collecting = {"collect": self.judgements is not None, "guide": self.guide is not None}
+        return _json({"object": "list", "data": [model.info() | collecting for model in self.models]})
+
+    async def show_model(self, request: Request) -> Response:
+        return _json(self._model(request.path_params["name"]).info())
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """Counters in the text format of Prometheus."""
+        """Write counters in the text format of Prometheus."""
         lines = []
-        for name, kind, help_text in (
-            ("requests", "counter", "Requests answered."),
-            ("prompt_tokens", "counter", "Tokens of prompts."),
-            ("generation_tokens", "counter", "Tokens generated."),
-            ("requests_open", "gauge", "Requests that run or wait."),
-            ("slots", "gauge", "Sequences that can run at a time."),
-            ("time_to_first_token_seconds", "summary", "From a request to its first text."),
-        ):
-            full = f"llmkit_{name}" + ("_total" if kind == "counter" else "")
-            lines += [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}"]
-            for model in self.models:
-                label = '{model="' + model.name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"}'
-                if kind == "summary":
-                    lines.append(f"{full}_sum{label} {self.first_token_seconds[model.name]:.6f}")
-                    lines.append(f"{full}_count{label} {self.counts[model.name, 'first_tokens']}")
-                    continue
-                value = {"requests_open": self.open_jobs[model.name], "slots": self._slots}
-                lines.append(f"{full}{label} {value.get(name, self.counts[model.name, name])}")
+        for name, kind, description, samples in METRICS:
+            lines += [f"# HELP llmkit_{name} {description}", f"# TYPE llmkit_{name} {kind}"]
+            for sample in (name + suffix for suffix in samples):
+                for model in self.models:
+                    label = json.dumps(model.name, ensure_ascii=False)
+                    lines.append(f"llmkit_{sample}{{model={label}}} {self.metric_values[sample][model.name]}")
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request: Request) -> Response:
-        name, kind = PAGE_FILES[request.url.path]
-        headers = {"content-security-policy": CONTENT_POLICY, "cache-control": "no-cache"}
-        try:
-            data = (PAGE / name).read_bytes()
-        except OSError:
-            raise ApiError("this server has no page", status=404) from None
-        return Response(data, headers=headers, media_type=f"{kind}; charset=utf-8")
+        return FileResponse(Path(__file__).parent / "page" / PAGE[request.url.path], headers=PAGE_HEADERS)
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `end` is called when they are over, or their client has gone."""
+    """Server-sent events; calls `release` at their end, and when the client disconnects, even before the first."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], release: Callable[[], None]) -> None:
         super().__init__(chunks, headers=STREAM_HEADERS, media_type="text/event-stream; charset=utf-8")
-        self._end = end
+        self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._end()
+            self._release()
 
 
 def build(service: Service, *, keys: Collection[bytes], hosts: Collection[str], origins: Collection[str]) -> ASGIApp:
-    """The application: `hosts` are those that a request may name, all where there are none."""
-    post, paths = ["POST"], [Route(path, service.page) for path in PAGE_FILES]
-    paths += [
-        Route("/v1/chat/completions", service.chat_completions, methods=post),
-        Route("/v1/completions", service.completions, methods=post),
+    """Return the application. `hosts` are the allowed values of the header Host; empty allows all."""
+    routes = [Route(path, service.page) for path in PAGE]
+    routes += [
+        Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
+        Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{name:path}", service.show_model),
-        Route("/tokenize", service.tokenize, methods=post),
-        Route("/detokenize", service.detokenize, methods=post),
-        Route("/collect", service.collect, methods=post),
+        Route("/tokenize", service.tokenize, methods=["POST"]),
+        Route("/detokenize", service.detokenize, methods=["POST"]),
+        Route("/collect", service.collect, methods=["POST"]),
         Route("/guide", service.show_guide),
         Route("/health", service.health),
         Route("/metrics", service.metrics),
     ]
-    handlers: Any = {ApiError: _refuse, HTTPException: _refuse_path, ClientDisconnect: _gone}
-    app: ASGIApp = Guard(Starlette(routes=paths, exception_handlers=handlers), keys, hosts, origins)
+    handlers: Any = dict.fromkeys((ApiError, HTTPException, ClientDisconnect), _error_response)
+    app: ASGIApp = Guard(Starlette(routes=routes, exception_handlers=handlers), keys, hosts, origins)
     if origins:
         app = CORSMiddleware(app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
     return app
 
 
 class Guard:
-    """Lets requests through that name one of our hosts, come from a page of ours or of --allow-origin, and have a key.
+    """Middleware that refuses requests with a wrong Host, from pages of other sites, and without a key.
 
-    A page of another site may send requests to 127.0.0.1, also by a name of its own that it points there (DNS
-    rebinding): browsers tell the name as Host and the page as Origin.
+    A page of another site can send requests to 127.0.0.1, also under a name of its own that resolves to it (DNS
+    rebinding). The browser's headers Host and Origin show both.
     """
 
     def __init__(self, app: ASGIApp, keys: Collection[bytes], hosts: Collection[str], origins: Collection[str]) -> None:
         self._app, self._keys, self._hosts, self._origins = app, keys, hosts, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._error(scope) if scope["type"] == "http" else None
-        if error is None:
-            await self._app(scope, receive, send)
-        else:
-            await _json(error.body, error.status)(scope, receive, send)
+        app = self._app
+        if scope["type"] == "http" and (error := self._error(Request(scope))) is not None:
+            app = _json(error.body, error.status)
+        await app(scope, receive, send)
 
-    def _error(self, scope: Scope) -> ApiError | None:
-        headers = {name: value for name, value in scope["headers"]}
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self._hosts and host.rpartition(":")[0 if ":" in host.rpartition("]")[2] else 2] not in self._hosts:
-            return ApiError("this server is not known by the name in the header Host; see --host", status=421)
-        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+    def _error(self, request: Request) -> ApiError | None:
+        host, origin = (request.headers.get(name, "").lower() for name in ("host", "origin"))
+        if self._hosts and re.sub(r":\d*$", "", host) not in self._hosts:
+            return ApiError("the header Host does not name this server; see --host", status=421)
         if origin and origin.partition("://")[2] != host and not {origin, "*"} & set(self._origins):
-            return ApiError("requests of pages of other sites are refused; see --allow-origin", status=403)
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return ApiError("requests from pages of other sites are refused; see --allow-origin", status=403)
+        if not self._keys or request.scope["path"] in {*PAGE, "/health"} or request.method == "OPTIONS":
             return None
-        given = headers.get(b"authorization", b"")
-        key = given[7:].strip() if given[:7].lower() == b"bearer " else b""
-        if not sum(hmac.compare_digest(key, known) for known in self._keys):  # all of them, whichever it is
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if scheme.lower() == "bearer" else b""
+        if not sum(hmac.compare_digest(given, known) for known in self._keys):  # all of them, in constant time
             return ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
         return None
 
 
-# ---- requests and responses
+async def _read(request: Request, schema: type[AnyBody]) -> AnyBody:
+    """Read a body of JSON. Raises ApiError for one that is too large, too slow, or not of the schema."""
+    too_large = ApiError(f"expected a body of {MAX_BODY:,} bytes at most", status=413)
+    if int(request.headers.get("content-length", 0)) > MAX_BODY:
+        raise too_large
 
-
-def _prompts(model: ServedModel, given: Any, adds: bool) -> list[tuple[list[int], str]]:
-    """The prompts of a request, as ids and as text: one or several, each of them text or ids."""
-    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int)):
-        given = [given]
-    if not isinstance(given, list) or not 0 < len(given) <= MOST_PROMPTS:
-        raise ApiError(f"'prompt': expected text, token ids, or a list of 1 to {MOST_PROMPTS} of these", "prompt")
-    if isinstance(given[0], str):
-        if not all(isinstance(text, str) for text in given):
-            raise ApiError("'prompt': expected texts or lists of token ids, found both", "prompt")
-        return [(model.encode_text(text, adds), text) for text in given]
-    listed = [model.check_ids(ids, "prompt") for ids in given]
-    return [(ids, model.tokenizer.decode(ids)) for ids in listed]
-
-
-async def _body(request: Request) -> Any:
-    """The JSON of a request. Raises ApiError for what is too large, comes too slowly, or is no JSON."""
-    too_large = ApiError(f"expected a body of {MOST_BODY:,} bytes at most", status=413)
-    with suppress(ValueError):
-        if int(request.headers.get("content-length", 0)) > MOST_BODY:
-            raise too_large
-
-    async def read() -> bytes:
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MOST_BODY:
+    async def read() -> bytearray:
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BODY:
                 raise too_large
-        return bytes(body)
+        return data
 
     try:
         data = await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ApiError(f"the body was not there after {BODY_SECONDS:g} s", status=408) from None
+        raise ApiError(f"the body did not arrive within {BODY_SECONDS:g} s", status=408) from None
     try:
-        return orjson.loads(data)
-    except ValueError as error:
+        return read_body(schema, orjson.loads(data))
+    except orjson.JSONDecodeError as error:
         raise ApiError(f"expected JSON: {error}") from None
 
 
-async def _unless_gone(request: Request, work: Awaitable[None]) -> None:
-    """Do work, and stop it when the client has gone."""
-    task = asyncio.ensure_future(work)
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    watch = asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
-def _names(model: ServedModel, ids: Sequence[int], strings: bool) -> dict[str, Any]:
-    """What tokens say, where that is asked for, and which of them are special."""
-    texts = list(map(model.token_text, ids)) if strings else None
-    return {"token_strs": texts, "special": list(map(model.is_special, ids))}
-
-
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    headers = {"x-content-type-options": "nosniff", **(headers or {})}
-    return Response(orjson.dumps(content), status, headers, "application/json")
-
-
-def _chunk(content: Any) -> bytes:
-    return b"data: " + orjson.dumps(content) + b"\n\n"
-
-
-async def _refuse(request: Request, error: Any) -> Response:
+async def _error_response(request: Request, error: Any) -> Response:
+    if not isinstance(error, ApiError):  # 499: nginx's status for a client that has disconnected
+        message = getattr(error, "detail", "the client has disconnected")
+        error = ApiError(message, status=getattr(error, "status_code", 499))
     headers = {"retry-after": "1"} if error.status == 429 else {}
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
     return _json(error.body, error.status, headers)
 
 
-async def _refuse_path(request: Request, error: Any) -> Response:
-    message = {404: "there is no such path here", 405: "expected another method on this path"}
-    told = ApiError(message.get(error.status_code, str(error.detail)), status=error.status_code)
-    return _json(told.body, error.status_code)
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        orjson.dumps(content), status, {"x-content-type-options": "nosniff", **(headers or {})}, "application/json"
+    )
 
 
-async def _gone(request: Request, error: Any) -> Response:
-    return Response(status_code=499)  # nobody reads it
+def _event(content: Any) -> bytes:
+    return b"data: " + orjson.dumps(content) + b"\n\n"

@@ -1,10 +1,10 @@
-"""One thread that computes for all models of a server, and what passes between it and the event loop.
+"""One thread that computes for all models of a server, and its queues to and from the event loop.
 
-    engine = Engine([generator], asyncio.get_running_loop())
-    async for index, event in engine.answers(generator.name, [Job(request)], timeout=600): ...
+    engine = Engine({"chat": generator}, asyncio.get_running_loop())
+    async for job, delta in engine.run("chat", [Job(request)], timeout=600): ...
 
 Requests join the running batch between two steps. A step is one token of every sequence of a model, so models take
-turns by steps. What a step made goes to the event loop in one call, however many clients it is for.
+turns by steps. The results of a step go to the event loop in one call, however many clients wait for them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -27,113 +28,90 @@ from llmkit.errors import UserError
 from llmkit.generation.generator import Generator, Pool
 from llmkit.generation.next_token import likeliest
 from llmkit.generation.requests import Completion, Request
+from llmkit.serving.protocol import ApiError
 
-TOOL_POLL = 0.005  # seconds between looks at tools while nothing else is to do
-SCORED_AT_ONCE = 256  # positions whose logits (V each) are held at a time
+TOOL_POLL = 0.005  # seconds between looks at running tools while there is nothing to compute
+SCORE_POSITIONS = 256  # of a prompt whose logits, V each, are in memory at a time
 
 
 @dataclass
-class Piece:
-    """What a step has added to a sample: text that is decided, and the tokens where the job asks for them."""
+class Delta:
+    """What a step adds to a sample: text, tokens where the job asks for them; or a call of a tool, or its result.
 
-    sample: int
-    text: str
+    sample  of the job; None for the tokens of its prompt, whose first has no log-probability
+    call    of a tool, and `result` as the model sees it; None when the tool is called
+    """
+
+    sample: int | None
+    text: str = ""
     token_ids: Sequence[int] = ()
-    logprobs: Sequence[float] = ()
+    logprobs: Sequence[float | None] = ()
     sampled: Sequence[bool] = ()
-    top_logprobs: Sequence[Sequence[tuple[int, float]]] = ()
-
-
-@dataclass
-class Called:
-    """A tool is called (`seen` None), or has answered what the model sees as `seen`."""
-
-    sample: int
-    call: dict[str, Any]
-    seen: str | None
-
-
-@dataclass
-class Scored:
-    """Log-probabilities of a prompt's tokens but the first, under softmax(logits), and the likeliest ones there."""
-
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[int, float]]]
-
-
-@dataclass
-class Finished:
-    """The end of a job, with its samples."""
-
-    completions: list[Completion]
-
-
-@dataclass
-class Failed:
-    """The end of a job that has no result: the HTTP status and the reason."""
-
-    status: int
-    reason: str
-
-
-Event = Piece | Called | Scored | Finished | Failed
+    top_logprobs: Sequence[Sequence[tuple[int, float]] | None] = ()
+    call: Mapping[str, Any] | None = None
+    result: str | None = None
 
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way.
+    """A request to the engine.
 
-    stream      whether its text is told as it comes
-    tokens      whether its tokens are, too
-    scored      how many of the likeliest tokens are told at each position of the prompt; None does not score it
-    max_tokens  0 where the prompt is scored alone
+    stream           whether to send text as it is decided
+    tokens           whether to send tokens with it
+    prompt_logprobs  alternatives at each position of the prompt; None does not score the prompt
+
+    Set by the engine: `prompt` (its scores) and `completions`; on the event loop `events`.
     """
 
     request: Request
     stream: bool = False
     tokens: bool = False
-    scored: int | None = None
-    generates: bool = True
-    tell: Any = None  # takes (job, event), on the event loop
-    started: float = field(default_factory=time.monotonic)
+    prompt_logprobs: int | None = None
+    prompt: Delta | None = None
+    completions: list[Completion] = field(default_factory=list)
+    events: Any = None  # asyncio.Queue
+    created: float = field(default_factory=time.monotonic)
     first_token: float | None = None
-    over: bool = False
-    texts: dict[int, str] = field(default_factory=dict)  # by sample, not yet told
-    told: Counter[int] = field(default_factory=Counter)  # tokens, by sample
+    unsent: dict[int, str] = field(default_factory=dict)  # text by sample
+    sent: Counter[int] = field(default_factory=Counter)  # tokens by sample
+
+
+Event = tuple[Job | None, Delta | ApiError | None]  # None ends a job
 
 
 class _Worker:
-    """A model with the jobs that wait for a slot of it and those under way."""
+    """A model, its waiting jobs, and its running ones by their number in the pool."""
 
-    def __init__(self, generator: Generator, outbox: list[tuple[Job, Event]], send: Callable[[], None]) -> None:
-        self.generator, self._outbox, self._send = generator, outbox, send
+    def __init__(self, generator: Generator, outbox: list[Event], deliver: Callable[[], None]) -> None:
+        self.generator, self._outbox, self._deliver = generator, outbox, deliver
         self.waiting: deque[Job] = deque()
-        self.open()
+        self.reset()
 
-    def open(self) -> None:
-        self.jobs: dict[int, Job] = {}  # by the pool's number
-        self.pool = Pool(self.generator, self._arriving(), self._take_text, self._take_call)
+    def reset(self) -> None:
+        self.jobs: dict[int, Job] = {}
+        self.pool = Pool(self.generator, self._arrivals(), self._take_text, self._take_call)
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.pool.running)
 
-    def advance(self) -> None:
-        """Let jobs in where slots are free, make one token of each sequence, and tell of both."""
+    def step(self) -> None:
+        """Start jobs in free slots, and generate a token of each sequence."""
         with self.generator.computing():
             self.pool.advance()
-        self._tell_pieces()
+        self._send_running()
         for index in [index for index, samples in self.pool.done.items() if None not in samples]:
-            job, completions = self.jobs.pop(index), [one for one in self.pool.done.pop(index) if one is not None]
-            for sample, completion in enumerate(completions):
-                self._tell_piece(job, sample, completion)
-            self._outbox.append((job, Finished(completions)))
+            job = self.jobs.pop(index)
+            job.completions = [completion for completion in self.pool.done.pop(index) if completion is not None]
+            for sample, completion in enumerate(job.completions):
+                self._send(job, sample, completion)
+            self._outbox.append((job, None))
 
     def fail(self, reason: str) -> None:
-        """Give up all that is under way, and begin again with what waits."""
-        self._outbox += ((job, Failed(500, reason)) for job in self.jobs.values())
+        """Fail the running jobs; the waiting ones begin in a new pool."""
+        self._outbox += ((job, ApiError(reason, status=500)) for job in self.jobs.values())
         self.pool.close()
-        self.open()
+        self.reset()
 
     def cancel(self, job: Job) -> None:
         with suppress(ValueError):
@@ -142,108 +120,115 @@ class _Worker:
             del self.jobs[index]
             self.pool.cancel(index)
 
-    def _tell_pieces(self) -> None:
-        for sequence in self.pool.running:
-            self._tell_piece(self.jobs[sequence.index], sequence.sample, sequence)
-
-    def _arriving(self) -> Iterator[Request | None]:
+    def _arrivals(self) -> Iterator[Request | None]:
         number = 0
         while True:
             if not self.waiting:
                 yield None
                 continue
-            self._tell_pieces()  # first tokens, which do not wait for the prompts of others
-            self._send()
+            self._send_running()  # first tokens do not wait for the prompts of others
+            self._deliver()
             job = self.waiting.popleft()
-            if job.scored is not None:
-                self._outbox.append((job, self._score(job.request.prompt, job.scored)))
-            if not job.generates:
-                self._outbox.append((job, Finished([])))
-                yield None  # others have a step before the next one
+            if job.prompt_logprobs is not None:
+                job.prompt = self._score(job.request.prompt, job.prompt_logprobs)
+                if job.stream:
+                    self._outbox.append((job, job.prompt))
+            if job.request.max_tokens == 0:
+                job.completions = [Completion("", [], "length", [], [], [], []) for _ in range(job.request.samples)]
+                self._outbox.append((job, None))
+                yield None  # other jobs have a step before the next prompt
                 continue
             self.jobs[number] = job
             number += 1
             yield job.request
 
-    def _score(self, prompt: Sequence[int], top: int) -> Scored:
-        logprobs: list[float] = []
-        top_logprobs: list[list[tuple[int, float]]] = []
-        for start, logits_NV in self.generator.decoder.logits_in_pieces(list(prompt), SCORED_AT_ONCE):
+    def _score(self, prompt: Sequence[int], top: int) -> Delta:
+        """Return log-probabilities of a prompt's tokens under softmax(logits), and alternatives to them."""
+        logprobs: list[float | None] = [None]
+        top_logprobs: list[list[tuple[int, float]] | None] = [None]
+        for start, logits_NV in self.generator.decoder.logits_in_pieces(list(prompt), SCORE_POSITIONS):
             following = torch.tensor(prompt[start + 1 : start + 1 + len(logits_NV)], device=logits_NV.device)
             rows_NV = torch.log_softmax(logits_NV[: len(following)].float(), -1)
             logprobs += rows_NV.gather(-1, following.unsqueeze(-1)).squeeze(-1).tolist()
             if top:
                 top_logprobs += likeliest(logits_NV[: len(following)], top, 1.0, self.generator.tokenizer.vocab_size)
-        return Scored(logprobs, top_logprobs)
+        return Delta(None, "", prompt, logprobs, [True] * len(prompt), top_logprobs)
 
     def _take_text(self, index: int, sample: int, text: str) -> None:
         job = self.jobs[index]
-        if job.first_token is None:
-            job.first_token = time.monotonic()
+        job.first_token = job.first_token or time.monotonic()
         if job.stream:
-            job.texts[sample] = job.texts.get(sample, "") + text
+            job.unsent[sample] = job.unsent.get(sample, "") + text
 
     def _take_call(self, index: int, sample: int, call: Mapping[str, Any], seen: str | None) -> None:
         job = self.jobs[index]
         if job.stream:
-            if text := job.texts.pop(sample, ""):
-                self._outbox.append((job, Piece(sample, text)))
-            self._outbox.append((job, Called(sample, dict(call), seen)))
+            if text := job.unsent.pop(sample, ""):
+                self._outbox.append((job, Delta(sample, text)))
+            self._outbox.append((job, Delta(sample, call=dict(call), result=seen)))
 
-    def _tell_piece(self, job: Job, sample: int, made: Any) -> None:
+    def _send_running(self) -> None:
+        for sequence in self.pool.running:
+            self._send(self.jobs[sequence.index], sequence.sample, sequence)
+
+    def _send(self, job: Job, sample: int, sequence: Any) -> None:
+        """Send a stream the text and tokens that a sequence or completion has since the last time."""
         if not job.stream:
             return
-        text, start, end = job.texts.pop(sample, ""), job.told[sample], len(made.token_ids)
-        job.told[sample] = end
-        if job.tokens and end > start:
-            new = slice(start, end)
-            columns = made.token_ids[new], made.logprobs[new], made.sampled[new], made.top_logprobs[new]
-            self._outbox.append((job, Piece(sample, text, columns[0], columns[1], columns[2], columns[3])))
-        elif text:
-            self._outbox.append((job, Piece(sample, text)))
+        delta, new = Delta(sample, job.unsent.pop(sample, "")), slice(job.sent[sample], len(sequence.token_ids))
+        job.sent[sample] = new.stop
+        if job.tokens:
+            delta.token_ids, delta.logprobs = sequence.token_ids[new], sequence.logprobs[new]
+            delta.sampled, delta.top_logprobs = sequence.sampled[new], sequence.top_logprobs[new]
+        if delta.text or delta.token_ids:
+            self._outbox.append((job, delta))
 
 
 class Engine:
-    """The models of a server, by name. Made and used on the thread of the event loop."""
+    """The models of a server, by name. Its public methods belong to the thread of the event loop."""
 
     def __init__(self, generators: Mapping[str, Generator], loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._inbox = loop, SimpleQueue[tuple[str, str, Job | None]]()
-        self._outbox: list[tuple[Job, Event]] = []
-        self._workers = {name: _Worker(generator, self._outbox, self._send) for name, generator in generators.items()}
+        self._loop, self._inbox = loop, SimpleQueue[Callable[[], object] | None]()  # None ends the thread
+        self._outbox: list[Event] = []
+        self._workers = {
+            name: _Worker(generator, self._outbox, self._deliver) for name, generator in generators.items()
+        }
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def answers(self, model: str, jobs: Sequence[Job], timeout: float) -> AsyncGenerator[tuple[int, Event], None]:
-        """Have jobs done together; what becomes of each, by its place among them, until all are finished.
+    async def run(
+        self, model: str, jobs: Sequence[Job], timeout: float
+    ) -> AsyncGenerator[tuple[Job, Delta | None], None]:
+        """Yield what becomes of jobs: the deltas of streams, and None at the end of each job.
 
-        The jobs are cancelled when this is closed, and after `timeout` seconds, which is told as a failure.
+        Closing the generator cancels the jobs. Raises ApiError if one fails, or all take longer than `timeout` seconds.
         """
-        events: asyncio.Queue[tuple[Job | None, Event]] = asyncio.Queue()
-        place, left = {job: index for index, job in enumerate(jobs)}, len(jobs)
-        late = Failed(504, f"no whole answer within {timeout:g} s; ask for fewer tokens, or start the server with a "
-                      "longer --timeout")  # fmt: skip
+        worker, events, running = self._workers[model], asyncio.Queue[Event](), set(jobs)
+        late = ApiError(
+            f"no whole answer within {timeout:g} s; ask for fewer tokens, or start the server with a longer --timeout",
+            status=504,
+        )
         timer = self._loop.call_later(timeout, events.put_nowait, (None, late))
         try:
             for job in jobs:
-                job.tell = events.put_nowait
-                self._inbox.put(("add", model, job))
-            while left:
+                job.events = events
+                self._inbox.put(partial(worker.waiting.append, job))
+            while running:
                 job, event = await events.get()
-                if isinstance(event, (Finished, Failed)) and job is not None:
-                    job.over = True
-                    left -= 1
-                yield (0 if job is None else place[job]), event
-                if isinstance(event, Failed):
-                    return
+                if isinstance(event, ApiError):
+                    raise event
+                assert job is not None
+                if event is None:
+                    running.remove(job)
+                yield job, event
         finally:
             timer.cancel()
-            for job in jobs:
-                if not job.over:
-                    self._inbox.put(("cancel", model, job))
+            for job in running:
+                self._inbox.put(partial(worker.cancel, job))
 
     def close(self) -> None:
         """End the thread after its step."""
-        self._inbox.put(("stop", "", None))
+        self._inbox.put(None)
         self._thread.join()
 
     # ---- on the engine's thread
@@ -254,44 +239,41 @@ class Engine:
                 if not worker.busy and worker.pool.idle:
                     continue
                 try:
-                    worker.advance()
-                except UserError as error:  # weights that are no numbers, a function of the user's that fails
+                    worker.step()
+                except UserError as error:  # NaN among the weights, or a user's function that fails
                     worker.fail(str(error))
                 except Exception:
                     write_message(traceback.format_exc().rstrip("\n"))
-                    worker.fail("a bug in llmkit; its lines are on the server's stderr")
-            self._send()
+                    worker.fail("a bug in llmkit; its traceback is on the server's stderr")
+            self._deliver()
+        for worker in self._workers.values():
+            worker.pool.close()
 
-    def _send(self) -> None:
-        """Pass to the event loop what is to be told."""
+    def _deliver(self) -> None:
+        """Pass new events to the event loop."""
         if self._outbox:
-            told = self._outbox[:]
+            events = self._outbox[:]
             self._outbox.clear()
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(_tell, told)
+                self._loop.call_soon_threadsafe(_put, events)
 
     def _receive(self) -> bool:
-        """Take what the event loop has sent, and wait for it where there is nothing else to do; False to stop."""
+        """Do what the event loop asks for, and wait for that while there is nothing to compute; False to stop."""
         busy = any(worker.busy for worker in self._workers.values())
         idle = all(worker.pool.idle for worker in self._workers.values())
         timeout = 0 if busy else None if idle else TOOL_POLL
         while True:
             try:
-                kind, model, job = self._inbox.get(timeout != 0, timeout or None)
+                action = self._inbox.get(timeout != 0, timeout or None)
             except Empty:
                 return True
-            timeout = 0
-            if kind == "stop":
-                for worker in self._workers.values():
-                    worker.pool.close()
+            if action is None:
                 return False
-            assert job is not None
-            if kind == "add":
-                self._workers[model].waiting.append(job)
-            else:
-                self._workers[model].cancel(job)
+            action()
+            timeout = 0
 
 
-def _tell(told: Sequence[tuple[Job, Event]]) -> None:
-    for job, event in told:
-        job.tell((job, event))
+def _put(events: Sequence[Event]) -> None:
+    for job, event in events:
+        if job is not None:
+            job.events.put_nowait((job, event))

@@ -1,4 +1,4 @@
-"""A model of the server: its names, its tokens, and the requests that bodies ask of it."""
+"""A served model: its tokens, prompts, and the jobs of a request."""
 
 from __future__ import annotations
 
@@ -18,75 +18,69 @@ from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling, request_number, seed_of_repeat
 from llmkit.generation.requests import Request
 from llmkit.generation.tool_calls import ToolUse
-from llmkit.io.records import THOUGHTS, Row, kind_of
+from llmkit.io.records import THOUGHTS, Row
 from llmkit.serving.engine import Job
-from llmkit.serving.fields import ApiError, Fields
+from llmkit.serving.protocol import ApiError, ChatBody, CompletionBody, ConversationBody
 from llmkit.tokenizer.chat import ChatFormat, Encoded
 from llmkit.tokenizer.templates import chat_format, choose_thinking
 from llmkit.tools.toolbox import Toolbox
 
-MOST_SAMPLES, MOST_PROMPTS = 128, 1024  # of a request
-MOST_TOP = 20  # alternatives at each position
-LARGEST_SEED = 2**63 - 1
-# fields of a message that are read; others are refused unless they are null
-OF_MESSAGE = ("role", "content", "content_parts", "tool_calls", "tool_call_id", "refusal", *THOUGHTS)
-SWITCHES = ("enable_thinking", "thinking")
+MESSAGE_FIELDS = ("role", "content", "content_parts", "tool_calls", "tool_call_id", "refusal", *THOUGHTS)
 
 
 @dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation as tokens, the tools that the client runs, and whether a thought has begun."""
+class Prompt:
+    """A prompt as tokens.
 
-    encoded: Encoded
-    tools: ToolUse | None
-    thinking: bool
+    text      a completion's prompt as text, for `echo`
+    encoded   a conversation, with the tokens that sft trains
+    tools     functions that the client runs; None for the server's tools
+    thinking  whether the prompt opens a thought
+    """
 
-    @property
-    def ids(self) -> list[int]:
-        """The tokens."""
-        return self.encoded.token_ids.tolist()
+    token_ids: list[int]
+    text: str = ""
+    encoded: Encoded | None = None
+    tools: ToolUse | None = None
+    thinking: bool = False
 
 
 class ServedModel:
-    """A generator under a name.
-
-    name      the folder's, and `path` the folder as it was given: requests may have either
-    created   seconds since 1970
-    """
+    """A generator that requests name by `name` (of its folder) or `path` (as given to the command)."""
 
     def __init__(self, name: str, path: str, generator: Generator, seed: int = 0) -> None:
-        self.name, self.path, self.generator, self.created = name, path, generator, int(time.time())
-        self.tokenizer, self.context = generator.tokenizer, generator.config.max_position_embeddings
-        self._seed, self._unseeded = seed, itertools.count(1)  # requests without a seed of their own
-        self._lock = threading.Lock()  # templates are rendered one at a time
-        self._chats: dict[str, ChatFormat] = {}  # by --thinking
+        self.name, self.path, self.generator, self.tokenizer = name, path, generator, generator.tokenizer
+        self.context = generator.config.max_position_embeddings
+        self.fingerprint = generator.identity.get("the model")
+        self._created = int(time.time())
+        self._seeds = (seed_of_repeat(seed, number) for number in itertools.count(1))  # of requests without one
+        self._template_lock = threading.Lock()
+        self._chats: dict[bool, ChatFormat] = {}  # by whether to think
         self._bytes = self.tokenizer.token_bytes
-        self._special_text = {number: text for text, number in self.tokenizer.specials.items()}
+        self._specials = {token: text for text, token in self.tokenizer.specials.items()}
 
-    def about(self) -> dict[str, Any]:
-        """The model in the list of models."""
+    def info(self) -> dict[str, Any]:
+        """Return the model's entry of `/v1/models`."""
         generator = self.generator
         return {
             "id": self.name,
             "object": "model",
-            "created": self.created,
+            "created": self._created,
             "owned_by": "llmkit",
             "max_model_len": self.context,
             "end_ids": sorted(generator.end_ids),
             "chat": generator.is_assistant,
             "tools": list(generator.tools.toolbox.names) if generator.tools else [],
             "dtype": generator.precision.name,
-            "fingerprint": generator.identity.get("the model"),
+            "fingerprint": self.fingerprint,
         }
 
     # ---- tokens
 
     def token_text(self, token: int) -> str:
-        """What a token says: the name of a special one; bytes that are no text as <0xE2><0x80>."""
-        if token in self._special_text:
-            return self._special_text[token]
-        if self._bytes is None:
-            return self.tokenizer.decode([token])
+        """Return a token's text; bytes that are no UTF-8 as <0xE2><0x80>."""
+        if token in self._specials:
+            return self._specials[token]
         data = self.token_bytes(token)
         try:
             return data.decode()
@@ -94,163 +88,141 @@ class ServedModel:
             return "".join(f"<0x{byte:02X}>" for byte in data)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token; none for one that the tokenizer lacks."""
+        """Return a token's bytes; none for a row of the model without a token."""
         if self._bytes is None:
             return self.tokenizer.decode([token]).encode()
-        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+        return self._bytes[token] if token < len(self._bytes) else b""
 
-    def is_special(self, token: int) -> bool:
-        """True for a special token."""
-        return token in self._special_text
+    def token_strings(self, token_ids: Sequence[int], strings: bool) -> dict[str, Any]:
+        """Return which tokens are special and, with `strings`, their texts, as fields of an answer."""
+        texts = list(map(self.token_text, token_ids)) if strings else None
+        return {"token_strs": texts, "special": [token in self._specials for token in token_ids]}
 
-    def check_ids(self, ids: Any, name: str) -> list[int]:
-        """Return token ids. Raises ApiError for what is none of this model's."""
-        whole = isinstance(ids, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
-        if not whole or not ids:
-            raise ApiError(f"{name!r}: expected a list of token ids, one or more", name)
-        if strange := [one for one in ids if not 0 <= one < self.generator.config.vocab_size]:
-            raise ApiError(f"{name!r}: expected tokens of {self.name}, found {strange[0]}", name)
-        return ids
+    def check_ids(self, token_ids: list[int], param: str) -> None:
+        """Raise ApiError for a token id outside of the vocabulary."""
+        size = self.generator.config.vocab_size
+        if unknown := [token for token in token_ids if not 0 <= token < size]:
+            raise ApiError(f"{param!r}: expected token ids from 0 to {size - 1}, found {unknown[0]}", param)
 
-    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text to continue."""
-        with _refusing("prompt"):
-            return self.generator.encode(text) if add_special_tokens else self.tokenizer.encode(text)
+    # ---- prompts
 
-    def encode_chat(self, fields: Fields) -> ChatPrompt:
-        """The prompt of a conversation to answer, or whose last message is to go on."""
-        entries, definitions, choice = fields.take("messages"), fields.take("tools"), fields.take("tool_choice", "auto")
-        goes_on = fields.boolean("continue_final_message")
-        begins = fields.boolean("add_generation_prompt", not goes_on)
-        switches = fields.take("chat_template_kwargs", {})
-        if goes_on and begins:
-            raise ApiError("'add_generation_prompt': expected false beside 'continue_final_message'", "messages")
-        if choice not in ("auto", "none"):
-            raise ApiError("'tool_choice' is supported as 'auto' or 'none' alone", "tool_choice")
-        with self._lock, _refusing("messages"):
-            if not self.generator.is_assistant:
-                raise ApiError(f"{self.name} is a base model, which answers nobody; use /v1/completions", "model")
-            messages = read_entries(entries, "messages")
-            chat = self._chat(switches)
-            tools = self._tools(definitions, chat, choice)
+    def encode_text(self, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
+        """Return the prompt of a text or of token ids."""
+        if isinstance(prompt, str):
+            with _api_errors("prompt"):
+                ids = self.generator.encode(prompt) if add_special_tokens else self.tokenizer.encode(prompt)
+            return Prompt(ids, prompt)
+        self.check_ids(prompt, "prompt")
+        return Prompt(prompt, self.tokenizer.decode(prompt))
+
+    def encode_chat(self, body: ConversationBody) -> Prompt:
+        """Return the prompt of a conversation to answer, or whose last message is to be continued."""
+        if not self.generator.is_assistant:
+            raise ApiError(f"{self.name} is a base model, without a chat format; use /v1/completions", "model")
+        messages = messages_of(body.messages, "messages")
+        with self._template_lock, _api_errors("messages"):
+            chat = self._chat(body)
+            tools = self._client_tools(body, chat)
             schemas = tools.schemas if tools else self.generator.tools.schemas if self.generator.tools else ()
-            if not goes_on:
+            if not body.continue_final_message:
+                begins = body.add_generation_prompt is not False
                 encoded = chat.encode(messages, prompt=begins, tools=schemas)
                 end = self.tokenizer.decode(encoded.token_ids[-8:].tolist())
-                return ChatPrompt(encoded, tools, begins and end.rstrip().endswith("<think>"))
-            if messages[-1].role != "assistant":
+                thinking = begins and end.rstrip().endswith("<think>")
+                return Prompt(encoded.token_ids.tolist(), "", encoded, tools, thinking)
+            last = messages[-1]
+            if last.role != "assistant":
                 raise ApiError("'continue_final_message': expected a last message of the assistant's", "messages")
-            encoded, said = chat.encode(messages, tools=schemas), messages[-1].text
-            if not messages[-1].parts or messages[-1].parts[-1].kind == "text":  # a call or a result is left open
+            encoded = chat.encode(messages, tools=schemas)
+            if not last.parts or last.parts[-1].kind == "text":  # behind a call or result the format leaves it open
                 end = int(np.flatnonzero(encoded.token_ids == chat.end_id)[-1])
                 encoded = replace(encoded, token_ids=encoded.token_ids[:end], trained=encoded.trained[:end])
-            return ChatPrompt(encoded, tools, said.rfind("<think>") > said.rfind("</think>"))
+            thinking = last.text.rfind("<think>") > last.text.rfind("</think>")
+            return Prompt(encoded.token_ids.tolist(), "", encoded, tools, thinking)
 
-    def _chat(self, switches: Any) -> ChatFormat:
-        """The chat format, with thoughts switched on or off."""
-        if not isinstance(switches, dict) or (strange := [name for name in switches if name not in SWITCHES]):
-            found = strange[0] if isinstance(switches, dict) else kind_of(switches)
-            raise ApiError(f"'chat_template_kwargs': expected enable_thinking, found {found}", "chat_template_kwargs")
-        if not switches:
+    def _chat(self, body: ConversationBody) -> ChatFormat:
+        """Return the chat format, with thinking on, off or as the template has it."""
+        switches = body.chat_template_kwargs
+        thinking = switches.thinking if switches.enable_thinking is None else switches.enable_thinking
+        if thinking is None:
             return self.generator.chat
-        (wanted, *_) = switches.values()
-        if not isinstance(wanted, bool):
-            raise ApiError("'chat_template_kwargs': expected true or false for enable_thinking", "chat_template_kwargs")
-        word = "on" if wanted else "off"
-        if word not in self._chats:
+        if thinking not in self._chats:
             before = self.tokenizer.template_values
             try:
-                choose_thinking(self.tokenizer, word)
-                self._chats[word] = chat_format(self.tokenizer)
+                choose_thinking(self.tokenizer, "on" if thinking else "off")
+                self._chats[thinking] = chat_format(self.tokenizer)
             except UserError:
-                raise ApiError(
-                    f"the chat template of {self.name} has no switch for thoughts", "chat_template_kwargs"
-                ) from None
+                message = f"the chat template of {self.name} has no switch for thoughts"
+                raise ApiError(message, "chat_template_kwargs") from None
             finally:
                 self.tokenizer.template_values = before
-        return self._chats[word]
+        return self._chats[thinking]
 
-    def _tools(self, given: Any, chat: ChatFormat, choice: str) -> ToolUse | None:
-        """The functions that the client runs; None for the tools of the server."""
-        if choice == "none" and self.generator.tools is not None:
-            return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, chat=chat)
-        if not given or choice == "none":
+    def _client_tools(self, body: ConversationBody, chat: ChatFormat) -> ToolUse | None:
+        """Return functions that the client runs; None for the server's tools."""
+        if body.tool_choice == "none":
+            return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, chat=chat) if self.generator.tools else None
+        if not body.tools:
             return None
-        definitions = definitions_of({"tools": given})
-        named = {}
-        for definition in definitions or ():
-            function = definition.get("function")
-            if definition.get("type") != "function" or not isinstance(function, dict):
-                definitions = None
-                break
-            named[function.get("name")] = definition
-        if definitions is None or not all(isinstance(name, str) and name for name in named):
+        definitions = definitions_of({"tools": body.tools}) or ()
+        if any(tool.get("type") != "function" for tool in definitions):
             raise ApiError("'tools': expected a list of {type: function, function: {name, parameters}}", "tools")
         if not chat.shows_tools:
             raise ApiError(f"the chat template of {self.name} shows no tools", "tools")
-        return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, MOST_SAMPLES, chat=chat).offering(
-            [*named.values()]
-        )
+        with _api_errors("tools"):
+            return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, 128, chat=chat).offering(definitions)
 
     # ---- requests
 
-    def read_sampling(self, fields: Fields) -> dict[str, Any]:
-        """The fields of a request that chats and completions share, as keywords of `Request`."""
-        top_k = fields.integer("top_k", None, -1, 2**31)
-        top_p = fields.number("top_p", None, 0, 1)
-        if top_p == 0:
-            top_p = 1e-9  # the likeliest token alone
-        seed = fields.integer("seed", None, -(2**63), LARGEST_SEED)
-        return {
-            "samples": fields.integer("n", 1, 1, MOST_SAMPLES),
-            "seed": seed_of_repeat(self._seed, next(self._unseeded)) if seed is None else seed,
-            "sampling": Sampling(
-                fields.number("temperature", 1.0, 0, 100),
-                top_k if top_k is not None and top_k > 0 else None,
-                top_p if top_p != 1 else None,
-                fields.number("min_p", None, 0, 1),
-            ),
-            "stop": fields.texts("stop", 16),
-        }
-
-    def job(
-        self,
-        param: str,
-        ids: Sequence[int],
-        *,
-        max_tokens: int | None,
-        scored: int | None,
-        job: Mapping[str, Any],
-        **request: Any,
-    ) -> Job:
-        """Make the job of a prompt of the field `param`. Raises ApiError for one without room in the context."""
-        if len(ids) + (max_tokens != 0) > self.context:
-            raise ApiError(
-                f"This model's maximum context length is {self.context} tokens, and the prompt has {len(ids)}",
-                param,
-                code="context_length_exceeded",
+    def jobs(self, body: ChatBody | CompletionBody, prompts: Sequence[Prompt]) -> list[Job]:
+        """Return a job for each prompt. Raises ApiError for a prompt without room in the context."""
+        if isinstance(body, ChatBody):
+            param, limit, score = "messages", body.max_completion_tokens or body.max_tokens, False
+        else:
+            param, limit, score = "prompt", body.max_tokens, body.echo
+        top_p = 1e-9 if body.top_p == 0 else body.top_p  # the likeliest token alone
+        top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None
+        sampling = Sampling(body.temperature, top_k, None if top_p == 1 else top_p, body.min_p)
+        seed = next(self._seeds) if body.seed is None else body.seed
+        jobs = []
+        for prompt in prompts:
+            count = len(prompt.token_ids)
+            if not count:
+                raise ApiError(f"{param!r}: expected a token or more, found none", param)
+            if count + (limit != 0) > self.context:
+                message = f"This model's maximum context length is {self.context} tokens, and the prompt has {count}"
+                raise ApiError(message, param, code="context_length_exceeded")
+            request = Request(
+                prompt.token_ids,
+                samples=body.n,
+                max_tokens=limit,
+                seed=seed,
+                number=request_number(prompt.token_ids),
+                sampling=sampling,
+                stop=body.stop,
+                tools=prompt.tools,
+                top_logprobs=body.alternatives or 0,
             )
-        made = Request(ids, max_tokens=max_tokens, number=request_number(ids), **request)
-        return Job(made, scored=scored, generates=max_tokens != 0, **job)
+            tokens = body.return_token_ids or body.alternatives is not None
+            jobs.append(Job(request, body.stream, tokens, body.alternatives if score else None))
+        return jobs
 
 
-def read_entries(entries: Any, param: str) -> tuple[Message, ...]:
-    """Read the messages of a field. Raises ApiError, also for a part of a message that would be ignored."""
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ApiError(f"{param!r}: expected a list of objects, found {kind_of(entries)}", param)
+def messages_of(entries: Sequence[Mapping[str, Any]], param: str) -> tuple[Message, ...]:
+    """Return the messages of a field. Raises ApiError for wrong ones, and for fields that would be ignored."""
     for index, entry in enumerate(entries):
         for name, value in entry.items():
-            if value not in (None, [], {}) and name not in OF_MESSAGE:
-                place = f"{param}[{index}].{name}"
-                raise ApiError(f"{place!r} is not supported; leave it out", place)
-    entries = [{**entry, "content": entry.get("content_parts") or entry.get("content")} for entry in entries]
-    with _refusing(param):
-        return read_messages(Row({}, param, 0), entries)
+            if value not in (None, [], {}) and name not in MESSAGE_FIELDS:
+                field = f"{param}[{index}].{name}"
+                raise ApiError(f"{field!r} is not supported; leave it out", field)
+    with _api_errors(param):
+        contents = [{**entry, "content": entry.get("content_parts") or entry.get("content")} for entry in entries]
+        return read_messages(Row({}, param, 0), contents)
 
 
 @contextmanager
-def _refusing(param: str) -> Iterator[None]:
-    """Tell a UserError as one of the request's."""
+def _api_errors(param: str) -> Iterator[None]:
+    """Turn a UserError into an ApiError of the field `param`."""
     try:
         yield
     except UserError as error:

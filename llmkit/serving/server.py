@@ -1,4 +1,4 @@
-"""The listening socket, uvicorn on it, and the way down: what runs is finished, and nothing new begins."""
+"""uvicorn on a listening socket, until a signal; what runs is finished, and nothing new begins."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import logging
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -19,92 +17,67 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llmkit.display import write_message
 from llmkit.errors import UserError
 
-HEADER_SECONDS = 30.0  # for the head of a request to arrive, and for another request on a connection
-SWITCH_SECONDS = 0.0005  # in which the event loop gets its turn beside the engine's thread; Python's own are 5 ms
+HEADER_SECONDS = 30.0  # for the headers of a request to arrive, and for the next request on a connection
+SWITCH_SECONDS = 0.0005  # until the event loop gets its turn beside the engine's thread; Python's default is 5 ms
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket; port 0 takes a free one. Raises UserError where that cannot be."""
+    """Bind a socket; port 0 takes a free one. Raises UserError if that fails."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        if sys.platform != "win32":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that wait for their end
-        sock.bind(address)
-        sock.listen(2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = str(error.strerror or error).lower()
         raise UserError(f"--host {host} --port {port}: {reason}; choose another port, or 0 for a free one") from None
-    return sock
 
 
 def run(sock: socket.socket, build: Callable[[asyncio.AbstractEventLoop], tuple[ASGIApp, Callable[[], None]]]) -> None:
-    """Serve the application that `build` makes, until SIGTERM or SIGINT; then finish what runs and call its end."""
+    """Serve the application that `build` returns until SIGTERM or SIGINT; finish what runs, then call its `close`."""
     logger = logging.getLogger("uvicorn.error")
     logger.handlers, logger.propagate = [_Messages(logging.ERROR)], False
-    before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after its end
 
     async def main() -> None:
-        app, end = build(asyncio.get_running_loop())
+        app, close = build(asyncio.get_running_loop())
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=int(HEADER_SECONDS),
+        )
         try:
-            config = uvicorn.Config(
-                app,
-                http=_Protocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=int(HEADER_SECONDS),
-            )
-            await _Server(config).serve([sock])
+            await uvicorn.Server(config).serve([sock])
         finally:
-            end()
+            close()
 
-    try:
-        asyncio.run(main())
-    finally:
-        sys.setswitchinterval(before)
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Begin the end at the first signal, and do not raise it again behind it, as uvicorn does."""
-        if threading.current_thread() is not threading.main_thread():  # which alone is sent signals
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    asyncio.run(main())
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose next head is not there in time, which uvicorn does only behind a first answer."""
+    """Closes a connection without a first request in time; uvicorn's `timeout_keep_alive` counts from an answer."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head = self.loop.call_later(HEADER_SECONDS, self._close)
+        self._timer = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None:
-            self._head.cancel()
+            self._timer.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
-
-    def _close(self) -> None:
-        self.transport.close()
 
 
 class _Messages(logging.Handler):
-    """Errors of uvicorn's, without control characters."""
+    """Writes errors of uvicorn's without control characters."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):  # by a second Ctrl-C

@@ -75,7 +75,7 @@ class ServeConfig(ToolConfig, CommonConfig):
 
 def run(config: ServeConfig) -> None:
     """Check, load, serve. Raises UserError for the user's mistakes."""
-    for package in ("starlette", "uvicorn"):
+    for package in ("pydantic", "starlette", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"serve: needs the package {package}; pip install 'llmkit[serve]'")
     names = _names(config)

@@ -13,7 +13,7 @@ import torch
 from served import Server, served
 
 from llmkit.model.folder import load_model, save_model
-from llmkit.serving.answers import Thoughts
+from llmkit.serving.answers import ThinkSplitter
 from llmkit.tokenizer.encoding import load_tokenizer
 
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -132,6 +132,8 @@ def test_other_functions_are_called_in_json(tmp_path: Path) -> None:
 )
 def test_thoughts_are_apart_however_a_text_is_cut(text: str, begun: bool, expected: tuple[str, str]) -> None:
     for size in (1, 2, 3, 5, 100):
-        thoughts = Thoughts(begun)
-        told = [thoughts.push(text[at : at + size]) for at in range(0, len(text), size)] + [thoughts.finish()]
-        assert tuple("".join(side) for side in zip(*told, strict=True)) == expected
+        splitter = ThinkSplitter(begun)
+        split = [splitter.push(text[at : at + size]) for at in range(0, len(text), size)] + [
+            splitter.push("", last=True)
+        ]
+        assert tuple("".join(side) for side in zip(*split, strict=True)) == expected

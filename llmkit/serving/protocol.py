@@ -1,0 +1,213 @@
+"""OpenAI's protocol: bodies of requests as pydantic schemas, and errors.
+
+read_body(CompletionBody, {"prompt": "a", "logit_bias": {"7": 5}})  ->  ApiError: 'logit_bias' is supported at {} alone
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from llmkit.io.records import kind_of
+
+MAX_SEED = 2**63 - 1
+# Fields of OpenAI's and of vLLM's that are accepted at the values which change nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "ignore_eos": (False,),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+}
+
+
+class ApiError(Exception):
+    """An error of OpenAI's API: HTTP status, message, the field at fault, and a code."""
+
+    def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _as_list(value: Any) -> Any:
+    """Wrap a string or a list of token ids."""
+    return [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
+
+
+TokenIds = Annotated[list[int], Field(min_length=1)]
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+
+
+class Schema(BaseModel):
+    """An object without other fields than those declared; no value is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Schema):
+    """A request to a model."""
+
+    model: str | None = None
+
+
+class StreamOptions(Schema):
+    """Options of a stream; obfuscation is accepted and not done."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationBody(Body):
+    """Fields that chat and text completions share."""
+
+    n: int = Field(1, ge=1, le=128)
+    seed: int | None = Field(None, ge=-(2**63), le=MAX_SEED)
+    temperature: float = Field(1, ge=0, le=100)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    stop: Texts = Field([], max_length=16, description="16 strings at most, none of them empty")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    user: Any = None  # these three say who asks, and change nothing
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("'stream_options': expected 'stream' to be true beside it", "stream_options")
+        return self
+
+
+class ChatTemplateKwargs(Schema):
+    """The switch for thoughts, by either of its names."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+
+class ConversationBody(Body):
+    """Fields that make a prompt of a conversation."""
+
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["auto", "none"] = "auto"
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: ChatTemplateKwargs = ChatTemplateKwargs()
+
+    @model_validator(mode="after")
+    def _check_end(self) -> ConversationBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError("'add_generation_prompt': expected false beside 'continue_final_message'", "messages")
+        return self
+
+
+class ChatBody(GenerationBody, ConversationBody):
+    """`/v1/chat/completions`."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    @property
+    def alternatives(self) -> int | None:
+        """The number of alternatives beside each token's log-probability; None without log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("'top_logprobs': expected 'logprobs' to be true beside it", "top_logprobs")
+        return self
+
+
+class CompletionBody(GenerationBody):
+    """`/v1/completions`."""
+
+    prompt: Annotated[list[str | TokenIds], BeforeValidator(_as_list)] = Field(
+        min_length=1, max_length=1024, description="text, token ids, or a list of 1 to 1024 of these"
+    )
+    add_special_tokens: bool = True
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in ChatBody."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("'max_tokens': expected 'echo' to be true beside 0", "max_tokens")
+        return self
+
+
+class TokenizeBody(ConversationBody):
+    """`/tokenize`, of a text (`prompt`) or of a conversation."""
+
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> TokenizeBody:
+        conversation = self.model_fields_set & ConversationBody.model_fields.keys() - {"model"}
+        if self.prompt is not None and conversation:
+            raise ApiError(f"'prompt': expected no {min(conversation)!r} beside it", "prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """`/detokenize`."""
+
+    tokens: TokenIds
+    return_token_strs: bool = False
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def read_body(schema: type[AnyBody], body: Any) -> AnyBody:
+    """Check the fields of a JSON object, null as a missing one. Raises ApiError, which names the first wrong field."""
+    if not isinstance(body, dict):
+        raise ApiError(f"expected a JSON object, found {kind_of(body)}")
+    fields = {
+        name: value
+        for name, value in body.items()
+        if value is not None and (name in schema.model_fields or value not in NEUTRAL.get(name, ()))
+    }
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        values = " or ".join(map(repr, NEUTRAL.get(name, ())))
+        reason = f"is supported at {values} alone" if values else "is not supported; leave it out"
+        raise ApiError(f"{name!r} {reason}", name, code="unsupported_parameter")
+    field, where = schema.model_fields.get(name), ".".join(map(str, error["loc"]))
+    if field is not None and field.description:
+        raise ApiError(f"{name!r}: expected {field.description}", name)
+    raise ApiError(f"{where!r}: {error['msg'].replace('Input should be', 'expected')}", name)
