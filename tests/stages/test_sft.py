@@ -387,17 +387,25 @@ def test_bad_options_are_named(base, chats, tmp_path, options, reason):
     assert reason in str(caught.value) and not (tmp_path / "chat.partial").exists()
 
 
-def test_a_model_folder_with_nan_is_refused(base, chats, llmkit, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "name", "more"),
+    [
+        ("model.norm.weight", "norm", []),
+        ("model.layers.0.mlp.down_proj.weight", "layers.0.down", ["--lora-rank", "2", "--quantize", "nf4"]),
+    ],
+    ids=["whole", "nf4"],
+)
+def test_a_model_folder_with_nan_is_refused(base, chats, llmkit, tmp_path, stored, name, more):
     import torch
     from safetensors.torch import load_file, save_file
 
     spoilt = save_folder(tmp_path / "spoilt")
     tensors = load_file(spoilt / "model.safetensors")
-    tensors["model.norm.weight"][3] = torch.nan
+    tensors[stored].view(-1)[3] = torch.nan
     save_file(tensors, spoilt / "model.safetensors")
-    done = llmkit("sft", spoilt, "--data", chats, *SPEED, "-o", tmp_path / "chat")
+    done = llmkit("sft", spoilt, "--data", chats, *SPEED, *more, "-o", tmp_path / "chat")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"{spoilt}: expected weights that are finite numbers, found NaN or infinity in norm" in done.stderr
+    assert f"{spoilt}: expected weights that are finite numbers, found NaN or infinity in {name};" in done.stderr
     assert not (tmp_path / "chat.partial").exists()
 
 
