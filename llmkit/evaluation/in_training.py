@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from llmkit.errors import UserError
+import torch
+
 from llmkit.evaluation.evaluator import Asking, chunks, model_here
 from llmkit.evaluation.scores import summarise
 from llmkit.evaluation.tasks import load_items, load_tasks
-from llmkit.io.ranks import launch
 from llmkit.model.transformer import Transformer
 from llmkit.tokenizer.encoding import Tokenizer
+from llmkit.training.distributed import whole_model
 
 ITEMS = 500  # of a task, at most: a standard error of 0.022 at a score of 0.5
 
@@ -22,25 +23,25 @@ class TaskScores:
     """Tasks whose scores stand beside those of a validation, as `task/NAME`. No task, nothing is added.
 
     chat  whether items are asked in the model's chat format
-    Raises UserError for tasks that cannot be loaded, and in a job of several processes.
+    Raises UserError for tasks that cannot be loaded.
     """
 
     def __init__(self, specs: Sequence[str], tokenizer: Tokenizer, *, chat: bool = False) -> None:
-        if specs and launch().size > 1:
-            raise UserError("--evaluate: expected one process; leave it out, and run llmkit evaluate on the result")
         self._loaded = [load_items(task, ITEMS) for task in load_tasks(specs, flag="--evaluate")]
         self._tokenizer, self._chat = tokenizer, chat
 
     def beside(self, validate: Validation | None, model: Transformer) -> Validation | None:
-        """Return a validation that has the scores of both."""
+        """Return a validation that has the scores of both; of several processes each scores all, for it has to wait."""
         if not self._loaded:
             return validate
 
         def evaluate() -> dict[str, float]:
             scores = {} if validate is None else dict(validate())
-            watched = model_here(model, self._tokenizer, Asking(chat=self._chat))
+            with torch.no_grad():
+                whole = whole_model(model)
+            watched = model_here(whole, self._tokenizer, Asking(chat=self._chat))
             try:
-                with _eager(model):
+                with _eager(whole):
                     for one in self._loaded:
                         records = [
                             record for chunk in chunks(one.items) for record in watched.evaluate(one.task, chunk)

@@ -171,7 +171,7 @@ class Learner:
         self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
         tuning = load_policy(model, config.system, run.device, run.dtype, config.quantize, config.backend, config.quiet)
         choose_thinking(tuning.tokenizer, config.thinking)
-        self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
+        self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=tuning.is_assistant)
         self.tools = open_tools(config, tuning.tokenizer, stack, tuning.model.config.eos_token_ids)
         read = partial(
             load_problems,

@@ -49,6 +49,7 @@ def data(tmp_path_factory) -> Path:
     write("chats", [{"prompt": text(3), "completion": text(generator.randint(1, 6))} for _ in range(40)])
     write("prefs", [{"prompt": text(3), "chosen": f"{text(2)}!", "rejected": text(2)} for _ in range(60)])
     write("problems", [{"prompt": text(2), "answer": "no"} for _ in range(8)])
+    write("asked", [{"query": text(3), "choices": [text(1), text(2)], "gold": n % 2} for n in range(6)])
     scores = "def reward(record):\n    return sum(letter < 'n' for letter in record['completion'])\n"
     (folder / "early.py").write_text(scores)
     return folder
@@ -102,7 +103,8 @@ def equal(count: int, tmp_path: Path, names: tuple[str, ...], *arguments: object
 
 def test_two_processes_pretrain_as_one(data, tmp_path):
     command = pretrain(data, tmp_path / "out", "--max-steps", 20, "--eval-every", 10, "--sample-every", 10)
-    equal(2, tmp_path, ("loss", "val_loss", "grad_norm"), *command)
+    command += ["--evaluate", data / "asked.jsonl"]
+    equal(2, tmp_path, ("loss", "val_loss", "grad_norm", "task/asked"), *command)
     rows = (tmp_path / "2" / "metrics.jsonl").read_text()
     assert '"sample"' in rows and '"targets":416' in rows
 
@@ -121,8 +123,9 @@ def test_more_processes_pretrain_as_one(data, tmp_path):
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_tune_as_one(data, tmp_path, count, adapter):
     options = ["--sequence-length", 64, "--batch-tokens", 320, "--eval-every", 10, "--sample-every", 10, *adapter]
+    options += ["--evaluate", data / "asked.jsonl"]
     files = [data / "base", "--data", data / "chats.jsonl", "--val", data / "chats.jsonl"]
-    equal(count, tmp_path, ("loss", "val_loss"), "sft", *files, *options, *TUNING)
+    equal(count, tmp_path, ("loss", "val_loss", "task/asked"), "sft", *files, *options, *TUNING)
 
 
 @pytest.mark.slow
@@ -137,8 +140,8 @@ def test_processes_judge_as_one(data, tmp_path, count):
 def test_processes_try_problems_as_one(data, tmp_path, count):
     files = [data / "base", "--data", data / "problems.jsonl", "--val", data / "problems.jsonl"]
     options = ["--reward", f"py:{data}/early.py:reward", "--batch-size", 5, "--group", 4, "--max-tokens", 6]
-    options += ["--eval-every", 10, "--max-kl", 1000, *TUNING]
-    equal(count, tmp_path, ("loss", "reward", "val_reward", "kl"), "rl", *files, *options)
+    options += ["--eval-every", 10, "--max-kl", 1000, "--evaluate", data / "asked.jsonl", *TUNING]
+    equal(count, tmp_path, ("loss", "reward", "val_reward", "kl", "task/asked"), "rl", *files, *options)
     one, other = ((tmp_path / str(number) / "rollouts.jsonl").read_text().splitlines() for number in (1, count))
     # 20 updates move log-probabilities in the sixth digit; the texts, and who drew them, are the same
     assert [json.loads(line)["token_ids"] for line in one] == [json.loads(line)["token_ids"] for line in other]
