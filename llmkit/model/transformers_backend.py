@@ -211,14 +211,27 @@ class TransformersModel(Transformer):
             )
         kind = cls.kind(config)
         state = {name: tensors.read(name) for name in tensors.where}
-        module, info = kind.from_pretrained(
-            None, config=config.stock, state_dict=state, dtype=dtype, ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        for name, tensor in state.items():
+            if name.endswith(".weight") and not tensor.is_floating_point():
+                raise UserError(
+                    f"{tensors.name}: tensor {name}: expected floats, found {tensor.dtype}; take the model's folder "
+                    "that is not quantized"
+                )
+        mistake = "are config.json and weights of one model?"
+        try:
+            module, info = kind.from_pretrained(
+                None, config=config.stock, state_dict=state, dtype=dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"{tensors.name}: transformers cannot load these tensors: {_first_line(error)}; {mistake}"
+            ) from error
         for name, found, expected in sorted(info["mismatched_keys"]):
             raise UserError(
-                f"{tensors.name}: tensor {name}: expected shape {list(expected)}, found {list(found)}; "
-                "are config.json and weights of one model?"
+                f"{tensors.name}: tensor {name}: expected shape {list(expected)}, found {list(found)}; {mistake}"
             )
         for key, fault in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
             for name in sorted(info[key]):

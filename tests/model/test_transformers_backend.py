@@ -231,6 +231,20 @@ def test_without_transformers_the_line_names_the_families_and_the_package(tmp_pa
         load_config(tmp_path, "auto")
 
 
+def test_experts_of_another_shape_and_integers_are_refused(tmp_path):
+    save("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.experts.0.down_proj.weight"
+    for tensor, message in (
+        (tensors[name][1:], "are config.json and weights"),
+        (tensors[name].int(), "found torch.int"),
+    ):
+        save_file(tensors | {name: tensor.contiguous()}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=message) as raised:
+            load_model(tmp_path, backend="auto")
+        assert "\n" not in str(raised.value)
+
+
 def test_quantized_weights_are_refused_by_their_kind(tmp_path):
     save("bloom", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
