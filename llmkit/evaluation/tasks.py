@@ -37,6 +37,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -488,20 +489,20 @@ def _examples(
     task: Task, item: Item, number: int, pool: Sequence[Item], count: int, draw: Random, elsewhere: bool
 ) -> list[Item]:
     """Examples for an item; they are never the item itself. Raises UserError where they are too few."""
-    others = pool if elsewhere else [other for other in pool if other.record != item.record]
-    if len(others) < count:
-        raise UserError(
-            f"{item.where}: expected {counted(count, 'example')} (--shots) for {task.name}, found {len(others)}"
-        )
-    if task.shots_order == "first":
-        return list(others[:count])
+    others = (other for other in pool if elsewhere or other.record != item.record)  # read as far as they are needed
+    chosen = list(islice(others, count)) if task.shots_order == "first" else []
     if task.shots_order == "core":
-        return Random(SHOT_SEED + number).sample(others, count)
-    if elsewhere and task.shots_order != "spare":
-        return draw.sample(pool, count)
-    # as lm-evaluation-harness: one more than wanted, of which the item itself goes
-    chosen = [other for other in draw.sample(pool, min(count + 1, len(pool))) if other.record != item.record][:count]
-    return chosen if len(chosen) == count else draw.sample(others, count)
+        draw = Random(SHOT_SEED + number)
+    elif task.shots_order != "first" and (not elsewhere or task.shots_order == "spare"):
+        # as lm-evaluation-harness: one more than wanted, of which the item itself goes
+        more = draw.sample(pool, min(count + 1, len(pool)))
+        chosen = [other for other in more if other.record != item.record][:count]
+    if len(chosen) < count and task.shots_order != "first":
+        rest = list(others)
+        chosen = draw.sample(rest, min(count, len(rest)))
+    if len(chosen) < count:
+        raise UserError(f"{item.where}: expected {counted(count, 'example')} (--shots), found {len(chosen)}")
+    return chosen
 
 
 def _with_examples(task: Task, item: Item, examples: Sequence[Item]) -> Item:

@@ -435,7 +435,7 @@ def test_bad_items_are_named(models, tmp_path, rows, expected):
         ({"samples": 2}, "--samples 2: expected --temperature above 0"),
         ({"gates": ["thing=1"]}, "--fail-under thing: expected a task among things"),
         ({"gates": ["things"]}, "--fail-under things: expected TASK=SCORE"),
-        ({"few_shot": 6}, "expected 6 examples (--shots) for things, found 5"),
+        ({"few_shot": 6}, "expected 6 examples (--shots), found 5"),
         ({"chat": True}, "llmkit sft"),
         ({"tools": ["calc"]}, "--tools: expected --chat"),
         ({"core": "."}, "--core .: expected core.yaml, eval_meta_data.csv and eval_data/, found no core.yaml"),
