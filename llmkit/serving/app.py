@@ -114,7 +114,7 @@ class Service:
         jobs = model.jobs(body, prompts)
         answer = Answer(model, body, prompts, jobs)
         if self._open[model.name] >= self._max_open:
-            message = f"{self._max_open} requests wait or run already; try again"
+            message = f"too many open requests, {self._max_open} at most; try again"
             raise ApiError(message, status=429, code="too_many_requests")
         self._open[model.name] += len(jobs)  # no await since the check
         release = partial(self._release, model, jobs, answer)

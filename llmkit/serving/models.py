@@ -168,7 +168,7 @@ class ServedModel:
         if any(tool.get("type") != "function" for tool in definitions):
             raise ApiError("'tools': expected a list of {type: function, function: {name, parameters}}", "tools")
         if not chat.shows_tools:
-            raise ApiError(f"the chat template of {self.name} shows no tools", "tools")
+            raise ApiError(f"no tools in the chat template of {self.name}", "tools")
         with _api_errors("tools"):
             return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, 128, chat=chat).offering(definitions)
 
