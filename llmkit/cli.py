@@ -69,7 +69,7 @@ ELSEWHERE = {
         ("server api deploy web ui", "llmkit serve MODEL"),
         ("dpo orpo kto ipo simpo rlhf align", "llmkit train-reward and then llmkit rl, which learn from preferences"),
         ("grpo ppo rloo dapo gspo reinforce rlvr rft", "llmkit rl, whose --algo chooses"),
-        ("tokenize tokenise encode pack prepare", "llmkit pretrain, which does that, and llmkit train-bpe"),
+        ("tokenize tokenise encode pack prepare preprocess", "llmkit pretrain, which does that, and llmkit train-bpe"),
         ("train-tokenizer tokenizer tokeniser bpe vocab train-tok", "llmkit train-bpe"),
         ("train training trainer fit", "llmkit pretrain for documents, llmkit sft for conversations"),
         ("continue cpt continued-pretraining", "llmkit pretrain --from MODEL"),

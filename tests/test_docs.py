@@ -70,6 +70,7 @@ def test_every_page_stands_in_the_navigation():
 FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
+    --enable-auto-tool-choice --jinja --tool-call-parser
     --cache-type-k --cache-type-v --max-per-task --fast
     --forms --hf-trainer --litgpt-python --models --peer-python --peers --rounds --save --seeds --steps
     --folds --work"""
@@ -93,6 +94,8 @@ NOT_RUN = {
     r"torchrun ": "several processes; tests/training/test_distributed.py runs such",
     r"--engine ray": "a cluster; tests/crawl/test_on_ray.py runs one where Ray is installed",
     r"llama-cli": "a program of another project",
+    r"pythia-160m/": "a folder of another family; tests/stages/test_transformers_backend.py runs such",
+    r"--peer-python peers/": "a peer's virtual environment",
     r"llmkit serve ": "goes on until it is stopped; tests/serving/ has servers",
     r"hf://": "a network; tests/io/test_hub.py has a hub of its own",
     r"s3://": "a bucket; tests/io/test_upload.py has one of its own",

@@ -54,7 +54,7 @@ VERBS = {
     "runs",
 }
 VERBS |= {"holds", "leaves", "compares", "promises", "becomes", "tells", "left", "process", "others"}
-VERBS |= {"expects"}
+VERBS |= {"expects", "shows"}
 
 
 def bare_plurals(source: str) -> list[tuple[int, str]]:
@@ -104,7 +104,7 @@ def test_a_count_of_one_is_singular():
         ("fine_tune", "llmkit sft"),
         ("dpo", "train-reward"),
         ("chat", "llmkit sample MODEL --chat"),
-        ("serve", "docs/serving.md"),
+        ("api", "llmkit serve MODEL"),
     ],
 )
 def test_a_command_of_other_programs_leads_to_ours(typed: str, named: str):

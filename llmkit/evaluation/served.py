@@ -14,6 +14,7 @@ from typing import Any
 from llmkit.errors import ServerError, UserError
 from llmkit.evaluation.likelihood import Likelihood, Tokens, split_pair, windows
 from llmkit.generation.served_models import OpenAIClient, PromptTooLong, Refused
+from llmkit.io.progress import counted
 
 WITH_FOLDER = "give MODEL beside --engine, whose tokenizer makes the tokens"
 
@@ -61,7 +62,9 @@ class ServedScorer:
         ids, start = tokens
         echo = self._echo(ids)
         if len(echo["token_logprobs"]) != len(ids):
-            raise self._fault(f"log-probabilities of the prompt's {len(ids)} tokens", len(echo["token_logprobs"]))
+            raise self._fault(
+                f"log-probabilities of the prompt's {counted(len(ids), 'token')}", len(echo["token_logprobs"])
+            )
         return self._likelihood(echo, start)
 
     def _score_text(self, pair: tuple[str, str]) -> Likelihood:

@@ -389,10 +389,11 @@ class Transformer(nn.Module):
 
     def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each target in the softmax of logits / temperature: (N,) float32."""
-        return linear_logprobs(
+        logprob_N, entropy_N = linear_logprobs(
             hidden_NC, self.head_weight, target_N, temperature=temperature, return_entropy=True,
             softcap=self.config.logits_softcap,
         )  # fmt: skip
+        return logprob_N, entropy_N
 
     @torch.no_grad()
     def grow(self, rows: int) -> None:

@@ -68,7 +68,9 @@ class Tensors(Protocol):
     """The tensors of a folder (`SavedTensors` of model/folder.py)."""
 
     name: str
-    where: Mapping[str, Path]
+
+    @property
+    def where(self) -> Mapping[str, Path]: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -191,12 +193,12 @@ class TransformersModel(Transformer):
         self._scale: float | None = self._head_scale()
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """What makes scores of hidden states: logits."""
         return self.module.get_output_embeddings()
 
     @property
-    def tables(self) -> list[nn.Module]:
+    def tables(self) -> list[nn.Embedding | nn.Linear]:
         """Modules with a row for each token."""
         return [self.module.get_input_embeddings(), self.head]
 
@@ -413,12 +415,12 @@ class TransformersReward(TransformersModel):
         return cls(config, module).train(model.training)
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """What makes scores of hidden states."""
         return self.module.score
 
     @property
-    def tables(self) -> list[nn.Module]:
+    def tables(self) -> list[nn.Embedding | nn.Linear]:
         """Modules with a row for each token."""
         return [self.module.get_input_embeddings()]
 
