@@ -139,6 +139,7 @@ class Chat:
             (samples,) = self._sampler.complete([request], on_text=take, on_call=show_call)
             if not samples:
                 raise UserError(f"the conversation is longer than the context of {self._sampler.name}")
+            write("\n")  # before the notes, which would stand in the line of the answer
             for kind in left_out:
                 if kind != "reasoning" and left_out[kind] > before.get(kind, 0):
                     say(f"left out: the server's {kind}")
@@ -267,10 +268,11 @@ def talk(
         try:
             ask()
         except KeyboardInterrupt:
+            write("\n")
             say("stopped")
         except UserError as error:
+            write("\n")
             say(f"error: {error}")
-        write("\n")
 
     for text in lines:
         while text.endswith("\\"):

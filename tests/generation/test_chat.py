@@ -49,7 +49,7 @@ def held(one, *lines):
 def test_the_history_is_kept_and_the_answer_streams(tokenizer):
     one, pieces = chat(tokenizer, system="Be brief."), []
     first = one.ask("Hello", pieces.append)
-    assert "".join(pieces) == first
+    assert "".join(pieces) == first + "\n"
     one.ask("And now?", pieces.append)
     assert [turn.role for turn in one.turns] == ["system", "user", "assistant", "user", "assistant"]
     assert one.turns[2].text == first
@@ -169,6 +169,9 @@ def test_an_answer_that_is_cut_says_so(tokenizer):
     assert said == ["cut after 4 tokens; --max-tokens allows more"]
     _, said = held(chat(tokenizer, max_tokens=None, context=64), "hello")
     assert said == ["cut: 64 tokens of context"]
+    shown = []
+    talk(chat(tokenizer, max_tokens=4), iter(["hello"]), shown.append, shown.append)
+    assert shown[-2:] == ["\n", "cut after 4 tokens; --max-tokens allows more"]  # in a line of its own
 
 
 # ---- tools
