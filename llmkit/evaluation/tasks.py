@@ -364,7 +364,9 @@ def _by_form(task: Task, row: Row) -> Task:
         read_problem(row)
     except UserError as error:
         known = "query, choices, gold; context_options, continuation, gold; context, continuation; text; prompt, answer"
-        raise UserError(f"{row.where}: expected an item ({known}), found {fields_of(row.value)}; {error}") from None
+        is_problem = any(name in row.value for name in ("prompt", "question", "messages"))
+        remedy = str(error).removeprefix(f"{row.where}: ") if is_problem else "name its task, as in arc_easy=FILE"
+        raise UserError(f"{row.where}: expected an item ({known}), found {fields_of(row.value)}; {remedy}") from None
     return replace(task, kind="generation", form=())
 
 

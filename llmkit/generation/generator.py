@@ -128,7 +128,7 @@ class Generator:
         if chat.end_id not in self.end_ids:
             raise UserError(
                 f"{self.name}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it "
-                "by sample --shots assistant -p"
+                "by sample --shots assistant -p, or by evaluate without --chat"
             )
         return chat
 

@@ -91,6 +91,8 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
         if find_spec("transformers") is not None:
             backend = "transformers"
         otherwise += f", or pip install '{PACKAGE}', which computes others"
+    elif backend == "llmkit":
+        otherwise += "; transformers computes others, but not for --backend llmkit, export and pretrain"
     if backend == "transformers":
         config = read_config(whole, str(path))
         if family not in FAMILIES:
@@ -124,7 +126,9 @@ def load_model(
     if isinstance(config, TransformersConfig):
         if quantize is not None:
             raise UserError(
-                f"--quantize {quantize}: expected one of {', '.join(FAMILIES)}, found {config.model_type!r}"
+                f"--quantize {quantize}: expected a family that llmkit computes itself ({', '.join(FAMILIES)}), found "
+                f"{config.model_type!r} computed by transformers; leave out --quantize"
+                + (" or --backend" if config.model_type in FAMILIES else "")
             )
         tensors.check_kind()
         return TransformersModel.load(config, tensors, dtype or torch.float32, device)

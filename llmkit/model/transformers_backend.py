@@ -119,7 +119,7 @@ def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(stock), None)
         if kind is None or stock.is_encoder_decoder:
             raise UserError(
-                f"{where}: expected a model that writes text, found {family!r}, which transformers has not so"
+                f"{where}: expected a language model with a decoder alone, found {family!r}; choose another model"
             )
         for name, most in SIZES.items():  # before it is built
             integer({name: getattr(stock.get_text_config(), name, None)}, name, where, at_most=most)

@@ -80,6 +80,8 @@ def load_problems(
     encoded = [item for item in read if len(item.prompt_ids) + max_tokens <= tuning.context]
     too_long = len(read) - len(encoded)
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
+    if too_long and not encoded and tools is not None and tools.schemas:
+        left_out += f"; the shortest has {min(len(item.prompt_ids) for item in read)} tokens, with --tools' definitions"
     if not encoded:
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
     say(f"{names_of(paths)}: {counted(len(encoded), 'problem')}{f', {left_out} left out' if too_long else ''}", quiet)
@@ -94,9 +96,7 @@ def _at_share(lengths: Sequence[int]) -> int:
 def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: ToolUse | None) -> EncodedProblem:
     if not tuning.is_assistant:
         if problem.messages:
-            raise UserError(
-                f"{problem.where}: a conversation, and {tuning.folder} is a base model; tune it by llmkit sft"
-            )
+            raise UserError(f"{problem.where}: a conversation, but {tuning.folder} is a base model; use llmkit sft")
         return EncodedProblem(problem, prompt_ids(tuning.tokenizer, problem.prompt))
     messages = problem.messages or (message("user", problem.prompt),)
     if system is not None and messages[0].role != "system":

@@ -177,7 +177,7 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     for text in config.gates:
         name, _, least = text.rpartition("=")
         try:
-            gates[name] = float(least)
+            gates[name] = float(least if name else "")
         except ValueError:
             raise UserError(f"--fail-under {text}: expected TASK=SCORE, such as arc_easy=0.3") from None
     return gates

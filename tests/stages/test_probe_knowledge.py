@@ -227,7 +227,10 @@ def test_a_base_model_is_refused(tmp_path):
         probe(base, tmp_path / "r.jsonl", questions=asked)
     untuned = save_folder(tmp_path / "untuned", make_model(vocab_size=257 + len(CHAT_SPECIALS)))
     save_tokenizer(untuned, *CHAT_SPECIALS)
-    with pytest.raises(UserError, match=r"untuned: a base model, which has not learnt to end a turn.*llmkit sft"):
+    with pytest.raises(
+        UserError,
+        match=r"untuned: a base model, which has not learnt to end a turn.*llmkit sft.*evaluate without --chat",
+    ):
         probe(untuned, tmp_path / "r.jsonl", questions=asked)
 
 

@@ -339,6 +339,7 @@ MISTAKES = [
     ({"data": "{unanswered}"}, "unanswered.jsonl:1"),
     ({"reward": ("vibes",)}, "--reward vibes: expected verifier"),
     ({"max_tokens": 600}, "8 longer than the context"),
+    ({"tools": ("py:{tool}:look",), "max_tokens": 600}, "tokens, with --tools' definitions"),
     ({"gold": "length"}, "--gold: needs --val"),
     ({"val": ("{problems}",), "gold": "verifier"}, "not trained on"),
     ({"epochs": 1.0}, "expected one way to say"),
@@ -359,7 +360,9 @@ def test_a_mistake_is_told_in_a_line(coin, base, judge, problems, tmp_path, opti
         "empty": write(tmp_path / "empty.jsonl"),
         "wrong": write(tmp_path / "wrong.jsonl", {"text": "?"}),
         "unanswered": write(tmp_path / "unanswered.jsonl", {"prompt": "2 + 2?"}),
+        "tool": tmp_path / "tool.py",
     }
+    files["tool"].write_text('def look(word: str) -> str:\n    """Look a word up."""\n    return word\n')
 
     def named(value):
         if isinstance(value, tuple):
