@@ -305,7 +305,7 @@ def open_model(
             asked.check()
             name, tokenizer = asked.name, asked.tokenizer
         server = OpenAIClient(parse_address(engine, "--engine"), timeout)
-        model = Model(name, "", tokenizer, asking, ServedScorer(server, concurrency, context), sampler)
+        model = Model(name, "", tokenizer, asking, ServedScorer(server, concurrency, context, tokenizer), sampler)
     try:
         yield model
     finally:

@@ -15,6 +15,7 @@ from llmkit.errors import ServerError, UserError
 from llmkit.evaluation.likelihood import Likelihood, Tokens, split_pair, windows
 from llmkit.generation.served_models import OpenAIClient, PromptTooLong, Refused
 from llmkit.io.progress import counted
+from llmkit.tokenizer.encoding import Tokenizer
 
 WITH_FOLDER = "give MODEL beside --engine, whose tokenizer makes the tokens"
 
@@ -22,12 +23,16 @@ WITH_FOLDER = "give MODEL beside --engine, whose tokenizer makes the tokens"
 class ServedScorer:
     """Scores continuations by a model behind a server, `concurrency` requests at a time.
 
-    context  tokens of a prompt; beyond them its beginning goes. None where only the server knows them
+    context    tokens of a prompt; beyond them its beginning goes. None where only the server knows them
+    tokenizer  of the ids in `score`; the texts of echoed tokens must be those that it has for them
     """
 
-    def __init__(self, server: OpenAIClient, concurrency: int = 8, context: int | None = None) -> None:
-        self._server, self._concurrency, self._context = server, concurrency, context
+    def __init__(
+        self, server: OpenAIClient, concurrency: int = 8, context: int | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self._server, self._concurrency, self._context, self._tokenizer = server, concurrency, context, tokenizer
         self._max_tokens = 0
+        self._checked = set[int]()  # ids that are one token here and there
 
     def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
         """Return the likelihood of each continuation. Raises ServerError where the server does not echo."""
@@ -65,7 +70,26 @@ class ServedScorer:
             raise self._fault(
                 f"log-probabilities of the prompt's {counted(len(ids), 'token')}", len(echo["token_logprobs"])
             )
+        self._check_tokens(ids, echo["tokens"])
         return self._likelihood(echo, start)
+
+    def _check_tokens(self, ids: list[int], names: list[Any]) -> None:
+        """Raise ServerError for an id whose text is another at the server, each id once.
+
+        Words and numbers are compared: servers differ in spaces, special tokens and bytes that are no character.
+        """
+        if self._tokenizer is None:
+            return
+        for token, name in zip(ids, names, strict=True):
+            if token in self._checked:
+                continue
+            ours, theirs = self._tokenizer.decode([token]).strip(), str(name).strip()
+            if ours.isalnum() and theirs not in (ours, f"token_id:{token}"):
+                raise self._fault(
+                    f"the tokenizer of {self._tokenizer.path.parent}, whose token {token} is {ours!r}",
+                    f"{theirs!r}; give the folder that is served as MODEL",
+                )
+            self._checked.add(token)
 
     def _score_text(self, pair: tuple[str, str]) -> Likelihood:
         context, rest = pair

@@ -162,6 +162,19 @@ def test_a_server_that_gives_no_likelihoods_is_named(models, tmp_path, rows, lie
         evaluate(tasks=write_lines(tmp_path / "a.jsonl", rows), engine=server.spec, **options)
 
 
+def test_a_server_with_another_tokenizer_is_named(models, tmp_path):
+    from model_server import ModelServer
+
+    folder = save_folder(tmp_path / "swapped")
+    text = (folder / "tokenizer.json").read_text()
+    swapped = text.replace('"s":', '"?":').replace('"q":', '"s":').replace('"?":', '"q":', 1)
+    (folder / "tokenizer.json").write_text(swapped)
+    with ModelServer(models / "base") as server, pytest.raises(UserError) as error:
+        evaluate(folder, tasks=write_lines(tmp_path / "a.jsonl", CHOICES), engine=server.spec)
+    assert f"expected the tokenizer of {folder}, whose token " in str(error.value)
+    assert "give the folder that is served as MODEL" in str(error.value)
+
+
 def test_completions_are_judged_as_rl_judges_them(models, tmp_path):
     file, report = write_lines(tmp_path / "sums.jsonl", PROBLEMS), tmp_path / "report.jsonl"
     summary = evaluate(models / "seven", tasks=file, report=str(report)).models[0]["tasks"]["sums"]
