@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from llmkit.model.weights import embedding_name, pairs_apart, stacked_modules
 
 # the names of the matrices that a layer's matrices stack
 PROJECTIONS = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+_PEFT_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
 TARGETS = tuple(name for names in PROJECTIONS.values() for name in names)
 
 
@@ -88,16 +90,11 @@ class _LowRankSum(nn.Module):
                     weight = _AddProduct.apply(weight, self.up[name], self.down[name], first, self.scale)
                 first += rows
             return weight
-        if list(self.down) == list(self.rows):
-            change = [self.up[name] @ self.down[name] for name in self.rows]
-            return torch.add(weight, torch.cat(change) if len(change) > 1 else change[0], alpha=self.scale)
-        slices = weight.split(list(self.rows.values()))
-        return torch.cat(
-            [
-                torch.add(part, self.up[name] @ self.down[name], alpha=self.scale) if name in self.down else part
-                for name, part in zip(self.rows, slices, strict=True)
-            ]
-        )
+        matrices = [
+            torch.add(matrix, self.up[name] @ self.down[name], alpha=self.scale) if name in self.down else matrix
+            for name, matrix in zip(self.rows, weight.split(list(self.rows.values())), strict=True)
+        ]
+        return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
 
 
 class _Rows(nn.Module):
@@ -119,6 +116,19 @@ def _drawing(seed: int, device: torch.device, dtype: torch.dtype) -> Callable[[t
     return lambda shape, bound: torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound).to(device, dtype)
 
 
+class _Matrix(NamedTuple):
+    """A parameter that gets adapters: its inputs, the rows of the matrices that it stacks, and who of these is adapted.
+
+    adapted  path of the adapter by name of the matrix
+    """
+
+    module: nn.Module
+    attribute: str
+    inputs: int
+    rows: dict[str, int]
+    adapted: dict[str, str]
+
+
 class LoraAdapter:
     """Adapters on a model, whose own parameters are frozen.
 
@@ -138,53 +148,61 @@ class LoraAdapter:
         token_ids: Sequence[int] = (),
         dtype: torch.dtype | None = None,
     ):
-        known, shapes, matrices = projections(model.config), model.config.layer_shapes(), {}
-        targets = [name for names in known.values() for name in names] if targets is None else targets
-        for stacked in MATRICES:
-            sizes = {target: rows for target, (_, rows) in known[stacked].items()}
-            if adapted := [target for target in sizes if target in targets]:
-                matrices[stacked] = (shapes[stacked][1], sizes, adapted)
-        largest = max(min(sizes[name], inputs) for inputs, sizes, adapted in matrices.values() for name in adapted)
-        if rank > largest:
-            raise UserError(
-                f"--lora-rank: expected at most {largest}, the smaller side of the matrices that get an adapter, "
-                f"found {rank}; --lora-rank none trains all parameters"
-            )
-        self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(targets)
+        self.model, self.rank, self.alpha = model, rank, alpha
+        self.targets = tuple(self._all_targets() if targets is None else targets)
         self.token_ids = tuple(token_ids)
+        matrices = list(self._matrices())
+        sides = [min(matrix.rows[name], matrix.inputs) for matrix in matrices for name in matrix.adapted]
+        if rank > max(sides, default=0):
+            raise UserError(
+                f"--lora-rank: expected at most {max(sides, default=0)}, the smaller side of the matrices that get an "
+                f"adapter, found {rank}; --lora-rank none trains all parameters"
+            )
         dtype = dtype or model.embed_tokens.dtype
         draw = _drawing(seed, model.embed_tokens.device, dtype)
         model.requires_grad_(False)
-        for layer in model.layers:
-            for stacked, (inputs, sizes, adapted) in matrices.items():
-                low_rank = _LowRankSum(inputs, sizes, adapted, rank, alpha / rank, draw)
-                parametrize.register_parametrization(layer, stacked, low_rank, unsafe=True)
-        for table in self._tables:
-            rows = _Rows(getattr(model, table), token_ids, dtype)
-            parametrize.register_parametrization(model, table, rows, unsafe=True)
+        self._low_rank: dict[str, tuple[_LowRankSum, str]] = {}
+        for matrix in matrices:
+            low_rank = _LowRankSum(matrix.inputs, matrix.rows, list(matrix.adapted), rank, alpha / rank, draw)
+            parametrize.register_parametrization(matrix.module, matrix.attribute, low_rank, unsafe=True)
+            self._low_rank |= {matrix.adapted[name]: (low_rank, name) for name in low_rank.down}
+        self._rows: dict[str, _Rows] = {}
+        tables = [(*table, getattr(*table[1:])) for table in self._tables() if token_ids]
+        trained: dict[int, nn.Parameter] = {}  # by the identity of the weight: tied tables have the same rows
+        for path, module, attribute, weight in tables:
+            rows = _Rows(weight, token_ids, dtype)
+            if id(weight) in trained:
+                rows.rows = trained[id(weight)]
+            else:
+                self._rows[path], trained[id(weight)] = rows, rows.rows
+            parametrize.register_parametrization(module, attribute, rows, unsafe=True)
 
-    @property
-    def _tables(self) -> tuple[str, ...]:
-        """The parameters of the model some rows of which are trained."""
-        if not self.token_ids:
-            return ()
-        return ("embed_tokens",) if self.model.lm_head is None else ("embed_tokens", "lm_head")
+    def _all_targets(self) -> Iterable[str]:
+        return chain.from_iterable(projections(self.model.config).values())
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of every A, (rank, in), and B, (out, rank): `layers.0.q.down` and `layers.0.q.up`; and of
-        the rows of tokens, `embed_tokens.rows` and `lm_head.rows`."""
+    def _matrices(self) -> Iterator[_Matrix]:
+        known, shapes = projections(self.model.config), self.model.config.layer_shapes()
         for index, layer in enumerate(self.model.layers):
             for stacked in MATRICES:
-                if not parametrize.is_parametrized(layer, stacked):
-                    continue
-                low_rank = layer.parametrizations[stacked][-1]  # type: ignore[index]
-                if not isinstance(low_rank, _LowRankSum):  # a matrix that is quantized, and no target
-                    continue
-                for name in low_rank.down:
-                    yield f"layers.{index}.{name}.down", low_rank.down[name]
-                    yield f"layers.{index}.{name}.up", low_rank.up[name]
-        for table in self._tables:
-            yield f"{table}.rows", cast("_Rows", self.model.parametrizations[table][0]).rows  # type: ignore[index]
+                rows = {target: count for target, (_, count) in known[stacked].items()}
+                adapted = {target: f"layers.{index}.{target}" for target in rows if target in self.targets}
+                if adapted:
+                    yield _Matrix(layer, stacked, shapes[stacked][1], rows, adapted)
+
+    def _tables(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Path, module and parameter of the embedding, and of a head of its own."""
+        yield "embed_tokens", self.model, "embed_tokens"
+        if self.model.lm_head is not None:
+            yield "lm_head", self.model, "lm_head"
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of every A, (rank, in), `PATH.down`, and B, (out, rank), `PATH.up`, such as
+        `layers.0.q.down`; and of the rows of tokens, `PATH.rows`."""
+        for path, (low_rank, name) in self._low_rank.items():
+            yield f"{path}.down", low_rank.down[name]
+            yield f"{path}.up", low_rank.up[name]
+        for path, table in self._rows.items():
+            yield f"{path}.rows", table.rows
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
@@ -197,42 +215,13 @@ class LoraAdapter:
 
         Rows of ids from `tokens` on, which PEFT's model has not, are left out.
         """
-        tensors, config = {}, self.model.config
-        family = FAMILIES[config.model_type]
-        modules = {name: module for names in projections(config).values() for name, (module, _) in names.items()}
         saved_ids = [token for token in self.token_ids if tokens is None or token < tokens]
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters():
+            path, _, kind = name.rpartition(".")
             value = parameter.detach().to("cpu", torch.float32)
-            if name.endswith(".rows"):
-                module = "lm_head" if name.startswith("lm_head") else embedding_name(config).removesuffix(".weight")
-                tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = value[: len(saved_ids)]
-                continue
-            _, index, target, side = name.split(".")
-            if side == "up" and target in ("q", "k", "qkv") and not config.learned_positions:
-                turned = sum(config.stacked_rows["qkv"][:2]) if target == "qkv" else len(value)
-                value = torch.cat([pairs_apart(value[:turned], config), value[turned:]])
-            letter = "A" if side == "down" else "B"
-            module = f"{family.prefix}{family.layers}.{index}.{modules[target]}"
-            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = value.contiguous()
-        names = {"embed_tokens": family.tables["embed_tokens"], "lm_head": "lm_head"}
-        self._write(
-            folder,
-            base,
-            tensors,
-            list(dict.fromkeys(modules[name].split(".")[-1] for name in self.targets)),
-            {names[table]: saved_ids for table in self._tables if saved_ids},
-            family.transposed,
-        )
-
-    def _write(
-        self,
-        folder: Path,
-        base: str,
-        tensors: dict[str, Tensor],
-        modules: list[str],
-        token_ids: dict[str, list[int]],
-        transposed: bool = False,
-    ) -> None:
+            value = value[: len(saved_ids)] if kind == "rows" else self._as_stored(path, kind, value)
+            tensors[f"base_model.model.{self._module(path)}.{_PEFT_NAMES[kind]}"] = value.contiguous()
         peft_config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -241,77 +230,67 @@ class LoraAdapter:
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": modules,
+            **self._peft_modules(),
         }
-        if transposed:
-            peft_config["fan_in_fan_out"] = True
-        if token_ids:
-            peft_config["trainable_token_indices"] = token_ids
+        if saved_ids:
+            last_names = [self._module(path).split(".")[-1] for path in self._rows]
+            peft_config["trainable_token_indices"] = dict.fromkeys(last_names, saved_ids)
         folder.mkdir(exist_ok=True)
         with atomic_file(folder / "adapter_config.json", "w") as handle:
             json.dump(peft_config, handle, indent=2)
         write_tensors(folder / "adapter_model.safetensors", tensors)
+
+    def _module(self, path: str) -> str:
+        """The module in a Hugging Face model."""
+        config = self.model.config
+        if path == "lm_head":
+            return path
+        if path == "embed_tokens":
+            return embedding_name(config).removesuffix(".weight")
+        _, index, target = path.split(".")
+        family = FAMILIES[config.model_type]
+        module, _ = next(modules[target] for modules in projections(config).values() if target in modules)
+        return f"{family.prefix}{family.layers}.{index}.{module}"
+
+    def _as_stored(self, path: str, kind: str, value: Tensor) -> Tensor:
+        """Put the rotated rows of B in the order of the checkpoint."""
+        config, target = self.model.config, path.split(".")[-1]
+        if kind == "down" or target not in ("q", "k", "qkv") or config.learned_positions:
+            return value
+        rotated = sum(config.stacked_rows["qkv"][:2]) if target == "qkv" else len(value)
+        return torch.cat([pairs_apart(value[:rotated], config), value[rotated:]])
+
+    def _peft_modules(self) -> dict[str, Any]:
+        names = [self._module(f"layers.0.{target}").split(".")[-1] for target in self.targets]
+        transposed = FAMILIES[self.model.config.model_type].transposed
+        return {"target_modules": list(dict.fromkeys(names))} | ({"fan_in_fan_out": True} if transposed else {})
 
 
 class LinearAdapter(LoraAdapter):
     """Adapters on the linear modules of a model that transformers computes, but for its head; not on experts that are
     one tensor. Parameters as those of `LoraAdapter`, but for the targets, which are paths of modules."""
 
-    def __init__(
-        self,
-        model: TransformersModel,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str] | None = None,
-        seed: int = 0,
-        token_ids: Sequence[int] = (),
-        dtype: torch.dtype | None = None,
-    ):
-        paths = {one: name for name, one in model.module.named_modules()}
-        named = {name: one for one, name in paths.items() if isinstance(one, nn.Linear) and one is not model.head}
-        self._linears = {name: named[name] for name in (named if targets is None else targets)}
-        largest = max((min(linear.weight.shape) for linear in self._linears.values()), default=0)
-        if rank > largest:
-            raise UserError(
-                f"--lora-rank: expected at most {largest}, the smaller side of the linear modules of this "
-                f"{model.config.model_type!r}, found {rank}; --lora-rank none trains all parameters"
-            )
-        self.model, self.rank, self.alpha, self.targets = model, rank, alpha, tuple(self._linears)
-        self.token_ids = tuple(token_ids)
-        dtype = dtype or model.embed_tokens.dtype
-        draw = _drawing(seed, model.embed_tokens.device, dtype)
-        model.requires_grad_(False)
-        for linear in self._linears.values():
+    model: TransformersModel
+
+    def _all_targets(self) -> Iterable[str]:
+        modules = self.model.module.named_modules()
+        return [path for path, module in modules if isinstance(module, nn.Linear) and module is not self.model.head]
+
+    def _matrices(self) -> Iterator[_Matrix]:
+        for path in self.targets:
+            linear = self.model.module.get_submodule(path)
             rows, inputs = linear.weight.shape
-            low_rank = _LowRankSum(inputs, {"weight": rows}, ["weight"], rank, alpha / rank, draw)
-            parametrize.register_parametrization(linear, "weight", low_rank, unsafe=True)
-        self._trained_rows: dict[str, nn.Parameter] = {}  # by the path of the table
-        tables = [(table, table.weight) for table in model.tables if token_ids]
-        for table, weight in tables:
-            trained = _Rows(weight, token_ids, dtype)
-            if table is not tables[0][0] and weight is tables[0][1]:  # tied: both have the same rows
-                trained.rows = self._trained_rows[paths[tables[0][0]]]
-            else:
-                self._trained_rows[paths[table]] = trained.rows
-            parametrize.register_parametrization(table, "weight", trained, unsafe=True)
+            yield _Matrix(linear, "weight", inputs, {"weight": rows}, {"weight": path})
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of every A, `PATH.down`, and B, `PATH.up`; and of the rows of tokens, `PATH.rows`."""
-        for name, linear in self._linears.items():
-            low_rank = cast("_LowRankSum", linear.parametrizations["weight"][-1])  # type: ignore[index]
-            yield f"{name}.down", low_rank.down["weight"]
-            yield f"{name}.up", low_rank.up["weight"]
-        for name, rows in self._trained_rows.items():
-            yield f"{name}.rows", rows
+    def _tables(self) -> Iterator[tuple[str, nn.Module, str]]:
+        paths = {module: path for path, module in self.model.module.named_modules()}
+        return ((paths[table], table, "weight") for table in self.model.tables)
 
-    def save(self, folder: Path, base: str, tokens: int | None = None) -> None:
-        """Write the adapter as `LoraAdapter.save`."""
-        ends = {"down": "lora_A.weight", "up": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
-        saved_ids = [token for token in self.token_ids if tokens is None or token < tokens]
-        tensors = {}
-        for name, parameter in self.parameters():
-            path, _, kind = name.rpartition(".")
-            value = parameter.detach().to("cpu", torch.float32).contiguous()
-            tensors[f"base_model.model.{path}.{ends[kind]}"] = value[: len(saved_ids)] if kind == "rows" else value
-        token_ids = {path.split(".")[-1]: saved_ids for path in self._trained_rows if saved_ids}
-        self._write(folder, base, tensors, list(self.targets), token_ids)
+    def _module(self, path: str) -> str:
+        return path
+
+    def _as_stored(self, path: str, kind: str, value: Tensor) -> Tensor:
+        return value
+
+    def _peft_modules(self) -> dict[str, Any]:
+        return {"target_modules": list(self.targets)}
