@@ -160,7 +160,7 @@ def open_adapter(folder: str) -> Adapter:
         )
     notes: tuple[str, ...] = ()
     if os.path.isfile(f"{base}/{CONFIG}"):
-        known, tokens = load_config(base).vocab_size, load_tokenizer(folder).vocab_size
+        known, tokens = load_config(base, "auto").vocab_size, load_tokenizer(folder).vocab_size
         rows = config.get("trainable_token_indices") or {}
         if isinstance(rows, dict):  # by the name of the embedding, which families call otherwise, and the head's
             rows = next((ids for name, ids in rows.items() if name != "lm_head"), ())

@@ -51,8 +51,8 @@ def check_model_folder(path: str | None, example: str) -> None:
     if is_remote(path):
         check_weights(path)
     elif not Path(path).is_dir():
-        instead = "a file" if Path(path).exists() else "nothing"
-        raise UserError(f"{path}: expected a model folder, found {instead}{hub_hint(path)}")
+        instead = "a file" if Path(path).exists() else f"nothing{hub_hint(path)}"
+        raise UserError(f"{path}: expected a model folder, found {instead}")
 
 
 # ---- checkpoints, which training/checkpoint.py writes and reads

@@ -92,7 +92,7 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
             backend = "transformers"
         otherwise += f", or pip install '{PACKAGE}', which computes others"
     elif backend == "llmkit":
-        otherwise += "; transformers computes others, but not for --backend llmkit, export and pretrain"
+        otherwise += "; transformers computes others, but not for --backend llmkit, pretrain and the weights of export"
     if backend == "transformers":
         config = read_config(whole, str(path))
         if family not in FAMILIES:

@@ -14,7 +14,7 @@ from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request
 from llmkit.generation.sampler import open_sampler
 from llmkit.reward_model.head import load_reward_model
-from llmkit.stages import rl, sft, train_reward
+from llmkit.stages import export, rl, sft, train_reward
 from llmkit.training.trainer import Trainer
 
 CHATS = [("What is the sea?", "Salt water."), ("Who are you?", "A ship.")]
@@ -107,7 +107,9 @@ def test_an_adapter_is_trained_merged_and_read_by_peft(tied, chats, tmp_path):
     assert (rows is merged.get_output_embeddings().weight) is tied
     assert torch.equal(rows[:200], model.get_input_embeddings().weight[:200])
     model.resize_token_embeddings(len(rows))
-    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "chat/adapter")
+    out = tmp_path / "adapter"
+    export.run(export.ExportConfig(model=str(tmp_path / "chat"), format="adapter", out=str(out), quiet=True))
+    adapted = peft.PeftModel.from_pretrained(model, out)
     ids = torch.arange(40)[None]
     assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
 
