@@ -1,4 +1,4 @@
-"""Models asked the items of tasks: each item becomes a record of likelihoods or completions, and what they are worth.
+"""Evaluates models: each item of a task becomes a record of likelihoods or completions, and metrics.
 
 loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])  # of tasks
 with open_model("base/", Asking()) as model:
@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,12 @@ CHUNK = 512  # items evaluated, and kept for --resume, together
 
 @dataclass(frozen=True)
 class Asking:
-    """How items are asked.
+    """How a model is prompted.
 
-    chat         as a turn of the user, in the model's chat format
+    chat         with each item as a user turn in the model's chat format
     system       the system message; without `chat` it is text before all else
     samples, temperature, max_tokens, seed  of generation; None takes the task's `max_tokens`
-    tools        what the model may call
-    sandbox      whether programs that are tested run in the sandbox
-    thinking     whether it is asked for thoughts: "on", "off" or "auto", by the chat template; of a server see `tools`
+    tools        tools, thinking, and the sandbox of tested programs
     """
 
     chat: bool = False
@@ -60,103 +59,95 @@ class Asking:
     temperature: float = 0.0
     max_tokens: int | None = None
     seed: int = 0
-    tools: ToolConfig | None = None
-    sandbox: bool = True
-    thinking: str = "auto"
+    tools: ToolConfig = field(default_factory=ToolConfig)
 
 
 def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Yield the items in the numbers that are evaluated together."""
+    """Yield the items in chunks that are evaluated together."""
     return (items[first : first + CHUNK] for first in range(0, len(items), CHUNK))
 
 
-def check_problems(task: Task, items: Sequence[Item], sandbox: bool = True) -> None:
+def check_problems(task: Task, items: Sequence[Item], tools: ToolConfig) -> None:
     """Raise UserError for a problem without what its verifier needs, and for tests on a machine without the sandbox."""
-    verifier = VerifierReward(sandbox=sandbox)
+    verifier = VerifierReward(sandbox=tools.sandbox != "none")
     for item in items:
         if item.problem is not None and task.verifier != EXACT_MATCH:
             verifier.check(item.problem)
 
 
+@dataclass(frozen=True)
 class Model:
-    """A model under evaluation, here or behind a server.
+    """A model under evaluation, local or behind a server.
 
-    scorer   of continuations
-    sampler  opens a sampler that ends completions at some strings
+    sampler  opens a sampler that ends completions at the given strings
     """
 
-    def __init__(
-        self,
-        name: str,
-        sha256: str,
-        tokenizer: Tokenizer | None,
-        asking: Asking,
-        scorer: Scorer | ServedScorer,
-        sampler: Callable[[Sequence[str]], AbstractContextManager[Sampler]],
-    ) -> None:
-        self.name, self.sha256, self._tokenizer, self._asking = name, sha256, tokenizer, asking
-        self._scorer, self._sampler = scorer, sampler
-        self._verifier = VerifierReward(sandbox=asking.sandbox)
+    name: str
+    sha256: str
+    tokenizer: Tokenizer | None
+    asking: Asking
+    scorer: Scorer | ServedScorer
+    sampler: Callable[[Sequence[str]], AbstractContextManager[Sampler]]
+
+    @cached_property
+    def _verifier(self) -> VerifierReward:
+        return VerifierReward(sandbox=self.asking.tools.sandbox != "none")
 
     def evaluate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Return a record of each item: what the model made of it, and its `metrics`.
+        """Return a record of each item: likelihoods or completions, and `metrics`.
 
-        Raises UserError for a task that this model cannot be asked.
+        Raises UserError for a task that this model does not support.
         """
-        return self._generate(task, items) if task.kind == "generation" else self._weigh(task, items)
-
-    def _weigh(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
-        if self._tokenizer is not None:
-            scores = iter(self._scorer.score(self._encoded(task, items)))
-        elif task.tokens == "core" or (self._asking.chat and task.kind != "text"):
-            why = "--chat" if self._asking.chat else "CORE"
+        if task.kind == "generation":
+            return self._generate(task, items)
+        if self.tokenizer is not None:
+            scores = iter(self.scorer.score(self._encode(self.tokenizer, task, items)))
+        elif task.tokens == "core" or (self.asking.chat and task.kind != "text"):
+            why = "--chat" if self.asking.chat else "CORE"
             raise UserError(f"{task.name}: {why} needs the tokens of prompts; {WITH_FOLDER}")
         else:
-            assert isinstance(self._scorer, ServedScorer)
-            scores = iter(self._scorer.score_texts(self._texts(task, items)))
-        return [_judged(task, item, [next(scores) for _ in item.pairs("")]) for item in items]
+            assert isinstance(self.scorer, ServedScorer)
+            scores = iter(self.scorer.score_texts(self._pairs(task, items)))
+        return [_judge(task, item, [next(scores) for _ in item.pairs("")]) for item in items]
 
-    def _encoded(self, task: Task, items: Sequence[Item]) -> list[Tokens]:
-        assert self._tokenizer is not None
+    def _encode(self, tokenizer: Tokenizer, task: Task, items: Sequence[Item]) -> list[Tokens]:
         if task.tokens == "core":
             groups = [[context + rest for context, rest in item.pairs(task.delimiter)] for item in items]
             contexts = [item.contexts[0].strip() for item in items] if task.kind == "language_modeling" else None
-            return encode_core(self._tokenizer, groups, contexts, task.kind == "schema")
-        if not self._asking.chat or task.kind == "text":
+            return encode_core(tokenizer, groups, contexts, task.kind == "schema")
+        if not self.asking.chat or task.kind == "text":
             with naming(f"--tasks {task.name}"):
-                return encode_pairs(self._tokenizer, self._texts(task, items))
-        with self._sampler(()) as sampler:
+                return encode_pairs(tokenizer, self._pairs(task, items))
+        with self.sampler(()) as sampler:
             if sampler.chat is None:
                 raise UserError("--chat: expected a model whose chat format is here")
             turns = [(self._turns(item, context), rest) for item in items for context, rest in item.pairs("")]
-            asked = [sampler.chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
-        rests = [self._tokenizer.encode(rest) for _, rest in turns]
-        return [(ids + rest, len(ids)) for ids, rest in zip(asked, rests, strict=True)]
+            prompts = [sampler.chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
+        return [(ids + tokenizer.encode(rest), len(ids)) for ids, (_, rest) in zip(prompts, turns, strict=True)]
 
-    def _texts(self, task: Task, items: Sequence[Item]) -> list[tuple[str, str]]:
-        """Contexts and continuations of all options."""
-        delimiter = "" if task.kind == "text" else task.delimiter
-        return [(self._before(task, item) + a, b) for item in items for a, b in item.pairs(delimiter)]
+    def _pairs(self, task: Task, items: Sequence[Item]) -> list[tuple[str, str]]:
+        if task.kind == "text":
+            return [pair for item in items for pair in item.pairs("")]
+        return [(self._prefix(task, item) + a, b) for item in items for a, b in item.pairs(task.delimiter)]
 
-    def _before(self, task: Task, item: Item) -> str:
-        """What stands before an item's text: the system message and the task's description."""
-        system = self._asking.system or ""
+    def _prefix(self, task: Task, item: Item) -> str:
+        system = self.asking.system or ""
         joint = task.separator if system and item.description and not system[-1].isspace() else ""
-        return "" if task.kind == "text" else system + joint + item.description
+        return system + joint + item.description
 
     def _turns(self, item: Item, text: str) -> list[Message]:
-        system = "\n\n".join(filter(None, (self._asking.system, item.description.strip())))
+        system = "\n\n".join(filter(None, (self.asking.system, item.description.strip())))
         return [*([message("system", system)] if system else []), message("user", text)]
 
     def _generate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
-        asking, records = self._asking, []
-        check_problems(task, items, asking.sandbox)
-        with self._sampler(task.stop) as sampler:
+        asking, records = self.asking, []
+        check_problems(task, items, asking.tools)
+        with self.sampler(task.stop) as sampler:
             limit = asking.max_tokens or task.max_tokens
-            asked = [self._prompt(task, item, sampler, limit) for item in items]
+            prompts = [self._prompt(task, item, sampler, limit) for item in items]
             requests = [
                 Request(prompt, asking.samples, limit, asking.seed, request_number(prompt), item.where)
-                for item, (prompt, _) in zip(items, asked, strict=True)
+                for item, (prompt, _) in zip(items, prompts, strict=True)
             ]
             completed = list(sampler.complete(requests))
         attempts = [
@@ -169,60 +160,56 @@ class Model:
             verdicts = iter([float(is_exact_match(task, one.completion, one.problem)) for one in attempts])
         else:
             verdicts = iter(self._verifier.score(attempts))
-        for item, samples, (_, truncated) in zip(items, completed, asked, strict=True):
+        for item, samples, (_, truncated) in zip(items, completed, prompts, strict=True):
             if not samples:
                 raise UserError(f"{item.where}: the prompt is longer than the context of {sampler.name}")
             right = [next(verdicts) for _ in samples]
             solved = sum(verdict == 1.0 for verdict in right)
-            metrics = {f"pass@{k}": pass_at(k, len(right), solved) for k in sorted({1, len(right)})}
-            texts = [sample.text for sample in samples]
-            ends = [sample.finish_reason for sample in samples]
-            records.append(
-                {"completions": texts, "right": right, "ends": ends, "truncated": truncated, "metrics": metrics}
-            )
+            record = {
+                "completions": [sample.text for sample in samples],
+                "right": right,
+                "ends": [sample.finish_reason for sample in samples],
+                "truncated": truncated,
+                "metrics": {f"pass@{k}": pass_at(k, len(right), solved) for k in sorted({1, len(right)})},
+            }
+            records.append(record)
         return records
 
     def _prompt(self, task: Task, item: Item, sampler: Sampler, limit: int) -> tuple[Any, bool]:
-        """A prompt as the sampler takes it, and whether its beginning was cut to make room for a completion."""
+        """Return an item's prompt as the sampler takes it, and whether it was cut on the left to leave room."""
         assert item.problem is not None
-        messages = item.problem.messages
-        text = item.contexts[0]
+        messages, text = item.problem.messages, item.contexts[0]
         with naming(item.where):
-            if self._asking.chat or messages:
+            if self.asking.chat or messages:
                 turns = self._turns(item, text)
-                asked = sampler.encode([*turns[:-1], *(messages or turns[-1:])])
+                prompt = sampler.encode([*turns[:-1], *(messages or turns[-1:])])
             else:
-                asked = sampler.encode(self._before(task, item) + text)
+                prompt = sampler.encode(self._prefix(task, item) + text)
         if sampler.context is None:
-            return asked, False
+            return prompt, False
         room = max(sampler.context - limit, sampler.context // 2)
-        return asked[-room:], len(asked) > room
+        return prompt[-room:], len(prompt) > room
 
     def close(self) -> None:
-        """End what judges completions."""
+        """End the processes of the verifiers."""
         self._verifier.close()
 
 
-def _judged(task: Task, item: Item, scores: Sequence[Likelihood]) -> dict[str, Any]:
+def _judge(task: Task, item: Item, scores: Sequence[Likelihood]) -> dict[str, Any]:
     logprobs, tokens = [score.logprob for score in scores], [score.tokens for score in scores]
     record: dict[str, Any] = {"logprobs": logprobs, "tokens": tokens, "truncated": any(x.truncated for x in scores)}
     if item.gold is None:
         text = item.continuations[0]
-        record |= {"bytes": len(text.encode()), "words": len(re.split(r"\s+", text))}
-        return {**record, "metrics": {} if task.kind == "text" else {"acc": float(scores[0].is_greedy)}}
-    lengths = {"acc": [1] * len(scores)}
-    if task.tokens == "core":
-        lengths["acc"] = tokens
-    elif task.kind == "multiple_choice":  # acc_norm is lm-evaluation-harness's: by characters
-        lengths["acc_norm"] = [len(option) for option in item.options]
+        metrics = {} if task.kind == "text" else {"acc": float(scores[0].is_greedy)}
+        return {**record, "bytes": len(text.encode()), "words": len(re.split(r"\s+", text)), "metrics": metrics}
+    lengths = {"acc": tokens if task.tokens == "core" else [1] * len(scores)}
+    if task.tokens != "core" and task.kind == "multiple_choice":
+        lengths["acc_norm"] = [len(option) for option in item.options]  # by characters, as lm-evaluation-harness has it
         lengths["acc_bytes"] = [len(option.encode()) for option in item.options]
         lengths["acc_tokens"] = tokens
     chosen = {name: int(np.argmax(np.array(logprobs) / np.array(length))) for name, length in lengths.items()}
-    return {
-        **record,
-        "chosen": chosen["acc"],
-        "metrics": {name: float(option == item.gold) for name, option in chosen.items()},
-    }
+    metrics = {name: float(option == item.gold) for name, option in chosen.items()}
+    return {**record, "chosen": chosen["acc"], "metrics": metrics}
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
@@ -247,13 +234,13 @@ def model_here(
     precision: Precision | None = None,
     slots: int = 16,
 ) -> Model:
-    """Evaluate a model that is loaded, or in training."""
+    """Wrap a loaded model, also one in training."""
 
     @contextmanager
     def sampler(stop: Sequence[str]) -> Iterator[Sampler]:
         with ExitStack() as stack:
             ends = end_tokens(model.config, tokenizer)
-            tools = None if asking.tools is None else open_tools(asking.tools, tokenizer, stack, ends)
+            tools = open_tools(asking.tools, tokenizer, stack, ends) if asking.tools.tools else None
             weights = "dense" if precision is None else precision.weights
             yield Generator(
                 model, tokenizer, Sampling(asking.temperature), slots=slots, stop=stop, name=name, tools=tools,
@@ -276,14 +263,11 @@ def open_model(
     concurrency: int = 8,
     timeout: float = 120.0,
 ) -> Iterator[Model]:
-    """The model of a folder, or of a server; a folder beside a server has its tokenizer.
-
-    Raises UserError for what is no model.
-    """
+    """Open the model of a folder, or of a server, for which a folder provides the tokenizer. Raises UserError."""
     if engine == "local":
         assert folder is not None
         place, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
-        choose_thinking(tokenizer, asking.thinking)
+        choose_thinking(tokenizer, asking.tools.thinking)
         precision = choose_precision(dtype, chosen, load_config(place, backend).backend)
         weights = load_model(place, dtype=precision.dtype, device=chosen, backend=backend)
         tokenizer.check_fits(weights.config.vocab_size)
@@ -301,12 +285,10 @@ def open_model(
         context = None
         if folder is not None and (local_folder(folder) / "config.json").is_file():
             context = load_config(folder).max_position_embeddings
-        with sampler(()) as asked:
-            asked.check()
-            name, tokenizer = asked.name, asked.tokenizer
+        with sampler(()) as opened:
+            opened.check()
+            name, tokenizer = opened.name, opened.tokenizer
         server = OpenAIClient(parse_address(engine, "--engine"), timeout)
         model = Model(name, "", tokenizer, asking, ServedScorer(server, concurrency, context, tokenizer), sampler)
-    try:
+    with closing(model):
         yield model
-    finally:
-        model.close()

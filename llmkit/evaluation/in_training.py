@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -20,9 +20,9 @@ Validation = Callable[[], Mapping[str, float]]
 
 
 class TaskScores:
-    """Tasks whose scores stand beside those of a validation, as `task/NAME`. No task, nothing is added.
+    """Adds scores of tasks to those of a validation, as `task/NAME`.
 
-    chat  whether items are asked in the model's chat format
+    chat  whether items are prompted in the model's chat format
     Raises UserError for tasks that cannot be loaded.
     """
 
@@ -31,7 +31,7 @@ class TaskScores:
         self._tokenizer, self._chat = tokenizer, chat
 
     def beside(self, validate: Validation | None, model: Transformer) -> Validation | None:
-        """Return a validation that has the scores of both; of several processes each scores all, for it has to wait."""
+        """Return a validation with both scores; each rank scores all items, since it would wait otherwise."""
         if not self._loaded:
             return validate
 
@@ -39,16 +39,11 @@ class TaskScores:
             scores = {} if validate is None else dict(validate())
             with torch.no_grad():
                 whole = whole_model(model)
-            watched = model_here(whole, self._tokenizer, Asking(chat=self._chat))
-            try:
-                with _eager(whole):
-                    for one in self._loaded:
-                        records = [
-                            record for chunk in chunks(one.items) for record in watched.evaluate(one.task, chunk)
-                        ]
-                        scores[f"task/{one.task.name}"] = round(summarise(one, records)["score"], 5)
-            finally:
-                watched.close()
+            evaluated = model_here(whole, self._tokenizer, Asking(chat=self._chat))
+            with closing(evaluated), _eager(whole):
+                for one in self._loaded:
+                    records = [row for chunk in chunks(one.items) for row in evaluated.evaluate(one.task, chunk)]
+                    scores[f"task/{one.task.name}"] = round(summarise(one, records)["score"], 5)
             return scores
 
         return evaluate
@@ -56,7 +51,7 @@ class TaskScores:
 
 @contextmanager
 def _eager(model: Transformer) -> Iterator[None]:
-    """Leave torch.compile out: each of the many shapes of an evaluation would be compiled."""
+    """Disable torch.compile, which would compile each of an evaluation's many shapes."""
     compiled = [(layer, layer.__dict__.pop("forward", None)) for layer in model.layers]
     try:
         yield

@@ -27,7 +27,6 @@ from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import check_model_folder, uploaded
 
 if TYPE_CHECKING:
-    from llmkit.evaluation.evaluator import Asking
     from llmkit.evaluation.tasks import Loaded
 
 SHOWN = ("acc_norm", "perplexity", "bits_per_byte", "word_perplexity")  # beside the score; all are in the JSON
@@ -91,7 +90,7 @@ class EvaluateConfig(CommonConfig, BackendConfig, ToolConfig, ServedConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """Scores of each model and comparisons of the others with the first; of what is in a file the scores alone."""
+    """Scores of each model and comparisons of the others with the first; beside --out the scores alone."""
 
     path: str | None
     models: list[dict[str, Any]]
@@ -100,7 +99,7 @@ class Summary:
 
 @uploaded("out", "report")
 def run(config: EvaluateConfig) -> Summary | None:
-    """Load, ask, summarise, save. Raises UserError for the user's mistakes, GateError for a score under its gate."""
+    """Load, evaluate, summarise, save. Raises UserError, and GateError for a score under its gate."""
     out, gates = config.out or "-", _checked(config)
 
     # load
@@ -112,21 +111,20 @@ def run(config: EvaluateConfig) -> Summary | None:
             say(f"first item:\n{one.items[0].description}{shown}", config.quiet)
         return None
     documents, missing = _training_documents(config)
-    contaminated = _contaminated(config, loaded, documents)
+    contaminated = _contaminated(config, loaded, documents) if config.trained_on else None
 
-    # ask
+    # evaluate
     records, hashes = _records(config, loaded, out)
 
     # summarise
-    models = [_model_scores(name, hashes[name], loaded, records, contaminated) for name in hashes]
-    comparisons = _comparisons(list(hashes), loaded, records)
+    models, comparisons = _scores(hashes, loaded, records, contaminated)
     for line in _table(models, comparisons):
         say(line, config.quiet)
 
     # save
     if config.report is not None:
         with open_output(config.report, config.force) as write:
-            for line in _report(list(hashes), loaded, records, contaminated):
+            for line in _report(loaded, records, contaminated):
                 write(line)
     scores: dict[str, Any] = {"models": models, **({"comparisons": comparisons} if comparisons else {})}
     if config.trained_on:
@@ -137,7 +135,14 @@ def run(config: EvaluateConfig) -> Summary | None:
         results = {model["model"]: {name: task["score"] for name, task in model["tasks"].items()} for model in models}
         write_manifest(out, "evaluate", as_options(config), inputs=inputs, parents=config.models, results=results)
         Path(out + STATE).unlink(missing_ok=True)
-    _check_gates(gates, models)
+    failures = [
+        f"{model['model']}: {name} {score:.4f} is under --fail-under {least:g}"
+        for model in models
+        for name, least in gates.items()
+        if (score := model["core"] if name == "core" else model["tasks"][name]["score"]) < least
+    ]
+    if failures:
+        raise GateError("; ".join(failures))
     if out == "-":
         return Summary(None, models, comparisons or None)
     return Summary(out, [{**model, "tasks": results[model["model"]]} for model in models], None)
@@ -148,9 +153,7 @@ def run(config: EvaluateConfig) -> Summary | None:
 
 def _checked(config: EvaluateConfig) -> dict[str, float]:
     """Check the options; return the gates of --fail-under by task."""
-    if config.engine == "local" and not config.models:
-        check_model_folder(None, "llmkit evaluate base/ --tasks arc_easy --data-dir eval/")
-    for folder in config.models:
+    for folder in config.models or (() if config.is_served else (None,)):
         check_model_folder(folder, "llmkit evaluate base/ --tasks arc_easy --data-dir eval/")
     if config.is_served and len(config.models) > 1:
         raise UserError(f"--engine: expected one MODEL at most beside it, found {len(config.models)}")
@@ -197,15 +200,15 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     for one in loaded:
         if one.task.shots and one.task.shots_file and not one.task.shots_path:
             say(f"{one.task.name}: examples are other items, for there is no {one.task.shots_file}.jsonl", config.quiet)
-        if one.task.kind == "generation":  # before models are loaded and asked of other tasks
+        if one.task.kind == "generation":  # before any model is loaded
             from llmkit.evaluation.evaluator import check_problems
 
-            check_problems(one.task, one.items, config.sandbox != "none")
+            check_problems(one.task, one.items, config)
     return loaded
 
 
 def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
-    """Return the files of --trained-on, and what a model there was trained on and cannot be read."""
+    """Return the files of --trained-on, and training files of a model that cannot be read."""
     files, missing = [], []
     for path in config.trained_on:
         if not os.path.isfile(f"{path}/config.json"):
@@ -220,22 +223,20 @@ def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(files)), list(dict.fromkeys(missing))
 
 
-def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded], documents: Sequence[str]) -> set[str] | None:
-    """Places of the items that stand in --trained-on; None where nothing is given."""
-    if not config.trained_on:
-        return None
+def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded], documents: Sequence[str]) -> set[str]:
+    """Return FILE:LINE of the items that occur in the documents."""
     from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
 
     files = tuple(dict.fromkeys(path for one in loaded for path in expanded(one.task.path)))
     index = Contamination(ContaminationRules(files), config.quiet, flag="--trained-on")
     with Progress("contamination", unit="documents", quiet=config.quiet) as progress:
-        places: set[str] = set()
+        contaminated: set[str] = set()
         for row in read_documents(documents, read=lambda row: row):
             text = row.value.get("text")
-            said = text if isinstance(text, str) else "\n".join(_strings(row.value))
-            places |= {match.item for match in index.find(said)}
+            text = text if isinstance(text, str) else "\n".join(_strings(row.value))
+            contaminated |= {match.item for match in index.find(text)}
             progress.advance()
-    return places
+    return contaminated
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -248,28 +249,14 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-# ---- asking
-
-
-def _asking(config: EvaluateConfig) -> Asking:
-    from llmkit.evaluation.evaluator import Asking
-
-    return Asking(
-        chat=config.chat,
-        system=config.system,
-        samples=config.samples,
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        tools=config if config.tools or config.is_served else None,
-        sandbox=config.sandbox != "none",
-        thinking=config.thinking,
-    )
+# ---- evaluation
 
 
 def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tuple[Records, dict[str, str]]:
-    """Ask each model all items; the records, and the hash of each model by its name."""
-    from llmkit.evaluation.evaluator import chunks, open_model
+    """Evaluate each model on all items; return the records, and each model's hash by its name."""
+    import orjson
+
+    from llmkit.evaluation.evaluator import Asking, chunks, open_model
 
     records: Records = {}
     hashes: dict[str, str] = {}
@@ -280,7 +267,15 @@ def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tupl
         for folder in config.models or (None,):
             with open_model(
                 folder,
-                _asking(config),
+                Asking(
+                    chat=config.chat,
+                    system=config.system,
+                    samples=config.samples,
+                    temperature=config.temperature,
+                    max_tokens=config.max_tokens,
+                    seed=config.seed,
+                    tools=config,
+                ),
                 engine=config.engine,
                 device=config.device,
                 dtype=config.dtype,
@@ -296,72 +291,49 @@ def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tupl
                         key = f"{model.sha256} {model.name} {one.task.name} {number}"
                         if key not in state:
                             state.add(key, {"records": model.evaluate(one.task, chunk)})
-                        done += _kept_records(state[key])
+                        done += orjson.loads(state[key])["records"]
                         progress.advance(len(chunk), task=one.task.name)
     return records, hashes
-
-
-def _kept_records(line: bytes) -> list[dict[str, Any]]:
-    """Return the records of a chunk as they were kept."""
-    import orjson
-
-    return orjson.loads(line)["records"]
 
 
 # ---- scores
 
 
-def _model_scores(
-    name: str,
-    sha256: str,
-    loaded: Sequence[Loaded],
-    records: Records,
-    contaminated: set[str] | None,
-) -> dict[str, Any]:
-    from llmkit.evaluation.scores import core_score, summarise, summarise_apart
+def _scores(
+    hashes: Mapping[str, str], loaded: Sequence[Loaded], records: Records, contaminated: set[str] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the scores of each model, and comparisons of the others with the first."""
+    from llmkit.evaluation.scores import compare, core_score, summarise, summarise_apart
 
-    tasks = {}
-    for one in loaded:
-        summary = summarise(one, records[name, one.task.name])
-        if contaminated is not None:
-            summary |= summarise_apart(one, records[name, one.task.name], contaminated)
-        tasks[one.task.name] = summary
-    core = core_score((one.task, tasks[one.task.name]["score"]) for one in loaded)
-    return {"model": name, "sha256": sha256, **({} if core is None else {"core": core}), "tasks": tasks}
-
-
-def _comparisons(names: Sequence[str], loaded: Sequence[Loaded], records: Records) -> list[dict[str, Any]]:
-    from llmkit.evaluation.scores import compare
-
-    return [
-        {
-            "task": one.task.name,
-            "models": [names[0], other],
-            **compare(one.task, records[names[0], one.task.name], records[other, one.task.name]),
-        }
-        for other in names[1:]
-        for one in loaded
-    ]
-
-
-def _report(
-    names: Sequence[str], loaded: Sequence[Loaded], records: Records, contaminated: set[str] | None
-) -> Iterator[dict[str, Any]]:
-    for name in names:
+    models, comparisons = [], []
+    (first, *_) = hashes
+    for name, sha256 in hashes.items():
+        tasks = {one.task.name: summarise(one, records[name, one.task.name]) for one in loaded}
         for one in loaded:
-            for item, record in zip(one.items, records[name, one.task.name], strict=True):
-                asked = {
-                    "description": item.description,
-                    "contexts": item.contexts,
-                    "continuations": item.continuations,
-                }
-                if contaminated is not None:
-                    asked["in_training"] = item.where in contaminated
-                yield {"model": name, "task": one.task.name, "where": item.where, "gold": item.gold, **asked, **record}
+            task, rows = one.task.name, records[name, one.task.name]
+            if contaminated is not None:
+                tasks[task] |= summarise_apart(one, rows, contaminated)
+            if name != first:
+                compared = compare(one.task, records[first, task], rows)
+                comparisons.append({"task": task, "models": [first, name], **compared})
+        core = core_score((one.task, tasks[one.task.name]["score"]) for one in loaded)
+        models.append({"model": name, "sha256": sha256, **({} if core is None else {"core": core}), "tasks": tasks})
+    return models, comparisons
+
+
+def _report(loaded: Sequence[Loaded], records: Records, contaminated: set[str] | None) -> Iterator[dict[str, Any]]:
+    items = {one.task.name: one.items for one in loaded}
+    for (name, task), rows in records.items():
+        for item, record in zip(items[task], rows, strict=True):
+            line = {"model": name, "task": task, "where": item.where, "gold": item.gold}
+            line |= {key: getattr(item, key) for key in ("description", "contexts", "continuations")}
+            if contaminated is not None:
+                line["in_training"] = item.where in contaminated
+            yield {**line, **record}
 
 
 def _table(models: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Scores as lines: a task and metric each, a column for each model; then what there is to say of them."""
+    """Yield the table's lines: a row for each task and metric, a column for each model; then notes."""
     first = models[0]["tasks"]
     rows = [
         (task, metric)
@@ -399,14 +371,3 @@ def _table(models: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[st
             f"{one['task']}: {one['models'][1]}, compared with {one['models'][0]}, is {one['difference']:+.4f} ± "
             f"{one['stderr']:.4f} (p = {one['p']:.2g}), {verdict}"
         )
-
-
-def _check_gates(gates: Mapping[str, float], models: Sequence[Mapping[str, Any]]) -> None:
-    failures = []
-    for model in models:
-        for name, least in gates.items():
-            score = model["core"] if name == "core" else model["tasks"][name]["score"]
-            if score < least:
-                failures.append(f"{model['model']}: {name} {score:.4f} is under --fail-under {least:g}")
-    if failures:
-        raise GateError("; ".join(failures))
