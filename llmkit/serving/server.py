@@ -43,7 +43,7 @@ def run(sock: socket.socket, build: Callable[[asyncio.AbstractEventLoop], tuple[
         app, close = build(asyncio.get_running_loop())
         config = uvicorn.Config(
             app,
-            http=_Protocol,
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -59,21 +59,31 @@ def run(sock: socket.socket, build: Callable[[asyncio.AbstractEventLoop], tuple[
     asyncio.run(main())
 
 
-class _Protocol(H11Protocol):
-    """Closes a connection without a first request in time; uvicorn's `timeout_keep_alive` counts from an answer."""
+class HttpProtocol(H11Protocol):
+    """Closes a connection on which no request begins in time, however slowly its bytes come.
+
+    uvicorn's `timeout_keep_alive` ends with the first byte after an answer, and does not count before the first one.
+    """
+
+    head_seconds = HEADER_SECONDS
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._timer = self.loop.call_later(HEADER_SECONDS, transport.close)
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._timer.cancel()
+        elif self._timer.cancelled():  # a byte after the answer: of the next head, or of a body that nobody reads
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
 
 
 class _Messages(logging.Handler):

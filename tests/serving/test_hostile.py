@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import tiny
+import uvicorn
 from served import Server, served
+from uvicorn.server import ServerState
+
+from llmkit.serving.server import HttpProtocol
 
 CHAT = {"model": "chat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
 KEY = {"Authorization": "Bearer second-key"}
@@ -139,6 +146,38 @@ def test_idle_connections_and_slow_bodies_hold_nobody_up(server: Server) -> None
         started = time.monotonic()
         assert server.post("/v1/chat/completions", CHAT)[0] == 200
         assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("answered", "unread"),
+    [(0, b""), (1, b""), (3, b""), (1, b"Content-Length: 100000\r\n")],
+    ids=["first head", "second head", "fourth head", "body after the answer"],
+)
+def test_a_head_that_comes_byte_by_byte_is_bounded_on_every_connection(answered: int, unread: bytes) -> None:
+    class Impatient(HttpProtocol):
+        head_seconds = 0.3
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def trickle() -> int:
+        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_keep_alive=60)
+        protocol = partial(Impatient, config, ServerState(), {})
+        async with await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0) as listening:
+            reader, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+            for _ in range(answered):
+                writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + unread + b"\r\n")
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            for sent in range(2000):
+                writer.write(b"GET / HTTP/1.1\r\nX: "[sent : sent + 1] or b"a")
+                with suppress(asyncio.TimeoutError):
+                    rest = await asyncio.wait_for(reader.read(), 0.02)
+                    assert rest == b""
+                    return sent
+        raise AssertionError("the connection stays open")
+
+    assert asyncio.run(trickle()) > 1
 
 
 @pytest.mark.parametrize(
