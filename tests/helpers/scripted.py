@@ -16,7 +16,7 @@ class ScriptedSampler:
     def check(self) -> None:
         pass
 
-    def encode(self, prompt):
+    def encode(self, prompt, tools=None):
         return prompt if isinstance(prompt, str) else prompt[-1].text
 
     def complete(self, requests, *, on_text=None, on_call=None):
