@@ -30,7 +30,7 @@ that `rl` reads (formats/problems.py).
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -187,32 +187,20 @@ def _task(spec: str, data_dir: str | None, flag: str) -> Task:
     known = sorted(path.stem for path in TASKS.glob("*.toml"))
     if name in known:
         task = read_task(TASKS / f"{name}.toml")
-        return _with_data(task, path, data_dir, flag)
-    if path:
-        raise UserError(f"{flag} {spec}: {_unknown(name, known)}")
-    if spec.endswith(".toml"):
-        return _with_data(read_task(Path(spec)), "", data_dir or str(Path(spec).parent), flag)
-    if not (is_remote(spec) or Path(spec).is_file()):
-        raise UserError(f"{flag} {spec}: {_unknown(spec, known)}")
-    stem = re.sub(r"(\.(jsonl|json|ndjson|gz|zst|parquet|csv|tsv))+$", "", spec.rpartition("/")[2])
-    return Task(stem, path=spec)  # its kind is known when its first record is read
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(known)}"
-    return f"expected a task or a file of items, found neither; {hint}"
-
-
-def _with_data(task: Task, path: str, data_dir: str | None, flag: str) -> Task:
-    """The task with the paths of its data."""
-    if not path:
-        path = _find(task.name, task.file or task.name, task.hub, data_dir, flag)
-    if not task.shots_file:
-        return replace(task, path=path)
-    beside = data_dir or (None if path == task.hub else str(Path(path).parent))
-    with suppress(UserError):  # it may not be needed
-        task = replace(task, shots_path=_find(task.name, task.shots_file, task.shots_hub, beside, flag))
+    elif not path and spec.endswith(".toml"):
+        task, data_dir = read_task(Path(spec)), data_dir or str(Path(spec).parent)
+    elif not path and (is_remote(spec) or Path(spec).is_file()):
+        stem = re.sub(r"(\.(jsonl|json|ndjson|gz|zst|parquet|csv|tsv))+$", "", spec.rpartition("/")[2])
+        return Task(stem, path=spec)  # its kind is known when its first record is read
+    else:
+        near = get_close_matches(name, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(known)}"
+        raise UserError(f"{flag} {spec}: expected a task or a file of items, found neither; {hint}")
+    path = path or _find(task.name, task.file or task.name, task.hub, data_dir, flag)
+    if task.shots_file:
+        beside = data_dir or (None if path == task.hub else str(Path(path).parent))
+        with suppress(UserError):  # it may not be needed
+            task = replace(task, shots_path=_find(task.name, task.shots_file, task.shots_hub, beside, flag))
     return replace(task, path=path)
 
 
@@ -231,54 +219,52 @@ def _find(name: str, stem: str, hub: str, data_dir: str | None, flag: str) -> st
 
 def read_task(path: Path) -> Task:
     """Read a task's TOML. Raises UserError that names file and key."""
+    from jinja2 import TemplateError
+
     values = read_toml(str(path), "task")
     forms = values.get("form")
     if not isinstance(forms, list) or not forms:
         raise UserError(f"{path}: expected a table [[form]] or more, found none")
-    kinds = {item.name: type(item.default) for item in fields(Task) if item.name not in ("name", "path", "shots_path")}
-    for table, known, place in [(values, kinds, ""), *((form, FORM_FIELDS, "[[form]]: ") for form in forms)]:
+    types = {item.name: type(item.default) for item in fields(Task) if item.name not in ("name", "path", "shots_path")}
+    for table, known, prefix in [(values, types, ""), *((form, FORM_FIELDS, "[[form]]: ") for form in forms)]:
         if unknown := [key for key in table if key not in known]:
             near = get_close_matches(unknown[0], known, 1) or sorted(known)
-            raise UserError(f"{path}: {place}expected {' or '.join(near)}, found {unknown[0]!r}")
+            raise UserError(f"{path}: {prefix}expected {' or '.join(near)}, found {unknown[0]!r}")
     values["form"] = tuple(Form(**form) for form in forms)
     values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     for key, value in values.items():
-        if not isinstance(value, (int, float) if kinds[key] is float else kinds[key]):
-            expected = "list" if kinds[key] is tuple else kinds[key].__name__
+        if not isinstance(value, (int, float) if types[key] is float else types[key]):
+            expected = "list" if types[key] is tuple else types[key].__name__
             raise UserError(f"{path}: {key}: expected {expected}, found {value!r}")
     for pattern in filter(None, (values.get("extract"), *values.get("ignore", ()))):
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise UserError(f"{path}: expected a regular expression, found {pattern!r}: {error}") from None
-    known = {"kind": KINDS, "metric": KINDS.get(values.get("kind", ""), ())[1:], "shots_order": SHOTS_ORDERS}
-    for key, names in {**known, "verifier": (*VERIFIERS, EXACT_MATCH)}.items():
-        if values.get(key, "" if key == "kind" else next(iter(names))) not in names:
+    metrics = KINDS.get(values.get("kind", ""), ())[1:]
+    choices = {"metric": metrics, "shots_order": SHOTS_ORDERS, "verifier": (*VERIFIERS, EXACT_MATCH)}
+    for key, names in {"kind": KINDS, **choices}.items():
+        if (key in values or key == "kind") and values.get(key, "") not in names:
             raise UserError(f"{path}: {key}: expected {', '.join(names)}, found {values.get(key)!r}")
-    if values.get("shots", 0) < 0 or not 0 <= values.get("baseline", 0) < 1:
+    task = Task(path.stem, **values)
+    if task.shots < 0 or not 0 <= task.baseline < 1:
         raise UserError(f"{path}: expected shots of 0 or more, and a baseline from 0 to below 1")
-    for key in ("description", "group"):
-        _check_compiles(path, key, values.get(key, ""), key == "group")
+    sources = [("description", task.description), ("group", task.group)]
     for form in forms:
-        for key, source in form.items():
-            if key in TEMPLATES and not isinstance(source, str):
-                raise UserError(f"{path}: [[form]]: {key}: expected a template, found {source!r}")
-            _check_compiles(path, key, source, key not in TEMPLATES)
-        if missing := [key for key in KINDS[values["kind"]][0] if key not in form]:
-            raise UserError(f"{path}: [[form]]: expected {missing[0]!r}, which kind {values['kind']} needs")
-    return Task(path.stem, **values)
-
-
-def _check_compiles(path: Path, key: str, source: Any, is_expression: bool) -> None:
-    from jinja2 import TemplateError
-
-    try:
-        if isinstance(source, str) and source:
-            _compiled(source, is_expression)
-    except TemplateError as error:
-        raise UserError(
-            f"{path}: {key}: expected a Jinja {'expression' if is_expression else 'template'}: {error}"
-        ) from None
+        if missing := [key for key in KINDS[task.kind][0] if key not in form]:
+            raise UserError(f"{path}: [[form]]: expected {missing[0]!r}, which kind {task.kind} needs")
+        sources += form.items()
+    for key, source in sources:
+        is_template = key in ("description", *TEMPLATES)
+        if is_template and not isinstance(source, str):
+            raise UserError(f"{path}: [[form]]: {key}: expected a template, found {source!r}")
+        try:
+            if isinstance(source, str) and source:
+                _compiled(source, not is_template)
+        except TemplateError as error:
+            kind = "template" if is_template else "expression"
+            raise UserError(f"{path}: {key}: expected a Jinja {kind}: {error}") from None
+    return task
 
 
 # ---- items
@@ -321,36 +307,21 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
         raise UserError(f"{task.path}: expected {task.shots_file}.jsonl beside it, which has the examples, found none")
     elsewhere = bool(task.shots_path or task.example)
     pool = [_parse(task, row) for row in (rows if task.group or (count and not elsewhere) else rows[:limit])]
-    items = _first(pool, limit)
+    items = pool
+    if limit is not None and len(items) > limit:  # as many of each group as there are
+        seen, ranks = Counter[str](), []
+        for number, item in enumerate(items):
+            ranks.append((seen[item.group], number))
+            seen[item.group] += 1
+        items = [items[number] for number in sorted(number for _, number in sorted(ranks)[:limit])]
     if count and elsewhere:
         shown = [Row(record, f"{task.name}.toml, [[example]]", n) for n, record in enumerate(task.example, 1)]
         pool = [_parse(task, row) for row in (read_jsonl(expanded(task.shots_path)) if task.shots_path else shown)]
         for item in pool:
             digest.update(dump_json(item.record) + b"\n")
     if count:
-        draw = Random(SHOT_SEED + seed)
-        whole, by_group = pool, dict[str, list[Item]]()
-        for item in pool:
-            by_group.setdefault(item.group, []).append(item)
-        drawn = []
-        for number, item in enumerate(items):
-            pool = by_group.get(item.group, []) if task.group and not task.example else whole
-            chosen = _examples(task, item, number, pool, count, draw, elsewhere)
-            drawn.append(_with_examples(task, item, chosen))
-        items = drawn
+        items = _with_examples(task, items, pool, count, seed, elsewhere)
     return Loaded(replace(task, shots=count), items, digest.hexdigest())
-
-
-def _first(items: list[Item], limit: int | None) -> list[Item]:
-    """Return the first items, at most `limit`, as many of each group as there are."""
-    if limit is None or len(items) <= limit:
-        return items
-    seen = Counter[str]()
-    ranks = []
-    for number, item in enumerate(items):
-        ranks.append((seen[item.group], number))
-        seen[item.group] += 1
-    return [items[number] for _, number in sorted(sorted(ranks)[:limit], key=lambda rank: rank[1])]
 
 
 def _by_form(task: Task, row: Row) -> Task:
@@ -487,33 +458,41 @@ def is_exact_match(task: Task, completion: str, problem: Problem) -> bool:
 # ---- examples
 
 
-def _examples(
-    task: Task, item: Item, number: int, pool: Sequence[Item], count: int, draw: Random, elsewhere: bool
+def _with_examples(
+    task: Task, items: Sequence[Item], pool: Sequence[Item], count: int, seed: int, elsewhere: bool
 ) -> list[Item]:
-    """Examples for an item; they are never the item itself. Raises UserError where they are too few."""
-    others = (other for other in pool if elsewhere or other.record != item.record)  # read as far as they are needed
-    chosen = list(islice(others, count)) if task.shots_order == "first" else []
-    if task.shots_order == "core":
-        draw = Random(SHOT_SEED + number)
-    elif task.shots_order != "first" and (not elsewhere or task.shots_order == "spare"):
-        # as lm-evaluation-harness: one more than wanted, of which the item itself goes
-        more = draw.sample(pool, min(count + 1, len(pool)))
-        chosen = [other for other in more if other.record != item.record][:count]
-    if len(chosen) < count and task.shots_order != "first":
-        rest = list(others)
-        chosen = draw.sample(rest, min(count, len(rest)))
-    if len(chosen) < count:
-        raise UserError(f"{item.where}: expected {counted(count, 'example')} (--shots), found {len(chosen)}")
-    return chosen
+    """Put `count` examples of a pool before each item. An item is never its own example.
 
-
-def _with_examples(task: Task, item: Item, examples: Sequence[Item]) -> Item:
-    said = "".join(f"{_answered(task, example)}{task.separator}" for example in examples)
-    return replace(item, contexts=tuple(said + context for context in item.contexts))
-
-
-def _answered(task: Task, item: Item) -> str:
-    """An item with its right answer."""
-    pairs = item.pairs(task.delimiter)
-    context, rest = pairs[item.gold or 0]
-    return (context.strip() if task.tokens == "core" and task.kind == "language_modeling" else context) + rest
+    elsewhere  whether the pool has other records than the items
+    Raises UserError for too small a pool.
+    """
+    draw, drawn = Random(SHOT_SEED + seed), []
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for example in pool:
+        groups[example.group].append(example)
+    for number, item in enumerate(items):
+        if task.group and not task.example:
+            pool = groups[item.group]
+        others = (other for other in pool if elsewhere or other.record != item.record)
+        examples = []
+        if task.shots_order == "first":
+            examples = list(islice(others, count))
+        elif task.shots_order == "core":
+            draw = Random(SHOT_SEED + number)
+        elif not elsewhere or task.shots_order == "spare":
+            # as lm-evaluation-harness: one more than wanted, less the item itself
+            more = draw.sample(pool, min(count + 1, len(pool)))
+            examples = [other for other in more if other.record != item.record][:count]
+        if len(examples) < count and task.shots_order != "first":
+            rest = list(others)
+            examples = draw.sample(rest, min(count, len(rest)))
+        if len(examples) < count:
+            raise UserError(f"{item.where}: expected {counted(count, 'example')} (--shots), found {len(examples)}")
+        prefix = ""
+        for example in examples:
+            context, rest = example.pairs(task.delimiter)[example.gold or 0]
+            if task.tokens == "core" and task.kind == "language_modeling":
+                context = context.strip()
+            prefix += context + rest + task.separator
+        drawn.append(replace(item, contexts=tuple(prefix + context for context in item.contexts)))
+    return drawn
