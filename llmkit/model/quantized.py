@@ -1,4 +1,4 @@
-"""Frozen matrices of a layer in 4 or 8 bits, made whole again whenever they are multiplied.
+"""Frozen matrices of a layer in 4 or 8 bits, dequantized whenever they are multiplied.
 
     quantize_layer(layer, "nf4", torch.bfloat16)
     layer.qkv                                        # bfloat16, of its shape, for as long as somebody holds it
@@ -6,12 +6,12 @@
 Blocks of 64 numbers of a matrix, row after row, share a float32 scale, the largest magnitude among them.
 
 - "nf4": each number is the nearest of 16 between -1 and 1, times the scale: quantiles of a normal distribution, which
-  trained weights resemble (Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E). 4.5 bits a number; their
-  second quantisation, that of the scales, would save 0.37 more.
-- "int8": each is a 127th of the scale, times a whole number. 8.5 bits.
+  trained weights resemble (Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E). 4.5 bits a number; the
+  paper's second quantization, of the scales, would save 0.37 more.
+- "int8": each number is a whole one up to 127, times a 127th of the scale. 8.5 bits.
 
 Embedding, head, norms and biases stay as they are. The gradient of the input, and of an adapter that is added to a
-matrix, goes through the matrix as it is made; codes and scales have none.
+matrix, goes through the dequantized matrix; codes and scales have none.
 """
 
 from collections.abc import Iterator
@@ -35,21 +35,20 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 LEVELS = 127  # of int8
-BLOCKS_AT_ONCE = (
-    1 << 16
-)  # made on a CPU: what large temporaries leave in a heap that is kept is 3 GB of 1.7B parameters
+# on a CPU: temporaries of whole matrices leave 3 GB of unused heap at 1.7B parameters
+BLOCKS_AT_ONCE = 1 << 16
 SMALLEST_SCALE = 1e-30  # to divide by, of a block of zeros
 
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """(256,): the two numbers of a byte as one complex one, so that one look-up finds both."""
+    """(256,): the two numbers of a byte as a complex number, so that one look-up decodes both."""
     numbers = torch.tensor(NF4, device=device)
     return torch.complex(numbers.repeat_interleave(16), numbers.repeat(16))
 
 
 class Quantized(nn.Module):
-    """Makes a matrix of its codes, as a parametrization of it: int8 (blocks, 64), or uint8 (blocks, 32) of nf4."""
+    """Dequantizes a matrix, as its parametrization, from codes: int8 (blocks, 64), or uint8 (blocks, 32) of nf4."""
 
     def __init__(self, shape: torch.Size, scales: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -61,19 +60,19 @@ class Quantized(nn.Module):
         at_once = BLOCKS_AT_ONCE if codes.device.type == "cpu" else len(codes)
         matrix = torch.empty(len(codes), BLOCK, dtype=self.dtype, device=codes.device)
         for first in range(0, len(codes), at_once):
-            some = slice(first, first + at_once)
+            blocks = slice(first, first + at_once)
             if codes.dtype == torch.int8:
-                numbers = codes[some].float()
+                numbers = codes[blocks].float()
             else:
-                pairs = _pairs(codes.device).index_select(0, codes[some].flatten().int())
+                pairs = _pairs(codes.device).index_select(0, codes[blocks].flatten().int())
                 numbers = torch.view_as_real(pairs).view(-1, BLOCK)
-            matrix[some] = numbers.mul_(cast("Tensor", self.scales)[some])
+            matrix[blocks] = numbers.mul_(cast("Tensor", self.scales)[blocks])
         return matrix.flatten()[: self.shape.numel()].view(self.shape)
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales, (blocks, 1), of a matrix, for `Quantized`. A block with NaN or infinity has such a scale."""
+    """Compute codes and scales (blocks, 1) for `Quantized`. The scale of a block with NaN or infinity is that."""
     blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1, keepdim=True)
     blocks = blocks / scales.clamp_min(SMALLEST_SCALE)
@@ -86,7 +85,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def quantize_layer(layer: Layer, kind: str, dtype: torch.dtype) -> None:
-    """Hold the matrices of a layer quantized, to be made in `dtype`; its other parameters are converted to that."""
+    """Quantize the matrices of a layer, to be dequantized to `dtype`, and convert its other parameters to that."""
     for name, parameter in list(layer.named_parameters(recurse=False)):
         if name not in MATRICES:
             parameter.data = parameter.data.to(dtype)
@@ -98,15 +97,13 @@ def quantize_layer(layer: Layer, kind: str, dtype: torch.dtype) -> None:
 
 @contextmanager
 def quantized_when_filled(layer: Layer, kind: str, dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
-    """Let a layer without memory have some, in float32, until it is filled, and quantize it."""
+    """Give a layer of device meta memory in float32, to be filled in this context, and quantize it at the end."""
     layer.float().to_empty(device=device)
     yield
     quantize_layer(layer, kind, dtype)
 
 
 def is_quantized(model: Transformer) -> bool:
-    """True if the matrices of the layers are held quantized."""
+    """True if the matrices of the layers are quantized."""
     layers = cast("list[nn.Module]", model.layers[:1])
-    return any(parametrize.is_parametrized(layer) for layer in layers) and any(
-        isinstance(module, Quantized) for module in layers[0].modules()
-    )
+    return any(isinstance(module, Quantized) for layer in layers for module in layer.modules())

@@ -2,9 +2,9 @@
 
 A `TransformersModel` has the interface of `Transformer`: token ids come in, hidden states go out, `logits` and `loss`
 finish them. Documents that are packed into a row, and answers that share a prompt, become rows of their own, padded on
-the right: no architecture with causal layers, recurrent ones among them, can look from one into another then.
+the right, so that no causal architecture, recurrent ones included, sees one document from another.
 
-Code of a folder is never run, and its weights are read by us, so that transformers opens no file and no address.
+Code of a folder is never run. llmkit reads the weights, so that transformers opens no file and no address.
 
 B batch, T tokens, N documents, L tokens of the longest of them, C hidden, V vocabulary.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,18 @@ from llmkit.model.config import SIZES, ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from llmkit.model.folder import SavedTensors
+
 PACKAGE = "transformers>=5"
-CONTEXT = 2048  # tokens, of a family whose configuration names no limit, as lm-evaluation-harness has it
-_CACHES = ("cache", "past_key_values", "cache_params")  # the name of the cache in releases 5.2x, and before
+CONTEXT = 2048  # tokens, where a configuration names no limit: the default of lm-evaluation-harness
+_CACHES = ("cache", "past_key_values", "cache_params")  # names of the argument: of releases from 5.2x on, then before
 _SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersConfig(ModelConfig):
-    """Sizes of a model that transformers computes, as far as they can be known.
+    """Sizes of a model that transformers computes.
 
     parameters  of the saved model
     stock       transformers' own configuration
@@ -52,7 +55,7 @@ class TransformersConfig(ModelConfig):
     stock: Any
 
     def __post_init__(self) -> None:
-        """Check nothing: transformers has."""
+        """Check nothing: transformers has checked the sizes."""
 
     @property
     def parameter_count(self) -> int:
@@ -60,24 +63,13 @@ class TransformersConfig(ModelConfig):
         return self.parameters
 
     def flops_per_token(self, context: int) -> float:
-        """Training FLOPs a token: 6 a parameter, with all experts of a mixture counted, and those of attention."""
+        """Estimate the training FLOPs of a token: 6 a parameter, all experts of a mixture included, and attention."""
         return 6.0 * self.parameters + 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * context
-
-
-class Tensors(Protocol):
-    """The tensors of a folder (`SavedTensors` of model/folder.py)."""
-
-    name: str
-
-    @property
-    def where(self) -> Mapping[str, Path]: ...
-
-    def read(self, name: str) -> Tensor: ...
 
 
 @cache
 def load_package() -> Any:
-    """The package transformers, silent. Raises UserError without release 5 of it."""
+    """Import transformers and silence it. Raises UserError without release 5 or later."""
     try:
         import transformers
     except ImportError as error:
@@ -103,7 +95,7 @@ def announce(folder: str, family: str) -> None:
 
 
 def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
-    """From a parsed `config.json`. Raises UserError for what transformers cannot compute, or is no language model."""
+    """Read a parsed `config.json`. Raises UserError unless it is of a causal language model of transformers."""
     package, family = load_package(), values.get("model_type")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -121,12 +113,12 @@ def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
             raise UserError(
                 f"{where}: expected a language model with a decoder alone, found {family!r}; choose another model"
             )
-        for name, most in SIZES.items():  # before it is built
+        for name, most in SIZES.items():  # before memory is taken for them
             integer({name: getattr(stock.get_text_config(), name, None)}, name, where, at_most=most)
-        for part in {id(part): part for part in (stock, stock.get_text_config())}.values():
-            for name, value in vars(part).items():
+        for config in (stock, stock.get_text_config()):
+            for name, value in vars(config).items():
                 if "drop" in name and isinstance(value, float):  # no dropout, as in our own families
-                    setattr(part, name, 0.0)
+                    setattr(config, name, 0.0)
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in kind._from_config(stock).parameters())
     except UserError:
@@ -161,14 +153,14 @@ def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
 
 
 def _with_floats(value: Any) -> Any:
-    """Floats that JSON does not know are `{"__float__": "Infinity"}` in a configuration."""
+    """Replace each `{"__float__": "Infinity"}`, a number that JSON does not know, by the float."""
     if isinstance(value, list):
-        return [_with_floats(one) for one in value]
+        return [_with_floats(item) for item in value]
     if not isinstance(value, Mapping):
         return value
     if value.keys() == {"__float__"}:
         return float(value["__float__"])
-    return {name: _with_floats(one) for name, one in value.items()}
+    return {name: _with_floats(item) for name, item in value.items()}
 
 
 def _first_line(error: Exception) -> str:
@@ -194,7 +186,7 @@ class TransformersModel(Transformer):
 
     @property
     def head(self) -> nn.Linear:
-        """What makes scores of hidden states: logits."""
+        """The module that makes logits of hidden states."""
         return self.module.get_output_embeddings()
 
     @property
@@ -204,7 +196,7 @@ class TransformersModel(Transformer):
 
     @classmethod
     def load(
-        cls, config: TransformersConfig, tensors: Tensors, dtype: torch.dtype, device: torch.device | str
+        cls, config: TransformersConfig, tensors: SavedTensors, dtype: torch.dtype, device: torch.device | str
     ) -> TransformersModel:
         """Read the weights. Raises UserError for tensors that are missing, unknown or of another shape."""
         if launch().size > 1:
@@ -219,7 +211,7 @@ class TransformersModel(Transformer):
                     f"{tensors.name}: tensor {name}: expected floats, found {tensor.dtype}; take the model's folder "
                     "that is not quantized"
                 )
-        mistake = "are config.json and weights of one model?"
+        doubt = "are config.json and weights of one model?"
         try:
             module, info = kind.from_pretrained(
                 None, config=config.stock, state_dict=state, dtype=dtype, ignore_mismatched_sizes=True,
@@ -229,11 +221,11 @@ class TransformersModel(Transformer):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(
-                f"{tensors.name}: transformers cannot load these tensors: {_first_line(error)}; {mistake}"
+                f"{tensors.name}: transformers cannot load these tensors: {_first_line(error)}; {doubt}"
             ) from error
-        for name, found, expected in sorted(info["mismatched_keys"]):
+        for name, shape, expected in sorted(info["mismatched_keys"]):
             raise UserError(
-                f"{tensors.name}: tensor {name}: expected shape {list(expected)}, found {list(found)}; {mistake}"
+                f"{tensors.name}: tensor {name}: expected shape {list(expected)}, found {list(shape)}; {doubt}"
             )
         for key, fault in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
             for name in sorted(info[key]):
@@ -252,47 +244,47 @@ class TransformersModel(Transformer):
 
     @property
     def checkpoint_layers(self) -> bool:  # type: ignore[override]
-        """True if each layer is computed again in backward, where the family can."""
+        """True if backward computes the activations of each layer again, where the family can."""
         return self._checkpoint_layers
 
     @checkpoint_layers.setter
     def checkpoint_layers(self, wanted: bool) -> None:
         self._checkpoint_layers = wanted
-        if wanted:  # by its name from release 5.2x on, or before
-            new = getattr(self.module, "activation_checkpointing_enable", None)
-            (new or self.module.gradient_checkpointing_enable)({"use_reentrant": False})
+        if wanted:
+            enable = getattr(self.module, "activation_checkpointing_enable", None)  # from release 5.2x on
+            (enable or self.module.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def run(self, token_ids_NL: Tensor, cache: Any = None, **options: Any) -> Tensor:
-        """Hidden states (N, L, C), ready for the head, or logits (N, L, V) of a head that is more than a matrix.
+        """Compute hidden states (N, L, C), ready for the head, or logits (N, L, V) where that is more than a matrix.
 
-        With a cache of transformers, behind what is in it, which grows.
+        cache  of transformers: the tokens follow those in it, and are added to it
         """
-        given = {self.cache_name: cache, "use_cache": True} if cache is not None else {"use_cache": False}
+        options |= {"use_cache": False} if cache is None else {"use_cache": True, str(self.cache_name): cache}
         if not self._has_positions:
             options.pop("position_ids", None)
         if self._scale is None:
-            return self.module(token_ids_NL, **given, **options).logits
-        hidden_NLC = self.module.base_model(token_ids_NL, **given, **options)[0]
+            return self.module(token_ids_NL, **options).logits
+        hidden_NLC = self.module.base_model(token_ids_NL, **options)[0]
         hidden_NLC = hidden_NLC.to(self.embed_tokens.dtype)  # mamba2's are float32
         return hidden_NLC if self._scale == 1.0 else hidden_NLC * self._scale
 
     @torch.no_grad()
     def _head_scale(self) -> float | None:
-        """The number by which hidden states times the head's matrix are the logits; None where they never are.
+        """Measure the scale s of logits = s * hidden @ head.T; None where the head is more than that.
 
-        Raises UserError for a model in which a token sees those behind it.
+        Raises UserError for a model in which a token sees later ones.
         """
-        head, names = self.head, vars(self.config.stock.get_text_config())
+        head = self.head
         ids_2L = torch.arange(8, device=self.embed_tokens.device).repeat(2, 1) % self.config.vocab_size
         ids_2L[1, -1] = 0
         self._scale = None
         logits_2LV = self.run(ids_2L).float()
-        near = 1e-3 if logits_2LV.dtype == self.embed_tokens.dtype else 0.1  # of what is largest
+        near = 1e-3 if logits_2LV.dtype == self.embed_tokens.dtype else 0.1  # of the largest logit; 0.1 for bfloat16
         if not _close(logits_2LV[0, :-1], logits_2LV[1, :-1], near):
             raise UserError(
                 f"model_type {self.config.model_type!r}: expected causal layers, found tokens that see later ones"
             )
-        capped = any("cap" in name and value for name, value in names.items())
+        capped = any("cap" in name and value for name, value in vars(self.config.stock.get_text_config()).items())
         if capped or not isinstance(head, nn.Linear) or head.bias is not None:
             return None
         self._scale = 1.0
@@ -312,26 +304,24 @@ class TransformersModel(Transformer):
         doc_ids: Tensor | Packing | Branching | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states as `Transformer.forward`, or logits: what `logits`, `loss` and `logprobs` take."""
+        """Compute what `logits` and `logprobs` take: hidden states as `Transformer.forward`, or logits themselves."""
         training = self.training and torch.is_grad_enabled()
         if self.module.training != training:
             self.module.train(training)
         if doc_ids is None:
             states_BTC = self.run(token_ids_BT)
             return states_BTC if rows is None else states_BTC.flatten(0, 1)[rows]
-        ids, states, places = token_ids_BT.flatten(), [], []
-        for index_NL, there_NL in _document_rows(_seen(doc_ids)):
-            states.append(self.run(ids[index_NL])[there_NL])
-            places.append(index_NL[there_NL])
-        place = torch.cat(places)
-        # a token that several answers share is computed with each of them, and taken once
-        at = torch.arange(len(place), device=place.device)
-        first = torch.full_like(ids, len(place)).scatter_reduce(0, place, at, "amin")
-        return (
-            torch.cat(states)[first].unflatten(0, token_ids_BT.shape)
-            if rows is None
-            else torch.cat(states)[first[rows]]
-        )
+        ids, states, positions = token_ids_BT.flatten(), [], []
+        for position_NL, is_token_NL in _document_rows(_visible(doc_ids)):
+            states.append(self.run(ids[position_NL])[is_token_NL])
+            positions.append(position_NL[is_token_NL])
+        position = torch.cat(positions)
+        # a token that several answers share is computed with each of them, and taken from the first
+        order = torch.arange(len(position), device=position.device)
+        first = torch.full_like(ids, len(position)).scatter_reduce(0, position, order, "amin")
+        if rows is None:
+            return torch.cat(states)[first].unflatten(0, token_ids_BT.shape)
+        return torch.cat(states)[first[rows]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V)."""
@@ -354,7 +344,7 @@ class TransformersModel(Transformer):
         return logprobs_NV.gather(1, target_N.unsqueeze(1)).squeeze(1), entropy_N
 
     def grow(self, rows: int) -> None:
-        """Have `rows` rows in embedding and head."""
+        """Resize embedding and head to `rows` rows."""
         self.module.resize_token_embeddings(rows, mean_resizing=False)
         self.config = replace(self.config, vocab_size=rows)
 
@@ -379,7 +369,7 @@ class TransformersModel(Transformer):
         tokens = {"bos_token_id": self.config.bos_token_id, "eos_token_id": module.config.eos_token_id}
         module.generation_config = load_package().GenerationConfig(**tokens)
         module.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
-        for path in folder.glob("*.safetensors"):  # readable for whom the others are
+        for path in folder.glob("*.safetensors"):  # save_file makes them readable for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
 
 
@@ -404,7 +394,7 @@ class TransformersReward(TransformersModel):
     @classmethod
     def of(cls, model: TransformersModel, heads: int, draw: Callable[[int, int], Tensor]) -> TransformersReward:
         """The layers of a language model, and a head drawn as (heads, hidden)."""
-        stock = copy.deepcopy(model.module.config)  # which knows of rows that were added
+        stock = copy.deepcopy(model.module.config)  # unlike model.config.stock, with rows that were added
         stock.num_labels = heads
         config = replace(model.config, stock=stock)
         kind = cls.kind(config)
@@ -416,7 +406,7 @@ class TransformersReward(TransformersModel):
 
     @property
     def head(self) -> nn.Linear:
-        """What makes scores of hidden states."""
+        """The module that makes scores of hidden states."""
         return self.module.score
 
     @property
@@ -437,11 +427,11 @@ class TransformersReward(TransformersModel):
         return 1.0  # hidden states are taken as they are
 
 
-def _close(one: Tensor, other: Tensor, near: float) -> bool:
-    return bool((one - other).abs().max() <= near * other.abs().max())
+def _close(actual: Tensor, expected: Tensor, near: float) -> bool:
+    return bool((actual - expected).abs().max() <= near * expected.abs().max())
 
 
-def _seen(doc_ids: Tensor | Packing | Branching) -> Tensor:
+def _visible(doc_ids: Tensor | Packing | Branching) -> Tensor:
     """Boolean (B, T, T): which keys each query sees."""
     if isinstance(doc_ids, Branching):
         return doc_ids.mask().squeeze(1)
@@ -449,21 +439,22 @@ def _seen(doc_ids: Tensor | Packing | Branching) -> Tensor:
     return (ids_BT.unsqueeze(2) == ids_BT.unsqueeze(1)).tril()
 
 
-def _document_rows(seen_BTT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places in the flat batch (N, L) of the tokens of documents, and which are not padding, (N, L), the longest first.
+def _document_rows(visible_BTT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of documents, the longest first: positions of their tokens in the flat batch (N, L), right-padded,
+    and which are tokens (N, L).
 
-    A token that none but itself sees ends a document, or one of the answers that share its beginning: what it sees is
-    the row. Rows of more than half the length of the longest stand together, so that less than half is padding.
+    A token that only itself sees ends a document, or one of the answers that share a prompt: all that it sees is the
+    row. A batch has documents of more than half the length of its longest, so that less than half is padding.
     """
-    batch_N, end_N = (seen_BTT.sum(1) == 1).nonzero(as_tuple=True)
-    seen_NT = seen_BTT[batch_N, end_N]
-    length_N, longest_first = seen_NT.sum(1).sort(descending=True, stable=True)
-    index_NT = (~seen_NT[longest_first]).byte().argsort(dim=1, stable=True)
-    index_NT += batch_N[longest_first].unsqueeze(1) * seen_BTT.shape[1]
+    batch_N, end_N = (visible_BTT.sum(1) == 1).nonzero(as_tuple=True)
+    visible_NT = visible_BTT[batch_N, end_N]
+    length_N, longest_first = visible_NT.sum(1).sort(descending=True, stable=True)
+    position_NT = (~visible_NT[longest_first]).byte().argsort(dim=1, stable=True)
+    position_NT += batch_N[longest_first].unsqueeze(1) * visible_BTT.shape[1]
     lengths, start = length_N.tolist(), 0
     while start < len(lengths):
         longest = lengths[start]
         stop = next((i for i in range(start, len(lengths)) if lengths[i] <= longest / 2), len(lengths))
-        there_NL = torch.arange(longest, device=index_NT.device) < length_N[start:stop].unsqueeze(1)
-        yield index_NT[start:stop, :longest], there_NL
+        is_token_NL = torch.arange(longest, device=position_NT.device) < length_N[start:stop].unsqueeze(1)
+        yield position_NT[start:stop, :longest], is_token_NL
         start = stop
