@@ -64,9 +64,9 @@ _NARROW = ("F8", "F4", "F6")
 
 
 def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> ModelConfig:
-    """The configuration of a model folder, or of a model at an address.
+    """Read the configuration of a model folder, or of a model at an address.
 
-    backend: "llmkit", "transformers", or "auto", by which transformers computes what is of none of our families
+    backend: "llmkit"; "transformers"; or "auto", transformers where it is installed and the family is not native
     """
     name = os.fspath(folder)
     folder = local_folder(folder)
@@ -83,22 +83,22 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
         raise UserError(
             f"{path}: expected weights as they were trained, found quantization {shown(method)}; {ORIGINAL}"
         )
-    text, whole = values.get("text_config"), values
-    if isinstance(text, dict) and values.get("model_type") not in FAMILIES:  # that of a model with pictures
-        values = {name: values[name] for name in _SHARED if name in values} | text
-    family, otherwise = values.get("model_type"), "choose a model of one of these families"
-    if backend == "auto" and family not in FAMILIES:
+    text, ours = values.get("text_config"), values
+    if isinstance(text, dict) and values.get("model_type") not in (*FAMILIES,):  # that of a model with pictures
+        ours = {name: values[name] for name in _SHARED if name in values} | text
+    native, advice = ours.get("model_type") in (*FAMILIES,), "choose a model of one of these families"
+    if backend == "auto" and not native:
         if find_spec("transformers") is not None:
             backend = "transformers"
-        otherwise += f", or pip install '{PACKAGE}', which computes others"
+        advice += f", or pip install '{PACKAGE}', which computes others"
     elif backend == "llmkit":
-        otherwise += "; transformers computes others, but not for --backend llmkit, pretrain and the weights of export"
+        advice += "; transformers computes others, but not for --backend llmkit, pretrain and the weights of export"
     if backend == "transformers":
-        config = read_config(whole, str(path))
-        if family not in FAMILIES:
+        config = read_config(values, str(path))
+        if not native:
             announce(name, config.model_type)
     else:
-        config = ModelConfig.from_hf(values, str(path), otherwise)
+        config = ModelConfig.from_hf(ours, str(path), advice)
     generation = path.with_name(GENERATION)
     if not generation.exists():
         return config
@@ -117,9 +117,9 @@ def load_model(
     """Load a folder of a family in model/families.py, of one safetensors file or several with an index.
 
     dtype     None is bfloat16 where all tensors are, else float32
-    quantize  "nf4" or "int8", for matrices of layers (model/quantized.py): a layer after the other, so that the whole
-              model is never held unquantized
-    backend   as `load_config` has it
+    quantize  "nf4" or "int8", of the matrices of layers (model/quantized.py), layer by layer: the whole model is never
+              in memory unquantized
+    backend   as of `load_config`
     """
     config = load_config(folder, backend)
     tensors = SavedTensors(folder)
@@ -139,10 +139,10 @@ def load_model(
     if quantize is None:
         model = Transformer(config, dtype=dtype, device=device)
         import_state_dict(model, tensors.read)
-        return model.eval()
-    model = Transformer(config, dtype=dtype, device="meta").to_empty(device=device, recurse=False)
-    around = partial(quantized_when_filled, kind=quantize, dtype=dtype, device=device)
-    import_state_dict(model, tensors.read, around)
+    else:
+        model = Transformer(config, dtype=dtype, device="meta").to_empty(device=device, recurse=False)
+        around = partial(quantized_when_filled, kind=quantize, dtype=dtype, device=device)
+        import_state_dict(model, tensors.read, around)
     return model.eval()
 
 
@@ -213,7 +213,7 @@ def _shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all, that is readable for whom files of this folder usually are."""
+    """Write a safetensors file, whole or not at all, with the usual permissions of a new file."""
     with atomic_file(path) as handle:
         save_file(tensors, handle.name, metadata={"format": "pt"})
 

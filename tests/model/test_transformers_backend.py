@@ -188,6 +188,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
     refused("or one of llama, .*, found 'axolotl9'; choose another model", model_type="axolotl9")
+    refused(r"or one of llama, .*, found \['bloom'\]; choose another model", model_type=["bloom"])
     refused("found 'mine'; its own code", model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Model"})
     refused(
         "config.json: .*'gptq'; take the model's folder that is not quantized",
