@@ -199,7 +199,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
     refused("unexpected tensor transformer.h.1", n_layer=1)
     refused("1 to 4096 for num_hidden_layers, found 100000000", n_layer=10**8)
     refused("refuses this 'bloom'", hidden_size="wide")
-    refused("a model that writes text, found 't5'", model_type="t5")
+    refused("with a decoder alone, found 't5'", model_type="t5")
 
     config = transformers.BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
