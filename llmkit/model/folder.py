@@ -131,7 +131,7 @@ def load_model(
                 + (" or --backend" if config.model_type in FAMILIES else "")
             )
         tensors.check_kind()
-        return TransformersModel.load(config, tensors, dtype or torch.float32, device)
+        return TransformersModel.load(config, tensors.name, tensors.read_all(), dtype or torch.float32, device)
     tensors.check(config)
     if dtype is None:
         stored = {tensors.stored_dtype(name) for name in stock_shapes(config)}
@@ -276,6 +276,9 @@ class SavedTensors:
 
     def read(self, name: str) -> Tensor:
         return self._open_files[self.where[name]].get_tensor(self.stored_as.get(name, name))
+
+    def read_all(self) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in self.where}
 
     def check(self, config: ModelConfig, others: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Raise UserError unless the tensors are those of the model and the `others`, in their shapes, and no more.

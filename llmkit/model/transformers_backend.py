@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,6 @@ from llmkit.kernels.attention import Branching, Packing
 from llmkit.model.config import SIZES, ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from llmkit.model.folder import SavedTensors
 
 PACKAGE = "transformers>=5"
 CONTEXT = 2048  # tokens, where a configuration names no limit: the default of lm-evaluation-harness
@@ -196,19 +193,23 @@ class TransformersModel(Transformer):
 
     @classmethod
     def load(
-        cls, config: TransformersConfig, tensors: SavedTensors, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: TransformersConfig,
+        name: str,
+        state: dict[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> TransformersModel:
-        """Read the weights. Raises UserError for tensors that are missing, unknown or of another shape."""
+        """Build the model of a folder's tensors. Raises UserError for those that are missing, unknown or misshapen."""
         if launch().size > 1:
             raise UserError(
                 f"--backend transformers: expected one process, found {launch().size}; start without torchrun"
             )
         kind = cls.kind(config)
-        state = {name: tensors.read(name) for name in tensors.where}
-        for name, tensor in state.items():
-            if name.endswith(".weight") and not tensor.is_floating_point():
+        for key, tensor in state.items():
+            if key.endswith(".weight") and not tensor.is_floating_point():
                 raise UserError(
-                    f"{tensors.name}: tensor {name}: expected floats, found {tensor.dtype}; take the model's folder "
+                    f"{name}: tensor {key}: expected floats, found {tensor.dtype}; take the model's folder "
                     "that is not quantized"
                 )
         doubt = "are config.json and weights of one model?"
@@ -220,16 +221,12 @@ class TransformersModel(Transformer):
         except (RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise UserError(
-                f"{tensors.name}: transformers cannot load these tensors: {_first_line(error)}; {doubt}"
-            ) from error
-        for name, shape, expected in sorted(info["mismatched_keys"]):
-            raise UserError(
-                f"{tensors.name}: tensor {name}: expected shape {list(expected)}, found {list(shape)}; {doubt}"
-            )
-        for key, fault in (("missing_keys", "missing"), ("unexpected_keys", "unexpected")):
-            for name in sorted(info[key]):
-                raise UserError(f"{tensors.name}: {fault} tensor {name} for model_type {config.model_type}")
+            raise UserError(f"{name}: transformers cannot load these tensors: {_first_line(error)}; {doubt}") from error
+        for key, shape, expected in sorted(info["mismatched_keys"]):
+            raise UserError(f"{name}: tensor {key}: expected shape {list(expected)}, found {list(shape)}; {doubt}")
+        for fault in ("missing", "unexpected"):
+            for key in sorted(info[f"{fault}_keys"]):
+                raise UserError(f"{name}: {fault} tensor {key} for model_type {config.model_type}")
         return cls(config, module.to(device)).eval()
 
     @property
