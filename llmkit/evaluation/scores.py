@@ -16,11 +16,11 @@ from llmkit.errors import UserError
 from llmkit.evaluation.tasks import FILE_FORMS, KINDS, Loaded, Task
 
 CORE_KINDS = {kind: form for kind, form in FILE_FORMS if kind != "text"}
-LIKELY = 0.05  # a difference that chance alone makes less often is called one
+LIKELY = 0.05  # p below which a difference is more than chance
 
 
 def values_of(kind: str, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return a value of each item by metric; the mean of a metric's values is its score."""
+    """Return each item's values by metric. A metric's score is their mean."""
     values = {name: np.array([record["metrics"][name] for record in records]) for name in records[0]["metrics"]}
     if kind in ("text", "language_modeling"):
         bits = np.array([-record["logprobs"][0] for record in records]) / math.log(2)
@@ -34,7 +34,7 @@ def metric_of(task: Task) -> str:
 
 
 def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return score, standard error and all metrics of a task, and what they are of.
+    """Return score, standard error and all metrics of a task, with their provenance.
 
     The standard error is that of a mean over items, by their sample's variance, as lm-evaluation-harness has it.
     """
@@ -43,12 +43,16 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
     metric = metric_of(task)
     metrics: dict[str, float | None] = {}
     for name, each in values.items():
-        metrics |= {name: float(each.mean()), f"{name}_stderr": _stderr(name, each, records)}
-    if task.kind in ("text", "language_modeling"):
+        metrics[name] = float(each.mean())
+        if name == "bits_per_byte":  # a ratio of two sums: take the residual of each item
+            sizes = np.array([record["bytes"] for record in records])
+            each = each - each.mean() * sizes / sizes.mean()
+        metrics[f"{name}_stderr"] = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
+    if "bits_per_byte" in values:
         logprobs = np.array([record["logprobs"][0] for record in records])
-        words = [record["words"] for record in records]
         if task.kind == "text":
-            metrics["word_perplexity"] = math.exp(min(-logprobs.sum() / sum(words), 700))
+            words = sum(record["words"] for record in records)
+            metrics["word_perplexity"] = math.exp(min(-logprobs.sum() / words, 700))
         else:
             metrics["perplexity"] = math.exp(min(-logprobs.mean(), 700))
     summary: dict[str, Any] = {
@@ -64,8 +68,7 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
         "version": task.version,
         "data_sha256": loaded.data_sha256,
     }
-    unjudged = sum(verdict is None for record in records for verdict in record.get("right", ()))
-    if unjudged:
+    if unjudged := sum(verdict is None for record in records for verdict in record.get("right", ())):
         summary["unjudged"] = unjudged
     if task.group:
         groups: dict[str, list[float]] = defaultdict(list)
@@ -75,19 +78,10 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
     return summary
 
 
-def _stderr(name: str, values: np.ndarray, records: Sequence[Mapping[str, Any]]) -> float | None:
-    if len(values) < 2:
-        return None
-    if name == "bits_per_byte":  # a ratio of two sums: what each item has beyond it
-        sizes = np.array([record["bytes"] for record in records])
-        values = values - values.mean() * sizes / sizes.mean()
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def summarise_apart(loaded: Loaded, records: Sequence[Mapping[str, Any]], places: set[str]) -> dict[str, Any]:
-    """Return the scores of the items that stand in training text, at these places of their files, and of the others."""
+def summarise_apart(loaded: Loaded, records: Sequence[Mapping[str, Any]], contaminated: set[str]) -> dict[str, Any]:
+    """Return the scores of the items that occur in training text, given as FILE:LINE, and of the others."""
     values = values_of(loaded.task.kind, records)[metric_of(loaded.task)]
-    inside = np.array([item.where in places for item in loaded.items])
+    inside = np.array([item.where in contaminated for item in loaded.items])
     return {
         name: {"score": float(values[chosen].mean()) if chosen.any() else None, "items": int(chosen.sum())}
         for name, chosen in (("in_training", inside), ("not_in_training", ~inside))
@@ -98,7 +92,7 @@ def summarise_apart(loaded: Loaded, records: Sequence[Mapping[str, Any]], places
 
 
 def compare(task: Task, first: Sequence[Mapping], second: Sequence[Mapping]) -> dict[str, Any]:
-    """Compare two models on the same items: mean difference, second less first, its standard error, and p.
+    """Compare two models on the same items: mean difference (second - first), standard error, and p.
 
     p is the chance of so large a difference between equal models: of right and wrong answers by the exact sign test
     (McNemar), of others by the normal distribution of the paired differences (Miller 2024, arXiv:2411.00640).
@@ -123,7 +117,7 @@ def core_tasks(bundle: str) -> list[Task]:
     """Return the tasks of CORE, from the folder `eval_bundle` that DCLM and nanochat evaluate.
 
     core.yaml names the tasks, eval_meta_data.csv has the score of a guess, in percent, and eval_data/ the items.
-    Raises UserError where one of these is not there, or not as it is there.
+    Raises UserError where one of these is missing or malformed.
     """
     import yaml
 
@@ -131,33 +125,30 @@ def core_tasks(bundle: str) -> list[Task]:
     for name in ("core.yaml", "eval_meta_data.csv", "eval_data"):
         if not (folder / name).exists():
             raise UserError(f"--core {bundle}: expected core.yaml, eval_meta_data.csv and eval_data/, found no {name}")
+    tasks = []
     try:
-        described = yaml.safe_load((folder / "core.yaml").read_text())["icl_tasks"]
         with (folder / "eval_meta_data.csv").open(newline="") as handle:
-            guesses = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(handle)}
-        return [_core_task(folder, values, guesses) for values in described]
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(handle)}
+        for values in yaml.safe_load((folder / "core.yaml").read_text())["icl_tasks"]:
+            kind, label = values["icl_task_type"], values["label"]
+            form = CORE_KINDS[kind]
+            task = Task(
+                f"core/{label}",
+                kind,
+                (replace(form, prompt="{{context | trim}}") if kind == "language_modeling" else form,),
+                source="CORE (DCLM; nanochat core_eval.py)",
+                version="1",
+                baseline=baselines[label],
+                delimiter=values.get("continuation_delimiter", " "),
+                shots=values["num_fewshot"][0],
+                shots_order="core",
+                tokens="core",
+                path=str(folder / "eval_data" / values["dataset_uri"]),
+            )
+            tasks.append(task)
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"--core {bundle}: not a bundle of CORE: {type(error).__name__}: {error}") from None
-
-
-def _core_task(folder: Path, values: Mapping[str, Any], guesses: Mapping[str, float]) -> Task:
-    kind, label = values["icl_task_type"], values["label"]
-    form = CORE_KINDS[kind]
-    if kind == "language_modeling":
-        form = replace(form, prompt="{{context | trim}}")
-    return Task(
-        f"core/{label}",
-        kind,
-        (form,),
-        source="CORE (DCLM; nanochat core_eval.py)",
-        version="1",
-        baseline=guesses[label],
-        delimiter=values.get("continuation_delimiter", " "),
-        shots=values["num_fewshot"][0],
-        shots_order="core",
-        tokens="core",
-        path=str(folder / "eval_data" / values["dataset_uri"]),
-    )
+    return tasks
 
 
 def core_score(tasks: Iterable[tuple[Task, float]]) -> float | None:

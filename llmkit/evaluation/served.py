@@ -35,27 +35,25 @@ class ServedScorer:
         self._checked = set[int]()  # ids that are one token here and there
 
     def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
-        """Return the likelihood of each continuation. Raises ServerError where the server does not echo."""
+        """Return the likelihood of each continuation.
+
+        Raises ServerError if the server does not echo, or has another tokenizer.
+        """
         # a server takes whole prompts, with the last token, and may want room for one more
         context = 1 << 40 if self._context is None else self._context - 2
-        pieces = [(number, piece) for number, tokens in enumerate(requests) for piece in windows(tokens, context)]
-        scores: list[list[Likelihood]] = [[] for _ in requests]
-        for (number, _), score in zip(pieces, self._each(self._score, [piece for _, piece in pieces]), strict=True):
-            scores[number].append(score)
-        return [
-            Likelihood(
-                sum(one.logprob for one in some),
-                all(one.is_greedy for one in some),
-                sum(one.tokens for one in some),
-                len(ids) > context + 1,
-            )
-            for (ids, _), some in zip(requests, scores, strict=True)
-        ]
+        pieces = [windows(tokens, context) for tokens in requests]
+        scores = iter(self._each(self._score, [piece for some in pieces for piece in some]))
+        likelihoods = []
+        for (ids, start), some in zip(requests, pieces, strict=True):
+            each = [next(scores) for _ in some]
+            logprob, is_greedy = sum(score.logprob for score in each), all(score.is_greedy for score in each)
+            likelihoods.append(Likelihood(logprob, is_greedy, len(ids) - start, len(ids) > context + 1))
+        return likelihoods
 
     def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        """Return the likelihood of each continuation behind its context, by the server's own tokens.
+        """Return the likelihood of each continuation after its context, by the server's own tokens.
 
-        Raises ServerError where none of them begins with the continuation, or nothing stands before it.
+        Raises ServerError if no token begins with the continuation, or none precedes it.
         """
         return self._each(self._score_text, [split_pair(context, rest) for context, rest in pairs])
 
@@ -107,19 +105,17 @@ class ServedScorer:
         return self._likelihood(echo, start)
 
     def _echo(self, prompt: str | list[int]) -> dict[str, Any]:
-        """Tokens of a prompt and their log-probabilities; those of a token that had to be generated are cut off."""
-        extra, details = self._max_tokens, {"seed": 0, "temperature": 0.0, "logprobs": True, "echo": True}
+        """Return a prompt's tokens and log-probabilities, without those of a token that had to be generated."""
+        extra = self._max_tokens
         try:
-            try:
-                reply = self._server.ask(prompt, max_tokens=extra, **details)
-            except Refused:
-                if extra:
-                    raise
-                extra = 1  # not every server takes 0
-                reply = self._server.ask(prompt, max_tokens=extra, **details)
-                self._max_tokens = extra
+            reply = self._server.ask(prompt, max_tokens=extra, seed=0, temperature=0.0, logprobs=True, echo=True)
         except PromptTooLong:
             raise ServerError(f"{self._server.place}: a prompt is longer than its context; {WITH_FOLDER}") from None
+        except Refused:
+            if extra:
+                raise
+            self._max_tokens = 1  # not every server takes 0
+            return self._echo(prompt)
         rows = {name: reply.echoed.get(name) for name in ("tokens", "token_logprobs", "top_logprobs")}
         sizes = {len(row) if isinstance(row, list) else 0 for row in rows.values()}
         if len(sizes) > 1 or max(sizes) <= extra:
