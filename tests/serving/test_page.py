@@ -71,6 +71,16 @@ def save_certain(folder: Path, *said: str) -> Path:
     return folder
 
 
+def save_broken(folder: Path) -> Path:
+    """An assistant that says bytes that begin no character until its context is full."""
+    tiny.save_assistant(folder)
+    tokenizer = load_tokenizer(folder)
+    byte, end = tokenizer.token_bytes.index(b"\x80"), tokenizer.specials["<|im_end|>"]
+    model = tiny.make_model(vocab_size=257 + len(CHAT_SPECIALS), eos_token_id=(tiny.END, end), context=64)
+    save_model(tiny.certain(model, tokenizer.specials["<|im_sep|>"], byte, byte), folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("models")
@@ -80,6 +90,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         save_certain(root / "script", "<i>&", "<|im_end|>"),
         save_certain(root / "calls", "<|calc_start|>", "1+2", "<|calc_end|>", "<|result_end|>", "sum!", "<|im_end|>"),
         save_certain(root / "endless", "ab", "a"),
+        save_broken(root / "broken"),
         tiny.save_folder(root / "base"),  # it has no tokens of tools, and gets none
     )
     with served(*folders, "--tools", "calc") as server:
@@ -234,7 +245,8 @@ def test_settings_shape_the_request(opened: Browsed) -> None:
     opened.ask("Hi")
     sent = opened.sent("/v1/chat/completions")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert sent == {**values, "model": "chat", "stream": True, "stop": ["###", "END"], "messages": messages}
+    fields = {"model": "chat", "stream": True, "return_token_ids": True, "stop": ["###", "END"], "messages": messages}
+    assert sent == values | fields
     opened.page.reload()
     opened.page.click("#open-settings")
     assert opened.page.input_value("[name=temperature]") == "0.5" and opened.page.input_value("#system") == ""
@@ -423,11 +435,27 @@ def test_arrows_go_over_the_tokens_and_another_one_is_chosen(opened: Browsed) ->
 
 
 @browsed
+def test_an_answer_is_scored_by_its_own_tokens(opened: Browsed, server: Server) -> None:
+    opened.pick("broken")
+    opened.ask("Hi")
+    text = opened.page.locator("#turns .assistant .prose").inner_text()
+    assert set(text) == {"\N{REPLACEMENT CHARACTER}"}  # three bytes each, were it cut again
+    shown = opened.tokens().all_inner_texts()
+    sent = opened.sent("/v1/completions")["prompt"]
+    models = server.post("/v1/models", None)[1]["data"]
+    assert len(shown) == len(sent) == next(one["max_model_len"] for one in models if one["id"] == "broken")
+    assert shown[-4:] == ["<0x80>"] * 4 and opened.page.locator("#alert").is_hidden()
+    opened.page.locator(".token").nth(-3).click()
+    opened.page.wait_for_selector("#odds:visible")
+    opened.page.locator("#odds-list button").nth(1).click()
+    opened.page.wait_for_selector("#turns .count:visible")
+    opened.rest()
+    assert opened.sent("/v1/completions")["prompt"][:-1] == sent[:-3]
+
+
+@browsed
 def test_the_user_s_tokens_show_alternatives_and_take_none(opened: Browsed) -> None:
     opened.pick("chat")
-    opened.page.click("#open-settings")
-    opened.page.fill("[name=max_tokens]", "5")  # a long answer of bytes that are no text outgrows the context as text
-    opened.page.keyboard.press("Escape")
     opened.ask("Hi, there! How do you do?")
     shown = opened.tokens()
     unlikely = shown.evaluate_all("all => all.findIndex((one) => one.classList.contains('p5'))")

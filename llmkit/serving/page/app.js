@@ -211,22 +211,24 @@ async function writeAnswer(conversation, node, work) {
   }
   settle(conversation, textOf(node) || "No answer");
 }
+// Let a stream write an answer, whose own tokens are kept: its text may be cut into others
+async function stream(node, path, body, signal) {
+  for await (const { text, delta = { content: text }, ...choice } of choices(path, body, signal)) {
+    node.ids.push(...(choice.token_ids ?? []));
+    if (delta.reasoning_content) node.reasoning = (node.reasoning ?? "") + delta.reasoning_content;
+    if (delta.content) grow(node.parts, { type: "text", text: delta.content });
+    for (const part of delta.content_parts ?? []) grow(node.parts, part);
+    node.finish = choice.finish_reason ?? undefined;
+    paint(node);
+  }
+}
 // Begin an answer to `parent`: its node, and a promise of its end
 function answer(parent) {
   const conversation = current;
   const body = sampling(conversation, childrenOf(conversation, parent.id).length), { seed, model, ...used } = body;
-  const node = add(conversation, parent.id, "assistant", "", { seed, model, settings: used });
-  Object.assign(body, template(), { messages: messagesTo(conversation, parent) });
-  const ended = writeAnswer(conversation, node, async (signal) => {
-    for await (const { delta, finish_reason: finish } of choices("/v1/chat/completions", body, signal)) {
-      if (delta.reasoning_content) node.reasoning = (node.reasoning ?? "") + delta.reasoning_content;
-      if (delta.content) grow(node.parts, { type: "text", text: delta.content });
-      for (const part of delta.content_parts ?? []) grow(node.parts, part);
-      node.finish = finish ?? undefined;
-      paint(node);
-    }
-  });
-  return { node, ended };
+  const node = add(conversation, parent.id, "assistant", "", { seed, model, settings: used, ids: [] });
+  Object.assign(body, template(), { messages: messagesTo(conversation, parent), return_token_ids: true });
+  return { node, ended: writeAnswer(conversation, node, (signal) => stream(node, "/v1/chat/completions", body, signal)) };
 }
 // Two answers to `parent`, perhaps one that there is, for a person to judge
 async function compare(parent, first) {
@@ -380,17 +382,23 @@ function showSide(on) {
 
 // ---- the conversation as the model sees it
 async function see(nodes, busy) {
-  const conversation = current, { model } = conversation, shown = messages(conversation, nodes);
-  const chat = { messages: shown, add_generation_prompt: shown.at(-1)?.role !== "assistant", ...template() };
-  const body = isText() ? { prompt: conversation.text } : chat, key = JSON.stringify([model, body]);
+  const conversation = current, { model } = conversation, shown = messages(conversation, nodes), last = nodes.at(-1);
+  const own = last?.model === model && last.parts.every(({ type }) => type === "text") ? last.ids ?? [] : [];
+  const before = own.length ? shown.slice(0, -1) : shown;
+  const chat = { messages: before, add_generation_prompt: before.at(-1)?.role !== "assistant", ...template() };
+  const body = isText() ? { prompt: conversation.text } : chat, key = JSON.stringify([model, body, own]);
   if (busy || seen?.key === key) return;
   closeOdds();
   seen = null;
   $("tokens").replaceChildren();
-  const empty = !nodes.length && !conversation.text;
-  $("seen-about").textContent = empty ? "Nothing is said yet." : "";
-  if (empty) return;
+  $("seen-about").textContent = nodes.length || conversation.text ? "" : "Nothing is said yet.";
+  if (!nodes.length && !conversation.text) return;
   const cut = await json("/tokenize", { model, ...body, return_token_strs: true });
+  if (own.length) {
+    const answered = { tokens: own, trained: own.map(() => true), ...await detokenize(model, own) };
+    for (const name of ["tokens", "token_strs", "special", "trained"]) cut[name].push(...answered[name]);
+    cut.turn_ends.push(cut.tokens.length);
+  }
   const score = { echo: true, logprobs: 10, max_tokens: 0, return_tokens_as_token_ids: true };
   const { choices: [{ logprobs }] } = await json("/v1/completions", { model, prompt: cut.tokens, ...score });
   if (conversation !== current || !showsTokens) return;
@@ -479,18 +487,13 @@ async function branch(at, id) {
   const answered = nodes[turn - (turns - nodes.length)]; // a system message has no node
   const written = prompt.slice(trained.indexOf(true, ends[turn - 1] ?? 0));
   const { seed, model: _, ...used } = sampling(conversation);
-  const node = add(conversation, answered.parent, "assistant", "", { seed, model, settings: used });
+  const node = add(conversation, answered.parent, "assistant", "", { seed, model, settings: used, ids: written });
   const body = { max_tokens: modelOf(conversation).max_model_len, ...used, model, seed, prompt, return_token_ids: true };
   await writeAnswer(conversation, node, async (signal) => {
     Object.assign(node, await readTokens(model, written));
     paint(node);
     if (modelOf(conversation).end_ids.includes(id)) return void (node.finish = "stop");
-    for await (const { text, token_ids: ids, finish_reason: finish } of choices("/v1/completions", body, signal)) {
-      written.push(...(ids ?? []));
-      grow(node.parts, { type: "text", text });
-      node.finish = finish ?? undefined;
-      paint(node);
-    }
+    await stream(node, "/v1/completions", body, signal);
     Object.assign(node, await readTokens(model, written)); // calls of tools, and bytes that are halves of a character
   });
 }
@@ -548,10 +551,8 @@ async function collect(kind, conversation, parent, nodes, judgement) {
   const [{ model = conversation.model, settings: used = {} }] = nodes;
   const body = { kind, model, messages: messagesTo(conversation, parent), answers: nodes.map(message),
     labeller: $("labeller").value.trim() || null, seeds: nodes.map((node) => node.seed ?? null), settings: used };
-  const saved = request("/collect", { ...body, ...judgement }).then(() => true);
-  const done = await saved.catch((error) => complain(`The judgement is not saved: ${reason(error)}`));
-  if (done) say("The judgement is saved");
-  return done;
+  const saved = request("/collect", { ...body, ...judgement }).then(() => { say("The judgement is saved"); return true; });
+  return saved.catch((error) => complain(`The judgement is not saved: ${reason(error)}`));
 }
 
 function drawPair() {
