@@ -8,12 +8,12 @@ summarise(loaded, records)["score"]  # of scores
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -164,13 +164,14 @@ class Model:
             if not samples:
                 raise UserError(f"{item.where}: the prompt is longer than the context of {sampler.name}")
             right = [next(verdicts) for _ in samples]
-            solved = sum(verdict == 1.0 for verdict in right)
+            count, wrong = len(right), sum(verdict != 1.0 for verdict in right)
             record = {
                 "completions": [sample.text for sample in samples],
                 "right": right,
                 "ends": [sample.finish_reason for sample in samples],
                 "truncated": truncated,
-                "metrics": {f"pass@{k}": pass_at(k, len(right), solved) for k in sorted({1, len(right)})},
+                # the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374)
+                "metrics": {f"pass@{k}": 1.0 - comb(wrong, k) / comb(count, k) for k in sorted({1, count})},
             }
             records.append(record)
         return records
@@ -210,15 +211,6 @@ def _judge(task: Task, item: Item, scores: Sequence[Likelihood]) -> dict[str, An
     chosen = {name: int(np.argmax(np.array(logprobs) / np.array(length))) for name, length in lengths.items()}
     metrics = {name: float(option == item.gold) for name, option in chosen.items()}
     return {**record, "chosen": chosen["acc"], "metrics": metrics}
-
-
-def pass_at(k: int, samples: int, right: int) -> float:
-    """Estimate without bias the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374).
-
-    >>> pass_at(1, 4, 1), pass_at(2, 4, 1), pass_at(4, 4, 1)
-    (0.25, 0.5, 1.0)
-    """
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 # ---- models

@@ -46,11 +46,10 @@ Tokens = tuple[list[int], int]  # ids of a sequence, and where the continuation 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Likelihood of a continuation behind its context.
+    """Likelihood of a continuation after its context.
 
-    logprob    natural logarithm, the sum over its tokens
-    is_greedy  whether each of its tokens is the likeliest
-    tokens     how many they are
+    logprob    natural logarithm, summed over `tokens` tokens
+    is_greedy  whether each token is the likeliest
     truncated  whether the context was cut on the left
     """
 
@@ -147,13 +146,13 @@ def windows(tokens: Tokens, context: int) -> list[Tokens]:
     ids, start = tokens
     continuation = len(ids) - start
     if continuation <= context:
-        kept = ids[-(context + 1) :]
-        return [(kept, len(kept) - continuation)]
+        ids = ids[-(context + 1) :]
+        return [(ids, len(ids) - continuation)]
     pieces = []
     for first in range(start, len(ids), context):
         end = min(first + context, len(ids))
-        seen = ids[max(0, end - context - 1) : end] if first > start else ids[first - 1 : end]
-        pieces.append((seen, len(seen) - (end - first)))
+        piece = ids[max(0, end - context - 1) : end] if first > start else ids[first - 1 : end]
+        pieces.append((piece, len(piece) - (end - first)))
     return pieces
 
 
@@ -162,16 +161,17 @@ def windows(tokens: Tokens, context: int) -> list[Tokens]:
 
 @dataclass
 class _Row:
-    """Tree of tokens: the ids, how deep each stands, and where its subtree ends; and what is scored.
+    """Tree of tokens: ids, depths, and ends of subtrees.
 
-    scored   (request, positions of the row whose logits predict, tokens to be predicted)
+    scored  (request, positions of the logits, target tokens)
+    path    positions of the sequence that came last
     """
 
     ids: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     scored: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
-    path: list[int] = field(default_factory=list)  # positions of the sequence that came last
+    path: list[int] = field(default_factory=list)
     branches: bool = False
 
     def add(self, ids: list[int], shared: int) -> None:
@@ -185,14 +185,14 @@ class _Row:
         self.ends += [-1] * new
 
     def close(self, depth: int = 0) -> None:
-        """End the subtrees of all that stands at `depth` or deeper on the way to the last token."""
+        """End the subtrees of the last path from `depth` on."""
         for position in self.path[depth:]:
             self.ends[position] = len(self.ids)
         del self.path[depth:]
 
 
 def _rows(requests: Sequence[Tokens]) -> list[_Row]:
-    """Lay out all sequences but for their last tokens, of which nothing is asked."""
+    """Lay out all sequences without their last tokens, whose logits nothing needs."""
     order = sorted(range(len(requests)), key=lambda index: requests[index][0])
     rows: list[_Row] = []
     before: list[int] = []
@@ -217,18 +217,18 @@ def _rows(requests: Sequence[Tokens]) -> list[_Row]:
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """Number of tokens that two sequences share at their beginning."""
+    """Return the length of the common prefix."""
     most = min(len(first), len(second))
     if first[:most] == second[:most]:
         return most
-    return next(place for place in range(most) if first[place] != second[place])
+    return next(index for index in range(most) if first[index] != second[index])
 
 
 class _Trees(Branching):
-    """Mask of rows that are trees. A query sees the keys before it whose subtree it stands in.
+    """Attention mask of trees: a token attends to its ancestors.
 
-    ends (B, T)    position behind the last token of each token's subtree
-    depths (B, T)  of each token: its position in its sequence
+    ends (B, T)    exclusive end of each token's subtree
+    depths (B, T)  position of each token in its sequence
     """
 
     def __init__(self, ends: Tensor, depths: Tensor) -> None:
@@ -245,7 +245,7 @@ class _Trees(Branching):
 
 
 class Scorer:
-    """Scores continuations by a model. `computed` counts tokens of its passes, padding among them."""
+    """Scores continuations by a model. `computed` counts the tokens of its forward passes, with padding."""
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.device = model, model.embed_tokens.device
@@ -287,10 +287,10 @@ class Scorer:
             for number, row in enumerate(rows)
             for index, positions, targets in row.scored
         ]
-        places, where = np.unique(np.concatenate([positions for _, positions, _ in scored]), return_inverse=True)
+        positions, where = np.unique(np.concatenate([positions for _, positions, _ in scored]), return_inverse=True)
         targets = np.concatenate([targets for *_, targets in scored])
-        places = np.pad(places, (0, -len(places) % SCORED), "edge")
-        hidden_NC = self.model(ids_BT, doc_ids=trees, rows=torch.from_numpy(places).to(self.device))
+        positions = np.pad(positions, (0, -len(positions) % SCORED), "edge")
+        hidden_NC = self.model(ids_BT, doc_ids=trees, rows=torch.from_numpy(positions).to(self.device))
         logprob, is_best = self._score_tokens(hidden_NC, where, targets)
         end = 0
         for index, positions, _ in scored:
@@ -298,25 +298,22 @@ class Scorer:
             yield index, float(logprob[start:end].sum()), bool(is_best[start:end].all())
 
     def _score_tokens(self, hidden_NC: Tensor, where: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability of each target behind the hidden state `where` it is asked, and whether it is the likeliest.
-
-        float32, then summed in float64.
-        """
+        """Return each target's log-probability (float32) after hidden state `where`, and whether it is greedy."""
         logprobs, best = np.empty(len(targets)), np.empty(len(targets), bool)
         step = max(1, LOGITS.get(self.device.type, LOGITS_ELSEWHERE) // self.model.config.vocab_size)
         for first in range(0, len(hidden_NC), step):
             logprobs_NV = self.model.logits(hidden_NC[first : first + step]).float().log_softmax(-1)
-            asked = np.flatnonzero((where >= first) & (where < first + step))
-            row, target = (torch.from_numpy(x[asked]).to(self.device) for x in (where - first, targets))
-            chosen = logprobs_NV[row, target]
-            greedy = chosen == logprobs_NV.amax(-1)[row]  # argmax takes 13x as long; of a tie it takes the first
+            chosen = np.flatnonzero((where >= first) & (where < first + step))
+            row, target = (torch.from_numpy(x[chosen]).to(self.device) for x in (where - first, targets))
+            logprob = logprobs_NV[row, target]
+            greedy = logprob == logprobs_NV.amax(-1)[row]  # argmax takes 13x as long; of a tie it takes the first
             greedy[greedy.clone()] = logprobs_NV[row[greedy]].argmax(-1) == target[greedy]
-            logprobs[asked], best[asked] = chosen.cpu().numpy(), greedy.cpu().numpy()
+            logprobs[chosen], best[chosen] = logprob.cpu().numpy(), greedy.cpu().numpy()
         return logprobs, best
 
 
 def _batches(rows: list[_Row], tokens: int) -> Iterator[list[_Row]]:
-    """Rows of about one length, the longest first; those that branch apart from others."""
+    """Yield batches of rows of similar length, the longest first; rows with branches apart from others."""
     for branches in (True, False):
         batch: list[_Row] = []
         for row in sorted((row for row in rows if row.branches is branches), key=lambda row: -len(row.ids)):

@@ -98,12 +98,12 @@ class Task:
     description  before the examples, a template; in chats the system message
     separator    behind each example
     shots        examples before the question
-    shots_file   stem of the file that they come from; else they are `example`, records in the TOML, or the other items,
-                 which also stand in for a file that is not there, where a task has no examples of its own accord
+    shots_file   stem of their file; else they are `example`, records in the TOML, or the other items, which also
+                 replace a missing file of a task with `shots = 0`
     shots_order  "random" draws them for each item, "spare" one more than is shown, as lm-evaluation-harness does for
                  tasks without a test split, "first" takes the first, "core" is nanochat's draw
     group        an expression: items are scored apart by it, and examples are of the item's own group
-    tokens       how continuations are cut: "harness", or "core": what the options' tokens do not share
+    tokens       of continuations: "harness", or "core": those that the options do not share
     stop, max_tokens, verifier  of generation
     extract, ignore, ignore_case  of the verifier exact_match: the expression that finds an answer in a completion,
                  expressions whose matches are left out of both answers
@@ -140,11 +140,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question as it is asked.
+    """A question with its examples.
 
     contexts, continuations  one for all options, or one for each
-    gold     index of the right option; None where there are no options
-    problem  what a completion is judged by
+    gold     index of the right option; None without options
+    problem  by which a completion is judged
     """
 
     where: str
@@ -157,12 +157,12 @@ class Item:
     problem: Problem | None = None
 
     def pairs(self, delimiter: str) -> list[tuple[str, str]]:
-        """Each context with each continuation: one pair for each option."""
+        """Return context and continuation of each option."""
         return [(context, delimiter + rest) for context in self.contexts for rest in self.continuations]
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What is chosen from."""
+        """Return the texts that are chosen from."""
         return self.contexts if len(self.contexts) > 1 else self.continuations
 
 
@@ -170,10 +170,9 @@ class Item:
 
 
 def load_tasks(specs: Sequence[str], data_dir: str | None = None, flag: str = "--tasks") -> list[Task]:
-    """Load the tasks of `--tasks`, or of another flag: NAME, NAME=FILE, FILE.toml, or FILE of items.
+    """Load tasks, each NAME, NAME=FILE, FILE.toml, or FILE of items. Reads TOML only.
 
-    Nothing is read but TOML. Raises UserError for a task that there is not, with the nearest names, and for data that
-    cannot be found.
+    Raises UserError for an unknown task, with the nearest names, and for missing data.
     """
     tasks = [_task(spec, data_dir, flag) for several in specs for spec in several.split(",") if spec]
     for task in tasks:
@@ -325,7 +324,7 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
 
 
 def _by_form(task: Task, row: Row) -> Task:
-    """The task of a file without TOML, by its first record."""
+    """Return the task of a file without TOML, by its first record."""
     for kind, form in FILE_FORMS:
         task = replace(task, kind=kind, form=(form,))
         with suppress(_OtherForm):
@@ -342,7 +341,7 @@ def _by_form(task: Task, row: Row) -> Task:
 
 
 class _OtherForm(Exception):
-    """A record lacks what the templates of a form ask for."""
+    """A record lacks a field of a form."""
 
 
 @lru_cache(maxsize=256)
@@ -357,8 +356,8 @@ def _compiled(source: str, is_expression: bool) -> Any:
     return environment.from_string(source).render
 
 
-def _made(source: Any, record: Mapping[str, Any], is_expression: bool = False) -> Any:
-    """What a template or an expression makes of a record. Raises _OtherForm where it lacks a field."""
+def _render(source: Any, record: Mapping[str, Any], is_expression: bool = False) -> Any:
+    """Evaluate a template or an expression over a record. Raises _OtherForm for a missing field."""
     from jinja2 import TemplateError, Undefined
 
     if not isinstance(source, str):
@@ -378,7 +377,7 @@ def _made(source: Any, record: Mapping[str, Any], is_expression: bool = False) -
 
 
 def _parse(task: Task, row: Row) -> Item:
-    """The item of a record, without examples."""
+    """Read the item of a record, without examples."""
     if not task.form:
         problem = read_problem(row)
         return Item(row.where, row.value, "", (problem.prompt,), (problem.answer or "",), problem=problem)
@@ -393,16 +392,16 @@ def _parse(task: Task, row: Row) -> Item:
 
 def _item(task: Task, form: Form, row: Row) -> Item:
     record = row.value
-    group = str(_made(task.group, record, True)) if task.group else ""
-    description = _made(task.description, record) if task.description else ""
-    prompt, continuation = (_made(text, record) for text in (form.prompt, form.continuation))
+    group = str(_render(task.group, record, True)) if task.group else ""
+    description = _render(task.description, record) if task.description else ""
+    prompt, continuation = (_render(text, record) for text in (form.prompt, form.continuation))
     common = {"where": row.where, "record": record, "description": description, "group": group}
     if task.kind == "text":
-        return Item(contexts=("",), continuations=(_text(row, "text", _made(form.text, record)),), **common)
+        return Item(contexts=("",), continuations=(_text(row, "text", _render(form.text, record)),), **common)
     if task.kind == "language_modeling":
         return Item(contexts=(prompt,), continuations=(_text(row, "continuation", continuation),), **common)
     if task.kind == "generation":
-        answer = _made(form.answer, record) if form.answers is None else _made(form.answers, record, True)
+        answer = _render(form.answer, record) if form.answers is None else _render(form.answers, record, True)
         asked = {**record, "prompt": prompt, **({} if answer is None else {"answer": answer})}
         asked |= {"verifier": task.verifier} if task.verifier else {}
         with naming(row.where):
@@ -411,8 +410,8 @@ def _item(task: Task, form: Form, row: Row) -> Item:
             raise UserError(f"{row.where}: expected an answer for {EXACT_MATCH}, found {fields_of(record)}")
         shown = str(continuation or (problem.answer if form.answers else answer or problem.answer) or "")
         return Item(contexts=(prompt,), continuations=(shown,), problem=problem, **common)
-    options = _made(form.contexts if task.kind == "schema" else form.choices, record, True)
-    gold = _made(form.gold, record, True)
+    options = _render(form.contexts if task.kind == "schema" else form.choices, record, True)
+    gold = _render(form.gold, record, True)
     if not isinstance(options, (list, tuple)) or len(options) < 2:
         raise UserError(f"{row.where}: expected two choices or more, found {options!r}")
     options = tuple(_text(row, "choice", option) for option in options)

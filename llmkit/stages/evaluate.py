@@ -214,12 +214,12 @@ def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
         if not os.path.isfile(f"{path}/config.json"):
             files += input_files([path], text=True)
             continue
-        there, gone = training_files(path)
-        files, missing = files + there, missing + gone
-        if not there:
-            raise UserError(f"--trained-on {path}: expected what it was trained on, found none of {', '.join(gone)}")
-        if gone:
-            say(f"--trained-on {path}: not there as it was trained on: {', '.join(gone)}", config.quiet)
+        readable, lost = training_files(path)
+        files, missing = files + readable, missing + lost
+        if not readable:
+            raise UserError(f"--trained-on {path}: expected what it was trained on, found none of {', '.join(lost)}")
+        if lost:
+            say(f"--trained-on {path}: not there as it was trained on: {', '.join(lost)}", config.quiet)
     return list(dict.fromkeys(files)), list(dict.fromkeys(missing))
 
 
