@@ -34,7 +34,7 @@ from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest, uniforms
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
-from llmkit.generation.tool_calls import BROKEN, Functions, ToolUse, told_unavailable
+from llmkit.generation.tool_calls import BROKEN, Functions, ToolUse, unavailable_notes
 from llmkit.generation.transformers_decoder import TransformersDecoder
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
@@ -53,7 +53,7 @@ THREADS = 8  # of tools, which are mostly waited for
 KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
 BEYOND_CACHES = 64 * 2**20  # bytes of weights: fewer stay in a processor's cache, and memory is not what they wait for
 WORTH_MEASURING = 1.0  # seconds of decoding
-CALL = "call"  # where else a finish reason stands: the sequence waits for a tool
+CALL = "call"  # in place of a finish reason: the sequence waits for a tool
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Generator:
         the memory can do takes 0.1 s. It counts what a step must read, weights, keys and values, by the time of the
         steps.
         """
-        yield from told_unavailable([self.tools.unavailable_calls] if self.tools else [])
+        yield from unavailable_notes([self.tools.unavailable_calls] if self.tools else [])
         tokens, decoder = self.usage.completion_tokens, self.decoder
         phrases = [f"{counted(tokens, 'token')} at {quantity(tokens / max(self.seconds - self.loading, 1e-9))} tok/s"]
         if self.steps and self.slots > 1:
@@ -227,14 +227,14 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
     truncated_logprobs: list[float] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
-    own: int = 0  # tokens sampled
+    own: int = 0  # number of tokens sampled
     texts: list[str] = field(default_factory=list)
     call: tuple[str, list[int]] | None = None  # the tool, and the tokens of its input so far
     calls: list[tuple[str, str]] = field(default_factory=list)  # whose results it waits for: the tools, their inputs
-    opening: StopMatcher | None = None  # of calls in text, since the last result:
-    begin: int = 0  # the tokens from here on,
-    said: str = ""  # as text,
-    given: int = 0  # of which so many characters were given out
+    opening: StopMatcher | None = None  # finds the beginning of a call that is text
+    turn_start: int = 0  # index of the first token behind the last result
+    turn_text: str = ""  # of the tokens from there on
+    emitted: int = 0  # characters of it that were given out
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     _draws: tuple[int, np.ndarray] | None = None
@@ -435,8 +435,8 @@ class Pool:
             sequence.call = tools.starts[token], []
             text = sequence.decoding.finish()
             if sequence.opening is not None:  # which may have held something back
-                sequence.said += text
-                text, sequence.given = sequence.said[sequence.given :], len(sequence.said)
+                sequence.turn_text += text
+                text, sequence.emitted = sequence.turn_text[sequence.emitted :], len(sequence.turn_text)
             text = sequence.stops.push(text)
         elif tools is not None and open_call is not None:
             tool, input_ids = open_call
@@ -450,7 +450,7 @@ class Pool:
             text = ""
         else:
             text = sequence.stops.push(sequence.decoding.push([token]))
-        self._give(sequence, text)
+        self._emit(sequence, text)
         if sequence.stops.stopped:
             return "stop"
         if ended or sequence.full:
@@ -458,22 +458,22 @@ class Pool:
         return None
 
     def _take_text(self, sequence: _Sequence, tools: ToolUse, token: int, ended: bool) -> str | None:
-        """Take a token of a turn in which calls are text: give out what is none, and look for calls that are over."""
+        """Take a token of a turn in which calls are text: emit text before a call, and read calls that are complete."""
         assert sequence.opening is not None
         over = ended or sequence.full
         piece = sequence.decoding.finish() if ended else sequence.decoding.push([token])
         piece += sequence.decoding.finish() if over and not ended else ""
         sequence.opening.stopped |= token in tools.opener_ids
-        text, sequence.said = sequence.opening.push(piece), sequence.said + piece
+        text, sequence.turn_text = sequence.opening.push(piece), sequence.turn_text + piece
         calls: list[tuple[str, str]] = []
-        if tools.may_be_over(sequence.said, token, ended):
-            before, calls = tools.read(sequence.token_ids[sequence.begin :], sequence.said)
-            text = before[sequence.given :] if calls else text
+        if tools.may_be_over(sequence.turn_text, token, ended):
+            before, calls = tools.read(sequence.token_ids[sequence.turn_start :], sequence.turn_text)
+            text = before[sequence.emitted :] if calls else text
         if over and not calls:
-            text = sequence.said[sequence.given :]
-            tools.unavailable_calls[BROKEN] += tools.is_broken(sequence.token_ids[sequence.begin :])
-        sequence.given += len(text)
-        self._give(sequence, sequence.stops.push(text))
+            text = sequence.turn_text[sequence.emitted :]
+            tools.unavailable_calls[BROKEN] += tools.is_broken(sequence.token_ids[sequence.turn_start :])
+        sequence.emitted += len(text)
+        self._emit(sequence, sequence.stops.push(text))
         return self._call(sequence, tools, calls) if calls and not sequence.stops.stopped else None
 
     def _call(self, sequence: _Sequence, tools: ToolUse, calls: list[tuple[str, str]]) -> str:
@@ -489,10 +489,10 @@ class Pool:
     def _last_text(self, sequence: _Sequence, reason: str) -> str:
         """Give out what was held back at the end; a stop string in it is the reason of the end."""
         text = sequence.stops.push(sequence.decoding.finish())
-        self._give(sequence, text + sequence.stops.finish())
+        self._emit(sequence, text + sequence.stops.finish())
         return "stop" if sequence.stops.stopped else reason
 
-    def _give(self, sequence: _Sequence, text: str) -> None:
+    def _emit(self, sequence: _Sequence, text: str) -> None:
         if text:
             sequence.texts.append(text)
             if self._on_text is not None:
@@ -545,7 +545,7 @@ class Pool:
             if sequence.request.top_logprobs:
                 sequence.top_logprobs.append([])
         if sequence.opening is not None:
-            sequence.begin, sequence.said, sequence.given = len(sequence.token_ids), "", 0
+            sequence.turn_start, sequence.turn_text, sequence.emitted = len(sequence.token_ids), "", 0
             sequence.opening = StopMatcher(sequence.tools.openers)
         return sequence, prefix
 

@@ -3,8 +3,8 @@
     address = parse_address("openai:http://localhost:8000/v1#qwen", "--judge")
     model = OpenAIClient(address, timeout=120, retries=6)
     model.check()
-    asked = [{"role": "user", "content": "Who was Ada?"}]  # or text to continue, or the ids of its tokens
-    model.ask(asked, seed=0, max_tokens=64, temperature=0.3).text  # from as many threads as you like
+    messages = [{"role": "user", "content": "Who was Ada?"}]  # or text to continue, or the ids of its tokens
+    model.ask(messages, seed=0, max_tokens=64, temperature=0.3).text  # from as many threads as you like
 
 The package `openai` does the talking: it tries again after a timeout, a cut connection, a rate limit (429) and an
 error of the server (5xx), at intervals that double from half a second to eight, or as Retry-After says. The key is
@@ -189,13 +189,13 @@ class OpenAIClient:
         temperature: float,
         logprobs: bool = False,
         on_text: Callable[[str], object] | None = None,
-        kept: Collection[str] = (),
+        used: Collection[str] = (),
         **details: Any,
     ) -> Reply:
         """Messages answered, or text or token ids continued; `on_text` is given the text as it comes.
 
-        `kept` is what the caller makes use of beside the text, which else counts as left out. `details` are those of
-        `openai`: top_p, stop, tools, echo, extra_body. Raises ServerError, and PromptTooLong.
+        `used` names what the caller uses beside the text ("reasoning", "tool calls"); the rest counts as left out.
+        `details` are those of `openai`: top_p, stop, tools, echo, extra_body. Raises ServerError, and PromptTooLong.
         """
         import openai
 
@@ -214,7 +214,7 @@ class OpenAIClient:
                 response = create(model=self.address.model, **{length: max_tokens}, **body)
                 if body.get("stream"):
                     assert on_text is not None
-                    if (reply := self._take_stream(response, on_text, kept)) is not None:
+                    if (reply := self._take_stream(response, on_text, used)) is not None:
                         return reply
                     tries += 1
                     del body["stream"]  # it may not know how to stream, or not answer at all
@@ -240,7 +240,7 @@ class OpenAIClient:
                 raise ServerError(f"{self.place}: fails: {fault}")
             reply = _read(content)
             if reply is not None:
-                self._count(content.get("usage"), reply, kept)
+                self._count(content.get("usage"), reply, used)
                 if on_text is not None and reply.text:
                     on_text(reply.text)
                 return reply
@@ -249,24 +249,25 @@ class OpenAIClient:
         raise ServerError(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
 
     def _take_stream(
-        self, chunks: Iterable[Any], on_text: Callable[[str], object], kept: Collection[str]
+        self, chunks: Iterable[Any], on_text: Callable[[str], object], used: Collection[str]
     ) -> Reply | None:
         """The reply that is streamed; None where nothing is."""
         pieces: list[str] = []
-        reason, reported, came = "", None, False
+        reason, reported, received = "", None, False
         thoughts: list[str] = []
         calls: dict[Any, dict[str, str]] = {}
         try:
             for chunk in chunks:
-                came, content = True, _plain(chunk)
+                received, content = True, _plain(chunk)
                 reported = content.get("usage") or reported
                 for choice in filter(None, map(_object, content.get("choices") or ())):
                     delta = _object(choice.get("delta"))
                     thoughts.append(text_of(delta.get("reasoning_content") or delta.get("reasoning")))
-                    given = delta.get("tool_calls")
-                    for number, part in enumerate(map(_object, given if isinstance(given, list) else ())):
-                        call = calls.setdefault(part.get("index", number), {"id": "", "name": "", "arguments": ""})
-                        for name, text in _call(part).items():
+                    pieces_of_calls = delta.get("tool_calls")
+                    entries = pieces_of_calls if isinstance(pieces_of_calls, list) else ()
+                    for number, piece in enumerate(map(_object, entries)):
+                        call = calls.setdefault(piece.get("index", number), {"id": "", "name": "", "arguments": ""})
+                        for name, text in _call(piece).items():
                             call[name] += text
                     reason = choice.get("finish_reason") or reason
                     if text := text_of(delta.get("content")) or text_of(delta.get("refusal") or choice.get("text")):
@@ -276,16 +277,16 @@ class OpenAIClient:
             if not type(error).__module__.startswith("http"):  # httpx is another package in each version of openai
                 raise
             raise ServerError(f"{self.place}: was cut in the middle of an answer: {shortened(str(error))}") from error
-        if not reason and not came:
+        if not reason and not received:
             return None
         if not reason:
             raise ServerError(f"{self.place}: an answer has no end; was the server stopped?")
         count = _count_of(reported, "completion_tokens") or len(pieces)
-        made = Reply(
+        reply = Reply(
             "".join(pieces), _finish(reason), count, thought="".join(thoughts), tool_calls=tuple(calls.values())
         )
-        self._count(reported, made, kept)
-        return made
+        self._count(reported, reply, used)
+        return reply
 
     def command(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST to a path beside the API, such as "/flush_cache", and return the reply. Raises ServerError."""
@@ -305,13 +306,13 @@ class OpenAIClient:
         """The option and the URL, as errors begin."""
         return f"{self.address.flag} {self.address.url}"
 
-    def _count(self, reported: Any, reply: Reply, kept: Collection[str]) -> None:
+    def _count(self, reported: Any, reply: Reply, used: Collection[str]) -> None:
         beside = {"reasoning": reply.thought, "tool calls": reply.tool_calls}
         with self._counting:
             self.usage.requests += 1
             self.usage.prompt_tokens += _count_of(reported, "prompt_tokens")
             self.usage.completion_tokens += _count_of(reported, "completion_tokens")
-            for kind in (kind for kind, content in beside.items() if content and kind not in kept):
+            for kind in (kind for kind, content in beside.items() if content and kind not in used):
                 self.usage.left_out[kind] = self.usage.left_out.get(kind, 0) + 1
 
     def _explain(self, error: Any) -> str:

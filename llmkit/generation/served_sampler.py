@@ -174,27 +174,26 @@ class ServedSampler:
         if isinstance(request.prompt, str) or self.tokenizer is not None:
             tools, prompt = None, request.prompt
         replies: list[Reply] = []
-        called: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []  # of the calls
         while True:
             replies.append(reply := self._reply(request, prompt, sample, left, tools, on_text))
             ids, logprobs, left = reply.token_ids or [], reply.logprobs or [], left - reply.tokens
             calls, reason = [(call["name"], call["arguments"]) for call in reply.tool_calls], reply.finish_reason
             if not calls or tools is None:
                 break
-            made: list[dict[str, Any]] = [{"tool": tool, "input": text} for tool, text in calls]
-            if len(called) + len(calls) > tools.max_calls:
+            if len(records) + len(calls) > tools.max_calls:
                 reason = "tool_limit"
                 break
-            called += made
+            records += [{"tool": tool, "input": text} for tool, text in calls]
             if reason == "length" or tools.are_left(calls):
                 reason = "length" if reason == "length" else "tool_calls"
                 break
             results = []
-            for call, one in zip(made, calls, strict=True):
-                on_call(call, None)
-                (result,) = tools.run([one])
-                call |= {"result": result.text, **({"failed": True} if result.failed else {})}
-                on_call(call, result.text)
+            for record, call in zip(records[-len(calls) :], calls, strict=True):
+                on_call(record, None)
+                (result,) = tools.run([call])
+                record |= {"result": result.text, **({"failed": True} if result.failed else {})}
+                on_call(record, result.text)
                 results.append(result.text)
             if left <= 0:
                 reason = "length"
@@ -202,14 +201,14 @@ class ServedSampler:
             assert isinstance(prompt, list)
             prompt += as_openai_call(reply, results)
         return Completion(
-            "".join(one.text for one in replies),
+            "".join(reply.text for reply in replies),
             ids,
             reason,
             logprobs if self._needs_logprobs else [],
             [],
             [True] * len(ids),
-            called,
-            thought="\n\n".join(one.thought.strip("\n") for one in replies if one.thought),
+            records,
+            thought="\n\n".join(reply.thought.strip("\n") for reply in replies if reply.thought),
         )
 
     def _reply(
@@ -230,7 +229,7 @@ class ServedSampler:
                 temperature=self._temperature,
                 logprobs=self._needs_logprobs,
                 on_text=on_text,
-                kept=() if tools is None else ("reasoning", "tool calls"),
+                used=() if tools is None else ("reasoning", "tool calls"),
                 **self._details,
                 **schemas,
             )
@@ -244,9 +243,9 @@ class ServedSampler:
 
     def plan(self) -> Iterator[str]:
         """Describe in a line how prompts are sent."""
-        as_ = "text and messages" if self.tokenizer is None else f"token ids of {self.tokenizer.path.parent}"
+        form = "text and messages" if self.tokenizer is None else f"token ids of {self.tokenizer.path.parent}"
         spec = f"{SCHEME}{self.server.address.url}#{self.server.address.model}"
-        yield f"{spec}: it answers; prompts go to it as {as_}, {self._concurrency} at a time"
+        yield f"{spec}: it answers; prompts go to it as {form}, {self._concurrency} at a time"
 
     def describe(self) -> Iterator[str]:
         """Describe in a line what was asked."""
@@ -359,5 +358,5 @@ def as_openai_call(reply: Reply, results: Sequence[str]) -> list[dict[str, Any]]
     ]
     thought = {"reasoning_content": reply.thought} if reply.thought else {}
     answer = {"role": "assistant", "content": reply.text, "tool_calls": calls, **thought}
-    found = [{"role": "tool", "tool_call_id": name, "content": text} for name, text in zip(ids, results, strict=True)]
-    return [answer, *found]
+    tools = [{"role": "tool", "tool_call_id": name, "content": text} for name, text in zip(ids, results, strict=True)]
+    return [answer, *tools]

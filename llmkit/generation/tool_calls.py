@@ -60,7 +60,7 @@ class Functions:
         return other
 
     def are_left(self, calls: Sequence[tuple[str, str]]) -> bool:
-        """True if whoever asked has to run these calls."""
+        """True if these calls are for whoever made the request to run."""
         return not self.toolbox.names or not self.own.isdisjoint(name for name, _ in calls)
 
     def run(self, calls: Sequence[tuple[str, str]]) -> list[ToolResult]:
@@ -83,7 +83,7 @@ class ToolUse(Functions):
     others             start token -> tool, of calls that are text, for the tool is not there
     unavailable_calls  how many of them there were, by tool, and under BROKEN, turns with calls that cannot be read
     result_tokens      a result is cut to this many
-    end_at_others      whether a call of a tool that is not there ends the completion; else it is text
+    end_at_others      whether a call of a tool that is not there ends the completion, not stays text
     """
 
     def __init__(
@@ -131,57 +131,53 @@ class ToolUse(Functions):
     def open_call(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
         """Return the tool of a call that a prompt begins and does not end, and its input so far; None without one."""
         ends = set(self.ends.values())
-        last = next(
-            (index for index in range(len(prompt) - 1, -1, -1) if prompt[index] in ends | self.starts.keys()), None
-        )
-        if last is None or prompt[last] in ends:
-            return None
-        return self.starts[prompt[last]], list(prompt[last + 1 :])
+        for index in range(len(prompt) - 1, -1, -1):
+            if prompt[index] in ends:
+                break
+            if prompt[index] in self.starts:
+                return self.starts[prompt[index]], list(prompt[index + 1 :])
+        return None
 
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
         """The tool and the input of the last call in some tokens, which its end token ends."""
         start = max(index for index, token in enumerate(token_ids) if token in self.starts)
         return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
 
-    def may_be_over(self, said: str, token: int, ended: bool) -> bool:
-        """True if calls in the text of a turn so far may be whole, with this token as the last."""
-        return ended or token == self.call_end or (self._closer is not None and said.endswith(self._closer))
+    def may_be_over(self, text: str, token: int, ended: bool) -> bool:
+        """True if calls in the text of a turn so far may be complete, with this token as the last."""
+        return ended or token == self.call_end or (self._closer is not None and text.endswith(self._closer))
 
-    def read(self, token_ids: Sequence[int], said: str) -> tuple[str, list[tuple[str, str]]]:
-        """Read the calls in a stretch of a turn: the text about them, and the tool and the input of each.
+    def read(self, token_ids: Sequence[int], text: str) -> tuple[str, list[tuple[str, str]]]:
+        """Read the calls in a stretch of a turn: the text around them, and the tool and the input of each.
 
-        said  the stretch as text without special tokens
+        text  the stretch without special tokens
         """
-        form, written = self.form, self._written(token_ids)
-        calls = [] if form is None else form.read(written, self.schemas)
-        first = None if form is None or not calls else form.stretch.search(written)
-        if form is None or first is None:
-            return said, []
-        after = said.rfind("</think>") + 1  # what is only thought of is not called
-        found = [at for text in self.openers if (at := said.find(text, after)) >= 0]
-        before = said[: min(found)] if found else said if self.opener_ids else said[:after]
+        form, written = self.form, self._answer(token_ids)
+        if form is None or not (calls := form.read(written, self.schemas)):
+            return text, []
+        first = form.stretch.search(written)
+        assert first is not None, "it has calls"
+        answer_start = text.rfind("</think>") + 1  # a call in thoughts is none
+        starts = [start for opener in self.openers if (start := text.find(opener, answer_start)) >= 0]
+        before = text[: min(starts)] if starts else text if self.opener_ids else text[:answer_start]
         rest = form.stretch.sub("", written[first.start() :]).strip()
         for name in self._tokenizer.specials if rest else ():
             rest = rest.replace(name, "")
         return before + rest, [(call.name, self._input(call)) for call in calls]
 
     def is_broken(self, token_ids: Sequence[int]) -> bool:
-        """True if a turn without calls begins one, which is then not well formed or cut off."""
-        written, openers = self._written(token_ids), () if self.form is None else self.form.openers
+        """True if a turn in which no call could be read begins one."""
+        written, openers = self._answer(token_ids), () if self.form is None else self.form.openers
         return any(text in written if len(text) > 1 else written.lstrip().startswith(text) for text in openers)
 
-    def _written(self, token_ids: Sequence[int]) -> str:
-        """What a turn says behind its thoughts, special tokens included but for one at its end."""
-        text = self._tokenizer.decode(token_ids).rpartition("</think>")[2].removesuffix(self._end_text(token_ids))
+    def _answer(self, token_ids: Sequence[int]) -> str:
+        """Decode a turn without its thoughts, special tokens included but for one at its end."""
+        text, last = self._tokenizer.decode(token_ids).rpartition("</think>")[2], self._tokenizer.decode(token_ids[-1:])
+        text = text.removesuffix(last) if last in self._tokenizer.specials else text
         return "" if "<think>" in text else text
 
-    def _end_text(self, token_ids: Sequence[int]) -> str:
-        """The text of the special token at the end, if there is one."""
-        last = self._tokenizer.decode(token_ids[-1:])
-        return last if last in self._tokenizer.specials else ""
-
     def _input(self, call: Call) -> str:
-        """What a tool is given: of ours its text, else the arguments in JSON."""
+        """The input of a tool: for our own its text, for functions the arguments in JSON."""
         if call.name not in TOOLS:
             return json.dumps(call.arguments, ensure_ascii=False)
         value = call.arguments.get(ARGUMENT[call.name], next(iter(call.arguments.values()), ""))
@@ -190,9 +186,9 @@ class ToolUse(Functions):
     def result_ids(
         self, calls: Sequence[tuple[str, str]], results: Sequence[ToolResult], room: int
     ) -> tuple[list[int], list[str]]:
-        """Encode what answers calls in at most `room` ids, none where it does not fit; and what the model sees of each.
+        """Encode results in at most `room` ids, or in none if they do not fit; and what the model sees of each.
 
-        A result of our own format is cut where there is less room.
+        A result in our own format is cut to fit.
         """
         # a lone surrogate, which JSON may spell, becomes ?
         texts = [result.text.encode("utf-8", "replace").decode() for result in results]
@@ -215,26 +211,26 @@ class ToolUse(Functions):
     ) -> tuple[Part, ...]:
         """Split a completion with calls into texts, calls and results, in their order.
 
-        A result is what was not sampled, whatever tokens the model writes around words of its own. A call that was cut,
-        or one too many, is left out; calls that are left to others have no results, and come last.
+        Only tokens that were not sampled are a result, whatever the model writes. A call that was cut, or one too many,
+        is left out; calls without results come last.
         """
-        answered, parts, waiting = iter(calls), [], 1
-        for own, run in groupby(zip(token_ids, sampled, strict=True), key=itemgetter(1)):
+        records, content, answered = iter(calls), [], 1
+        for is_sampled, run in groupby(zip(token_ids, sampled, strict=True), key=itemgetter(1)):
             ids = [token for token, _ in run]
-            if own:
-                written = list(takewhile(lambda token: token not in self.starts, ids))
-                said, calling = self.read(written, self._tokenizer.decode(written, skip_specials=True))
-                parts.append(Part("text", said))
-                waiting = len(calling) or 1
+            if is_sampled:
+                text_ids = list(takewhile(lambda token: token not in self.starts, ids))
+                text, read = self.read(text_ids, self._tokenizer.decode(text_ids, skip_specials=True))
+                content.append(Part("text", text))
+                answered = len(read) or 1
             else:
-                these = [next(answered) for _ in range(waiting)]
-                parts += [call_part(call["tool"], call["input"]) for call in these]
+                of_turn = [next(records) for _ in range(answered)]
+                content += [call_part(call["tool"], call["input"]) for call in of_turn]
                 if self.call_end is None:
-                    parts.append(Part(RESULT, self._tokenizer.decode(ids, skip_specials=True)))
+                    content.append(Part(RESULT, self._tokenizer.decode(ids, skip_specials=True)))
                 else:
-                    parts += [Part(RESULT, self._cut(call["result"])) for call in these]
-        parts += [call_part(call["tool"], call["input"]) for call in answered]
-        return tuple(part for part in parts if part.text or part.kind != "text")
+                    content += [Part(RESULT, self._cut(call["result"])) for call in of_turn]
+        content += [call_part(call["tool"], call["input"]) for call in records]
+        return tuple(part for part in content if part.text or part.kind != "text")
 
 
 def call_part(tool: str, text: str) -> Part:
@@ -254,10 +250,10 @@ def open_tools(
     end_ids: Collection[int | None],
     end_at_others: bool = False,
 ) -> ToolUse | None:
-    """The tools that are wanted, closed with `stack`, and what tells the calls of others.
+    """Open the tools of `options`, closed with `stack`; without any, still recognise calls, to count them.
 
-    None where no tool is wanted of a model that knows no calls, or that does not end a turn: a base writes such tokens
-    now and then. Raises UserError as `Toolbox.parse` does.
+    None without tools for a model that knows no calls, or does not end a turn: a base writes such tokens now and then.
+    Raises UserError as `Toolbox.parse` does.
     """
     if not options.tools and has_own_template(tokenizer):
         with suppress(UserError):  # a template without calls
@@ -269,7 +265,7 @@ def open_tools(
     return ToolUse(toolbox, tokenizer, options.max_tool_calls, end_at_others=end_at_others)
 
 
-def told_unavailable(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
+def unavailable_notes(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
     """Yield a note for each tool that was called without being given, and for calls that could not be read, from the
     counts of each process."""
     for tool in TOOLS:

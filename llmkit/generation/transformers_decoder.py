@@ -1,8 +1,8 @@
 """The interface of `Decoder` (generation/decode.py) over a model that transformers computes, by its own cache.
 
-Each slot has a cache of one row. Those of the slots in use are one batch while they decode: keys and values padded on
-the left to the longest, states of recurrent layers as they are. A slot that is filled, left or moved takes the batch
-apart again, which copies as much as a step does, for transformers' cache is copied at every step.
+Each slot has a cache of one row. While they decode, the caches of the slots in use are joined to a batch: keys and
+values padded on the left to the longest, states of recurrent layers as they are. Filling, leaving or moving a slot
+splits the batch again, which copies as much as a step does, since transformers copies its cache at every step.
 
 A row's logits depend on its neighbours in their last bits.
 """
@@ -35,7 +35,7 @@ class CachedPrefix:
 
 
 class TransformersDecoder:
-    """The slots of one model, which is used as it is: what training changes is seen."""
+    """The slots of one model, whose weights are not copied: what training changes is seen."""
 
     def __init__(self, model: TransformersModel) -> None:
         self.model, self.config = model, model.config
@@ -47,28 +47,27 @@ class TransformersDecoder:
         self._lengths: list[int] = []  # of the rows of the batch
 
     def prefill(self, token_ids: list[int]) -> CachedPrefix:
-        """Run a prompt through the model by itself. Raises UserError for a family whose layers keep more than their
-        part of the cache, or refuse it."""
+        """Run a prompt through the model by itself. Raises UserError for a family without the shared cache."""
         cache = self._new_cache()
         try:
             prefix = self._extend(cache, 0, token_ids)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self._own_cache()} ({error})") from error
+            raise UserError(f"{self._other_cache()} ({error})") from error
         if not all(map(_is_filled, prefix.cache.layers)):
-            raise UserError(self._own_cache())
+            raise UserError(self._other_cache())
         return prefix
 
     def extend(self, prefix: CachedPrefix, token_ids: list[int]) -> CachedPrefix:
         """Run more tokens through the model behind a prefix, which stays as it is."""
         extended = replace(prefix, cache=_join([prefix]))
-        # recurrent layers go on from their state by one token: of several mamba forgets the first
-        by_one = any(map(_states, extended.cache.layers))
-        for ids in [[token] for token in token_ids] if by_one else [token_ids]:
+        # recurrent layers continue from a state by single tokens: of several, mamba ignores the state
+        is_recurrent = any(map(_states, extended.cache.layers))
+        for ids in [[token] for token in token_ids] if is_recurrent else [token_ids]:
             extended = self._extend(extended.cache, len(extended), ids)
         return extended
 
     def turns_anew(self, before: int, after: int) -> bool:
-        """False: a cache goes on as transformers has it."""
+        """False: transformers never computes a cache again with other rotations."""
         return False
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -76,7 +75,7 @@ class TransformersDecoder:
         return self._run([token_ids], [0], self._new_cache())[0]
 
     def hold(self, slot: int, length: int) -> CachedPrefix:
-        """The first `length` positions of a slot, to go on from later."""
+        """The cache of a slot, of `length` positions, to continue from later."""
         self._take_apart()
         assert len(self._slots[slot]) == length
         return self._slots[slot]
@@ -106,20 +105,20 @@ class TransformersDecoder:
         from transformers import cache_utils
 
         if self.model.cache_name is None:
-            raise UserError(self._own_cache())
+            raise UserError(self._other_cache())
         cache = cache_utils.DynamicCache(config=self.config.stock)
-        whole = {
+        full = {
             "DynamicSlidingWindowLayer": "DynamicLayer",
             "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
         }
-        # all positions are held, for rows of several lengths could not be padded otherwise; the mask has the window
+        # windowed layers hold all positions, so that rows of several lengths can be padded; the mask has the window
         cache.layers = [
-            getattr(cache_utils, whole[name])() if (name := type(layer).__name__) in whole else layer
+            getattr(cache_utils, full[name])() if (name := type(layer).__name__) in full else layer
             for layer in cache.layers
         ]
         return cache
 
-    def _own_cache(self) -> str:
+    def _other_cache(self) -> str:
         return (
             f"model_type {self.config.model_type!r}: expected the cache that models of transformers share, found "
             "one of its own; it can be trained, not sampled"
@@ -145,26 +144,25 @@ class TransformersDecoder:
 
     def _take_apart(self) -> None:
         if self._batch is not None:
-            none = torch.empty((0, self.config.vocab_size))
+            no_logits = torch.empty((0, self.config.vocab_size))
             self._slots = [
-                CachedPrefix(_row(self._batch, i, length), length, none) for i, length in enumerate(self._lengths)
+                CachedPrefix(_row(self._batch, i, length), length, no_logits) for i, length in enumerate(self._lengths)
             ]
             self._batch = None
 
 
 def _by_position(layer: Any) -> list[str]:
-    """Names of what a layer of a cache holds for each position, (rows, ..., positions, D); its states are in
-    dictionaries."""
+    """Names of a layer's tensors with positions, (rows, ..., positions, D); states are in dictionaries."""
     return [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
 
 
 def _states(layer: Any) -> list[tuple[str, dict[Any, Tensor]]]:
-    """Names of a layer's states by number, (rows, ...), which have no positions."""
+    """Names of a layer's dictionaries of states (rows, ...), which have no positions."""
     return [(name, value) for name, value in vars(layer).items() if isinstance(value, dict)]
 
 
 def _is_filled(layer: Any) -> bool:
-    """True if a layer of a cache holds something, or is there for one that needs nothing."""
+    """True if a layer of a cache holds a tensor, or belongs to a layer that needs none."""
     states = any(isinstance(state, Tensor) for _, states in _states(layer) for state in states.values())
     return states or bool(_by_position(layer)) or type(layer).__name__ == "DummyLayer"
 
@@ -179,27 +177,27 @@ def _join(prefixes: Sequence[CachedPrefix]) -> Any:
             rows = zip((getattr(layer, name) for layer in layers), prefixes, strict=True)
             setattr(joined, name, torch.cat([F.pad(row, (0, 0, longest - len(prefix), 0)) for row, prefix in rows]))
         for name, states in _states(joined):
-            whole = {
+            tensors = {
                 number: torch.cat([getattr(layer, name)[number] for layer in layers])
                 for number, state in states.items()
                 if isinstance(state, Tensor)
             }
-            setattr(joined, name, {**states, **whole})
+            setattr(joined, name, {**states, **tensors})
         batch.layers.append(joined)
     return batch
 
 
 def _row(batch: Any, index: int, length: int) -> Any:
     """The cache of one row, a view."""
-    one = copy.copy(batch)
-    one.layers = []
+    cache = copy.copy(batch)
+    cache.layers = []
     for layer in batch.layers:
         row = copy.copy(layer)
         for name in _by_position(layer):
             value = getattr(layer, name)[index : index + 1]
             setattr(row, name, value.narrow(-2, value.shape[-2] - length, length))
         for name, states in _states(layer):
-            own = {n: state[index : index + 1] for n, state in states.items() if isinstance(state, Tensor)}
-            setattr(row, name, {**states, **own})
-        one.layers.append(row)
-    return one
+            tensors = {n: state[index : index + 1] for n, state in states.items() if isinstance(state, Tensor)}
+            setattr(row, name, {**states, **tensors})
+        cache.layers.append(row)
+    return cache

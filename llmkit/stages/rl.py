@@ -405,12 +405,12 @@ class Learner:
 
     def _end(self) -> None:
         """Say why the loop has ended. Raises UserError where no step was made."""
-        from llmkit.generation.tool_calls import told_unavailable
+        from llmkit.generation.tool_calls import unavailable_notes
 
         if self.trainer.step == 0:
             self.run.abandon()
             raise UserError(self.ended or "no step was made")
-        for line in told_unavailable(self.run.world.gather(self.tools.unavailable_calls if self.tools else {})):
+        for line in unavailable_notes(self.run.world.gather(self.tools.unavailable_calls if self.tools else {})):
             say(line, self.config.quiet)
         if self.ended:
             say(f"stopping after step {self.trainer.step}: {self.ended}")
