@@ -239,7 +239,7 @@ def test_a_chat_with_a_server_streams_calls(server, weather) -> None:
     pieces: list[str] = []
     with open_sampler(server.spec, Sampling(), tools=sample.SampleConfig(model="x", tools=(weather,))) as sampler:
         Chat(sampler, max_tokens=99).ask("Rain?", pieces.append, said.append)
-    assert "".join(pieces) == "So: no rain in Oslo" and len(pieces) > 5
+    assert "".join(pieces) == "So: no rain in Oslo\n" and len(pieces) > 5
     assert said == ['calls rain: {"city": "Oslo"}', "rain answers: no rain in Oslo", "thinks: Ask. |  | Now I know."]
 
 
