@@ -29,12 +29,12 @@ def ours(folder: str, data: str, name: str, limit: int) -> None:
     """Evaluate one task; print what the peer's script prints."""
     from dataclasses import replace
 
-    from llmkit.evaluation.evaluator import Asking, chunks, open_model
+    from llmkit.evaluation.evaluator import Settings, chunks, open_model
     from llmkit.evaluation.tasks import load_items, load_tasks
 
     (task,) = load_tasks([name], data)
     task = replace(task, group="")  # the first of the file, as there
-    with open_model(folder, Asking()) as model:
+    with open_model(folder, Settings()) as model:
         model.evaluate(task, load_items(task, 1).items)  # it imports as it goes
         started = time.process_time()
         loaded = load_items(task, limit)

@@ -1,7 +1,7 @@
 """Evaluates models: each item of a task becomes a record of likelihoods or completions, and metrics.
 
 loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])  # of tasks
-with open_model("base/", Asking()) as model:
+with open_model("base/", Settings()) as model:
     records = [record for chunk in chunks(loaded.items) for record in model.evaluate(loaded.task, chunk)]
 summarise(loaded, records)["score"]  # of scores
 """
@@ -40,11 +40,11 @@ from llmkit.rewards.verifiers import VerifierReward
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import choose_thinking
 
-CHUNK = 512  # items evaluated, and kept for --resume, together
+CHUNK = 512  # items evaluated and saved for --resume together
 
 
 @dataclass(frozen=True)
-class Asking:
+class Settings:
     """How a model is prompted.
 
     chat         with each item as a user turn in the model's chat format
@@ -85,13 +85,13 @@ class Model:
     name: str
     sha256: str
     tokenizer: Tokenizer | None
-    asking: Asking
+    settings: Settings
     scorer: Scorer | ServedScorer
     sampler: Callable[[Sequence[str]], AbstractContextManager[Sampler]]
 
     @cached_property
     def _verifier(self) -> VerifierReward:
-        return VerifierReward(sandbox=self.asking.tools.sandbox != "none")
+        return VerifierReward(sandbox=self.settings.tools.sandbox != "none")
 
     def evaluate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return a record of each item: likelihoods or completions, and `metrics`.
@@ -102,8 +102,8 @@ class Model:
             return self._generate(task, items)
         if self.tokenizer is not None:
             scores = iter(self.scorer.score(self._encode(self.tokenizer, task, items)))
-        elif task.tokens == "core" or (self.asking.chat and task.kind != "text"):
-            why = "--chat" if self.asking.chat else "CORE"
+        elif task.tokens == "core" or (self.settings.chat and task.kind != "text"):
+            why = "--chat" if self.settings.chat else "CORE"
             raise UserError(f"{task.name}: {why} needs the tokens of prompts; {WITH_FOLDER}")
         else:
             assert isinstance(self.scorer, ServedScorer)
@@ -115,7 +115,7 @@ class Model:
             groups = [[context + rest for context, rest in item.pairs(task.delimiter)] for item in items]
             contexts = [item.contexts[0].strip() for item in items] if task.kind == "language_modeling" else None
             return encode_core(tokenizer, groups, contexts, task.kind == "schema")
-        if not self.asking.chat or task.kind == "text":
+        if not self.settings.chat or task.kind == "text":
             with naming(f"--tasks {task.name}"):
                 return encode_pairs(tokenizer, self._pairs(task, items))
         with self.sampler(()) as sampler:
@@ -131,22 +131,22 @@ class Model:
         return [(self._prefix(task, item) + a, b) for item in items for a, b in item.pairs(task.delimiter)]
 
     def _prefix(self, task: Task, item: Item) -> str:
-        system = self.asking.system or ""
+        system = self.settings.system or ""
         joint = task.separator if system and item.description and not system[-1].isspace() else ""
         return system + joint + item.description
 
     def _turns(self, item: Item, text: str) -> list[Message]:
-        system = "\n\n".join(filter(None, (self.asking.system, item.description.strip())))
+        system = "\n\n".join(filter(None, (self.settings.system, item.description.strip())))
         return [*([message("system", system)] if system else []), message("user", text)]
 
     def _generate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
-        asking, records = self.asking, []
-        check_problems(task, items, asking.tools)
+        settings, records = self.settings, []
+        check_problems(task, items, settings.tools)
         with self.sampler(task.stop) as sampler:
-            limit = asking.max_tokens or task.max_tokens
+            limit = settings.max_tokens or task.max_tokens
             prompts = [self._prompt(task, item, sampler, limit) for item in items]
             requests = [
-                Request(prompt, asking.samples, limit, asking.seed, request_number(prompt), item.where)
+                Request(prompt, settings.samples, limit, settings.seed, request_number(prompt), item.where)
                 for item, (prompt, _) in zip(items, prompts, strict=True)
             ]
             completed = list(sampler.complete(requests))
@@ -181,7 +181,7 @@ class Model:
         assert item.problem is not None
         messages, text = item.problem.messages, item.contexts[0]
         with naming(item.where):
-            if self.asking.chat or messages:
+            if self.settings.chat or messages:
                 turns = self._turns(item, text)
                 prompt = sampler.encode([*turns[:-1], *(messages or turns[-1:])])
             else:
@@ -219,7 +219,7 @@ def _judge(task: Task, item: Item, scores: Sequence[Likelihood]) -> dict[str, An
 def model_here(
     model: Transformer,
     tokenizer: Tokenizer,
-    asking: Asking,
+    settings: Settings,
     *,
     name: str = "the model",
     sha256: str = "",
@@ -232,20 +232,20 @@ def model_here(
     def sampler(stop: Sequence[str]) -> Iterator[Sampler]:
         with ExitStack() as stack:
             ends = end_tokens(model.config, tokenizer)
-            tools = open_tools(asking.tools, tokenizer, stack, ends) if asking.tools.tools else None
+            tools = open_tools(settings.tools, tokenizer, stack, ends) if settings.tools.tools else None
             weights = "dense" if precision is None else precision.weights
             yield Generator(
-                model, tokenizer, Sampling(asking.temperature), slots=slots, stop=stop, name=name, tools=tools,
+                model, tokenizer, Sampling(settings.temperature), slots=slots, stop=stop, name=name, tools=tools,
                 weights=weights,
             )  # fmt: skip
 
-    return Model(name, sha256, tokenizer, asking, Scorer(model), sampler)
+    return Model(name, sha256, tokenizer, settings, Scorer(model), sampler)
 
 
 @contextmanager
 def open_model(
     folder: str | None,
-    asking: Asking,
+    settings: Settings,
     *,
     engine: str = "local",
     device: str = "auto",
@@ -258,20 +258,20 @@ def open_model(
     """Open the model of a folder, or of a server, for which a folder provides the tokenizer. Raises UserError."""
     if engine == "local":
         assert folder is not None
-        place, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
-        choose_thinking(tokenizer, asking.tools.thinking)
-        precision = choose_precision(dtype, chosen, load_config(place, backend).backend)
-        weights = load_model(place, dtype=precision.dtype, device=chosen, backend=backend)
-        tokenizer.check_fits(weights.config.vocab_size)
+        path, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
+        choose_thinking(tokenizer, settings.tools.thinking)
+        precision = choose_precision(dtype, chosen, load_config(path, backend).backend)
+        loaded = load_model(path, dtype=precision.dtype, device=chosen, backend=backend)
+        tokenizer.check_fits(loaded.config.vocab_size)
         model = model_here(
-            weights, tokenizer, asking, name=folder, sha256=fingerprint(place), precision=precision, slots=slots
+            loaded, tokenizer, settings, name=folder, sha256=fingerprint(path), precision=precision, slots=slots
         )
     else:
 
         def sampler(stop: Sequence[str]) -> AbstractContextManager[Sampler]:
             return open_sampler(
-                engine, Sampling(asking.temperature), flag="--engine", folder=folder, stop=stop,
-                concurrency=concurrency, timeout=timeout, tools=asking.tools,
+                engine, Sampling(settings.temperature), flag="--engine", folder=folder, stop=stop,
+                concurrency=concurrency, timeout=timeout, tools=settings.tools,
             )  # fmt: skip
 
         context = None
@@ -281,6 +281,6 @@ def open_model(
             opened.check()
             name, tokenizer = opened.name, opened.tokenizer
         server = OpenAIClient(parse_address(engine, "--engine"), timeout)
-        model = Model(name, "", tokenizer, asking, ServedScorer(server, concurrency, context, tokenizer), sampler)
+        model = Model(name, "", tokenizer, settings, ServedScorer(server, concurrency, context, tokenizer), sampler)
     with closing(model):
         yield model

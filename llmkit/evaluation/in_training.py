@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from llmkit.evaluation.evaluator import Asking, chunks, model_here
+from llmkit.evaluation.evaluator import Settings, chunks, model_here
 from llmkit.evaluation.scores import summarise
 from llmkit.evaluation.tasks import load_items, load_tasks
 from llmkit.model.transformer import Transformer
@@ -39,7 +39,7 @@ class TaskScores:
             scores = {} if validate is None else dict(validate())
             with torch.no_grad():
                 whole = whole_model(model)
-            evaluated = model_here(whole, self._tokenizer, Asking(chat=self._chat))
+            evaluated = model_here(whole, self._tokenizer, Settings(chat=self._chat))
             with closing(evaluated), _eager(whole):
                 for one in self._loaded:
                     records = [row for chunk in chunks(one.items) for row in evaluated.evaluate(one.task, chunk)]

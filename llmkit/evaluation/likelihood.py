@@ -1,14 +1,14 @@
-"""Log-likelihoods of continuations: what sequences share at their beginning is computed once.
+"""Log-likelihoods of continuations; common prefixes are computed once.
 
     scorer = Scorer(load_model("base/"))
     pairs = [("The sea is", " blue"), ("The sea is", " made of cheese")]
     for likelihood in scorer.score(encode_pairs(load_tokenizer("base/"), pairs)):
         print(likelihood.logprob, likelihood.is_greedy)
 
-Sequences are sorted, and neighbours that share most of their tokens become one row: a tree of tokens laid out depth
-first, in which a token sees those on its way from the root. The options of a question are such a row, and so are the
-questions behind one list of examples. Rows of about one length are a batch. Logits are computed only where a token is
-scored, once for all options that ask there.
+Sequences are sorted, and neighbours that share most of their tokens become one row: a tree of tokens in depth-first
+order, in which each token attends to its ancestors. The options of a question are such a row, and so are questions
+after the same examples. Rows of similar length form a batch. Logits are computed only at scored positions, once for
+all options that share one.
 
 Tokens are cut between context and continuation as lm-evaluation-harness 0.4.13 does it (`TemplateLM._encode_pair` and
 `HFLM._loglikelihood_tokens`), so that the numbers are those of its `--model hf`.
@@ -90,7 +90,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
         before, whole = (_with(begin, ids_of[context]) if context else []), ids_of[context + rest]
         whole = _with(begin if context else [beginning(tokenizer)], whole)
         start = max(1, len(before))
-        if start < len(whole):  # the context as it stands alone, even where its last token would go on
+        if start < len(whole):  # the context's own tokens, even if its last one would merge with the continuation
             encoded.append((before + whole[start:] if before else whole, start))
         else:  # a merge takes all of it into the context's tokens, where lm-evaluation-harness fails
             encoded.append((whole, len(whole) - 1))
@@ -102,8 +102,8 @@ def encode_core(
 ) -> list[Tokens]:
     """Encode whole texts, those of each item's options together, as nanochat's core_eval does for CORE.
 
-    Scored is what an item's options do not share at their beginning; of a schema what all share at their end; or, where
-    there are `contexts`, what follows them.
+    Scored tokens are those after the options' common prefix; of a schema their common suffix; with `contexts` those
+    after the context.
     """
     begin, encoded = beginning(tokenizer), []
     for number, texts in enumerate(groups):
@@ -121,7 +121,7 @@ def encode_core(
 
 
 def beginning(tokenizer: Tokenizer) -> int:
-    """Return the token that stands for an empty context. Raises UserError where the tokenizer names none."""
+    """Return the token of an empty context. Raises UserError if the tokenizer names none."""
     known = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_text_id)
     first = next((token for token in known if token is not None), None)
     if first is None:
@@ -138,7 +138,7 @@ def _with(begin: list[int], ids: list[int]) -> list[int]:
 def windows(tokens: Tokens, context: int) -> list[Tokens]:
     """Cut a sequence to a model's context: its beginning goes.
 
-    A continuation that is longer than the context is scored in pieces that do not overlap, each behind one token.
+    A continuation longer than the context is scored in pieces that do not overlap, each after one token.
 
     >>> windows(([0, 1, 2, 3, 4], 3), 3), windows(([0, 1, 2, 3, 4], 1), 3)
     ([([1, 2, 3, 4], 2)], [([0, 1, 2, 3], 1), ([1, 2, 3, 4], 3)])
@@ -260,7 +260,7 @@ class Scorer:
         pieces = [(number, piece) for number, tokens in enumerate(requests) for piece in windows(tokens, self.context)]
         logprobs = np.zeros(len(requests))
         greedy = np.ones(len(requests), bool)
-        # not inference_mode: rotary tables that are made here serve training, too
+        # not inference_mode: training reuses the rotary tables
         with torch.no_grad(), threads(self._threads):
             for batch in _batches(_rows([piece for _, piece in pieces]), self._batch_tokens):
                 for index, logprob, is_greedy in self._score_batch(batch):

@@ -1,7 +1,7 @@
 """Log-likelihoods from a server that echoes prompts with log-probabilities: OpenAI's legacy `/v1/completions`.
 
 scorer = ServedScorer(OpenAIClient(parse_address("openai:http://localhost:8000/v1#base", "--engine")))
-scorer.score([([1, 72, 105], 1)])  # by ids, cut as for a model here
+scorer.score([([1, 72, 105], 1)])  # by ids
 scorer.score_texts([("The sea is", " blue")])  # by the server's tokens
 """
 
@@ -23,8 +23,8 @@ WITH_FOLDER = "give MODEL beside --engine, whose tokenizer makes the tokens"
 class ServedScorer:
     """Scores continuations by a model behind a server, `concurrency` requests at a time.
 
-    context    tokens of a prompt; beyond them its beginning goes. None where only the server knows them
-    tokenizer  of the ids in `score`; the texts of echoed tokens must be those that it has for them
+    context    longest prompt in tokens; longer ones are cut on the left. None if only the server knows it
+    tokenizer  of the ids in `score`, with which the texts of echoed tokens are compared
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ServedScorer:
     ) -> None:
         self._server, self._concurrency, self._context, self._tokenizer = server, concurrency, context, tokenizer
         self._max_tokens = 0
-        self._checked = set[int]()  # ids that are one token here and there
+        self._checked = set[int]()  # ids whose texts were compared
 
     def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
         """Return the likelihood of each continuation.

@@ -16,8 +16,8 @@
 and `answers` are Jinja expressions, or values. Beside Jinja's own filters there is `regex_replace(pattern, by)`. Kinds,
 by what their forms have:
 
-    multiple_choice    prompt, choices, gold           the likeliest choice behind the prompt
-    schema             contexts, continuation, gold    the context behind which one continuation is likeliest
+    multiple_choice    prompt, choices, gold           the likeliest choice after the prompt
+    schema             contexts, continuation, gold    the context after which the continuation is likeliest
     language_modeling  prompt, continuation            the continuation token by token
     text               text                            bits per byte of whole texts
     generation         prompt, answer? or answers?     completions, judged by the verifiers of rl, or by exact_match;
@@ -52,7 +52,7 @@ from llmkit.io.remote import is_remote
 from llmkit.rewards.verifiers import NAMES as VERIFIERS
 
 TASKS = Path(__file__).with_name("tasks")
-KINDS = {  # kind: what its forms have, and the metric that is its score, unless a task says another of these
+KINDS = {  # kind: fields of its forms, then metrics, of which the first is the default score
     "multiple_choice": (("prompt", "choices", "gold"), "acc", "acc_norm", "acc_bytes", "acc_tokens"),
     "schema": (("contexts", "continuation", "gold"), "acc"),
     "language_modeling": (("prompt", "continuation"), "acc", "bits_per_byte"),
@@ -96,7 +96,7 @@ class Task:
 
     delimiter    between prompt and continuation; none in chats
     description  before the examples, a template; in chats the system message
-    separator    behind each example
+    separator    after each example
     shots        examples before the question
     shots_file   stem of their file; else they are `example`, records in the TOML, or the other items, which also
                  replace a missing file of a task with `shots = 0`
@@ -365,7 +365,7 @@ def _render(source: Any, record: Mapping[str, Any], is_expression: bool = False)
     name = source if is_expression else source[2:-2] if source.startswith("{{") and source.endswith("}}") else ""
     if name in record and record[name] is None:
         raise _OtherForm(f"{source!r}: null")
-    if name in record:  # a field as it stands, without the 0.1 ms that Jinja takes
+    if name in record:  # a plain field, without the 0.1 ms of Jinja
         return record[name] if is_expression else str(record[name])
     try:
         value = _compiled(source, is_expression)(record)
@@ -402,10 +402,10 @@ def _item(task: Task, form: Form, row: Row) -> Item:
         return Item(contexts=(prompt,), continuations=(_text(row, "continuation", continuation),), **common)
     if task.kind == "generation":
         answer = _render(form.answer, record) if form.answers is None else _render(form.answers, record, True)
-        asked = {**record, "prompt": prompt, **({} if answer is None else {"answer": answer})}
-        asked |= {"verifier": task.verifier} if task.verifier else {}
+        values = {**record, "prompt": prompt, **({} if answer is None else {"answer": answer})}
+        values |= {"verifier": task.verifier} if task.verifier else {}
         with naming(row.where):
-            problem = read_problem(Row(asked, row.path, row.line))
+            problem = read_problem(Row(values, row.path, row.line))
         if task.verifier == EXACT_MATCH and not problem.answer:
             raise UserError(f"{row.where}: expected an answer for {EXACT_MATCH}, found {fields_of(record)}")
         shown = str(continuation or (problem.answer if form.answers else answer or problem.answer) or "")

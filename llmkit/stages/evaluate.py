@@ -256,7 +256,7 @@ def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tupl
     """Evaluate each model on all items; return the records, and each model's hash by its name."""
     import orjson
 
-    from llmkit.evaluation.evaluator import Asking, chunks, open_model
+    from llmkit.evaluation.evaluator import Settings, chunks, open_model
 
     records: Records = {}
     hashes: dict[str, str] = {}
@@ -267,7 +267,7 @@ def _records(config: EvaluateConfig, loaded: Sequence[Loaded], out: str) -> tupl
         for folder in config.models or (None,):
             with open_model(
                 folder,
-                Asking(
+                Settings(
                     chat=config.chat,
                     system=config.system,
                     samples=config.samples,
