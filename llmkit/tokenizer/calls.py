@@ -41,8 +41,8 @@ class CallForm:
     openers  texts and special tokens with which calls begin
     stretch  matches calls in an answer, with their tags or tokens
     reader   reads what it has matched
-    writing  what stands before, between and behind calls in JSON, for templates that leave it to whoever renders them
-             to write them into an answer; then comes `closer`, where the vocabulary has it
+    writing  texts before, between and after calls in JSON, for templates that show functions but render no calls:
+             llmkit then writes them into the answer, and `closer` behind, where the vocabulary has it
     """
 
     openers: tuple[str, ...]
@@ -52,16 +52,16 @@ class CallForm:
     closer: str = ""
 
     def read(self, text: str, schemas: Schemas = ()) -> list[Call]:
-        """Find the calls in an answer without its end token; none where there is none, or one is not well formed.
+        """Find the calls in an answer without its end token; none where one of them is not well formed.
 
-        `schemas` tell text from numbers in forms that set no quotes about it.
+        `schemas` tell text from numbers in forms without quotes.
         """
-        found = []
+        calls: list[Call] = []
         for match in self.stretch.finditer(text):
-            if not (calls := self.reader(match, schemas)):
+            if not (stretch_calls := self.reader(match, schemas)):
                 return []
-            found += calls
-        return found
+            calls += stretch_calls
+        return calls
 
 
 def form_of(written: str, call: Call) -> CallForm | None:
@@ -92,7 +92,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def _calls(values: Any) -> list[Call]:
     """Read calls from JSON values; none where one of them is no call."""
-    found = []
+    calls = []
     for value in values if isinstance(values, list) else [values]:
         arguments = value.get("arguments", value.get("parameters", {})) if isinstance(value, dict) else None
         if isinstance(arguments, str):  # OpenAI's
@@ -100,25 +100,23 @@ def _calls(values: Any) -> list[Call]:
                 arguments = json.loads(arguments)
         if not isinstance(arguments, dict) or not isinstance(value.get("name"), str):
             return []
-        found.append(Call(value["name"], arguments))
-    return found
+        calls.append(Call(value["name"], arguments))
+    return calls
 
 
 def _json_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
-    """Read JSON values one after the other, apart by white space or semicolons."""
-    decoder, found, at = json.JSONDecoder(strict=False), [], 0
-    text = match[1].strip()
-    while at < len(text):
+    """Read JSON values that white space or semicolons separate."""
+    decoder, text, calls = json.JSONDecoder(strict=False), match[1].strip(), []
+    while text:
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(text)
         except (ValueError, RecursionError):  # the latter of a thousand brackets
             return []
-        if not (calls := _calls(value)):
+        if not (value_calls := _calls(value)):
             return []
-        found += calls
-        while text[at : at + 1] in tuple("; \t\r\n"):
-            at += 1
-    return found
+        calls += value_calls
+        text = text[end:].lstrip("; \t\r\n")
+    return calls
 
 
 def _named(pattern: str) -> Reader:
@@ -148,8 +146,8 @@ def _pairs(head: str, pair: str) -> Reader:
         if call is None or each.sub("", call[2]).strip():
             return []
         functions = [schema.get("function", schema) for schema in schemas]
-        known = next((one.get("parameters") for one in functions if one.get("name") == call[1]), None) or {}
-        properties = known.get("properties") or {}
+        parameters = next((known.get("parameters") for known in functions if known.get("name") == call[1]), None) or {}
+        properties = parameters.get("properties") or {}
         values = {key: _value(text, properties.get(key)) for key, text in each.findall(call[2])}
         return [Call(call[1], values)]
 
@@ -167,7 +165,7 @@ def _value(text: str, schema: Any) -> Any:
 
 
 class _JSONWords(ast.NodeTransformer):
-    """Makes values of JSON's words, and characters of the halves that JSON escapes."""
+    """Replaces JSON's words by values, and pairs of escaped surrogates by the character."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         words = {"true": True, "false": False, "null": None}
@@ -180,21 +178,21 @@ class _JSONWords(ast.NodeTransformer):
 
 
 def _python_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
-    """Read calls with named arguments as Python writes them, in a list or one a line; JSON's words are values, too."""
+    """Read calls in Python, with named arguments, in a list or one a line; JSON's words are values, too."""
     for text in (match[1].strip(), match[1].strip().replace("\n", "\\n")):  # LFM2's template escapes no line breaks
         with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown escapes
             values = [line.value if isinstance(line, ast.Expr) else None for line in ast.parse(text).body]
-            calls = [one for value in values for one in (value.elts if isinstance(value, ast.List) else [value])]
+            calls = [call for value in values for call in (value.elts if isinstance(value, ast.List) else [value])]
             if all(isinstance(call, ast.Call) and not call.args for call in calls):
                 return _calls([_python_call(call) for call in calls])
     return []
 
 
 def _python_call(call: Any) -> dict[str, Any]:
-    given = {word.arg: ast.literal_eval(_JSONWords().visit(word.value)) for word in call.keywords}
+    values = {keyword.arg: ast.literal_eval(_JSONWords().visit(keyword.value)) for keyword in call.keywords}
     name = ast.unparse(call.func)
-    return {"name": name if "(" not in name else None, "arguments": json.loads(json.dumps(given, allow_nan=False))}
+    return {"name": name if "(" not in name else None, "arguments": json.loads(json.dumps(values, allow_nan=False))}
 
 
 def _gemma(match: re.Match[str], schemas: Schemas) -> list[Call]:
@@ -216,7 +214,7 @@ def _gemma(match: re.Match[str], schemas: Schemas) -> list[Call]:
 
 
 def _between(begin: str, end: str, reader: Reader, or_cut: str = r"|\Z") -> CallForm:
-    """Make the form of calls between a text or token and another, which an end token may stand for."""
+    """Make the form of calls between two texts or tokens; the second may be missing at the end of the answer."""
     return CallForm((begin,), _pattern(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}{or_cut})"), reader)
 
 

@@ -3,9 +3,9 @@
     reward = UserFunction("py:score.py:reward", "--reward py:score.py:reward")
     reward({"completion": "4"}, "problems.jsonl:5")
 
-They run in llmkit's process. What they raise is told in one line, with the last place of it in the user's file and the
-record that they were given. A tool is described to a model by the JSON schema that transformers' `get_json_schema`
-makes of its signature, with type hints, and of its docstring in Google's form.
+They run in llmkit's process. An exception becomes a line with the last line of the user's file in its traceback, and
+the record that the function was called with. A tool is described to a model by the JSON schema that transformers'
+`get_json_schema` makes of its signature, with type hints, and of its docstring in Google's form.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class UserFunction:
 
 
 def schema_of(function: Callable[..., Any], where: str) -> dict[str, Any]:
-    """Describe a function as OpenAI's `tools` do. Raises UserError, which `where` names, for what no schema says."""
+    """Describe a function as OpenAI's `tools` do. Raises UserError, named by `where`, for one without a schema."""
     doc, name = inspect.getdoc(function), getattr(function, "__name__", "function")
     if not doc:
         raise UserError(f"{where}: expected a docstring that tells the model what {name} does, found none")
@@ -107,14 +107,14 @@ def schema_of(function: Callable[..., Any], where: str) -> dict[str, Any]:
         hints, signature = get_type_hints(function), inspect.signature(function)
     except (NameError, TypeError, ValueError) as error:
         raise UserError(f"{where}: expected type hints that can be read, found {error}") from None
-    about, properties, required = _descriptions(doc), {}, []
+    descriptions, properties, required = _descriptions(doc), {}, []
     for argument, parameter in signature.parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f"{where}: expected arguments that have names, found {parameter}")
         if argument not in hints:
             raise UserError(f"{where}: expected a type hint for {argument}, as in '{argument}: str', found none")
         schema = _type_schema(hints[argument], f"{where}: {argument}")
-        properties[argument] = schema | ({"description": about[argument]} if argument in about else {})
+        properties[argument] = schema | ({"description": descriptions[argument]} if argument in descriptions else {})
         required += [argument] if parameter.default is parameter.empty else []
     parameters = {"type": "object", "properties": properties, "required": required}
     described = {"name": name, "description": _SECTION.split(doc)[0].strip(), "parameters": parameters}
@@ -122,14 +122,14 @@ def schema_of(function: Callable[..., Any], where: str) -> dict[str, Any]:
 
 
 def answer_of(function: Callable[..., Any], arguments: str) -> tuple[str, bool]:
-    """Call a function with arguments in JSON; return its answer as text, and whether it failed, then the reason."""
+    """Call a function with arguments in JSON; return its answer, or the error, as text, and whether it failed."""
     try:
-        given = json.loads(arguments)
-        inspect.signature(function).bind(**given)
+        values = json.loads(arguments)
+        inspect.signature(function).bind(**values)
     except (ValueError, TypeError) as error:  # the model's mistake
         return f"error: {error}", True
     try:
-        answer = function(**given)
+        answer = function(**values)
     except (Exception, SystemExit) as error:
         return f"error: {type(error).__name__}: {error}", True
     return (answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)), False
@@ -139,17 +139,17 @@ def _descriptions(doc: str) -> dict[str, str]:
     """Read what a docstring in Google's form says of arguments."""
     pieces = _SECTION.split(doc)
     sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     last = indent = None
     for line in (sections.get("Args") or sections.get("Arguments") or sections.get("Parameters") or "").splitlines():
         depth = len(line) - len(line.lstrip())
         indent = depth if indent is None and line.strip() else indent
         match = _ARGUMENT.match(line) if depth == indent else None
         if match:
-            last, found[match[1]] = match[1], match[2].strip()
+            last, descriptions[match[1]] = match[1], match[2].strip()
         elif last and line.strip():
-            found[last] = f"{found[last]} {line.strip()}".strip()
-    return found
+            descriptions[last] = f"{descriptions[last]} {line.strip()}".strip()
+    return descriptions
 
 
 def _type_schema(hint: Any, where: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _type_schema(hint: Any, where: str) -> dict[str, Any]:
         kinds = list(dict.fromkeys(_TYPES[type(value)] for value in inner))
         return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(inner)}
     if origin in (Union, types.UnionType):
-        schemas = [_type_schema(one, where) for one in inner]
+        schemas = [_type_schema(member, where) for member in inner]
         if all(schema.keys() == {"type"} for schema in schemas):
             return {"type": [schema["type"] for schema in schemas]}
         return {"anyOf": schemas}
