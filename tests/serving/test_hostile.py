@@ -155,7 +155,7 @@ def test_idle_connections_and_slow_bodies_hold_nobody_up(server: Server) -> None
 )
 def test_a_head_that_comes_byte_by_byte_is_bounded_on_every_connection(answered: int, unread: bytes) -> None:
     class Impatient(HttpProtocol):
-        head_seconds = 0.3
+        head_seconds = 0.5
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
