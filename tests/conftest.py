@@ -17,6 +17,8 @@ from pathlib import Path
 # two threads, before torch is imported: a tiny model on many is slower, and slower still beside other processes
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads it while it is imported, so that a session has one mode; compiling is tested in a process of its own
+os.environ["TRITON_INTERPRET"] = "1"
 # float32 by default and rounded alike, also where the CPU could multiply bfloat16
 if platform.machine() in ("x86_64", "AMD64"):
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
