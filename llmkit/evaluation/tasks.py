@@ -40,6 +40,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from random import Random
+from textwrap import shorten
 from typing import Any
 
 from llmkit.config import read_toml
@@ -370,7 +371,7 @@ def _render(source: Any, record: Mapping[str, Any], is_expression: bool = False)
     try:
         value = _compiled(source, is_expression)(record)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise _OtherForm(f"{source!r}: {error}") from None
+        raise _OtherForm(f"{shorten(source, 60)!r}: {error}") from None
     if isinstance(value, Undefined):
         raise _OtherForm(f"{source!r}: a field that is not there")
     return value
@@ -387,7 +388,9 @@ def _parse(task: Task, row: Row) -> Item:
             return _item(task, form, row)
         except _OtherForm as error:
             reasons.append(str(error))
-    raise UserError(f"{row.where}: expected an item of {task.name}, found {fields_of(row.value)}: {'; '.join(reasons)}")
+    otherwise = f"; --tasks {task.path} scores the file by its own form" if task.source else ""
+    found = f"{fields_of(row.value)}: {'; '.join(reasons)}"
+    raise UserError(f"{row.where}: expected an item of {task.name}, found {found}{otherwise}")
 
 
 def _item(task: Task, form: Form, row: Row) -> Item:

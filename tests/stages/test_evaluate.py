@@ -215,6 +215,14 @@ def test_a_task_of_ones_own_takes_its_data_from_beside_it(models, tmp_path):
     assert summary["metric"] == "acc_norm" and summary["groups"]["t"]["items"] == 2
 
 
+def test_a_file_in_another_form_than_its_task_s_is_named_with_what_scores_it(models, tmp_path):
+    path = write_lines(tmp_path / "commonsense_qa.jsonl", CHOICES)
+    with pytest.raises(UserError, match="expected an item of commonsense_qa") as error:
+        evaluate(models / "base", tasks="commonsense_qa", data_dir=str(tmp_path))
+    assert str(error.value).endswith(f"--tasks {path} scores the file by its own form")
+    assert evaluate(models / "base", tasks=str(path))
+
+
 def test_both_forms_of_a_task_ask_the_same(tmp_path):
     hub = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
     foundry = {"query": "Question: Why?", "choices": ["a", "b"], "gold": 1}
