@@ -90,6 +90,8 @@ class Service:
             if name in (model.name, model.path):
                 return model
         names = ", ".join(model.name for model in self.models)
+        if name is None:
+            raise ApiError(f"'model': expected one of {names}", "model")
         raise ApiError(f"there is no model {name!r}; there are {names}", "model", status=404, code="model_not_found")
 
     # ---- completions

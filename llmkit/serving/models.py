@@ -191,6 +191,7 @@ class ServedModel:
                 raise ApiError(f"{param!r}: expected a token or more, found none", param)
             if count + (limit != 0) > self.context:
                 message = f"This model's maximum context length is {self.context} tokens, and the prompt has {count}"
+                message += ", with the definitions of its tools" if prompt.tools else ""
                 raise ApiError(message, param, code="context_length_exceeded")
             request = Request(
                 prompt.token_ids,

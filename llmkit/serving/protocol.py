@@ -176,6 +176,8 @@ class TokenizeBody(ConversationBody):
         conversation = self.model_fields_set & ConversationBody.model_fields.keys() - {"model"}
         if self.prompt is not None and conversation:
             raise ApiError(f"'prompt': expected no {min(conversation)!r} beside it", "prompt")
+        if self.prompt is None and not self.messages:
+            raise ApiError("expected 'prompt' or 'messages'", "prompt")
         return self
 
 

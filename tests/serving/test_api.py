@@ -161,7 +161,7 @@ TEXT = {"model": "base", "prompt": "a", "max_tokens": 2}
         ({**CHAT, "top_logprobs": 2}, "top_logprobs", 400),
         ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options", 400),
         ({**CHAT, "model": "gpt-9"}, "model", 404),
-        ({**CHAT, "model": None}, "model", 404),
+        ({**CHAT, "model": None}, "model", 400),
         ({**CHAT, "model": "base"}, "model", 400),
         ({**CHAT, "messages": []}, "messages", 400),
         ({**CHAT, "messages": "Hi"}, "messages", 400),
@@ -191,6 +191,11 @@ def test_what_is_not_supported_is_refused_by_name(server: Server, body, param: s
     assert set(content["error"]) == {"message", "type", "param", "code"}
     if "a" * 300 in str(body):
         assert content["error"]["code"] == "context_length_exceeded"
+
+
+def test_what_is_to_be_cut_into_tokens_is_asked_for(server: Server) -> None:
+    status, content = server.post("/tokenize", {"model": "says"})
+    assert status == 400 and content["error"]["message"] == "expected 'prompt' or 'messages'"
 
 
 def test_nan_among_the_weights_is_told_and_the_others_go_on(tmp_path: Path) -> None:
