@@ -35,7 +35,7 @@ ROOMS = {
     "reward_model": (800, 0),
     "probing": (970, 1040),
     "rewards": (1400, 2100),
-    "evaluation": (900, 1480),
+    "evaluation": (900, 1500),
     "rl": (1350, 0),
     "export": (600, 780),
     "serving": (1100, 1540),
