@@ -54,7 +54,7 @@ VERBS = {
     "runs",
 }
 VERBS |= {"holds", "leaves", "compares", "promises", "becomes", "tells", "left", "process", "others"}
-VERBS |= {"expects", "shows"}
+VERBS |= {"expects", "shows", "scores"}
 
 
 def bare_plurals(source: str) -> list[tuple[int, str]]:

@@ -81,7 +81,8 @@ def load_problems(
     too_long = len(read) - len(encoded)
     left_out = f"{too_long} longer than the context of {tuning.context} with --max-tokens {max_tokens}"
     if too_long and not encoded and tools is not None and tools.schemas:
-        left_out += f"; the shortest has {min(len(item.prompt_ids) for item in read)} tokens, with --tools' definitions"
+        shortest = counted(min(len(item.prompt_ids) for item in read), "token")
+        left_out += f"; the shortest has {shortest}, with --tools' definitions"
     if not encoded:
         raise UserError(f"{names_of(paths)}: expected problems, found {left_out if too_long else 'none'}")
     say(f"{names_of(paths)}: {counted(len(encoded), 'problem')}{f', {left_out} left out' if too_long else ''}", quiet)

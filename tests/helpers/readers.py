@@ -36,6 +36,7 @@ EXEMPT = {
     "llmkit.io.remote",  # the same
     "llmkit.io.run_folder",  # steps of checkpoints
     "llmkit.model.folder",  # two words, of a model's config.json
+    "llmkit.serving.app",  # digits behind a colon, in a Host header
     "llmkit.tools.user_code",  # a docstring of the user's
 }
 
