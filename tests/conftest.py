@@ -6,13 +6,15 @@ import os
 import platform
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # two threads, before torch is imported: a tiny model on many is slower, and slower still beside other processes
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -36,6 +38,19 @@ with suppress(ImportError):  # of the extra `test`
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, driven by playwright, whose event loop runs until the module's end."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[browser]'")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on the PATH")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

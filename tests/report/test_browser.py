@@ -6,8 +6,6 @@ Needs playwright (`pip install '.[browser]'`) and a Chromium on the PATH. Screen
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from made_runs import attempt, make_pipeline, make_run, write_lines
 from llmkit.stages.report import ReportConfig, run
 
 pytestmark = pytest.mark.slow
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (360, 1280)
 
 
@@ -29,17 +26,6 @@ def page_file(tmp_path_factory) -> Path:
     out = place / "report.html"
     run(ReportConfig(runs=(*map(str, runs), str(long)), out=str(out), quiet=True))
     return out
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[browser]'")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the PATH")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
