@@ -244,6 +244,15 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         raise UserError(f"--only and --skip: both name {both[0]}; drop it from one of them")
     steps = [step for step in check_steps(only, "--only") or recipe.steps if step not in check_steps(skip, "--skip")]
     recipe = replace(recipe, steps=tuple(steps))
+    for flag, value, step in (
+        ("--not-in", config.not_in, "contamination"),
+        ("--classifier", config.classifier, "classifier"),
+        ("--blocklist", config.blocklist, "url"),
+        ("--language", languages if languages != ("all",) else (), "language"),
+        ("--extractor", config.extractor, "extract"),
+    ):
+        if value and step not in steps:
+            raise UserError(f"{flag}: needs the step {step}, which is not taken; add it to --only, or leave out {flag}")
     if languages:
         languages = () if languages == ("all",) else languages
         check_languages(languages)

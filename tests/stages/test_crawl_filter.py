@@ -468,6 +468,23 @@ def test_comments_of_a_list_are_passed_over(llmkit, tmp_path, monkeypatch):
     assert [(item["path"], len(item["sha256"])) for item in inputs] == [("list", 64), ("a.jsonl", 64)]
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "step"),
+    [
+        ("--not-in", "a.jsonl", "contamination"),
+        ("--classifier", "m.bin:good>=0.5", "classifier"),
+        ("--blocklist", "a.jsonl", "url"),
+        ("--language", "de", "language"),
+        ("--extractor", "fast", "extract"),
+    ],
+)
+def test_a_flag_of_a_step_that_is_not_taken_is_refused(llmkit, tmp_path, monkeypatch, flag, value, step):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "one"}\n')
+    done = llmkit("crawl-filter", "a.jsonl", "--only", "pii", flag, value)
+    assert done.returncode == 2 and f"{flag}: needs the step {step}, which is not taken" in done.stderr
+
+
 def test_a_folder_that_cannot_be_written_is_named(llmkit):
     done = llmkit("crawl-filter", "-", "--only", "pii", "-o", "/proc/d.jsonl", stdin='{"text": "one"}\n')
     assert done.returncode == 2 and "error: /proc/d.jsonl.state: cannot be written: " in done.stderr
