@@ -164,7 +164,7 @@ class RecordsConfig(ColumnsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    """Options of every stage that computes with a model from elsewhere."""
+    """Options of stages that compute with a model from elsewhere."""
 
     backend: str = option(
         "auto",

@@ -67,9 +67,8 @@ def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     return (items[first : first + CHUNK] for first in range(0, len(items), CHUNK))
 
 
-def check_problems(task: Task, items: Sequence[Item], tools: ToolConfig) -> None:
+def check_problems(task: Task, items: Sequence[Item], verifier: VerifierReward) -> None:
     """Raise UserError for a problem without what its verifier needs, and for tests on a machine without the sandbox."""
-    verifier = VerifierReward(sandbox=tools.sandbox != "none")
     for item in items:
         if item.problem is not None and task.verifier != EXACT_MATCH:
             verifier.check(item.problem)
@@ -79,7 +78,7 @@ def check_problems(task: Task, items: Sequence[Item], tools: ToolConfig) -> None
 class Model:
     """A model under evaluation, local or behind a server.
 
-    sampler  opens a sampler that ends completions at the given strings
+    sampler  opens a sampler that ends completions at the given strings, which stays open until `close`
     """
 
     name: str
@@ -88,6 +87,16 @@ class Model:
     settings: Settings
     scorer: Scorer | ServedScorer
     sampler: Callable[[Sequence[str]], AbstractContextManager[Sampler]]
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
+    _samplers: dict[tuple[str, ...], Sampler] = field(default_factory=dict, init=False)
+
+    def _opened(self, stop: tuple[str, ...]) -> Sampler:
+        """Return the sampler that ends completions at these strings, opened once for all chunks of a task."""
+        if stop not in self._samplers:
+            self._stack.close()  # one at a time, since each has a cache
+            self._samplers.clear()
+            self._samplers[stop] = self._stack.enter_context(self.sampler(stop))
+        return self._samplers[stop]
 
     @cached_property
     def _verifier(self) -> VerifierReward:
@@ -118,11 +127,11 @@ class Model:
         if not self.settings.chat or task.kind == "text":
             with naming(f"--tasks {task.name}"):
                 return encode_pairs(tokenizer, self._pairs(task, items))
-        with self.sampler(()) as sampler:
-            if sampler.chat is None:
-                raise UserError("--chat: expected a model whose chat format is here")
-            turns = [(self._turns(item, context), rest) for item in items for context, rest in item.pairs("")]
-            prompts = [sampler.chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
+        chat = self._opened(()).chat
+        if chat is None:
+            raise UserError("--chat: expected a model whose chat format is here")
+        turns = [(self._turns(item, context), rest) for item in items for context, rest in item.pairs("")]
+        prompts = [chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
         return [(ids + tokenizer.encode(rest), len(ids)) for ids, (_, rest) in zip(prompts, turns, strict=True)]
 
     def _pairs(self, task: Task, items: Sequence[Item]) -> list[tuple[str, str]]:
@@ -141,15 +150,14 @@ class Model:
 
     def _generate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
         settings, records = self.settings, []
-        check_problems(task, items, settings.tools)
-        with self.sampler(task.stop) as sampler:
-            limit = settings.max_tokens or task.max_tokens
-            prompts = [self._prompt(task, item, sampler, limit) for item in items]
-            requests = [
-                Request(prompt, settings.samples, limit, settings.seed, request_number(prompt), item.where)
-                for item, (prompt, _) in zip(items, prompts, strict=True)
-            ]
-            completed = list(sampler.complete(requests))
+        check_problems(task, items, self._verifier)
+        sampler, limit = self._opened(task.stop), settings.max_tokens or task.max_tokens
+        prompts = [self._prompt(task, item, sampler, limit) for item in items]
+        requests = [
+            Request(prompt, settings.samples, limit, settings.seed, request_number(prompt), item.where)
+            for item, (prompt, _) in zip(items, prompts, strict=True)
+        ]
+        completed = list(sampler.complete(requests))
         attempts = [
             Attempt(item.problem, sample.text, len(sample.token_ids), sample.finish_reason, limit, sample.tool_calls)
             for item, samples in zip(items, completed, strict=True)
@@ -192,7 +200,8 @@ class Model:
         return prompt[-room:], len(prompt) > room
 
     def close(self) -> None:
-        """End the processes of the verifiers."""
+        """Close the samplers, and end the processes of the verifiers."""
+        self._stack.close()
         self._verifier.close()
 
 

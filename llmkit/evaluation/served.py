@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from llmkit.errors import ServerError, UserError
+from llmkit.errors import ServerError
 from llmkit.evaluation.likelihood import Likelihood, Tokens, split_pair, windows
 from llmkit.generation.served_models import OpenAIClient, PromptTooLong, Refused
 from llmkit.io.progress import counted
@@ -116,11 +116,12 @@ class ServedScorer:
                 raise
             self._max_tokens = 1  # not every server takes 0
             return self._echo(prompt)
-        rows = {name: reply.echoed.get(name) for name in ("tokens", "token_logprobs", "top_logprobs")}
-        sizes = {len(row) if isinstance(row, list) else 0 for row in rows.values()}
+        names = ("tokens", "token_logprobs", "top_logprobs")
+        rows = {name: row if isinstance(row := reply.echoed.get(name), list) else [] for name in names}
+        sizes = {len(row) for row in rows.values()}
         if len(sizes) > 1 or max(sizes) <= extra:
             raise self._fault("log-probabilities of the prompt (echo=true)", "none; llmkit serve and vLLM give them")
-        return {name: row[: max(sizes) - extra] for name, row in rows.items() if row is not None}
+        return {name: row[: len(row) - extra] for name, row in rows.items()}
 
     def _likelihood(self, echo: dict[str, Any], start: int) -> Likelihood:
         logprobs, best = echo["token_logprobs"][start:], echo["top_logprobs"][start:]
@@ -129,5 +130,5 @@ class ServedScorer:
         greedy = [not top or value >= max(top.values()) for value, top in zip(logprobs, best, strict=True)]
         return Likelihood(float(sum(logprobs)), all(greedy), len(logprobs))
 
-    def _fault(self, expected: str, found: object) -> UserError:
+    def _fault(self, expected: str, found: object) -> ServerError:
         return ServerError(f"{self._server.place}: expected {expected}, found {found}")

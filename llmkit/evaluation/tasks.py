@@ -272,11 +272,13 @@ def read_task(path: Path) -> Task:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task with its items, and the SHA-256 of the records that they come from."""
+    """A task with its items, the SHA-256 of the records that they come from, and the files of items and examples."""
 
     task: Task
     items: list[Item]
     data_sha256: str
+    files: tuple[str, ...]
+    shots_files: tuple[str, ...] = ()
 
 
 def load_items(task: Task, limit: int | None = None, shots: int | None = None, seed: int = 0) -> Loaded:
@@ -287,7 +289,8 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
     Raises UserError for records in no form of the task, options that are empty and a gold that is none of them.
     """
     try:
-        rows = list(read_jsonl(expanded(task.path)))
+        files = expanded(task.path)
+        rows = list(read_jsonl(files))
     except UserError as error:
         if task.path != task.hub:
             raise
@@ -314,14 +317,15 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
             ranks.append((seen[item.group], number))
             seen[item.group] += 1
         items = [items[number] for number in sorted(number for _, number in sorted(ranks)[:limit])]
+    shots_files = expanded(task.shots_path) if count and task.shots_path else []
     if count and elsewhere:
         shown = [Row(record, f"{task.name}.toml, [[example]]", n) for n, record in enumerate(task.example, 1)]
-        pool = [_parse(task, row) for row in (read_jsonl(expanded(task.shots_path)) if task.shots_path else shown)]
+        pool = [_parse(task, row) for row in (read_jsonl(shots_files) if shots_files else shown)]
         for item in pool:
             digest.update(dump_json(item.record) + b"\n")
     if count:
         items = _with_examples(task, items, pool, count, seed, elsewhere)
-    return Loaded(replace(task, shots=count), items, digest.hexdigest())
+    return Loaded(replace(task, shots=count), items, digest.hexdigest(), tuple(files), tuple(shots_files))
 
 
 def _by_form(task: Task, row: Row) -> Task:

@@ -132,9 +132,12 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
         if run.get("stage") not in TRAINING:
             continue
         validation = tuple(map(str, options.get("val") or ()))
+        taken_out = {item.get("path") for item in sources({"inputs": run.get("not_in")})}
         for item in sources({"inputs": run.get("inputs")}):
             path = str(item.get("path"))
-            if not any(path.startswith(f"{name.rstrip('/')}/") or fnmatch(path, name) for name in validation):
+            if path not in taken_out and not any(
+                path.startswith(f"{name.rstrip('/')}/") or fnmatch(path, name) for name in validation
+            ):
                 found[path] = _is_unchanged(item)
         if options.get("model") is not None:
             parents = sources({"parents": run.get("parents")})

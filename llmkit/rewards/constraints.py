@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import UserError
 from llmkit.formats.problems import Problem
+from llmkit.generation.requests import split_thoughts
 from llmkit.io.foreign import shown
 from llmkit.io.pool import Worker, WorkerDied
 from llmkit.rewards.reward import Attempt, Reward
@@ -83,7 +84,7 @@ class LengthReward(Reward):
         """Sampled tokens over those that could have been."""
         counts = [attempt.token_count for attempt in attempts]
         if self._tokenizer is not None:
-            answers = [attempt.completion.rpartition("</think>")[2].lstrip("\n") for attempt in attempts]
+            answers = [split_thoughts(attempt.completion)[1] for attempt in attempts]
             counts = [len(self._tokenizer.encode(answer)) for answer in answers]
         return [count / attempt.max_tokens for count, attempt in zip(counts, attempts, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,7 @@ from llmkit.config import (
 )
 from llmkit.errors import GateError, UserError
 from llmkit.io.files import check_output, check_unfinished
-from llmkit.io.jsonl import expanded, input_files, open_output, read_documents, write_json
+from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
 from llmkit.io.manifest import training_files, write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import STATE, Kept
@@ -131,7 +132,7 @@ def run(config: EvaluateConfig) -> Summary | None:
         scores["trained_on"] = {"files": documents, "missing": missing}
     if out != "-":
         write_json(out, scores)
-        inputs = list(dict.fromkeys(path for one in loaded for path in expanded(one.task.path)))
+        inputs = list(dict.fromkeys(path for one in loaded for path in (*one.files, *one.shots_files)))
         results = {model["model"]: {name: task["score"] for name, task in model["tasks"].items()} for model in models}
         write_manifest(out, "evaluate", as_options(config), inputs=inputs, parents=config.models, results=results)
         Path(out + STATE).unlink(missing_ok=True)
@@ -200,10 +201,13 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     for one in loaded:
         if one.task.shots and one.task.shots_file and not one.task.shots_path:
             say(f"{one.task.name}: examples are other items, for there is no {one.task.shots_file}.jsonl", config.quiet)
-        if one.task.kind == "generation":  # before any model is loaded
-            from llmkit.evaluation.evaluator import check_problems
+    if generated := [one for one in loaded if one.task.kind == "generation"]:  # checked before any model is loaded
+        from llmkit.evaluation.evaluator import check_problems
+        from llmkit.rewards.verifiers import VerifierReward
 
-            check_problems(one.task, one.items, config)
+        with closing(VerifierReward(sandbox=config.sandbox != "none")) as verifier:
+            for one in generated:
+                check_problems(one.task, one.items, verifier)
     return loaded
 
 
@@ -227,7 +231,7 @@ def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded], documents: S
     """Return FILE:LINE of the items that occur in the documents."""
     from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
 
-    files = tuple(dict.fromkeys(path for one in loaded for path in expanded(one.task.path)))
+    files = tuple(dict.fromkeys(path for one in loaded for path in one.files))
     index = Contamination(ContaminationRules(files), config.quiet, flag="--trained-on")
     with Progress("contamination", unit="documents", quiet=config.quiet) as progress:
         contaminated: set[str] = set()

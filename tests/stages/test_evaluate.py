@@ -363,7 +363,8 @@ def test_the_manifest_of_a_model_names_what_it_was_trained_on(models, tmp_path, 
     base, policy = save_folder(tmp_path / "base", make_model()), save_folder(tmp_path / "policy", make_model())
     write_manifest(base, "pretrain", {}, inputs=[docs])
     options = {"model": str(base), "val": [str(tmp_path / "v*.jsonl")]}
-    write_manifest(policy, "rl", options, inputs=[chats, val], parents=[str(base)])
+    # items that sft --not-in took out are no training text
+    write_manifest(policy, "rl", options, inputs=[chats, val, file], parents=[str(base)], not_in=[file])
     report, out = tmp_path / "report.jsonl", tmp_path / "scores.json"
 
     def found() -> list[bool]:
