@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: expected 2 or more, for the first is not counted")
     arguments.work.mkdir(parents=True, exist_ok=True)
     folder, data = arguments.work / "model", arguments.work / "chats.jsonl"
     if not (folder / "model.safetensors.index.json").exists():

@@ -266,7 +266,10 @@ class _Sequence:
 
 
 class Pool:
-    """Sequences under way: in slots, with a tool, or done. A request that is None says that none waits now."""
+    """Sequences under way: in slots, with a tool, or done. A request that is None says that none waits now.
+
+    poll  seconds for which a step waits for a tool where nothing else can run; None: until it answers
+    """
 
     def __init__(
         self,
@@ -274,8 +277,9 @@ class Pool:
         requests: Iterable[Request | None],
         on_text: OnText | None,
         on_call: OnCall | None,
+        poll: float | None = None,
     ) -> None:
-        self._of, self._decoder = generator, generator.decoder
+        self._of, self._decoder, self._poll = generator, generator.decoder, poll
         self._on_text, self._on_call = on_text, on_call
         self.running: list[_Sequence] = []  # slot i holds running[i]
         self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
@@ -289,7 +293,7 @@ class Pool:
         slots = self._of.slots
         may_begin = self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots
         if self._calls and not self.running and not may_begin:
-            wait(self._calls, return_when=FIRST_COMPLETED)
+            wait(self._calls, self._poll, FIRST_COMPLETED)
         while len(self.running) < slots:
             if (answered := next((call for call in self._calls if call.done()), None)) is not None:
                 entry = self._resume(*self._calls.pop(answered), answered.result())

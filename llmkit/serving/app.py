@@ -229,7 +229,7 @@ class Service:
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request: Request) -> Response:
-        return FileResponse(Path(__file__).parent / "page" / PAGE[request.url.path], headers=PAGE_HEADERS)
+        return FileResponse(Path(__file__).parent / "page" / PAGE[request.scope["path"]], headers=PAGE_HEADERS)
 
 
 class _Stream(StreamingResponse):

@@ -101,9 +101,12 @@ class Judgements:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line durably, or nothing of it if the disk is full."""
-    with path.open("ab", buffering=0) as handle:
-        size = handle.tell()
+    """Append a line durably, or nothing of it if the disk is full; a line before it is ended first."""
+    with path.open("ab+", buffering=0) as handle:
+        size = handle.seek(0, os.SEEK_END)
+        if size:
+            handle.seek(size - 1)
+            line = line if handle.read(1) == b"\n" else b"\n" + line
         try:
             if handle.write(line) != len(line):
                 raise OSError(f"{path}: no space left there")

@@ -89,7 +89,7 @@ class _Worker:
 
     def reset(self) -> None:
         self.jobs: dict[int, Job] = {}
-        self.pool = Pool(self.generator, self._arrivals(), self._take_text, self._take_call)
+        self.pool = Pool(self.generator, self._arrivals(), self._take_text, self._take_call, TOOL_POLL)
 
     @property
     def busy(self) -> bool:
@@ -128,17 +128,17 @@ class _Worker:
                 continue
             self._send_running()  # first tokens do not wait for the prompts of others
             self._deliver()
-            job = self.waiting.popleft()
+            job = self.jobs[number] = self.waiting.popleft()  # from here on a failure is the job's
             if job.prompt_logprobs is not None:
                 job.prompt = self._score(job.request.prompt, job.prompt_logprobs)
                 if job.stream:
                     self._outbox.append((job, job.prompt))
             if job.request.max_tokens == 0:
+                del self.jobs[number]
                 job.completions = [Completion("", [], "length", [], [], [], []) for _ in range(job.request.samples)]
                 self._outbox.append((job, None))
                 yield None  # other jobs have a step before the next prompt
                 continue
-            self.jobs[number] = job
             number += 1
             yield job.request
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from llmkit.config import LARGEST_INTEGER
 from llmkit.io.records import kind_of
 
-MAX_SEED = 2**63 - 1
 # Fields of OpenAI's and of vLLM's that are accepted at the values which change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
@@ -76,7 +76,7 @@ class GenerationBody(Body):
     """Fields that chat and text completions share."""
 
     n: int = Field(1, ge=1, le=128)
-    seed: int | None = Field(None, ge=-(2**63), le=MAX_SEED)
+    seed: int | None = Field(None, ge=-(2**63), le=LARGEST_INTEGER)
     temperature: float = Field(1, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31)

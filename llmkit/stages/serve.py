@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from llmkit.errors import UserError
 from llmkit.io.files import sole_writer
 from llmkit.io.jsonl import open_input, read_text
 from llmkit.io.progress import say
+from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
@@ -75,23 +75,24 @@ class ServeConfig(ToolConfig, CommonConfig):
 
 def run(config: ServeConfig) -> None:
     """Check, load, serve. Raises UserError for the user's mistakes."""
+    from llmkit.tools.search import is_this_machine
+
     for package in ("pydantic", "starlette", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"serve: needs the package {package}; pip install 'llmkit[serve]'")
     names = _names(config)
     keys = _keys(config)
-    local = _is_local(config.host)
-    if not local and not keys:
+    if not keys and not is_this_machine(config.host.strip("[]")):
         raise UserError(
             f"--host {config.host}: others could use the model; expected --api-key-file FILE beside an address that is "
             "not this machine's own"
         )
     guide = None
     if config.guide is not None:
+        if config.collect is None:
+            raise UserError("--guide: expected --collect FILE.jsonl beside it, which takes what people judge")
         with open_input(config.guide) as handle:
             guide = read_text(handle, config.guide)
-    if config.guide is not None and config.collect is None:
-        raise UserError("--guide: expected --collect FILE.jsonl beside it, which takes what people judge")
     with ExitStack() as stack:
         judgements = None
         if config.collect is not None:
@@ -105,20 +106,19 @@ def run(config: ServeConfig) -> None:
                 for line in model.generator.plan():
                     say(line, config.quiet)
             return
-        _serve(config, models, keys, local, judgements, guide)
+        _serve(config, models, keys, judgements, guide)
 
 
 def _names(config: ServeConfig) -> dict[str, str]:
     """The folder of each name."""
     names: dict[str, str] = {}
-    for path in config.models:
+    for path in config.models or (None,):
         check_model_folder(path, EXAMPLE)
-        name = Path(path).resolve().name if "://" not in path else path.rstrip("/").rpartition("/")[2]
+    for path in config.models:
+        name = path.rstrip("/").rpartition("/")[2] if is_remote(path) else Path(path).resolve().name
         if name in names:
             raise UserError(f"{path}: expected folders of different names, found two {name!r}; requests name them")
         names[name] = path
-    if not names:
-        raise UserError(f"MODEL is required; such as {EXAMPLE}")
     return names
 
 
@@ -132,13 +132,6 @@ def _keys(config: ServeConfig) -> list[bytes]:
     if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise UserError(f"{config.api_key_file}: expected keys of ASCII letters without spaces")
     return [key.encode() for key in keys]
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[ServedModel]:
@@ -177,7 +170,6 @@ def _serve(
     config: ServeConfig,
     models: list[ServedModel],
     keys: list[bytes],
-    local: bool,
     judgements: Judgements | None,
     guide: str | None,
 ) -> None:
@@ -199,7 +191,7 @@ def _serve(
             judgements=judgements,
             guide=guide,
         )
-        hosts = {*LOCAL, config.host} if local else ()
+        hosts = () if keys else {*LOCAL, config.host}  # a page of another site has no key
         app = build(
             service, keys=keys, hosts=hosts, origins=[origin.lower().rstrip("/") for origin in config.allow_origin]
         )

@@ -85,3 +85,13 @@ def test_mistakes_are_told_before_the_server_listens(tmp_path: Path, llmkit, opt
     done = llmkit("serve", "chat", *options, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("llmkit: error: ") and done.stderr.count("\n") == 1
     assert words in done.stderr
+
+
+def test_a_judgement_begins_a_line_of_its_own_behind_one_that_was_cut(tmp_path: Path) -> None:
+    kept = tmp_path / "judged.conversations.jsonl"
+    kept.write_text('{"messages": "by hand"}')
+    with served(tiny.save_assistant(tmp_path / "chat"), "--collect", tmp_path / "judged.jsonl") as server:
+        for _ in range(2):
+            thumb = {**ABOUT, "kind": "thumb", "answers": [GOOD], "better": 1}
+            assert server.post("/collect", thumb) == (200, {"ok": True})
+    assert [json.loads(line).keys() >= {"messages"} for line in kept.read_text().rstrip("\n").split("\n")] == [True] * 3

@@ -202,6 +202,15 @@ def test_pages_of_other_sites_are_refused(server: Server, headers: list[str], st
     assert b"access-control" not in answer.lower()
 
 
+def test_a_key_lets_a_proxy_name_its_own_host(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\n")
+    with served(tiny.save_assistant(tmp_path / "chat"), "--api-key-file", keys) as server:
+        proxied = {"Host": "my.site.example"}
+        assert server.post("/v1/models", None, {"Authorization": "Bearer first-key", **proxied})[0] == 200
+        assert server.post("/v1/models", None, proxied)[0] == 401
+
+
 def test_keys_and_origins(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("first-key\nsecond-key\n")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonl
 import pytest
 import tiny
 from served import Server, served
@@ -307,6 +308,21 @@ def test_conversations_stay_and_go_out_as_records_of_sft(opened: Browsed) -> Non
 
 
 @browsed
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(opened: Browsed) -> None:
+    opened.pick("endless")
+    opened.page.fill("#text", "Go on")
+    opened.page.press("#text", "Enter")
+    opened.page.wait_for_selector("#list li")
+    opened.page.on("dialog", lambda dialog: dialog.accept())
+    opened.page.locator("#list li").last.hover()
+    opened.page.locator("#list [data-does=bin]").last.click()
+    opened.rest()
+    assert opened.page.locator("#list li").count() == 0
+    opened.page.reload()
+    assert opened.page.locator("#list li").count() == 0
+
+
+@browsed
 def test_a_full_storage_is_told_and_ends_nothing(opened: Browsed) -> None:
     opened.page.evaluate(
         "try { for (let n = 23; n; n--) for (;;) localStorage.setItem(Math.random(), 'x'.repeat(2 ** n)); } catch {}"
@@ -550,10 +566,6 @@ def labelled(browser, tmp_path) -> Iterator[tuple[Browsed, Path]]:
         assert opened.said == []
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @browsed
 def test_people_say_which_answers_are_good_and_which_is_better(labelled: tuple[Browsed, Path], llmkit) -> None:
     opened, folder = labelled
@@ -569,7 +581,7 @@ def test_people_say_which_answers_are_good_and_which_is_better(labelled: tuple[B
     page.click("#save")
     page.wait_for_selector("#edit", state="hidden")
     assert opened.turns() == ["One", "Wonderful."]
-    thumbs = lines_of(folder / "judged.conversations.jsonl")
+    thumbs = jsonl.lines(folder / "judged.conversations.jsonl")
     assert [(one["kind"], one.get("label"), one["labeller"]) for one in thumbs] == [
         ("thumb", True, "Ada"),
         ("thumb", False, "Ada"),
@@ -592,7 +604,7 @@ def test_people_say_which_answers_are_good_and_which_is_better(labelled: tuple[B
         page.wait_for_selector("#judge", state="hidden")
         assert opened.turns()[-1] == answers[key == "right"]
     assert page.locator("#turns .count").last.inner_text() == "2/2"
-    left, tie, right = [one for one in lines_of(folder / "judged.preferences.jsonl") if one["kind"] == "comparison"]
+    left, tie, right = [one for one in jsonl.lines(folder / "judged.preferences.jsonl") if one["kind"] == "comparison"]
     assert left["chosen"] != left["rejected"] and tie["ranking"] == [1, 1] and right["labeller"] == "Ada"
     assert len(set(right["seeds"])) == 2 and right["settings"] == {"max_tokens": 6} and right["model"] == "chat"
     page.reload()

@@ -13,7 +13,7 @@ import torch
 from served import Server, served
 
 from llmkit.model.folder import load_model, save_model
-from llmkit.serving.answers import ThinkSplitter
+from llmkit.serving.answers import ThinkSplitter, tool_calls_of
 from llmkit.tokenizer.encoding import load_tokenizer
 
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -104,7 +104,7 @@ def test_the_tools_of_a_client_are_given_back(folder: Path, server: Server, stre
     assert (final.message.content, final.finish_reason) == ("yeh", "stop")
 
 
-def test_other_functions_are_called_in_json(tmp_path: Path) -> None:
+def test_functions_of_a_client_are_shown_and_checked(tmp_path: Path) -> None:
     folder = tiny.save_assistant(tmp_path / "chat", context=2048)
     tokenizer = load_tokenizer(folder)
     named = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
@@ -118,6 +118,11 @@ def test_other_functions_are_called_in_json(tmp_path: Path) -> None:
             assert status == 400 and content["error"]["param"] == "tools", content
         status, content = server.post("/v1/chat/completions", {**request, "tool_choice": "required"})
         assert status == 400 and content["error"]["param"] == "tool_choice"
+
+
+def test_a_call_of_a_client_s_function_has_its_arguments_as_they_were_written() -> None:
+    (call,) = tool_calls_of([{"tool": "f", "input": '{"a": 1}'}])
+    assert call["type"] == "function" and call["function"] == {"name": "f", "arguments": '{"a": 1}'}
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,6 @@ const template = ({ thinking } = settings) =>
 
 function begin(model = current?.model) {
   current = { id: freshId(), model, system: "", text: "", nodes: {}, chosen: {}, updated: 0 };
-  pair = null;
 }
 // The nodes that are shown, in order
 function shownNodes(conversation = current) {
@@ -196,7 +195,7 @@ async function write(id, work) {
 }
 
 function settle(conversation, text) {
-  keep(conversation);
+  if (!conversation.gone) keep(conversation);
   if (conversation !== current) return;
   say(text);
   render();
@@ -366,6 +365,7 @@ function drawList() {
 
 function remove(conversation) {
   if (!confirm("Delete this conversation? It is kept in this browser alone.")) return;
+  conversation.gone = true;
   runningIn(conversation).forEach((controller) => controller.abort());
   conversations.delete(conversation.id);
   store("chats", [...conversations.keys()]);
