@@ -285,7 +285,7 @@ def open_model(
 
         context = None
         if folder is not None and (local_folder(folder) / "config.json").is_file():
-            context = load_config(folder).max_position_embeddings
+            context = load_config(folder, "auto").max_position_embeddings
         with sampler(()) as opened:
             opened.check()
             name, tokenizer = opened.name, opened.tokenizer

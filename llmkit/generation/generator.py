@@ -11,7 +11,6 @@ at any number of slots, in any order, in any company.
 
 A sequence that has called a tool leaves its slot with its keys and values. The tool runs in a thread while others go
 on; its result is prefilled behind the call, and the sequence takes the next free slot.
-
 Tokens in, tokens out: `token_ids` are what the model saw and chose; text is only ever made from them.
 """
 
@@ -266,9 +265,9 @@ class _Sequence:
 
 
 class Pool:
-    """Sequences under way: in slots, with a tool, or done. A request that is None says that none waits now.
+    """Sequences under way: in slots, with a tool, or done; with nothing else to run, a tool is awaited `poll` seconds.
 
-    poll  seconds for which a step waits for a tool where nothing else can run; None: until it answers
+    A request that is None says that none waits now.
     """
 
     def __init__(
@@ -529,8 +528,7 @@ class Pool:
         self, sequence: _Sequence, earlier: Prefix, results: list[ToolResult]
     ) -> tuple[_Sequence, Prefix] | None:
         """Prefill the results of tools behind their calls; None where they leave no room for a token more."""
-        assert sequence.tools is not None
-        if sequence.index not in self.done:  # cancelled
+        if sequence.tools is None or sequence.index not in self.done:  # cancelled
             return None
         ids, seen = sequence.tools.result_ids(sequence.calls, results, sequence.room - len(sequence.token_ids) - 1)
         for call, result, text in zip(sequence.tool_calls[-len(results) :], results, seen, strict=True):

@@ -199,7 +199,7 @@ class ServedSampler:
                 reason = "length"
                 break
             assert isinstance(prompt, list)
-            prompt += as_openai_call(reply, results)
+            prompt += as_openai_call(reply, results, len(prompt))
         return Completion(
             "".join(reply.text for reply in replies),
             ids,
@@ -349,9 +349,9 @@ def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return entries
 
 
-def as_openai_call(reply: Reply, results: Sequence[str]) -> list[dict[str, Any]]:
-    """Write an answer with calls, and their results, as the next messages."""
-    ids = [call["id"] or f"call_{number}" for number, call in enumerate(reply.tool_calls)]
+def as_openai_call(reply: Reply, results: Sequence[str], before: int) -> list[dict[str, Any]]:
+    """Write an answer with calls, and their results, as the next messages behind `before` others."""
+    ids = [call["id"] or f"call_{before}_{number}" for number, call in enumerate(reply.tool_calls)]
     calls = [
         {"id": name, "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
         for name, call in zip(ids, reply.tool_calls, strict=True)

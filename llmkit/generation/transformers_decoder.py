@@ -138,7 +138,8 @@ class TransformersDecoder:
         if min(lengths) < longest and any(_by_position(layer) for layer in cache.layers):
             key_S = torch.arange(longest + ids_BT.shape[1], device=self.device)
             options["attention_mask"] = (key_S >= longest - length_B1).long()
-        self.model.module.eval()
+        if self.model.module.training:
+            self.model.module.eval()
         hidden = self.model.run(ids_BT, cache, **options)
         return self.model.logits(hidden[:, -1:] if last else hidden)
 

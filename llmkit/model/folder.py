@@ -29,7 +29,7 @@ from llmkit.model.config import ModelConfig, token_ids
 from llmkit.model.families import FAMILIES
 from llmkit.model.quantized import quantized_when_filled
 from llmkit.model.transformer import Transformer
-from llmkit.model.transformers_backend import PACKAGE, TransformersConfig, TransformersModel, announce, read_config
+from llmkit.model.transformers_backend import PACKAGE, TransformersConfig, TransformersModel, read_config
 from llmkit.model.weights import HEAD, embedding_name, export_tensor, import_state_dict, stock_shapes, stock_tensors
 
 CONFIG = "config.json"
@@ -68,7 +68,6 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
 
     backend: "llmkit"; "transformers"; or "auto", transformers where it is installed and the family is not native
     """
-    name = os.fspath(folder)
     folder = local_folder(folder)
     path = folder / CONFIG
     if not folder.is_dir():
@@ -95,8 +94,6 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
         advice += "; transformers computes others, but not for --backend llmkit, pretrain and the weights of export"
     if backend == "transformers":
         config = read_config(values, str(path))
-        if not native:
-            announce(name, config.model_type)
     else:
         config = ModelConfig.from_hf(ours, str(path), advice)
     generation = path.with_name(GENERATION)
@@ -161,7 +158,7 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, TransformersModel):
-        return model.save(folder, dtype)
+        return model.save(folder, dtype, max_shard_size)
     config = model.config
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / GENERATION, {k: v for k, v in tokens.items() if v is not None})

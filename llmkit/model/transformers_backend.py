@@ -36,7 +36,6 @@ from llmkit.model.transformer import Transformer
 PACKAGE = "transformers>=5"
 CONTEXT = 2048  # tokens, where a configuration names no limit: the default of lm-evaluation-harness
 _CACHES = ("cache", "past_key_values", "cache_params")  # names of the argument: of releases from 5.2x on, then before
-_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +226,10 @@ class TransformersModel(Transformer):
         for fault in ("missing", "unexpected"):
             for key in sorted(info[f"{fault}_keys"]):
                 raise UserError(f"{name}: {fault} tensor {key} for model_type {config.model_type}")
-        return cls(config, module.to(device)).eval()
+        model = cls(config, module.to(device)).eval()
+        if config.model_type not in FAMILIES:
+            announce(name, config.model_type)
+        return model
 
     @property
     def embed_tokens(self) -> Tensor:  # type: ignore[override]
@@ -262,7 +264,8 @@ class TransformersModel(Transformer):
         if self._scale is None:
             return self.module(token_ids_NL, **options).logits
         hidden_NLC = self.module.base_model(token_ids_NL, **options)[0]
-        hidden_NLC = hidden_NLC.to(self.embed_tokens.dtype)  # mamba2's are float32
+        # mamba2's are float32; of a table with adapters, `weight` would be computed here
+        hidden_NLC = hidden_NLC.to(next(self.module.get_input_embeddings().parameters()).dtype)
         return hidden_NLC if self._scale == 1.0 else hidden_NLC * self._scale
 
     @torch.no_grad()
@@ -353,8 +356,8 @@ class TransformersModel(Transformer):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.stock)]
 
     @torch.no_grad()
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write configuration and weights as transformers has them, adapters merged into these."""
+    def save(self, folder: Path, dtype: torch.dtype, max_shard_size: int = 5 * 10**9) -> None:
+        """Write configuration and weights as transformers has them. Adapters are merged into these: train no more."""
         for owner in list(self.module.modules()):
             if parametrize.is_parametrized(owner):
                 for name in list(owner.parametrizations):  # type: ignore[arg-type]
@@ -365,7 +368,7 @@ class TransformersModel(Transformer):
         module.config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
         tokens = {"bos_token_id": self.config.bos_token_id, "eos_token_id": module.config.eos_token_id}
         module.generation_config = load_package().GenerationConfig(**tokens)
-        module.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
+        module.save_pretrained(folder, max_shard_size=max_shard_size)
         for path in folder.glob("*.safetensors"):  # save_file makes them readable for the owner alone
             path.chmod((folder / "config.json").stat().st_mode)
 

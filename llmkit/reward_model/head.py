@@ -106,6 +106,7 @@ def load_reward_model(
     tensors = SavedTensors(folder)
     heads = tensors.rows(SCORE, "a reward model, as llmkit train-reward makes it")
     if isinstance(config, TransformersConfig):
+        tensors.check_kind(scores=True)
         return cast(RewardModel, TransformersReward.load(config, tensors.name, tensors.read_all(), dtype, device))
     tensors.check(config, {SCORE: (heads, config.hidden_size)})
     model = RewardModel(config, heads, dtype=dtype, device=device)

@@ -138,7 +138,11 @@ class Run(RunFolder):
         config = self.config
         model.checkpoint_layers = config.activation_checkpointing
         self.world.check_folder(self.work, NOTES, fresh=not self.resume)
-        if config.compile != "auto" or flops is None or is_quantized(model) or model.config.backend != "llmkit":
+        if model.config.backend != "llmkit":
+            compiled = False
+            if config.compile == "on":
+                say("--compile on: left out, for it is of families that llmkit computes itself", config.quiet)
+        elif config.compile != "auto" or flops is None or is_quantized(model):
             compiled = config.compile == "on"
         else:  # by default on a GPU, or for a long run on a CPU
             compiled = self.device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
