@@ -1,0 +1,1 @@
+"""Conversations and preferences that models write, by labelling instructions."""

@@ -1,0 +1,96 @@
+"""A draft: a conversation that a model has written, before it is kept or dropped.
+
+draft = Draft(3, (message("user", "2 + 2?"), message("assistant", "4")), kind="closed QA", answer="4")
+draft.as_line(guide="9f86d081", writer="qwen")  # what sft reads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmkit.formats.conversations import Message, as_record, read_messages
+from llmkit.io.records import ANSWERS, PROMPT_FIELDS, THOUGHTS, Row, with_made
+
+# InstructGPT's kinds of task and their percentages of its prompts (Ouyang et al. 2022, arXiv 2203.02155, table 1)
+KINDS = {
+    "generation": 45.6,
+    "open QA": 12.4,
+    "brainstorming": 11.2,
+    "chat": 8.4,
+    "rewrite": 6.6,
+    "summarization": 4.2,
+    "classification": 3.5,
+    "other": 3.5,
+    "closed QA": 2.6,
+    "extraction": 1.9,
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A conversation that a model has written.
+
+    index       of the draft: the same seed, index and replies make the same draft
+    messages    end with the assistant's answer; empty where there is a `fault`
+    others      further answers in the place of the last message
+    kind        of task, one of `KINDS`; empty where nobody knows
+    topic       path in the tree of topics, or what the document or the record names
+    language    in which it was to be written; None for any
+    answer      short answer that a right one agrees with; None where there is none to check
+    refusal     whether a refusal is right
+    thinking    whether steps in <think> were asked for before the answer
+    seed        of its random numbers
+    fault       why the replies make no conversation; None where they do
+    record      given one that was answered; its further fields pass through
+    """
+
+    index: int
+    messages: tuple[Message, ...] = ()
+    others: tuple[Message, ...] = ()
+    kind: str = ""
+    topic: str = ""
+    language: str | None = None
+    answer: str | None = None
+    refusal: bool = False
+    thinking: bool = False
+    seed: int = 0
+    fault: str | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """Text of the person's first message."""
+        return next((message.text for message in self.messages if message.role == "user"), "")
+
+    def versions(self) -> Iterator[Draft]:
+        """Yield a draft for each answer: this one's, then the others."""
+        for last in (*self.messages[-1:], *self.others):
+            yield replace(self, messages=(*self.messages[:-1], last), others=())
+
+    def as_line(self, **made: Any) -> dict[str, Any]:
+        """Write a line of the output, which `sft` reads; `made` are further fields, such as the writer and scores."""
+        gone = (*PROMPT_FIELDS, *ANSWERS, *THOUGHTS)
+        rest = {name: value for name, value in self.record.items() if name not in gone}
+        fields = {"messages": as_record(self.messages), "topic": self.topic, "kind": self.kind, **made}
+        return with_made(rest, {**fields, "seed": self.seed})
+
+    def as_state(self) -> dict[str, Any]:
+        """Write all of it as JSON, for `read_draft`."""
+        values = {name: value for name, value in vars(self).items() if value not in (None, "", False, (), {})}
+        return values | {name: as_record(values[name]) for name in ("messages", "others") if name in values}
+
+
+def read_draft(state: Mapping[str, Any]) -> Draft:
+    """Read what `Draft.as_state` wrote."""
+    row = Row({}, "draft", 0)
+    messages, others = state.get("messages"), state.get("others", ())
+    return Draft(
+        **{
+            **state,
+            "index": state.get("index", 0),
+            "messages": () if messages is None else read_messages(row, messages),
+            "others": tuple(read_messages(row, [entry])[0] for entry in others),
+        }
+    )
