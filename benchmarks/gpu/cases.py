@@ -51,6 +51,7 @@ class Case:
     work_both: float | None = None
     upstream: list[Tensor] | None = None  # of each output, ones if None
     bound: float = 0.02  # a bfloat16 has 8 bits: 0.004 a rounding
+    graph: bool = False  # timed as a CUDA graph, as a decoder runs it
 
 
 class Makers:
@@ -167,6 +168,8 @@ class Makers:
                 lambda x, w: m.liger_fused_linear_cross_entropy(x, w, target)), self.on_gpu),
             "cut-cross-entropy": _peer("cut_cross_entropy", lambda m: (
                 lambda x, w: m.linear_cross_entropy(x, w, target)), self.on_gpu),
+            "cut-cross-entropy, all gradients": _peer("cut_cross_entropy", lambda m: (
+                lambda x, w: m.linear_cross_entropy(x, w, target, filter_eps=None)), self.on_gpu),
             "torch.compile": self.compiled(plain),
             "torch fused": (
                 (lambda x, w: F.linear_cross_entropy(x, w, target, options=torch.nn.LinearCrossEntropyOptions()))
@@ -254,7 +257,7 @@ class Makers:
                 "SDPA masked": masked,
                 "flex_attention": self._flex_decode(shape, lengths),
             },
-            error, work=float(2 * key.element_size() * K * D * int(lengths.sum())), unit="TB/s",
+            error, work=float(2 * key.element_size() * K * D * int(lengths.sum())), unit="TB/s", graph=True,
         )  # fmt: skip
 
     def _flex_decode(self, shape: Decode, lengths: Tensor) -> Contender:

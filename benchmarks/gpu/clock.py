@@ -10,6 +10,8 @@ import torch
 
 FLUSHED_BYTES = 256 * 2**20  # more than any GPU's cache: each run begins with a cold one
 SECONDS_A_TIMING = 0.3
+LONGEST_HEAD_START = 0.02  # seconds
+CYCLES_A_SECOND = 2e9  # of a GPU's clock, at most: a head start is then no shorter than meant
 
 
 class Clock:
@@ -17,8 +19,12 @@ class Clock:
         self.device, self.on_gpu = device, device == "cuda"
         self._flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device) if self.on_gpu else None
 
-    def milliseconds(self, run: Callable[[], object]) -> float:
-        """Median of at least 5 runs after a few that do not count; in a smoke run of 1."""
+    def milliseconds(self, run: Callable[[], object], graph: bool = False) -> float:
+        """Median of at least 5 runs after a few that do not count; in a smoke run of 1. Python's time is not in it.
+
+        The GPU sleeps for as long as Python needs to queue a run, before the first event; with `graph` the run is
+        recorded once and replayed, if it can be.
+        """
         if not self.on_gpu:
             started = time.perf_counter()
             run()
@@ -26,12 +32,19 @@ class Clock:
         for _ in range(3):
             run()
         torch.cuda.synchronize()
-        repeats = max(5, min(50, int(1e3 * SECONDS_A_TIMING / max(self._once(run), 1e-3))))
-        return statistics.median(self._once(run) for _ in range(repeats))
+        if graph:
+            run = _recorded(run)
+        started = time.perf_counter()
+        run()
+        queueing = min(2 * (time.perf_counter() - started), LONGEST_HEAD_START)
+        torch.cuda.synchronize()
+        repeats = max(5, min(50, int(1e3 * SECONDS_A_TIMING / max(self._once(run, queueing), 1e-3))))
+        return statistics.median(self._once(run, queueing) for _ in range(repeats))
 
-    def _once(self, run: Callable[[], object]) -> float:
+    def _once(self, run: Callable[[], object], head_start: float) -> float:
         assert self._flush is not None
         self._flush.zero_()
+        torch.cuda._sleep(int(head_start * CYCLES_A_SECOND))
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()
@@ -66,3 +79,15 @@ class Clock:
         if self.on_gpu:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
+
+
+def _recorded(run: Callable[[], object]) -> Callable[[], object]:
+    """The run as a CUDA graph; itself where it cannot be one."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run
+    return graph.replay

@@ -13,22 +13,24 @@ transformers is timed by the difference between `generate` of 1 + NEW tokens and
     x eager   tokens a second over those of ours without graphs; x hf over those of transformers
     error     distance of the last logits from those of the model's whole forward, relative to their norm
 
-Who is wrong is not timed. Written to --out as generation.json and generation.md.
+Who is wrong is not timed. Rows are appended to --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from report import tables
+from rows import RESULTS, Rows
 
 # layers, hidden, intermediate, heads, vocabulary, prompt
 MODELS = {
@@ -49,7 +51,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64])
     parser.add_argument("--new", type=int, default=64, help="tokens made in a round [64]")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--out", type=Path, default=Path("build/gpu"), help="folder of the results [build/gpu]")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help=f"file of the rows [{RESULTS}]")
     options = parser.parse_args()
     if options.smoke:  # before torch, which may import triton
         os.environ |= {"LLMKIT_KERNELS": "interpret", "TRITON_INTERPRET": "1"}
@@ -63,21 +65,17 @@ def main() -> int:
         print("generation.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
         return 2
     device = "cpu" if options.smoke else "cuda"
-    report = {"kernels": backend(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": []}
-    report |= {"smoke": True} if options.smoke else {"gpu": torch.cuda.get_device_name()}
+    file, rows = Rows(options.out), []
     with torch.inference_mode():
-        bandwidth = report["TB/s"] = Clock(device).ceilings()["TB/s"]
+        bandwidth = Clock(device).ceilings()["TB/s"]
         for name in options.model:
-            report["rows"] += measure(name, device, options.batches, options.new, options.rounds, bandwidth)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "generation.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "generation.md").write_text(markdown(report) + "\n")
-    print(markdown(report))
-    wrong = [row for row in report["rows"] if row["who"] != PEER and "note" in row and "absent" not in row["note"]]
-    return 1 if wrong else 0
+            for row in measure(name, device, options.batches, options.new, options.rounds, bandwidth):
+                rows.append(file.add(stage="generation", kernels=backend(device), **row))
+    print(tables(rows))
+    return 1 if any(row["who"] != PEER and "note" in row and "absent" not in row["note"] for row in rows) else 0
 
 
-def measure(name: str, device: str, batches: list[int], new: int, rounds: int, bandwidth: float) -> list[dict]:
+def measure(name: str, device: str, batches: list[int], new: int, rounds: int, bandwidth: float) -> Iterator[dict]:
     """Rows of one model: the contenders at each batch."""
     import torch
 
@@ -96,7 +94,7 @@ def measure(name: str, device: str, batches: list[int], new: int, rounds: int, b
         layer.out.data.normal_(0, 0.02)
         layer.down.data.normal_(0, 0.02)
     model = model.to(device=device, dtype=dtype).eval()
-    peer, rows = transformers_model(model, device), []
+    peer = transformers_model(model, device)
     for batch in batches:
         ids_BT = torch.randint(0, words, (batch, prompt + new), generator=torch.Generator().manual_seed(batch))
         runs = {
@@ -116,10 +114,9 @@ def measure(name: str, device: str, batches: list[int], new: int, rounds: int, b
                 for other, key in ((EAGER, "x_eager"), (PEER, "x_hf")):
                     if "step_s" in found[other]:
                         row[key] = found[other]["step_s"] / row["step_s"]
-        rows += found.values()
+        yield from found.values()
         del runs
         gc.collect()
-    return rows
 
 
 # A run is a round: seconds a step, and the last logits (B, V). It says launches a step where it is asked to.
@@ -184,15 +181,17 @@ def ours(model, ids_BT, prompt: int, record) -> Run:
 def transformers_model(model, device: str):
     """The same weights in transformers, or why they are not there."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        return f"absent: {error}"
     from llmkit.model.folder import save_model
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder))
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=model.embed_tokens.dtype, attn_implementation="sdpa")
+        try:  # a peer without what it needs is absent, whatever its import raises
+            from transformers import AutoModelForCausalLM
+
+            dtype = model.embed_tokens.dtype
+            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        except Exception as error:
+            return f"absent: {str(error).splitlines()[0]}"
     peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = None, 0
     return peer.to(device).eval()
 
@@ -231,22 +230,6 @@ def synchronize(device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def markdown(report: dict) -> str:
-    forms = {"batch": "d", "tokens_per_second": ",.0f", "step_s": ".2e", "launches": ",d", "share": ".0%",
-             "x_eager": ".2f", "x_hf": ".2f", "error": ".1e"}  # fmt: skip
-    lines = [
-        *(["**A smoke run: a tiny model on a CPU. Nothing was timed.**", ""] if "smoke" in report else []),
-        ", ".join(f"{key} {value}" for key, value in report.items() if key not in ("rows", "smoke")),
-        "",
-        "| model | who | batch | tokens/s | s a step | launches | share | x eager | x hf | error | note |",
-        "|---" * 11 + "|",
-    ]
-    for row in report["rows"]:
-        cells = ["" if row.get(key) is None else format(row[key], form) for key, form in forms.items()]
-        lines.append("| " + " | ".join([row["model"], row["who"], *cells, row.get("note", "")]) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

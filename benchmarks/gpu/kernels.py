@@ -8,17 +8,12 @@ First the tiles of each kernel are chosen by the clock from a short list, and wr
 (--tiles; --no-tune leaves them). Then each case: every contender's outputs and gradients are checked against float32,
 and only who is right is timed. A peer that is not installed, or cannot compute the case, is named with the reason.
 
-    share     of what a large product, or a copy, reaches here in this very run
-    x best    the best peer's time over ours: above 1 we are faster
-    error     the largest of outputs' and gradients' distances from float32, relative to their norms
-
-Written to --out as kernels.json and kernels.md.
+Rows are appended to --out as they come, and printed as tables at the end (report.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -26,14 +21,18 @@ import time
 import warnings
 from pathlib import Path
 
+from rows import RESULTS, Rows
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, in the interpreter")
-    parser.add_argument("-o", "--out", type=Path, default=Path("build/gpu"), help="folder of the results [build/gpu]")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help=f"file of the rows [{RESULTS}]")
     parser.add_argument("--only", nargs="*", metavar="KIND", help="cases whose kind begins so: attention, loss, ...")
+    parser.add_argument("--who", nargs="*", metavar="NAME", default=[], help="contenders whose name begins so")
     parser.add_argument("--tiles", type=Path, help="file of the chosen tiles [the one that the dispatch reads]")
     parser.add_argument("--no-tune", action="store_true", help="take the tiles as they are")
+    parser.add_argument("--tune-only", action="store_true", help="choose the tiles and time nothing else")
     parser.add_argument("--seconds", type=float, default=570, help="begin no case after so long [570]")
     return parser.parse_args()
 
@@ -44,10 +43,11 @@ def main() -> int:
         os.environ |= {"LLMKIT_KERNELS": "interpret", "TRITON_INTERPRET": "1"}
         warnings.filterwarnings("ignore")
     import torch
-    from cases import Makers
+    from cases import OURS, Makers
     from clock import Clock
     from llmkit.kernels.dispatch import backend, triton_module
-    from measuring import markdown, measure
+    from measuring import measure
+    from report import tables
     from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES
     from tuning import tune
 
@@ -57,34 +57,33 @@ def main() -> int:
         return 2
     assert backend(device) == ("interpret" if options.smoke else "triton"), backend(device)
     started = time.monotonic()
-    late = lambda: time.monotonic() - started > options.seconds  # noqa: E731
+    late = lambda share=1.0: time.monotonic() - started > share * options.seconds  # noqa: E731
     clock, makers, shapes = Clock(device), Makers(device), SMOKE if options.smoke else FULL
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(options.smoke), "ceilings": clock.ceilings(), "rows": []}
+    file, rows = Rows(options.out), []
+    rows.append(file.add(stage="machine", **machine(options.smoke), **clock.ceilings()))
     if not options.no_tune:
-        usual = options.out / "tiles.json" if options.smoke else triton_module("tiles").TUNED
+        usual = options.out.with_name("tiles.json") if options.smoke else triton_module("tiles").TUNED
         path = (options.tiles or usual).resolve()
-        # half of the time at most, and nothing but the tables and the trials' own while it lasts
-        half = lambda: time.monotonic() - started > options.seconds / 2  # noqa: E731
-        report["tiles"] = tune(makers, shapes, SMOKE_CANDIDATES if options.smoke else CANDIDATES, clock, path, half)
-        report["tiles_file"] = path.name
+        candidates = SMOKE_CANDIDATES if options.smoke else CANDIDATES
+        # half of the time at most, where cases follow
+        for name, times in tune(
+            makers, shapes, candidates, clock, path, lambda: late(1.0 if options.tune_only else 0.5)
+        ):
+            file.add(stage="tiles", kernel=name, milliseconds=times)
         os.environ["LLMKIT_TILES"] = str(path)
     elif options.tiles:
         os.environ["LLMKIT_TILES"] = str(options.tiles.resolve())
-    for kind, shape, make in makers.cases(shapes):
+    for kind, shape, make in () if options.tune_only else makers.cases(shapes):
         if options.only and not kind.startswith(tuple(options.only)):
             continue
         if late():
-            report["rows"].append({"kind": kind, "shape": shape, "who": "all", "note": "not reached in time"})
+            rows.append(file.add(stage="kernel", kind=kind, shape=shape, who="all", note="not reached in time"))
             continue
-        report["rows"] += measure(make(), clock, report["ceilings"])
+        for row in measure(make(), clock, options.who):
+            rows.append(file.add(**row))  # what has been measured outlives a fault of the next case
         clock.free()
-        save(report, options.out)  # what has been measured outlives a fault of the next case
-    report["seconds"] = round(time.monotonic() - started, 1)
-    save(report, options.out)
-    print(markdown(report))
-    wrong = [row for row in report["rows"] if row["who"] == "llmkit" and row.get("note")]
-    return 1 if wrong else 0
+    print(tables(rows))
+    return 1 if any(row.get("who") == OURS and row.get("note") for row in rows) else 0
 
 
 def machine(smoke: bool) -> dict[str, str]:
@@ -92,16 +91,8 @@ def machine(smoke: bool) -> dict[str, str]:
     import triton
 
     name = platform.processor() or platform.machine() if smoke else torch.cuda.get_device_name()
-    found = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-    found |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-    return found | ({"smoke": "run in the interpreter"} if smoke else {})
-
-
-def save(report: dict, out: Path) -> None:
-    from measuring import markdown
-
-    (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "kernels.md").write_text(markdown(report) + "\n")
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"device": name, **versions, "date": time.strftime("%Y-%m-%d")} | ({"smoke": "a CPU"} if smoke else {})
 
 
 if __name__ == "__main__":

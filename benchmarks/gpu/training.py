@@ -7,8 +7,8 @@
 The step is that of `llmkit pretrain`: its model, loss, optimizer (Muon and AdamW) and trainer, compiled as it compiles
 them, on random tokens, one document a row. "triton" and "torch" are values of LLMKIT_KERNELS. MFU counts 6 FLOPs a
 weight of a matrix and token, and causal attention's at half of the square (nanochat counts the whole), against the
-GPU's dense bf16 peak by its data sheet; "of product" is against a large product's rate in the same process. Written to
---out as training.json and training.md.
+GPU's dense bf16 peak by its data sheet; "of product" is against a large product's rate in the same process. 124M has
+heads of 128, as nanochat's models, and "124M, heads of 64" those of GPT-2. Rows are appended to --out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from report import tables
+from rows import RESULTS, Rows
+
 # Data sheets, dense bf16, TFLOP/s
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "MI300X": 1307.4}
 # layers, hidden, intermediate, heads, vocabulary, tokens a row, rows at once, micro-batches a step
 MODELS = {
-    "124M": (12, 768, 2048, 12, 50304, 1024, 64, 8),
+    "124M": (12, 768, 2048, 6, 50304, 1024, 64, 8),
+    "124M, heads of 64": (12, 768, 2048, 12, 50304, 1024, 64, 8),
     "1.5B": (48, 1600, 4288, 25, 50304, 1024, 16, 4),
     "smoke": (1, 32, 64, 2, 96, 32, 1, 2),
 }
@@ -36,11 +40,11 @@ MODELS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU; times nothing")
-    parser.add_argument("--model", nargs="*", choices=["124M", "1.5B"], default=["124M", "1.5B"])
+    parser.add_argument("--model", nargs="*", choices=list(MODELS)[:-1], default=list(MODELS)[:-1])
     parser.add_argument("--kernels", nargs="*", choices=["triton", "torch"], default=["triton", "torch"])
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after 3 that are not [10]")
     parser.add_argument("--seconds", type=float, default=280, help="end a run after so long [280]")
-    parser.add_argument("-o", "--out", type=Path, default=Path("build/gpu"), help="folder of the results [build/gpu]")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help=f"file of the rows [{RESULTS}]")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -53,20 +57,20 @@ def main() -> int:
             print("training.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
             return 2
     models = ["smoke"] if options.smoke else options.model
-    kernels = ["interpret", "torch"] if options.smoke else options.kernels
+    kernels = [{"triton": "interpret"}.get(name, name) if options.smoke else name for name in options.kernels]
     steps = 1 if options.smoke else options.steps
-    rows = [run(model, kernel, steps, options.seconds) for model in models for kernel in kernels]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (options.out / "training.md").write_text(markdown(rows, options.smoke) + "\n")
-    print(markdown(rows, options.smoke))
+    file, rows = Rows(options.out), []
+    for model in models:
+        for kernel in kernels:
+            rows.append(file.add(**run(model, kernel, steps, options.seconds)))
+    print(tables(rows))
     return 1 if any("note" in row for row in rows) else 0
 
 
 def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
     """One model and one choice of kernels, in a process of its own, for Triton has one mode in a process."""
     command = [sys.executable, __file__, "--worker", model, kernels, "--steps", str(steps)]
-    row = {"model": model, "kernels": kernels}
+    row = {"stage": "training", "model": model, "kernels": kernels}
     try:
         done = subprocess.run(
             command, env={**os.environ, "LLMKIT_KERNELS": kernels}, stdout=subprocess.PIPE, text=True, timeout=seconds
@@ -131,24 +135,6 @@ def work(name: str, kernels: str, steps: int) -> dict:
                   "mfu": None if peak is None else flops / peak / 1e12,
                   "of_product": flops / peak_flops(device, dtype)}  # fmt: skip
     return found
-
-
-def markdown(rows: list[dict], smoke: bool) -> str:
-    def cell(row: dict, key: str, form: str) -> str:
-        return "" if row.get(key) is None else format(row[key], form)
-
-    lines = [
-        *(["**A smoke run: a tiny model on a CPU. Nothing was timed.**", ""] if smoke else []),
-        *{f"{row['gpu']}, torch {row['torch']}, {time.strftime('%Y-%m-%d')}\n" for row in rows if "gpu" in row},
-        "| model | kernels | parameters | loss | s a step | tokens/s | MFU | of product | peak MB | note |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        forms = {"parameters": ",d", "loss": ".4f", "step_s": ".3f", "tokens_per_second": ",.0f", "mfu": ".1%",
-                 "of_product": ".1%", "peak_mb": ",.0f"}  # fmt: skip
-        cells = [cell(row, key, form) for key, form in forms.items()]
-        lines.append("| " + " | ".join([row["model"], row["kernels"], *cells, row.get("note", "")]) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

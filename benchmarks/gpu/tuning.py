@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,39 +16,42 @@ from llmkit.kernels.dispatch import triton_module
 from shapes import Shapes
 
 
-def tune(makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Clock, path: Path, late: Callable) -> dict:
-    """Try the candidates, write the fastest of each kernel to `path`, and return milliseconds of all by kernel.
+def tune(
+    makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Clock, path: Path, late: Callable[[], bool]
+) -> Iterator[tuple[str, dict[str, float | str]]]:
+    """Try the candidates of each kernel, write the fastest to `path`, and give the name and milliseconds of all.
 
     A candidate that does not compile, or asks more than the GPU has, is "failed". `late()` ends the trials early.
     """
-    tiles, times = triton_module("tiles"), {}
-    import triton  # in the mode that has just been set
-
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    tiles = triton_module("tiles")
     for name, usual, listed, run in _trials(tiles, makers, shapes, candidates):
         if late():
-            break
-        times[name] = {}
-        for tried in dict.fromkeys((usual, *listed)):
-            with tiles.trying(name, tried):
+            return
+        times: dict[Any, float | str] = {}
+        for candidate in dict.fromkeys((usual, *listed)):
+            with tiles.trying(name, candidate):
                 try:
                     run()
-                    times[name][tried] = clock.milliseconds(run)
+                    times[candidate] = clock.milliseconds(run)
                 except Exception as error:  # a compiler's or a driver's: this candidate is none
-                    times[name][tried] = f"failed: {type(error).__name__}"
+                    times[candidate] = f"failed: {type(error).__name__}"
         clock.free()
-    best = {
-        name: asdict(min(timed, key=timed.__getitem__))
-        for name, found in times.items()
-        if (timed := {tried: ms for tried, ms in found.items() if isinstance(ms, float)})
-    }
-    gpu = kept.setdefault(tiles.gpu_name(), {"tiles": {}})
-    gpu["tiles"] |= best
+        if timed := {candidate: ms for candidate, ms in times.items() if isinstance(ms, float)}:
+            _keep(tiles, path, name, asdict(min(timed, key=timed.__getitem__)))
+        yield name, {str(candidate): ms for candidate, ms in times.items()}
+
+
+def _keep(tiles: ModuleType, path: Path, name: str, best: dict[str, int]) -> None:
+    """Write one kernel's tiles under this GPU's name: what a run that is cut off has found is not lost."""
+    import triton  # in the mode that has been set
+
+    table = json.loads(path.read_text()) if path.exists() else {}
+    gpu = table.setdefault(tiles.gpu_name(), {"tiles": {}})
+    gpu["tiles"][name] = best
     gpu |= {"triton": triton.__version__, "torch": torch.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     tiles.forget_tuned()
-    return {name: {str(tried): ms for tried, ms in found.items()} for name, found in times.items()}
 
 
 def _trials(tiles, makers: Makers, shapes: Shapes, candidates: dict[str, Any]) -> Iterator[tuple]:

@@ -1,10 +1,15 @@
-"""Kernel tests run in Triton's interpreter where they ask for it."""
+"""Kernel tests run in Triton's interpreter where they ask for it; on a GPU with LLMKIT_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
+
+DEVICE = os.environ.get("LLMKIT_TEST_DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +22,17 @@ def on_one_thread():
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton kernels, run by the interpreter on CPU tensors."""
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton kernels, run by the interpreter on CPU tensors, or compiled on those of LLMKIT_TEST_DEVICE."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    monkeypatch.setenv("LLMKIT_KERNELS", "interpret")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("LLMKIT_KERNELS", "interpret")
+        yield
+        return
+    import torch
+
+    monkeypatch.setenv("LLMKIT_KERNELS", "triton")
+    monkeypatch.setattr(torch, "Generator", partial(torch.Generator, DEVICE))
+    with torch.device(DEVICE):
+        yield

@@ -20,17 +20,23 @@ def run(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+def rows_of(path: Path, stage: str) -> list[dict]:
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["stage"] == stage]
+
+
 def test_the_kernels_are_checked_tuned_and_tabled(tmp_path):
-    done = run("kernels.py", "--smoke", "-o", tmp_path)
+    results = tmp_path / "results.jsonl"
+    done = run("kernels.py", "--smoke", "-o", results)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (tmp_path / "kernels.md").read_text() and "Nothing was timed" in done.stdout
-    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert "Nothing was timed" in done.stdout and "| attention causal | 1,2,1,40,16 | llmkit |" in done.stdout
+    rows = rows_of(results, "kernel")
     ours = {row["kind"]: row for row in rows if row["who"] == "llmkit"}
     expected = "attention causal, attention packed, attention windowed, loss, logprobs, grpo, decode"
     assert set(expected.split(", ")) <= set(ours)
     assert all(0 < row["error"] < 0.02 and row["forward_ms"] > 0 and row["forward_rate"] > 0 for row in ours.values())
     assert all(("both_ms" in row) == (kind not in ("logprobs", "decode")) for kind, row in ours.items())
-    assert ours["loss"]["both_ratio"] > 0
+    (machine,) = rows_of(results, "machine")
+    assert machine["TFLOP/s"] > 0 < machine["TB/s"] and machine["torch"] == torch.__version__
     notes = {(row["kind"], row["who"]): row.get("note") for row in rows}
     assert notes["attention causal", "SDPA cuDNN"] == "absent: needs an NVIDIA GPU"
     assert notes["attention packed", "SDPA cuDNN"] == "absent: never with a mask"
@@ -44,9 +50,13 @@ def test_the_kernels_are_checked_tuned_and_tabled(tmp_path):
     tiles["attention_decode 32 bfloat16"]["block_n"] = 48  # no power of two: a kernel that is given it fails
     (tmp_path / "tiles.json").write_text(json.dumps({"interpreter": {"tiles": tiles}}))
     again = run(
-        "kernels.py", "--smoke", "--no-tune", "--only", "decode", "--tiles", tmp_path / "tiles.json", "-o", tmp_path
-    )
-    assert again.returncode == 1 and "failed: " in again.stdout and "logprobs" not in again.stdout
+        "kernels.py", "--smoke", "--no-tune", "--only", "decode", "logprobs", "--who", "llmkit",
+        "--tiles", tmp_path / "tiles.json", "-o", tmp_path / "again.jsonl",
+    )  # fmt: skip
+    assert again.returncode == 1
+    assert [(row["kind"], row["who"], "note" in row) for row in rows_of(tmp_path / "again.jsonl", "kernel")] == [
+        ("logprobs", "llmkit", False), ("decode", "llmkit", True),
+    ]  # fmt: skip
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch, interpreted):
@@ -59,27 +69,27 @@ def test_a_wrong_answer_is_not_timed(monkeypatch, interpreted):
     case = Makers("cpu").loss(SMOKE.loss[0])
     plain = case.contenders["torch.compile"]
     case.contenders = {OURS: plain, "wrong": lambda x, w: plain(x, w) * 1.1, "broken": lambda x, w: 1 / 0}
-    rows = {row["who"]: row for row in measure(case, Clock("cpu"), {"TFLOP/s": 1.0, "TB/s": 1.0})}
-    assert "note" not in rows[OURS] and "both_ratio" not in rows[OURS]  # no peer is left to compare with
+    rows = {row["who"]: row for row in measure(case, Clock("cpu"))}
+    assert "note" not in rows[OURS] and rows[OURS]["backward_rate"] != rows[OURS]["both_rate"] > 0
     assert rows["wrong"]["note"].startswith("WRONG") and "forward_ms" not in rows["wrong"]
     assert rows["wrong"]["error"] == pytest.approx(0.1, abs=0.01)
     assert rows["broken"]["note"].startswith("failed: ZeroDivisionError")
 
 
 def test_a_training_step_has_the_same_loss_with_kernels_on_and_off(tmp_path):
-    done = run("training.py", "--smoke", "-o", tmp_path)
+    done = run("training.py", "--smoke", "-o", tmp_path / "results.jsonl")
     assert done.returncode == 0, done.stderr
-    on, off = json.loads((tmp_path / "training.json").read_text())
+    on, off = rows_of(tmp_path / "results.jsonl", "training")
     assert (on["kernels"], off["kernels"]) == ("interpret", "torch")
     assert on["loss"] == pytest.approx(off["loss"], abs=1e-4) and on["parameters"] == off["parameters"]
-    assert "Nothing was timed" in done.stdout
+    assert "| smoke | interpret | 13,440 |" in done.stdout
 
 
 def test_generation_is_right_and_says_what_is_absent(tmp_path):
-    done = run("generation.py", "--smoke", "-o", tmp_path)
+    done = run("generation.py", "--smoke", "-o", tmp_path / "results.jsonl")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (tmp_path / "generation.md").read_text() and "Nothing was timed" in done.stdout
-    rows = {(row["who"], row["batch"]): row for row in json.loads((tmp_path / "generation.json").read_text())["rows"]}
+    assert "| smoke | llmkit eager | 1 |" in done.stdout
+    rows = {(row["who"], row["batch"]): row for row in rows_of(tmp_path / "results.jsonl", "generation")}
     for batch in (1, 2):
         eager = rows["llmkit eager", batch]
         assert eager["error"] < 1e-5 and eager["x_eager"] == 1 and eager["tokens_per_second"] > 0 < eager["share"]
@@ -89,7 +99,51 @@ def test_generation_is_right_and_says_what_is_absent(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["kernels.py", "training.py", "generation.py"])
+@pytest.mark.parametrize("script", ["kernels.py", "training.py", "generation.py", "all.py"])
 def test_without_a_gpu_one_line_says_so(script):
     done = run(script)
     assert done.returncode == 2 and done.stderr == f"{script}: no GPU here; --smoke runs it on a CPU\n"
+
+
+def test_a_run_cut_off_at_any_moment_leaves_what_it_measured(tmp_path):
+    """The time is over while kernels are compiled: stages under way are ended and named, the others not begun."""
+    done = run("all.py", "--smoke", "--seconds", "9", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    outcomes = {row["name"]: row["outcome"] for row in rows_of(tmp_path / "results.jsonl", "end")}
+    assert outcomes["compile 1"] in ("cut off", "done") and outcomes["generation"] == "not begun"
+    assert len(outcomes) > 10 and (tmp_path / "compile-1.log").exists()
+    assert "| generation | not begun |" in done.stdout and "| open |" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_stage_of_eight_minutes_runs(tmp_path):
+    done = run("all.py", "--smoke", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    outcomes = {row["name"]: row["outcome"] for row in rows_of(tmp_path / "results.jsonl", "end")}
+    assert {name for name, outcome in outcomes.items() if outcome != "done"} == set()
+    (check,) = rows_of(tmp_path / "results.jsonl", "check")
+    assert check["outcome"].startswith("2 passed")
+
+
+def test_the_list_of_open_measurements_is_that_of_the_reader(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from report import goals
+
+    assert goals([]) in (FOLDER / "README.md").read_text()
+
+
+def test_the_reader_fills_in_what_rows_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from report import goals, tables
+
+    case = {"stage": "kernel", "kind": "attention causal", "shape": "1,32,8,8192,128", "unit": "TFLOP/s"}
+    rows = [
+        {"stage": "machine", "device": "a GPU", "TFLOP/s": 800.0},
+        case | {"who": "SDPA flash", "forward_ms": 2.0, "forward_rate": 400.0},
+        case | {"who": "llmkit", "forward_ms": 1.5, "both_ms": 4.0, "forward_rate": 533.3, "both_rate": 500.0,
+                "backward_rate": 401.2},
+    ]  # fmt: skip
+    table = goals(rows)
+    assert "533.3 TFLOP/s, 1.33x SDPA flash |" in table and "401.2 TFLOP/s |" in table
+    assert table.count("| open |") == goals([]).count("| open |") - 2
+    assert "| 62% |" in tables(rows) and "| 1.33 |" in tables(rows)  # 500 of 800, and the best peer's time over ours

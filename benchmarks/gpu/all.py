@@ -1,0 +1,195 @@
+"""Everything that is open on a GPU in one call of eight minutes, in the order of what matters, rows as they come.
+
+    python benchmarks/gpu/all.py --wheel orjson-*.whl     # on a bare machine: the tree, torch and Triton are enough
+    python benchmarks/gpu/all.py --smoke                  # the whole order on a CPU in 3 minutes; times nothing
+    python benchmarks/gpu/report.py build/gpu/results.jsonl
+
+All kernels are compiled first, in --processes processes, while the GPU times what needs none of them. Each stage is a
+process of its own with a time limit; what it measures is appended to --out/results.jsonl at once, so the run may be
+cut off at any moment. A stage that fails or hangs is named there, its log is beside, and the next one begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from report import goals, tables
+from rows import RESULTS, Rows, read_rows
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+LEAST = 8  # seconds under which no stage is worth its start
+# Tests that run the kernels, without those that draw shapes at random: each new shape is compiled
+TESTS = ("test_fused_attention.py", "test_fused_loss.py", "test_decode.py")
+NOT_TESTED = "any_shape or any_loss or any_logprobs or any_lengths or many_examples or compiled or opcheck or accepts"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A script with its options, for `limit` seconds at most."""
+
+    name: str
+    limit: float
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def stages() -> list[Stage]:
+    """In order; the first runs beside the compilation."""
+    kernels = ("kernels.py", "--no-tune")
+    training = [
+        Stage(f"training {model} {kernel}", 60, ("training.py", "--model", model, "--kernels", kernel))
+        for model in ("124M", "1.5B")
+        for kernel in ("triton", "torch")
+    ]
+    return [
+        Stage("ceilings and SDPA", 40, (*kernels, "--only", "attention causal", "--who", "SDPA")),
+        Stage("tiles", 90, ("kernels.py", "--tune-only", "--seconds", "80")),
+        Stage("attention", 45, (*kernels, "--only", "attention", "--who", "llmkit")),
+        Stage("loss", 75, (*kernels, "--only", "loss")),
+        *training[:2],
+        Stage("flex", 75, (*kernels, "--only", "attention packed", "attention windowed", "--who", "flex")),
+        Stage("log-probabilities", 45, (*kernels, "--only", "logprobs", "grpo")),
+        Stage("decode", 30, (*kernels, "--only", "decode", "--who", "llmkit", "SDPA")),
+        Stage("generation", 60, ("generation.py", "--model", "124M", "--rounds", "3")),
+        *training[2:],
+        Stage("training with heads of 64", 60, ("training.py", "--model", "124M, heads of 64")),
+        Stage("flex, decode and causal", 60, (*kernels, "--only", "decode", "attention causal", "--who", "flex")),
+        Stage("generation 1.5B", 60, ("generation.py", "--model", "1.5B", "--rounds", "3")),
+    ]
+
+
+class Run:
+    """Stages under one deadline, their rows in one file."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.smoke, self.out, self.processes = options.smoke, options.out.resolve(), options.processes
+        self.deadline = time.monotonic() + options.seconds
+        self.file = Rows(self.out / RESULTS.name)
+        self.tiles = self.out / "tiles.json"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LLMKIT_KERNELS", "LLMKIT_TILES")},
+            "PYTHONPATH": str(_site(self.out, options.wheel)),
+            "PYTHONUNBUFFERED": "1",
+            "TRITON_CACHE_DIR": str(self.out / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.out / "inductor"),
+        }
+
+    def start(self, stage: Stage) -> tuple[Stage, float, subprocess.Popen[bytes]]:
+        """Start a stage; its output goes to a log of its name."""
+        with open(self.out / f"{stage.name.replace(' ', '-')}.log", "wb") as log:
+            environment = self.environment | stage.environment
+            process = subprocess.Popen(
+                [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        return stage, time.monotonic(), process
+
+    def end(self, started: tuple[Stage, float, subprocess.Popen[bytes]]) -> None:
+        """Wait for a stage up to its limit or the deadline, and note how it ended."""
+        stage, begun, process = started
+        try:
+            code = process.wait(max(0.0, min(begun + stage.limit, self.deadline) - time.monotonic()))
+            outcome = "done" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            outcome = "cut off"
+        self.file.add(stage="end", name=stage.name, outcome=outcome, seconds=round(time.monotonic() - begun, 1))
+
+    def measure(self, stage: Stage) -> None:
+        """One stage, unless the time is over."""
+        if self.deadline - time.monotonic() < LEAST:
+            self.file.add(stage="end", name=stage.name, outcome="not begun")
+            return
+        script, *rest = stage.command
+        tiles = ("--tiles", str(self.tiles)) if script == "kernels.py" else ()
+        smoke = ("--smoke",) if self.smoke else ()
+        command = (str(HERE / script), *rest, *tiles, *smoke, "-o", str(self.file.path))
+        environment = {} if script == "kernels.py" else {"LLMKIT_TILES": str(self.tiles)}
+        self.end(self.start(Stage(stage.name, stage.limit, command, stage.environment | environment)))
+
+    def compile(self) -> list[tuple[Stage, float, subprocess.Popen[bytes]]]:
+        """Start the compilation, a part in each process."""
+        parts = 2 if self.smoke else self.processes
+        smoke = ("--smoke",) if self.smoke else ()
+        script = str(HERE / "compiling.py")
+        return [
+            self.start(Stage(f"compile {part}", 100, (script, "--part", f"{part}/{parts}", *smoke)))
+            for part in range(parts)
+        ]
+
+    def check(self) -> None:
+        """Run the kernels' tests on the GPU; in a smoke run a few of them in the interpreter."""
+        if self.deadline - time.monotonic() < LEAST:
+            return
+        folder = ROOT / "tests" / "kernels"
+        chosen = "last_rows or sure_prediction" if self.smoke else f"not ({NOT_TESTED})"
+        command = (
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT),
+            "--confcutdir", str(folder), "-m", "not slow", "-k", chosen,
+            *(() if self.smoke else ("-n", str(self.processes))), *(str(folder / name) for name in TESTS),
+        )  # fmt: skip
+        device = {} if self.smoke else {"LLMKIT_TEST_DEVICE": "cuda"}
+        stage = Stage("correctness", 90, command, device)
+        self.end(self.start(stage))
+        log = (self.out / "correctness.log").read_text(errors="replace")
+        for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE):
+            self.file.add(stage="check", name=name.rpartition("/")[2], outcome="failed")
+        summary = re.findall(r"^\d+ (?:passed|failed).*", log, re.MULTILINE)
+        self.file.add(stage="check", name="tests/kernels", outcome=summary[-1] if summary else "no result: see the log")
+
+
+def _site(out: Path, wheels: list[Path]) -> Path:
+    """A folder for PYTHONPATH: the package as an installation has it, `kernels/` in it, and the wheels unpacked."""
+    site = Path(tempfile.mkdtemp(prefix="site-", dir=out))
+    (site / "llmkit").mkdir()
+    for path in [*(ROOT / "llmkit").iterdir(), ROOT / "kernels"]:
+        if path.name != "__pycache__":
+            (site / "llmkit" / path.name).symlink_to(path)
+    for wheel in wheels:
+        zipfile.ZipFile(wheel).extractall(site)
+    return site
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, in the interpreter")
+    parser.add_argument("--seconds", type=float, default=480, help="time for all [480]")
+    parser.add_argument("--processes", type=int, default=14, help="processes that compile and test [14]")
+    parser.add_argument("--wheel", type=Path, action="append", default=[], help="a package to bring along; repeatable")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS.parent, help=f"folder [{RESULTS.parent}]")
+    options = parser.parse_args()
+    import torch
+
+    if not options.smoke and not torch.cuda.is_available():
+        print("all.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options)
+    run.tiles.write_text("{}\n")
+    first, *others = stages()
+    compiling = run.compile()
+    run.measure(first)
+    for started in compiling:
+        run.end(started)
+    run.check()
+    for stage in others:
+        if not (run.smoke and "1.5B" in stage.name):  # a smoke run has one tiny model
+            run.measure(stage)
+    rows = list(read_rows(run.file.path))
+    print(tables(rows), goals(rows), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Compile a part of the kernels that will run, for the GPU that is there or will be: fills Triton's cache on disk.
+
+    python benchmarks/gpu/compiling.py --part 3/14     # every fourteenth of the jobs, from the fourth on
+
+A job is a kernel of the tests' list (tests/kernels/compile_cases.py) with the usual tiles, or a candidate of
+shapes.py. Nothing is started on a GPU and none is needed. Triton finds the code again by source, target and options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+
+from compile_cases import launch_attention, launch_cross_entropy, launch_decode, launch_logprobs  # noqa: E402
+from llmkit.kernels.triton import tiles  # noqa: E402
+from llmkit.kernels.triton.launch import compiling_for  # noqa: E402
+from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES  # noqa: E402
+
+DTYPE = torch.bfloat16
+
+
+def jobs(smoke: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, what compiles), what training needs first."""
+    shapes, candidates = (SMOKE, SMOKE_CANDIDATES) if smoke else (FULL, CANDIDATES)
+    heads = {(x.size, x.heads // x.kv_heads) for x in shapes.attention}
+    for size, group in sorted(heads, reverse=True):
+        for packed in (False, True):
+            run = partial(launch_attention, size, DTYPE, packed=packed, group=group)
+            yield f"attention {size} group {group} packed {packed}", run
+    for words in sorted({x.words for x in shapes.loss}, reverse=True):
+        yield f"loss {words}", partial(launch_cross_entropy, words, DTYPE)
+    for hidden in sorted({x.hidden for x in shapes.loss}):
+        yield f"logprobs {hidden}", partial(launch_logprobs, hidden, DTYPE)
+    for decode in shapes.decode[:1]:
+        yield f"decode {decode.size}", partial(launch_decode, decode.size, DTYPE, group=decode.heads // decode.kv_heads)
+    for kernel in ("attention_forward", "attention_grad_query", "attention_grad_key_value"):
+        for size, listed in candidates[kernel].items():
+            for numbers in listed:
+                run = partial(launch_attention, size, DTYPE, group=max(g for s, g in heads if s == size))
+                yield f"{kernel} {size} {numbers}", _with(tiles.sized_name(kernel, size, DTYPE), numbers, run)
+    for numbers in candidates["linear_logsumexp"]:
+        run = partial(launch_logprobs, shapes.loss[0].hidden, DTYPE)
+        yield f"linear_logsumexp {numbers}", _with(tiles.product_name(DTYPE), numbers, run)
+    for numbers in candidates["cross_entropy"]:
+        for words in sorted({x.words for x in shapes.loss}):
+            name = tiles.row_name("cross_entropy", -(-words // 64) * 64)
+            yield f"cross_entropy {words} {numbers}", _with(name, numbers, partial(launch_cross_entropy, words, DTYPE))
+
+
+def _with(name: str, numbers: tuple[int, ...], run: Callable[[], None]) -> Callable[[], None]:
+    kind = {"linear": tiles.ProductTiles, "cross": tiles.RowTiles}.get(name.partition("_")[0], tiles.Tiles)
+
+    def compile_so() -> None:
+        with tiles.trying(name, kind(*numbers)):
+            run()
+
+    return compile_so
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="jobs I, I + N, I + 2 N, ... [0/1]")
+    parser.add_argument("--target", default="sm_90", help="sm_80, sm_90 or gfx942 [sm_90]")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    options = parser.parse_args()
+    first, step = map(int, options.part.split("/"))
+    for number, (name, run) in enumerate(jobs(options.smoke)):
+        if number % step != first:
+            continue
+        started = time.monotonic()
+        try:
+            with compiling_for(options.target):
+                run()
+            outcome = "compiled"
+        except Exception as error:  # of a candidate: it will fail on the GPU likewise, and is then none
+            outcome = f"failed: {type(error).__name__}"
+        print(f"{name}: {outcome} in {time.monotonic() - started:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

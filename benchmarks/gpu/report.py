@@ -1,0 +1,192 @@
+"""Rows of measurements as the tables of the docs, and which of the goals are still open.
+
+    python benchmarks/gpu/report.py build/gpu/results.jsonl     # the tables, then the list of README.md
+    python benchmarks/gpu/report.py                             # the list alone, all of it open
+
+share     of what a large product, or a copy, reached in the same file
+x best    the best peer's time over ours: above 1 we are faster
+error     the largest of outputs' and gradients' distances from float32, relative to their norms
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rows import read_rows
+from shapes import FULL
+
+OURS = "llmkit"
+SMOKE = "**A smoke run: tiny shapes on a CPU. Nothing was timed; the milliseconds are the interpreter's.**"
+Row = dict[str, Any]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """All rows in Markdown, a table for each kind of stage that there is."""
+    stages: dict[str, list[Row]] = {}
+    for row in rows:
+        stages.setdefault(row["stage"], []).append(row)
+    machines = stages.get("machine", [])
+    lines = [SMOKE, ""] if any("smoke" in row for row in machines) else []
+    if machines:
+        lines += [", ".join(f"{name} {_text(value)}" for name, value in machines[0].items() if name != "stage"), ""]
+    for stage, columns in COLUMNS.items():
+        if stage in stages:
+            lines += [*_table(columns, [_with_ratios(row, machines, stages[stage]) for row in stages[stage]]), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _with_ratios(row: Row, machines: Sequence[Row], beside: Sequence[Row]) -> Row:
+    """A kernel's row with its share of the ceiling, and where it is ours with the best peer's time over it."""
+    if row["stage"] != "kernel":
+        return row
+    peers = [x for x in beside if (x["kind"], x["shape"]) == (row["kind"], row["shape"]) and x["who"] != OURS]
+    for name in ("forward", "both"):
+        if f"{name}_ms" not in row:
+            continue
+        if machines and (ceiling := machines[0].get(row["unit"])):
+            row = row | {"share": row[f"{name}_rate"] / ceiling}
+        if row["who"] == OURS and (times := [x[f"{name}_ms"] for x in peers if f"{name}_ms" in x]):
+            row = row | {f"{name}_ratio": min(times) / row[f"{name}_ms"]}
+    return row
+
+
+COLUMNS = {  # of each stage: heading, key, format
+    "check": (("check", "name", ""), ("outcome", "outcome", ""), ("seconds", "seconds", ".0f")),
+    "tiles": (("kernel", "kernel", ""), ("milliseconds by tiles", "milliseconds", "")),
+    "kernel": (
+        ("case", "kind", ""), ("shape", "shape", ""), ("who", "who", ""), ("fwd ms", "forward_ms", ".4g"),
+        ("fwd+bwd ms", "both_ms", ".4g"), ("fwd rate", "forward_rate", ".4g"), ("bwd rate", "backward_rate", ".4g"),
+        ("unit", "unit", ""), ("share", "share", ".0%"), ("peak MB", "peak_mb", ".0f"), ("error", "error", ".1e"),
+        ("x best fwd", "forward_ratio", ".2f"), ("x best fwd+bwd", "both_ratio", ".2f"), ("note", "note", ""),
+    ),
+    "training": (
+        ("model", "model", ""), ("kernels", "kernels", ""), ("parameters", "parameters", ",d"), ("loss", "loss", ".4f"),
+        ("s a step", "step_s", ".3f"), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"),
+        ("of product", "of_product", ".1%"), ("peak MB", "peak_mb", ",.0f"), ("note", "note", ""),
+    ),
+    "generation": (
+        ("model", "model", ""), ("who", "who", ""), ("batch", "batch", "d"), ("tokens/s", "tokens_per_second", ",.0f"),
+        ("s a step", "step_s", ".2e"), ("launches", "launches", ",d"), ("share", "share", ".0%"),
+        ("x eager", "x_eager", ".2f"), ("x hf", "x_hf", ".2f"), ("error", "error", ".1e"), ("note", "note", ""),
+    ),
+    "end": (("stage", "name", ""), ("outcome", "outcome", ""), ("seconds", "seconds", ".0f")),
+}  # fmt: skip
+
+
+def _table(columns: Sequence[tuple[str, str, str]], rows: Iterable[Row]) -> list[str]:
+    lines = ["| " + " | ".join(heading for heading, _, _ in columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = ["" if row.get(key) is None else _text(row[key], form) for _, key, form in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _text(value: Any, form: str = "") -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_text(x, '.4g')}" for name, x in value.items())
+    return format(value, form or ".4g" if isinstance(value, float) else form) if not isinstance(value, str) else value
+
+
+# ---- the goals
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`figure` gives what rows say about it, or None where it is open."""
+
+    what: str
+    beside: str
+    goal: str
+    figure: Callable[[list[Row]], str | None]
+
+
+def _kernel(kind: str, shape: object, *keys: str, peer: str | None = None) -> Callable[[list[Row]], str | None]:
+    """The figures `keys` of our row of a case; with `peer` its time over ours behind them."""
+
+    def figure(rows: list[Row]) -> str | None:
+        times = {row["who"]: row for row in rows if (row.get("kind"), row.get("shape")) == (kind, str(shape))}
+        ours = times.get(OURS, {})
+        if any(ours.get(key) is None for key in keys):
+            return None
+        texts = [f"{ours[key]:.4g} {'ms' if key.endswith('_ms') else ours['unit']}" for key in keys]
+        name = "forward_ms" if keys[0].startswith("forward") else "both_ms"
+        if peer and name in times.get(peer, {}):
+            texts.append(f"{times[peer][name] / ours[name]:.2f}x {peer}")
+        return ", ".join(texts)
+
+    return figure
+
+
+def _all(stage: str, key: str, form: str, **fields: object) -> Callable[[list[Row]], str | None]:
+    """A figure of every row of a stage that has these fields."""
+
+    def figure(rows: list[Row]) -> str | None:
+        texts = [
+            f"{row.get('kernels') or row.get('who')} {format(row[key], form)}"
+            for row in rows
+            if row["stage"] == stage and all(row.get(k) == v for k, v in fields.items()) and row.get(key) is not None
+        ]
+        return ", ".join(texts) or None
+
+    return figure
+
+
+def _tiles(rows: list[Row]) -> str | None:
+    chosen = [row for row in rows if row["stage"] == "tiles"]
+    return f"{len(chosen)} kernels, in tuned.json" if chosen else None
+
+
+def _unmeasured(rows: list[Row]) -> None:
+    return None
+
+
+LONG, LOSS, GRPO, CACHE = FULL.attention[0], FULL.loss[0], FULL.grpo[0][1], FULL.decode[1]
+GOALS = (
+    Goal("attention forward, head size 128, causal, 8,192 tokens", "SDPA flash, SDPA cuDNN, flex_attention",
+         "500 TFLOP/s, 1.3x SDPA flash", _kernel("attention causal", LONG, "forward_rate", peer="SDPA flash")),
+    Goal("attention backward, the same", "the same", "380 TFLOP/s",
+         _kernel("attention causal", LONG, "backward_rate")),
+    Goal("attention, packed documents", "flex_attention compiled", "1.5x flex",
+         _kernel("attention packed", LONG, "both_rate", peer="flex_attention")),
+    Goal("attention, sliding window", "flex_attention compiled", "cost in proportion to the window",
+         _kernel("attention windowed", LONG, "both_ms", peer="flex_attention")),
+    Goal("attention at head size 64 and 128, shorter rows", "all of them", "reported",
+         _kernel("attention causal", FULL.attention[2], "forward_rate", "backward_rate", peer="SDPA flash")),
+    Goal("decode against a KV cache, batch 1, 32, 256", "SDPA masked, flex_attention", "reported in TB/s",
+         _kernel("decode", CACHE, "forward_rate", peer="SDPA masked")),
+    Goal("linear cross-entropy, 8192 x 4096 x 128256", "Liger, cut-cross-entropy, compiled torch, torch's own",
+         "36 ms, 3x Liger's Triton path, its memory", _kernel("loss", LOSS, "both_ms", peer="Liger")),
+    Goal("linear cross-entropy, 65536 x 768 x 50304 and 16384 x 1600 x 50304", "the same", "reported",
+         _kernel("loss", FULL.loss[1], "both_ms", peer="torch.compile")),
+    Goal("log-probs for RL, forward alone", "Liger's, compiled torch", "3x Liger",
+         _kernel("logprobs", GRPO, "forward_ms", peer="Liger")),
+    Goal("a GRPO step", "Liger's, compiled torch", "no slower than compiled torch",
+         _kernel("grpo", GRPO, "both_ms", peer="torch.compile")),
+    Goal("tile sizes of every kernel", "those of the tables, chosen by compiling", "the fastest", _tiles),
+    Goal("decode step at 124M and 1.5B parameters, batch 1, 16, 64", "CUDA graphs off; transformers' generate",
+         "reported, with the share of the bandwidth", _all("generation", "tokens_per_second", ",.0f", model="124M")),
+    Goal("`--quantize nf4` and `int8` with LoRA at 1.5B and 7B: seconds a step, peak memory", "PEFT on bitsandbytes",
+         "1.2x its step, its memory", _unmeasured),
+    Goal("training step at 124M parameters, kernels on and off", "nanochat (41% MFU)", "45% MFU",
+         _all("training", "mfu", ".1%", model="124M")),
+    Goal("training step at 1.5B parameters, kernels on and off", "nanochat (50% MFU)", "52% MFU",
+         _all("training", "mfu", ".1%", model="1.5B")),
+)  # fmt: skip
+
+
+def goals(rows: list[Row]) -> str:
+    """The table of README.md: every goal, with its figure or "open"."""
+    columns = (("what", "what", ""), ("beside", "beside", ""), ("goal", "goal", ""), ("measured", "figure", ""))
+    lines = ({"what": g.what, "beside": g.beside, "goal": g.goal, "figure": g.figure(rows) or "open"} for g in GOALS)
+    return "\n".join(_table(columns, lines))
+
+
+if __name__ == "__main__":
+    measured = [row for path in sys.argv[1:] for row in read_rows(Path(path))]
+    if measured:
+        print(tables(measured), end="\n\n")
+    print(goals(measured))

@@ -1,0 +1,31 @@
+"""Rows of measurements, one JSON object a line: appended as they come, so that a run cut off leaves what it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+RESULTS = Path("build/gpu/results.jsonl")
+
+
+class Rows:
+    """Appends rows to a file that other processes append to, too."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **row: object) -> dict:
+        with open(self.path, "a", encoding="utf-8") as file:  # one write a row: the system does not mix two of them
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """The rows of a file; a last line that was cut off is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
