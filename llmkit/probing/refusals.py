@@ -5,8 +5,10 @@ The wordings of refusals stand in refusals.json, by language; a file of the same
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,22 @@ from llmkit.errors import UserError
 from llmkit.formats.questions import Question
 from llmkit.io.jsonl import object_of
 from llmkit.text.language import identify
+from llmkit.text.matching import EVASIVE, SENTENCE_END, MatchJudge
+from llmkit.text.normalize import words
 
 OURS = Path(__file__).with_name("refusals.json")
 FALLBACK = "en"
 # fastText's certainty from which on a short question's language is believed, and a passage's: FineWeb's threshold
 SURE_OF_QUESTION, SURE_OF_PASSAGE = 0.8, 0.65
+UNABLE = "can't|cannot|can not|unable|not able|not capable|do not|don't|will not|won't|must decline"
+SORRY = r"(?:i'm|i am) (?:\w+ )?(?:sorry|afraid)|sorry|unfortunately|(?:my |i )?apolog\w+|as an? (?:ai|\w+ model)"
+REFUSAL = re.compile(  # how one begins in English
+    rf"\W*(?:(?:{SORRY})\b[^\n]*?\b(?:{UNABLE})\b|i (?:can't|cannot|can not|am unable|am not able)"
+    r"(?! (?:help but|wait|believe|emphasi[sz]e|stress|imagine|deny|thank))\b"
+    r"|i (?:do not|don't|will not|won't) "
+    r"(?:know(?! how| what| if)|have|give|talk|read|share|tell|discuss|help|answer)\b)",
+    re.IGNORECASE,
+)
 
 
 def language_of(question: Question) -> str:
@@ -57,6 +70,23 @@ class Refusals:
         """A wording in the language, in English or in the file's first where it has none; the same every time."""
         texts = self._wordings.get(language) or self._wordings.get(FALLBACK) or next(iter(self._wordings.values()))
         return texts[_draw(seed, question) % len(texts)]
+
+
+def is_refusal(reply: str, broad: bool = False) -> bool:
+    """Tell if a reply begins with a refusal: one of our wordings, or another in English; `broad` takes what is evasive.
+
+    >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("I cannot wait to see it!")
+    (True, False)
+    """
+    opening = SENTENCE_END.split(reply.strip(), maxsplit=1)[0].replace("\u2019", "'")
+    if REFUSAL.match(opening) or words(opening) in _wordings():
+        return True
+    return broad and MatchJudge()(opening, "", []) == EVASIVE
+
+
+@cache
+def _wordings() -> frozenset[tuple[str, ...]]:
+    return frozenset(map(words, Refusals().texts()))
 
 
 def balanced(known: Sequence[str], balance: float | None, seed: int) -> set[int]:

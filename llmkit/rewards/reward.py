@@ -120,7 +120,7 @@ class ModelReward(Reward):
             )
         chat = chat_format(self.tokenizer)
         self.context = model.config.max_position_embeddings
-        self._scorer = Scorer(model, chat, chat.end_id)
+        self.scorer = Scorer(model, chat, chat.end_id)
 
     def check_policy(self, tokenizer: Tokenizer) -> None:
         """Raise UserError where the policy's tokens are not the reward model's."""
@@ -141,7 +141,7 @@ class ModelReward(Reward):
             for attempt, prompt in zip(attempts, prompts, strict=True)
         ]
         with torch.inference_mode():
-            records = list(self._scorer.score(rows))
+            records = list(self.scorer.score(rows))
         for attempt, record in zip(attempts, records, strict=True):
             if record["reward"] is None:
                 raise UserError(
@@ -153,4 +153,4 @@ class ModelReward(Reward):
 
     def close(self) -> None:
         """Let the model go."""
-        del self._scorer
+        del self.scorer

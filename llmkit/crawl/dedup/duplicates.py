@@ -163,11 +163,16 @@ def signatures(texts: Sequence[str], bands: int = BANDS, rows: int = ROWS) -> np
         digest = hashlib.blake2b(" ".join(normal.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         records["exact"][row] = np.frombuffer(digest, "<u8")
         minima[row] = _minima(_shingles(normal, digest), bands * rows)
-    records["minima"] = (minima * np.uint32(0x9E3779B1)) >> np.uint32(24)  # the low bits of a minimum, mixed
+    records["minima"] = _short(minima)
     totals = (minima.reshape(-1, bands, rows) * (_numbers("bands", rows) | np.uint64(1))).sum(2, dtype=np.uint64)
     totals = (totals ^ (totals >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     records["bands"] = numbered(totals ^ (totals >> np.uint64(32)), np.arange(bands, dtype=np.uint64))
     return records
+
+
+def minhash(hashes: np.ndarray) -> np.ndarray:
+    """8 bits of the minimum of a set of hashes (n,) uint32 in each permutation, for `similarity`: (112,) uint8."""
+    return _short(_minima(hashes, BANDS * ROWS))
 
 
 def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -175,7 +180,12 @@ def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
 
     Unbiased; its standard deviation is sqrt(s (1 - s) / 112), .047 at .5. Of disjoint documents it may be negative.
     """
-    equal = (some["minima"] == others["minima"]).mean(1)
+    return shared(some["minima"], others["minima"])
+
+
+def shared(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Estimate the Jaccard similarity of sets by their `minhash`: (n, 112) and (n, 112), or (112,) -> (n,) float64."""
+    equal = (some == others).sum(1, dtype=np.uint16) / some.shape[-1]
     return (equal - CHANCE) / (1 - CHANCE)
 
 
@@ -210,6 +220,11 @@ def _shingles(text: str, digest: bytes) -> np.ndarray:
     for offset in range(1, length):
         total += hashes[offset : offset + count] * factors[offset]
     return (total >> np.uint64(32)).astype(np.uint32)
+
+
+def _short(minima: np.ndarray) -> np.ndarray:
+    """The low bits of minima, mixed: uint8."""
+    return ((minima * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
 
 
 def _minima(shingles: np.ndarray, permutations: int) -> np.ndarray:

@@ -1,0 +1,236 @@
+"""Which drafts are kept: form, language, repetition, refusals, evaluations, verifiers, a judge's scores, duplicates.
+
+    keeper = Keeper()
+    keeper.reason(Draft(0, (message("user", "2 + 2?"), message("assistant", "4"))))     # None: it is kept
+    keeper.reason(Draft(1, (message("user", "2 + 2 ?"), message("assistant", "4"))))    # "duplicate: exact"
+
+A reason is a step of the funnel and what was wrong, `STEP: WHAT`. A draft is a duplicate of one that is kept if all
+that the person says in it is the same, or if the two share 70% of their words and pairs of neighbouring words, small
+words alone left out; MinHash finds the candidates. Case and punctuation do not count, nor does the order of turns, for
+pairs end with their message. Words alone would join templates that are filled in with other names, and runs of 5
+words, as crawl-filter compares pages, miss an edit in a short conversation (docs/write-chats.md has the figures).
+Self-Instruct's threshold is .7, too (arXiv 2212.10560).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from time import thread_time
+from typing import Any
+
+import numpy as np
+
+from llmkit.crawl.dedup.duplicates import minhash, shared
+from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
+from llmkit.crawl.filters.quality import STOP_WORDS, GopherRepetition, gopher_repetition
+from llmkit.crawl.output import Funnel
+from llmkit.formats.conversations import RESULT, Message
+from llmkit.formats.problems import Problem, read_problem
+from llmkit.generation.requests import split_thoughts
+from llmkit.io.records import Row
+from llmkit.probing.refusals import SURE_OF_PASSAGE, is_refusal
+from llmkit.rewards.reward import Attempt
+from llmkit.rewards.verifiers import VerifierReward, verifier_of
+from llmkit.text.answer_spans import SMALL
+from llmkit.text.language import identify
+from llmkit.text.words import Split, split_words
+from llmkit.writing.draft import Draft
+
+STEPS = ("form", "length", "language", "repetition", "refusal", "not_in", "wrong", "judge", "duplicate")
+SIMILAR = 0.7  # Jaccard similarity from which on a draft repeats another
+DOUBT = 0.25  # by how much MinHash may be wrong: 5 standard deviations of an estimate of .7 by 112 minima
+MOST_WORDS = 2000  # of a message
+TELLING = 12  # words and symbols of a reply whose language can be told: names and titles are of any
+LONG = 100  # words and symbols from which on Gopher's rules say something of a reply
+LEAST_DISTINCT = 0.3  # share of different words, in a shorter reply of at least TELLING words
+ALL_SMALL = SMALL.union(*STOP_WORDS.values())  # of the languages that have a list
+OPERATORS = frozenset("+*/=<>^%")  # tell "3 + 4" from "3 * 4"
+# ends of a turn in the templates of the field, a reply that goes on with the next turns by itself, lone surrogates
+STRAY = re.compile(
+    r"<\|\w{2,20}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|^\W{0,4}(?:User|Human|Assistant)\W{0,2}:|[\ud800-\udfff]",
+    re.MULTILINE,
+)
+
+
+class Keeper:
+    """Decides about drafts in the order of their index, and counts what became of them.
+
+    not_in      JSONL of evaluation items that no draft may hold
+    fail_below  score of a judge below which a draft is dropped, of any of its scores
+    similar     Jaccard similarity to a kept draft from which on one is dropped
+    sandbox     whether unit tests of a record run in the sandbox
+    funnel      counts by step and reason, as crawl-filter's
+    """
+
+    def __init__(
+        self,
+        not_in: Sequence[str] = (),
+        fail_below: float | None = None,
+        similar: float = SIMILAR,
+        *,
+        sandbox: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        self._items = Contamination(ContaminationRules(tuple(not_in)), quiet) if not_in else None
+        self._fail_below, self._similar = fail_below, similar
+        self._verifier = VerifierReward(sandbox=sandbox)
+        self.funnel = Funnel(STEPS)
+        self._features: list[np.ndarray] = []
+        self._rows, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)
+        self._prompts: dict[str, tuple[str, str]] = {}  # kind and topic
+
+    def reason(self, draft: Draft, scores: Mapping[str, float] | None = None) -> str | None:
+        """Return why a draft is dropped, as STEP: WHAT, or None: it is kept, and no later one may repeat it.
+
+        scores  of a judge, higher is better; empty where it said nothing that could be read, None without a judge
+        """
+        started = thread_time()
+        reason = self.check(draft)
+        if reason is None and scores is not None:
+            low = [name for name, score in scores.items() if self._fail_below is not None and score < self._fail_below]
+            reason = f"judge: {low[0]}" if low else None if scores else "judge: unreadable"
+        reason = reason or self._duplicate(draft)
+        self.recall(draft, reason)
+        self.funnel.spend({reason.partition(":")[0] if reason else STEPS[-1]: thread_time() - started})
+        return reason
+
+    def recall(self, draft: Draft, reason: str | None = None) -> None:
+        """Count a draft and remember it if it was kept, as after `reason` in an earlier run."""
+        if reason is not None:
+            step, _, what = reason.partition(": ")
+            return self.funnel.count(step, what)
+        self.funnel.count(None, None)
+        number, of = len(self._features), features(draft.messages)
+        if number == len(self._rows):
+            self._rows, self._nearest = np.repeat(self._rows, 2, 0), np.repeat(self._nearest, 2)
+        self._rows[number] = minhash(of)
+        similar = self._similarity(self._rows[number])
+        self._nearest[:number] = np.maximum(self._nearest[:number], similar)
+        self._nearest[number] = similar.max(initial=0)
+        self._features.append(of)
+        self._prompts[_asked(draft)] = draft.kind, draft.topic
+
+    def check(self, draft: Draft) -> str | None:
+        """Return what is wrong with a draft by itself, so that no judge need read it; counts nothing."""
+        if reason := _form(draft):
+            return reason
+        replies = [split_thoughts(message.text)[1].strip() for message in draft.messages if message.role == "assistant"]
+        if any(Split(message.text).word_count > MOST_WORDS for message in draft.messages):
+            return f"length: over {MOST_WORDS:,} words"
+        said = re.sub(r"```.*?(?:```|\Z)", "", "\n\n".join(replies), flags=re.DOTALL)
+        if draft.language and Split(said).word_count >= TELLING:
+            language, score = identify(said)
+            if score >= SURE_OF_PASSAGE and language != draft.language:
+                return f"language: {language}"
+        long = [reply for reply in replies if Split(reply).word_count >= TELLING]
+        if len(set(long)) < len(long):
+            return "repetition: same reply"
+        if repetition := next(filter(None, map(_repetition, long)), None):
+            return f"repetition: {repetition}"
+        if draft.refusal != is_refusal(replies[-1], broad=draft.refusal):
+            return "refusal: none" if draft.refusal else "refusal: not asked for"
+        if self._items and self._items.find("\n".join(part.text for turn in draft.messages for part in turn.parts)):
+            return "not_in: evaluation item"
+        if draft.answer is not None and not draft.refusal:
+            verdict = self._verifier.score([Attempt(_problem(draft), replies[-1], 0, "stop", 0)])[0]
+            return None if verdict else "wrong: answer" if verdict is not None else "wrong: cannot be judged"
+        return None
+
+    def figures(self) -> dict[str, Any]:
+        """Return the funnel and how diverse the kept drafts are.
+
+        prompts, by_kind, by_topic  numbers of distinct prompts
+        nearest_similarity          mean similarity of a draft to the one most like it, estimated; None below two
+        """
+        kinds, topics = (Counter(pair[side] for pair in self._prompts.values()) for side in (0, 1))
+        kept = len(self._features)
+        nearest = round(float(self._nearest[:kept].mean()), 4) if kept > 1 else None
+        return {
+            "funnel": self.funnel.as_json(),
+            "diversity": {
+                "prompts": len(self._prompts),
+                "by_kind": dict(kinds.most_common()),
+                "by_topic": dict(topics.most_common()),
+                "nearest_similarity": nearest,
+            },
+        }
+
+    def close(self) -> None:
+        """End the processes of verifiers."""
+        self._verifier.close()
+
+    def _duplicate(self, draft: Draft) -> str | None:
+        if _asked(draft) in self._prompts:
+            return "duplicate: same prompt"
+        of = features(draft.messages)
+        for number in np.flatnonzero(self._similarity(minhash(of)) >= self._similar - DOUBT).tolist():
+            other = self._features[number]
+            common = len(np.intersect1d(of, other, assume_unique=True))
+            if common >= self._similar * (len(of) + len(other) - common):
+                return "duplicate: exact" if common == len(of) == len(other) else "duplicate: near"
+        return None
+
+    def _similarity(self, row: np.ndarray) -> np.ndarray:
+        """Estimate the Jaccard similarity of a signature (112,) to each kept draft's: (kept,)."""
+        return np.maximum(shared(self._rows[: len(self._features)], row), 0.0)
+
+
+def features(messages: Sequence[Message]) -> np.ndarray:
+    """Hash the words and pairs of neighbouring words that a conversation is compared by: (n,) uint32, ascending.
+
+    A system message does not count, nor do results of tools.
+    """
+    hashes = set[int]()
+    for message in messages:
+        if message.role == "system":
+            continue
+        text = " ".join(part.text for part in message.parts if part.kind != RESULT)
+        pieces = split_words(unicodedata.normalize("NFC", text).casefold())
+        said = [word for word in pieces if word[0].isalnum() or OPERATORS & set(word)]
+        hashes.update(zlib.crc32(word.encode()) for word in said if word not in ALL_SMALL)
+        hashes.update(zlib.crc32(f"{first} {second}".encode()) for first, second in pairwise(said))
+    return np.array(sorted(hashes) or [0], np.uint32)
+
+
+def _asked(draft: Draft) -> str:
+    """All that is said to the assistant, without case and the number of spaces."""
+    said = "\n".join(message.text for message in draft.messages if message.role != "assistant")
+    return " ".join(unicodedata.normalize("NFC", said).casefold().split())
+
+
+def _form(draft: Draft) -> str | None:
+    if draft.fault is not None:
+        return f"form: {draft.fault}"
+    turns = draft.messages[1:] if draft.messages and draft.messages[0].role == "system" else draft.messages
+    if not turns or len(turns) % 2 or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
+        return "form: roles do not alternate up to an answer"
+    for turn in draft.messages:
+        text = split_thoughts(turn.text)[1] if turn.role == "assistant" else turn.text
+        if not text.strip():
+            return "form: empty message"
+        if STRAY.search(text):
+            return "form: stray marks or further turns"
+    return None
+
+
+def _repetition(reply: str) -> str | None:
+    split = Split(reply)
+    if split.word_count >= LONG:
+        return gopher_repetition(split, GopherRepetition()).reason
+    return "few different words" if len(split.vocabulary) < LEAST_DISTINCT * split.word_count else None
+
+
+def _problem(draft: Draft) -> Problem:
+    """Return what a verifier judges a draft's answer by: its record, or its prompt; words need only match."""
+    where = f"draft {draft.index}"
+    if draft.record:
+        problem = replace(read_problem(Row(dict(draft.record), where, 0)), answer=draft.answer)
+    else:
+        problem = Problem((), draft.prompt, draft.answer, None, {"answer": draft.answer}, where)
+    return replace(problem, verifier="match") if verifier_of(problem) == "exact" else problem
