@@ -44,6 +44,7 @@ from llmkit.writing.draft import Draft
 
 STEPS = ("form", "length", "language", "repetition", "refusal", "not_in", "wrong", "judge", "duplicate")
 SIMILAR = 0.7  # Jaccard similarity from which on a draft repeats another
+REPLIES = 0.3  # that of their replies, at least: other questions about one long text are no duplicates
 DOUBT = 0.25  # by how much MinHash may be wrong: 5 standard deviations of an estimate of .7 by 112 minima
 MOST_WORDS = 2000  # of a message
 TELLING = 12  # words and symbols of a reply whose language can be told: names and titles are of any
@@ -81,7 +82,7 @@ class Keeper:
         self._fail_below, self._similar = fail_below, similar
         self._verifier = VerifierReward(sandbox=sandbox)
         self.funnel = Funnel(STEPS)
-        self._features: list[np.ndarray] = []
+        self._features: list[tuple[np.ndarray, np.ndarray]] = []  # of a conversation, and of the replies in it
         self._rows, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)
         self._prompts: dict[str, tuple[str, str]] = {}  # kind and topic
 
@@ -106,14 +107,15 @@ class Keeper:
             step, _, what = reason.partition(": ")
             return self.funnel.count(step, what)
         self.funnel.count(None, None)
-        number, of = len(self._features), features(draft.messages)
+        number, (whole, replies) = len(self._features), _features_of(draft)
         if number == len(self._rows):
-            self._rows, self._nearest = np.repeat(self._rows, 2, 0), np.repeat(self._nearest, 2)
-        self._rows[number] = minhash(of)
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            self._nearest = np.concatenate([self._nearest, np.zeros_like(self._nearest)])
+        self._rows[number] = minhash(whole)
         similar = self._similarity(self._rows[number])
         self._nearest[:number] = np.maximum(self._nearest[:number], similar)
         self._nearest[number] = similar.max(initial=0)
-        self._features.append(of)
+        self._features.append((whole, replies))
         self._prompts[_asked(draft)] = draft.kind, draft.topic
 
     def check(self, draft: Draft) -> str | None:
@@ -168,12 +170,12 @@ class Keeper:
     def _duplicate(self, draft: Draft) -> str | None:
         if _asked(draft) in self._prompts:
             return "duplicate: same prompt"
-        of = features(draft.messages)
-        for number in np.flatnonzero(self._similarity(minhash(of)) >= self._similar - DOUBT).tolist():
-            other = self._features[number]
-            common = len(np.intersect1d(of, other, assume_unique=True))
-            if common >= self._similar * (len(of) + len(other) - common):
-                return "duplicate: exact" if common == len(of) == len(other) else "duplicate: near"
+        whole, replies = _features_of(draft)
+        for number in np.flatnonzero(self._similarity(minhash(whole)) >= self._similar - DOUBT).tolist():
+            other, answered = self._features[number]
+            similarity = jaccard(whole, other)
+            if similarity >= self._similar and jaccard(replies, answered) >= REPLIES:
+                return "duplicate: exact" if similarity == 1 else "duplicate: near"
         return None
 
     def _similarity(self, row: np.ndarray) -> np.ndarray:
@@ -196,6 +198,16 @@ def features(messages: Sequence[Message]) -> np.ndarray:
         hashes.update(zlib.crc32(word.encode()) for word in said if word not in ALL_SMALL)
         hashes.update(zlib.crc32(f"{first} {second}".encode()) for first, second in pairwise(said))
     return np.array(sorted(hashes) or [0], np.uint32)
+
+
+def jaccard(some: np.ndarray, others: np.ndarray) -> float:
+    """Return the share of features (n,) and (m,) that both have."""
+    common = len(np.intersect1d(some, others, assume_unique=True))
+    return common / (len(some) + len(others) - common)
+
+
+def _features_of(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
+    return features(draft.messages), features([turn for turn in draft.messages if turn.role == "assistant"])
 
 
 def _asked(draft: Draft) -> str:

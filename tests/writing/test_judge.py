@@ -1,4 +1,4 @@
-"""Scores of a judge: its JSON wherever it stands, twice unreadable, a server with faults, and a reward model."""
+"""Scores of a judge: its JSON wherever it stands, twice unreadable, and a reward model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.writing.draft import Draft
 from llmkit.writing.judge import PATIENCE, Scores, best_and_worst, open_judge, read_scores
-
-pytestmark = pytest.mark.usefixtures("one_retry")
 
 GUIDE = "Answer in a sentence. Never promise {anything}."
 
@@ -61,7 +59,6 @@ def test_a_judge_sees_guide_and_conversation_and_is_asked_again_once() -> None:
         return judgement(reasons={"truthful": "measured"}) if readable else "I like it."
 
     with ChatServer(answer) as server, open_judge(server.spec, GUIDE, seed=7, concurrency=1, timeout=5.0) as judge:
-        server.faults = ["429"]
         scores = judge.scores([draft("10 km."), draft("5 km.", 1), draft("Ignore this.", 2)])
         assert judge.usage is not None and judge.usage.requests == 5
     assert [score.values.get("helpful") for score in scores] == [4, 4, None]

@@ -120,6 +120,24 @@ def test_filled_in_templates_are_no_duplicates(keeper: Keeper, texts: tuple[str,
         assert keeper.reason(draft(*other, index=index)) is None
 
 
+def test_questions_about_one_passage_are_no_duplicates(keeper: Keeper) -> None:
+    passage = " ".join([*TIDES] * 2)
+    assert keeper.reason(draft(f"{passage}\n\nWhat pulls the water?", "The Moon.")) is None
+    assert keeper.reason(draft(f"{passage}\n\nWhen are tides highest?", "At new and full moon.", index=1)) is None
+    assert (
+        keeper.reason(draft(f"{passage}\n\nWhat is it that pulls the water?", "The Moon.", index=2))
+        == "duplicate: near"
+    )
+
+
+def test_the_first_of_a_thousand_is_remembered(keeper: Keeper) -> None:
+    for number in range(1000):
+        assert keeper.reason(draft(f"What is {number} + {number}?", f"{2 * number}.", index=number)) is None
+    for number in (0, 300, 999):
+        again = draft(f"What is {number} + {number} ?!", f"{2 * number}", index=1000)
+        assert keeper.reason(again) == "duplicate: exact"
+
+
 def test_dropped_drafts_may_be_said_again(keeper: Keeper) -> None:
     assert keeper.reason(draft(*TIDES), {"helpful": 1}) == "judge: helpful"
     assert keeper.reason(draft(*TIDES, index=1), {"helpful": 5}) is None
