@@ -1,28 +1,41 @@
-"""`llmkit serve` in a process of its own, as a user starts it.
+"""`llmkit serve` in a process of its own, as a user starts it; or within this one, which takes 0.1 s and not 5.
 
 with served("chat/", "--queue", "4") as server:
     server.client.chat.completions.create(model="chat", ...)
     server.post("/tokenize", {"prompt": "abc"})   ->  (200, {...})
+with serving("chat/") as server:
+    ... server.spec ...                           #  openai:http://127.0.0.1:40123/v1#chat
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
+@dataclass
 class Server:
-    """A server that runs: `url`, its `process`, and what it wrote to stderr until then."""
+    """A server that runs: its `url`, the name of a `model`, its `process` if it has one of its own."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
-        self.process, self.url = process, url
+    url: str
+    model: str = ""
+    process: Any = None
+
+    @property
+    def spec(self) -> str:
+        """The value of --engine."""
+        return f"openai:{self.url}/v1#{self.model}"
 
     @property
     def client(self) -> Any:
@@ -56,10 +69,49 @@ def served(*arguments: Any) -> Iterator[Server]:
         address = re.fullmatch(r"llmkit: serving .* on (http://\S+)\n", line)
         try:
             assert address, line + process.stderr.read()
-            yield Server(process, address[1])
+            yield Server(address[1], process=process)
         finally:
             if process.poll() is None:
                 process.terminate()
             rest = process.communicate(timeout=30)[1]
         assert process.returncode == 0, rest
         assert "Traceback" not in rest, rest
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """Serve a model in a thread, on a free port, as `llmkit serve FOLDER` does."""
+    import uvicorn
+
+    from llmkit.generation.generator import Generator
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.sampler import open_sampler
+    from llmkit.serving.app import Service, build
+    from llmkit.serving.engine import Engine
+    from llmkit.serving.models import ServedModel
+    from llmkit.serving.server import HttpProtocol, listen
+
+    running: list[uvicorn.Server] = []
+    ready = threading.Event()
+
+    async def serve(generator: Generator) -> None:
+        model = ServedModel(folder.name, str(folder), generator)
+        engine = Engine({model.name: generator}, asyncio.get_running_loop())
+        service = Service([model], engine, slots=16, queue=256, timeout=600, judgements=None, guide=None)
+        app = build(service, keys=(), hosts=(), origins=())
+        config = uvicorn.Config(app, http=HttpProtocol, ws="none", lifespan="off", log_config=None, access_log=False)
+        running.append(uvicorn.Server(config))
+        ready.set()
+        await running[0].serve([sock])
+        engine.close()
+
+    with listen("127.0.0.1", 0) as sock, open_sampler(str(folder), Sampling()) as generator:
+        assert isinstance(generator, Generator)
+        thread = threading.Thread(target=lambda: asyncio.run(serve(generator)), daemon=True)
+        thread.start()
+        assert ready.wait(60)
+        try:
+            yield Server(f"http://127.0.0.1:{sock.getsockname()[1]}", folder.name)
+        finally:
+            running[0].should_exit = True
+            thread.join()

@@ -15,8 +15,8 @@ import torch
 import transformers
 from foreign_templates import TEMPLATES
 from foreign_templates import save as save_with_template
-from model_server import ModelServer
 from safetensors.torch import load_file, save_file
+from served import serving
 from tiny import make_model, save_assistant
 
 from llmkit.errors import UserError
@@ -195,7 +195,7 @@ def test_probe_knowledge_asks_by_its_template(templated: Path) -> None:
     expected = their_answer(templated, "What is it?", 12).strip()
     probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(**options))
     assert json.loads(report.read_text())["responses"] == [expected]
-    with ModelServer(templated) as server:
+    with serving(templated) as server:
         probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(engine=server.spec, **options))
     assert json.loads(report.read_text())["responses"] == [expected]
     with pytest.raises(UserError, match=r"no verdict of .* could be read"):  # it is asked, and babbles

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from model_server import ModelServer
+from served import serving
 from tiny import make_model, save_assistant, save_folder
 
 from llmkit.config import resolve
@@ -68,7 +69,7 @@ def test_without_a_folder_text_and_messages_are_sent_and_nothing_that_is_not_ope
             frozenset({"model", "seed", "max_tokens", "temperature", name}) for name in ("prompt", "messages")
         }
     assert all("token_ids" not in one and one["completion"] for one in made)
-    with ModelServer(babbler) as server:
+    with serving(babbler) as server:
         options = {"inputs": [str(tmp_path / "in.jsonl")], "temperature": "0"}
         by_ids = sample(babbler, tmp_path / "ids.jsonl", engine=server.spec, **options)
         by_text = sample(None, tmp_path / "text2.jsonl", engine=server.spec, **options)
@@ -76,7 +77,7 @@ def test_without_a_folder_text_and_messages_are_sent_and_nothing_that_is_not_ope
 
 
 def test_reruns_agree_and_seeds_and_samples_differ(folder, prompts, tmp_path):
-    with ModelServer(folder) as server:
+    with serving(folder) as server:
         options = {"engine": server.spec, "inputs": [str(prompts)], "samples": "3"}
         first = sample(folder, tmp_path / "a.jsonl", **options)
         assert first == sample(folder, tmp_path / "b.jsonl", **options | {"concurrency": "1"})
