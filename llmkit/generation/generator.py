@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -31,9 +31,10 @@ import torch
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
-from llmkit.generation.next_token import Sampling, choose_tokens, likeliest, uniforms
+from llmkit.generation.next_token import Sampling, choose_tokens, likeliest
 from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
-from llmkit.generation.tool_calls import BROKEN, Functions, ToolUse, unavailable_notes
+from llmkit.generation.sequence import CALL, RunningSequence
+from llmkit.generation.tool_calls import Functions, ToolUse, unavailable_notes
 from llmkit.generation.transformers_decoder import TransformersDecoder
 from llmkit.io.progress import counted, quantity
 from llmkit.model.config import ModelConfig
@@ -42,17 +43,15 @@ from llmkit.model.folder import load_model
 from llmkit.model.transformer import Transformer
 from llmkit.model.transformers_backend import TransformersModel
 from llmkit.tokenizer.chat import ChatFormat
-from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
+from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.tools.toolbox import ToolResult
 
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
-DRAWS = 128  # random numbers made at a time
 THREADS = 8  # of tools, which are mostly waited for
 KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
 BEYOND_CACHES = 64 * 2**20  # bytes of weights: fewer stay in a processor's cache, and memory is not what they wait for
 WORTH_MEASURING = 1.0  # seconds of decoding
-CALL = "call"  # in place of a finish reason: the sequence waits for a tool
 
 
 @dataclass(frozen=True)
@@ -210,60 +209,6 @@ class Generator:
         yield f"{', '.join(phrases)}, after {self.loading:.1f} s of loading"
 
 
-@dataclass
-class _Sequence:
-    """One sample on its way."""
-
-    index: int  # of the request
-    sample: int
-    request: Request
-    max_tokens: int  # of its own
-    room: int  # for all that follows the prompt
-    decoding: DecodeStream
-    stops: StopMatcher
-    tools: ToolUse | None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    truncated_logprobs: list[float] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    own: int = 0  # number of tokens sampled
-    texts: list[str] = field(default_factory=list)
-    call: tuple[str, list[int]] | None = None  # the tool, and the tokens of its input so far
-    calls: list[tuple[str, str]] = field(default_factory=list)  # whose results it waits for: the tools, their inputs
-    opening: StopMatcher | None = None  # finds the beginning of a call that is text
-    turn_start: int = 0  # index of the first token behind the last result
-    turn_text: str = ""  # of the tokens from there on
-    emitted: int = 0  # characters of it that were given out
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    _draws: tuple[int, np.ndarray] | None = None
-
-    @property
-    def position(self) -> int:
-        """Position of the last token; its slot holds all before it."""
-        return len(self.request.prompt) + len(self.token_ids) - 1
-
-    @property
-    def full(self) -> bool:
-        """True if no token may follow."""
-        return self.own >= self.max_tokens or len(self.token_ids) >= self.room
-
-    def append(self, token: int, logprob: float, truncated_logprob: float, sampled: bool = True) -> None:
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        self.truncated_logprobs.append(truncated_logprob)
-        self.sampled.append(sampled)
-        self.own += sampled
-
-    def next_uniform(self) -> float:
-        """The random number of the token to come."""
-        block, at = divmod(len(self.token_ids), DRAWS)
-        if self._draws is None or self._draws[0] != block:
-            request = self.request
-            self._draws = block, uniforms(request.seed, request.number, self.sample, block * DRAWS, DRAWS)
-        return self._draws[1][at]
-
-
 class Pool:
     """Sequences under way: in slots, with a tool, or done; with nothing else to run, a tool is awaited `poll` seconds.
 
@@ -280,10 +225,10 @@ class Pool:
     ) -> None:
         self._of, self._decoder, self._poll = generator, generator.decoder, poll
         self._on_text, self._on_call = on_text, on_call
-        self.running: list[_Sequence] = []  # slot i holds running[i]
+        self.running: list[RunningSequence] = []  # slot i holds running[i]
         self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
         self._workers: ThreadPoolExecutor | None = None
-        self._calls: dict[Future[list[ToolResult]], tuple[_Sequence, Prefix]] = {}  # under way
+        self._calls: dict[Future[list[ToolResult]], tuple[RunningSequence, Prefix]] = {}  # under way
         self._fresh = self._begin(requests)
         self._more = True  # requests
 
@@ -330,7 +275,7 @@ class Pool:
         if self._workers is not None:
             self._workers.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, requests: Iterable[Request | None]) -> Iterator[tuple[_Sequence, Prefix] | None]:
+    def _begin(self, requests: Iterable[Request | None]) -> Iterator[tuple[RunningSequence, Prefix] | None]:
         """Every sample of every request with its prefilled prompt; equal prompts that follow closely share one."""
         generator, prefixes, index = self._of, self._of.prefixes, -1
         for request in requests:
@@ -356,16 +301,28 @@ class Pool:
                 if index not in self.done:  # cancelled
                     break
                 decoding = generator.tokenizer.stream(request.prompt, skip_specials=True)
-                sequence = _Sequence(index, sample, request, limit, room, decoding, StopMatcher(stops), tools)
+                sequence = RunningSequence(
+                    index,
+                    sample,
+                    request,
+                    max_tokens=limit,
+                    room=room,
+                    decoding=decoding,
+                    stops=StopMatcher(stops),
+                    tools=tools,
+                    tokenizer=generator.tokenizer,
+                    end_ids=generator.end_ids,
+                    on_text=self._on_text,
+                )
                 if tools is not None:
                     sequence.call = tools.open_call(prompt)
                     sequence.opening = StopMatcher(tools.openers) if tools.form is not None else None
                 yield sequence, prefix
 
-    def _enter(self, sequence: _Sequence, prefix: Prefix) -> None:
+    def _enter(self, sequence: RunningSequence, prefix: Prefix) -> None:
         """Choose a sequence's next token, and give it a slot if it goes on."""
         ((token, logprob, truncated),) = self._choose(prefix.logits_1V, [sequence])
-        reason = self._take(sequence, token, logprob, truncated)
+        reason = sequence.take(token, logprob, truncated)
         if reason is None:
             self._decoder.load(len(self.running), prefix)
             self.running.append(sequence)
@@ -384,7 +341,7 @@ class Pool:
         tokens = self._choose(logits, running)
         for slot in range(len(running) - 1, -1, -1):
             sequence, (token, logprob, truncated) = running[slot], tokens[slot]
-            reason = self._take(sequence, token, logprob, truncated)
+            reason = sequence.take(token, logprob, truncated)
             if reason is not None:
                 prefix = self._decoder.hold(slot, sequence.position) if reason == CALL else None
                 self._leave(sequence, reason, prefix)
@@ -397,7 +354,7 @@ class Pool:
             self._decoder.move(len(self.running), slot, last.position)
             self.running[slot] = last
 
-    def _choose(self, logits_BV: torch.Tensor, sequences: list[_Sequence]) -> list[tuple[int, float, float]]:
+    def _choose(self, logits_BV: torch.Tensor, sequences: list[RunningSequence]) -> list[tuple[int, float, float]]:
         """The next token of each sequence, its log-probability, and that after truncation."""
         # A model may have more rows than its tokenizer has tokens, to be a multiple of 64: nobody trained them.
         draws = np.array([sequence.next_uniform() for sequence in sequences])
@@ -422,98 +379,10 @@ class Pool:
         self._of.usage.completion_tokens += len(sequences)
         return chosen
 
-    def _take(self, sequence: _Sequence, token: int, logprob: float, truncated: float) -> str | None:
-        """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
-        sequence.append(token, logprob, truncated)
-        ended, tools, open_call = token in self._of.end_ids, sequence.tools, sequence.call
-        if tools is not None and open_call is None and token in tools.others:
-            tools.unavailable_calls[tools.others[token]] += 1
-        if tools is not None and sequence.opening is not None and open_call is None and token not in tools.starts:
-            if (reason := self._take_text(sequence, tools, token, ended)) is not None:
-                return reason
-            text = ""
-        elif ended:
-            text = ""
-        elif tools is not None and token in tools.starts:
-            sequence.call = tools.starts[token], []
-            text = sequence.decoding.finish()
-            if sequence.opening is not None:  # which may have held something back
-                sequence.turn_text += text
-                text, sequence.emitted = sequence.turn_text[sequence.emitted :], len(sequence.turn_text)
-            text = sequence.stops.push(text)
-        elif tools is not None and open_call is not None:
-            tool, input_ids = open_call
-            if token == tools.ends[tool]:
-                if tool not in tools.toolbox.names and tool not in tools.own:
-                    return self._last_text(sequence, "no_tool")
-                text = self._of.tokenizer.decode(input_ids, skip_specials=True)
-                sequence.call = None
-                return self._call(sequence, tools, [(tool, text)])
-            input_ids.append(token)
-            text = ""
-        else:
-            text = sequence.stops.push(sequence.decoding.push([token]))
-        self._emit(sequence, text)
-        if sequence.stops.stopped:
-            return "stop"
-        if ended or sequence.full:
-            return self._last_text(sequence, "stop" if ended else "length")
-        return None
-
-    def _take_text(self, sequence: _Sequence, tools: ToolUse, token: int, ended: bool) -> str | None:
-        """Take a token of a turn in which calls are text: emit text before a call, and read calls that are complete."""
-        assert sequence.opening is not None
-        over = ended or sequence.full
-        piece = sequence.decoding.finish() if ended else sequence.decoding.push([token])
-        piece += sequence.decoding.finish() if over and not ended else ""
-        sequence.opening.stopped |= token in tools.opener_ids
-        text, sequence.turn_text = sequence.opening.push(piece), sequence.turn_text + piece
-        calls: list[tuple[str, str]] = []
-        if tools.may_be_over(sequence.turn_text, token, ended):
-            before, calls = tools.read(sequence.token_ids[sequence.turn_start :], sequence.turn_text)
-            text = before[sequence.emitted :] if calls else text
-        if over and not calls:
-            text = sequence.turn_text[sequence.emitted :]
-            tools.unavailable_calls[BROKEN] += tools.is_broken(sequence.token_ids[sequence.turn_start :])
-        sequence.emitted += len(text)
-        self._emit(sequence, sequence.stops.push(text))
-        return self._call(sequence, tools, calls) if calls and not sequence.stops.stopped else None
-
-    def _call(self, sequence: _Sequence, tools: ToolUse, calls: list[tuple[str, str]]) -> str:
-        """Have a sequence wait for calls, or say why it ends with them."""
-        if len(sequence.tool_calls) + len(calls) > tools.max_calls:
-            return self._last_text(sequence, "tool_limit")
-        sequence.calls = calls
-        if tools.are_left(calls):
-            sequence.tool_calls += [{"tool": tool, "input": text} for tool, text in calls]
-            return self._last_text(sequence, "tool_calls")
-        return self._last_text(sequence, "length") if sequence.full else CALL
-
-    def _last_text(self, sequence: _Sequence, reason: str) -> str:
-        """Give out what was held back at the end; a stop string in it is the reason of the end."""
-        text = sequence.stops.push(sequence.decoding.finish())
-        self._emit(sequence, text + sequence.stops.finish())
-        return "stop" if sequence.stops.stopped else reason
-
-    def _emit(self, sequence: _Sequence, text: str) -> None:
-        if text:
-            sequence.texts.append(text)
-            if self._on_text is not None:
-                self._on_text(sequence.index, sequence.sample, text)
-
-    def _leave(self, sequence: _Sequence, reason: str, prefix: Prefix | None) -> None:
+    def _leave(self, sequence: RunningSequence, reason: str, prefix: Prefix | None) -> None:
         """A sequence is done, or waits for a tool with its keys and values."""
         if reason != CALL:
-            self.done[sequence.index][sequence.sample] = Completion(
-                "".join(sequence.texts),
-                sequence.token_ids,
-                reason,
-                sequence.logprobs,
-                sequence.truncated_logprobs,
-                sequence.sampled,
-                sequence.tool_calls,
-                sequence.top_logprobs,
-            )
+            self.done[sequence.index][sequence.sample] = sequence.completion(reason)
             return
         assert sequence.tools is not None and prefix is not None
         for tool, text in sequence.calls:
@@ -525,8 +394,8 @@ class Pool:
         self._calls[self._workers.submit(sequence.tools.run, sequence.calls)] = sequence, prefix
 
     def _resume(
-        self, sequence: _Sequence, earlier: Prefix, results: list[ToolResult]
-    ) -> tuple[_Sequence, Prefix] | None:
+        self, sequence: RunningSequence, earlier: Prefix, results: list[ToolResult]
+    ) -> tuple[RunningSequence, Prefix] | None:
         """Prefill the results of tools behind their calls; None where they leave no room for a token more."""
         if sequence.tools is None or sequence.index not in self.done:  # cancelled
             return None
@@ -536,19 +405,13 @@ class Pool:
             if self._on_call is not None:
                 self._on_call(sequence.index, sequence.sample, call, text)
         if not ids:
-            self._leave(sequence, self._last_text(sequence, "length"), None)
+            self._leave(sequence, sequence.finish("length"), None)
             return None
         if self._decoder.turns_anew(len(earlier), len(earlier) + 1 + len(ids)):
             prefix = self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids, *ids])
         else:
             prefix = self._decoder.extend(earlier, [sequence.token_ids[-1], *ids])
-        for token in ids:
-            sequence.append(token, 0.0, 0.0, sampled=False)
-            if sequence.request.top_logprobs:
-                sequence.top_logprobs.append([])
-        if sequence.opening is not None:
-            sequence.turn_start, sequence.turn_text, sequence.emitted = len(sequence.token_ids), "", 0
-            sequence.opening = StopMatcher(sequence.tools.openers)
+        sequence.append_results(ids)
         return sequence, prefix
 
 
