@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import as_record
@@ -57,7 +56,7 @@ class Scores:
     """Scores of a draft, higher is better, and reasons; none where the judge could not be read."""
 
     values: Mapping[str, float] = field(default_factory=dict)
-    reasons: Any = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -145,7 +144,7 @@ def read_scores(reply: str) -> Scores | None:
     """Read the last JSON object of a reply that has all scores, wherever it stands; None without one.
 
     >>> read_scores('Sure! {"helpful": 4, "truthful": "5", "harmless": 5.0, "reasons": "short"} Bye.')
-    Scores(values={'helpful': 4.0, 'truthful': 5.0, 'harmless': 5.0}, reasons='short')
+    Scores(values={'helpful': 4.0, 'truthful': 5.0, 'harmless': 5.0}, reasons={'all': 'short'})
     """
     at, last = reply.find("{"), None
     while at >= 0:
@@ -153,7 +152,10 @@ def read_scores(reply: str) -> Scores | None:
         try:
             value, end = json.JSONDecoder().raw_decode(reply, at)
             scores = {name: float(value[name]) for name in ASPECTS}
-            last = Scores(scores, value.get("reasons")) if all(1 <= score <= 5 for score in scores.values()) else last
+            if all(1 <= score <= 5 for score in scores.values()):
+                reasons = value.get("reasons", {})
+                reasons = reasons if isinstance(reasons, dict) else {"all": reasons}
+                last = Scores(scores, {str(name): str(reason) for name, reason in reasons.items()})
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
         at = reply.find("{", end)

@@ -32,6 +32,7 @@ def judgement(helpful: object = 4, truthful: object = 5, harmless: object = 5, *
         (judgement(), [4, 5, 5]),
         (f"Sure, here it is:\n```json\n{judgement(reasons={'helpful': 'vague {sic}'})}\n```\nBye.", [4, 5, 5]),
         (f"{judgement(1, 1, 1)} or rather {judgement(2, 3, '4')}", [2, 3, 4]),
+        (judgement(reasons=["fine", None]), [4, 5, 5]),
         (f"{{not json}} {judgement(2.5)}", [2.5, 5, 5]),
         (f'{{"scores": 1, "of": [{judgement(3)}]}}', None),
         ("{" * 5000, None),
@@ -48,6 +49,7 @@ def judgement(helpful: object = 4, truthful: object = 5, harmless: object = 5, *
 def test_the_last_whole_json_of_a_reply_counts(reply: str, values: list[float] | None) -> None:
     scores = read_scores(reply)
     assert (scores and list(scores.values.values())) == values
+    assert scores is None or all(isinstance(reason, str) for reason in scores.reasons.values())
 
 
 def test_a_judge_sees_guide_and_conversation_and_is_asked_again_once() -> None:
