@@ -96,7 +96,7 @@ class Keeper:
         if reason is None and scores is not None:
             low = [name for name, score in scores.items() if self._fail_below is not None and score < self._fail_below]
             reason = f"judge: {low[0]}" if low else None if scores else "judge: unreadable"
-        reason = reason or self._duplicate(draft)
+        reason = reason or self.duplicate(draft)
         self.recall(draft, reason)
         self.funnel.spend({reason.partition(":")[0] if reason else STEPS[-1]: thread_time() - started})
         return reason
@@ -167,7 +167,8 @@ class Keeper:
         """End the processes of verifiers."""
         self._verifier.close()
 
-    def _duplicate(self, draft: Draft) -> str | None:
+    def duplicate(self, draft: Draft) -> str | None:
+        """Return of what kind a draft repeats one that is kept, or None."""
         if _asked(draft) in self._prompts:
             return "duplicate: same prompt"
         whole, replies = _features_of(draft)
