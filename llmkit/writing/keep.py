@@ -246,4 +246,5 @@ def _problem(draft: Draft) -> Problem:
         problem = replace(read_problem(Row(dict(draft.record), where, 0)), answer=draft.answer)
     else:
         problem = Problem((), draft.prompt, draft.answer, None, {"answer": draft.answer}, where)
-    return replace(problem, verifier="match") if verifier_of(problem) == "exact" else problem
+    in_words = problem.verifier is None and verifier_of(problem) == "exact"
+    return replace(problem, verifier="match") if in_words else problem

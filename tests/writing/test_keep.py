@@ -17,6 +17,7 @@ TIDES = (
     "And why are some tides higher than others?",
     "Sun and Moon pull along one line at new and full moon, so that their tides add up; a week later they do not.",
 )
+SORTING = {"prompt": "Sort 8730", "answer": "0378", "verifier": "exact"}
 LOOP = "I like the sea and the sky. "
 TRUNCATED = "What is the deepest lake in the whole of Siberia, and how many rivers feed it?"
 
@@ -62,6 +63,8 @@ def keeper():
         (draft("What is 17 + 8?", "<think>\n25\n</think>\n\nIt is 26.", answer="25"), None, "wrong: answer"),
         (draft("Capital of France?", "It is Paris.", answer="Paris"), None, None),
         (draft("Capital of France?", "It is Lyon.", answer="Paris"), None, "wrong: answer"),
+        (draft("Sort 8730", "378", answer="0378", record=SORTING), None, "wrong: answer"),
+        (draft("Sort 8730", "0378", answer="0378", record=SORTING), None, None),
         (draft("A or B?", "B.", answer="B", record={"question": "A or B?", "answer": "B"}), None, None),
         (draft(*TIDES), {"helpful": 2.5, "harmless": 5}, "judge: helpful"),
         (draft(*TIDES), {}, "judge: unreadable"),
