@@ -11,13 +11,13 @@ B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head 
 
 import math
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import llmkit.kernels.fused_attention as fused_attention
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.dispatch import in_one_dtype, once_differentiable
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 128  # queries; of 64, 128 and 256 the fastest up to 512 tokens
 LONG_QUERY_BLOCK = 256  # 1.15x as fast as 128 at 1,024
@@ -69,7 +69,7 @@ class Packing:
     """
 
     def __init__(self, doc_ids: Tensor):
-        self.doc_ids = doc_ids
+        self.doc_ids, self.shape = doc_ids, doc_ids.shape
         self.starts = fused_attention.document_starts(doc_ids)
         self._blocks: dict = {}
         self._bounds: dict = {}
@@ -87,8 +87,10 @@ class Packing:
 
     def bounds(self, window: int | None = None) -> tuple[Tensor, Tensor]:
         """First key that each query sees, and last query that sees each key: int32 (B, T)."""
+        length, device = self.starts.shape[1], self.starts.device
+        if window is not None and window >= length:
+            window = None
         if window not in self._bounds:
-            length, device = self.starts.shape[1], self.starts.device
             self._bounds[window] = fused_attention.bounds(self.starts, window, length, device)
         return self._bounds[window]
 
@@ -126,7 +128,9 @@ def _query_blocks(length: int, dtype: torch.dtype, starts: Tensor | None, window
     return blocks
 
 
-_causal_blocks: dict = {}
+@lru_cache(maxsize=64)
+def _causal_blocks(length: int, dtype: torch.dtype, window: int | None) -> list[_Block]:
+    return _query_blocks(length, dtype, None, window)
 
 
 def _grouped(x_BHTD: Tensor, block: _Block, kv_heads: int) -> Tensor:
@@ -272,7 +276,7 @@ def _fused_attention(query, key, value, is_causal, scale, doc_ids, window) -> Te
         lo, hi = fused_attention.bounds(None, window, query.shape[2], query.device)
     elif window is not None:
         lo, hi = fused_attention.window_bounds(window, query.shape[2], query.device)
-    return fused_attention.attention(query, key, value, lo, hi, scale, is_causal)[0]
+    return fused_attention.attention(query, key, value, lo, hi, scale, is_causal)
 
 
 def scaled_dot_product_attention(
@@ -295,8 +299,14 @@ def scaled_dot_product_attention(
     query sees its own document only; with `window` only the last `window` positions, itself among them. Both need
     `is_causal` and T = S. `attn_mask` and `dropout_p` are torch's own business; with one of the two additions they
     raise NotImplementedError by name. With a `softcap` c scores are c * tanh(score / c), all of them held.
+
+    The output has the dtype of the inputs, which is one (TypeError), or autocast's; softmax is taken in float32. It is
+    differentiable once, in reverse: second and forward-mode derivatives raise, but where torch computes them.
     """
+    query, key, value = in_one_dtype("scaled_dot_product_attention", query=query, key=key, value=value)
     length, keys = query.shape[2], key.shape[2]
+    if doc_ids is not None and doc_ids.shape != (query.shape[0], length):
+        raise ValueError(f"doc_ids: expected shape {(query.shape[0], length)}, found {tuple(doc_ids.shape)}")
     if softcap is not None:
         ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
         mask = attention_mask(length, keys, ids, window, query.device) if attn_mask is None else attn_mask
@@ -342,12 +352,7 @@ def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids
         if packing is not None:
             blocks = packing.blocks(query.dtype, window)
         else:
-            shape = (length, query.dtype, window)
-            if shape not in _causal_blocks:
-                if len(_causal_blocks) > 64:
-                    _causal_blocks.clear()
-                _causal_blocks[shape] = _query_blocks(length, query.dtype, None, window)
-            blocks = _causal_blocks[shape]
+            blocks = _causal_blocks(length, query.dtype, window)
         return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)
     if packing is None and window is None:
         return _torch_attention(query, key, value, None, 0.0, True, scale, enable_gqa)
@@ -366,15 +371,9 @@ def _blocks_pay(query: Tensor, keys: int) -> bool:
 
 
 def attention_decode(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, *, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of the last T tokens of each row to all tokens of their row up to themselves: (B, H, T, D).
 
     query (B, H, T, D): one new token a row in decoding, a few in extending a prefix. key_cache and value_cache
@@ -382,8 +381,12 @@ def attention_decode(
     positions in use, the new ones among them. Query t stands at lengths - T + t. `window` is that of
     `scaled_dot_product_attention`. A query with no key, in a row shorter than T, gives zeros. No gradients.
 
-    On a GPU a sequence's result has the same bits whatever the batch and the capacity S.
+    On a GPU a sequence's result has the same bits whatever the batch and the capacity S. Raises TypeError where query
+    and caches differ in dtype, and ValueError for lengths of another shape or a window below 1.
     """
+    query, key_cache, value_cache = in_one_dtype(
+        "attention_decode", query=query, key_cache=key_cache, value_cache=value_cache
+    )
     if lengths.shape != query.shape[:1]:
         raise ValueError(f"lengths: expected {query.shape[0]} of them, found shape {tuple(lengths.shape)}")
     if window is not None and window < 1:
@@ -395,14 +398,9 @@ def attention_decode(
 
 
 def attention_decode_reference(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    scale: float,
-    window: int | None,
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int | None,
     softcap: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The same step by step, with all scores held."""
     new, capacity = query.shape[2], key_cache.shape[2]
     key = torch.arange(capacity, device=query.device)

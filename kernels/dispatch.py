@@ -12,10 +12,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from llmkit.errors import UserError
 
@@ -44,6 +46,64 @@ def backend(device_type: str = "cpu") -> str:
 
 # What torch.compiler.assume_constant_result does: a graph takes the answer as it is. Its import costs 1.5 s and triton.
 backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """True if nothing but autograd has to see an operator, so that torch's dispatcher can be passed by.
+
+    Not under torch.compile, in a TorchDispatchMode (tracing, fake tensors), or for subclasses of Tensor.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """Decorate the backward of a torch.autograd.Function that has none of its own: under `create_graph=True` it raises.
+
+    torch's decorator of the name raises only where the upstream gradient requires one; elsewhere, as behind a sum, a
+    second derivative would be silently zero.
+    """
+
+    @wraps(backward)
+    def once(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f"{type(ctx).__name__}: create_graph=True, but it has no second derivative")
+        return backward(ctx, *grads)
+
+    return once
+
+
+def eager_function(name: str, compute: Callable, save: Callable, backward: Callable) -> Callable:
+    """What an operator of torch computes, as a torch.autograd.Function `name` of the same parts.
+
+    The dispatcher of an operator takes longer than a small kernel, and imports the compiler on its first call.
+    """
+
+    def forward(ctx, *inputs):
+        output = compute(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+
+def in_one_dtype(operation: str, **tensors: Tensor) -> list[Tensor]:
+    """The tensors as they are, or within torch.autocast in its dtype (float64 stays), as products of torch have it.
+
+    Raises TypeError by name where their dtypes differ: copies made unasked would cost more than the operation.
+    """
+    values = list(tensors.values())
+    if torch.is_autocast_enabled(kind := values[0].device.type):
+        dtype = torch.get_autocast_dtype(kind)
+        values = [x if x.dtype == torch.float64 else x.to(dtype) for x in values]
+    if any(x.dtype != values[0].dtype for x in values):
+        listed = ", ".join(f"{name} {str(x.dtype).removeprefix('torch.')}" for name, x in tensors.items())
+        raise TypeError(f"{operation}: expected tensors of one dtype, found {listed}")
+    return values
 
 
 @cache

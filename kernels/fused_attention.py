@@ -1,17 +1,17 @@
 """Fused attention as operators of torch: what `torch.compile`, autograd and the dispatcher see of the Triton kernels.
 
-`llmkit::attention` with its backward `llmkit::attention_backward`, and `llmkit::attention_decode`. Triton is imported
-when one of them runs.
+`llmkit::attention` with its backward `llmkit::attention_backward`, and `llmkit::attention_decode`. In eager mode they
+are called as functions, for the dispatcher takes longer than a small kernel. Triton is imported when one of them runs.
 
 B batch, H query heads, K key-value heads, T queries, S keys, D head size.
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from llmkit.kernels.dispatch import backend, triton_module
+from llmkit.kernels.dispatch import backend, eager_function, is_eager, triton_module
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,15 +70,8 @@ def empty_as_used(shape: Sequence[int], like: Tensor) -> Tensor:
     return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
 
-@torch.library.custom_op("llmkit::attention", mutates_args=())
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    scale: float,
-    is_causal: bool,
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32, which has no
     gradient. `lo` and `hi` are those of `bounds`, with `is_causal`.
@@ -87,50 +80,60 @@ def attention(
     return triton_module("attention").forward(query, key, value, lo, scale, is_causal)
 
 
-@attention.register_fake
+attention_operator = torch.library.custom_op("llmkit::attention", _attention, mutates_args=())
+
+
+@attention_operator.register_fake
 def _(query, key, value, lo, hi, scale, is_causal):
     return empty_as_used(query.shape, query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("llmkit::attention_backward", mutates_args=())
-def attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, lo: Tensor | None,
+    hi: Tensor | None, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value."""
     grad, query, key, value, out = _rows_contiguous(grad, query, key, value, out)
     backward = triton_module("attention_backward").backward
     return backward(grad, query, key, value, out, lse.contiguous(), lo, hi, scale, is_causal)
 
 
-@attention_backward.register_fake
+backward_operator = torch.library.custom_op("llmkit::attention_backward", _attention_backward, mutates_args=())
+
+
+@backward_operator.register_fake
 def _(grad, query, key, value, out, lse, lo, hi, scale, is_causal):
     return empty_as_used(query.shape, query), empty_as_used(key.shape, query), empty_as_used(key.shape, query)
 
 
 def _save(ctx, inputs, output):
     query, key, value, lo, hi, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output, lo, hi)
 
 
-def _backward(ctx, grad, _):
-    return *attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+def _backward(ctx, grad, _, backward=backward_operator):
+    if grad is None:
+        return (None,) * 7
+    return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-attention.register_autograd(_backward, setup_context=_save)
+attention_operator.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("llmkit::attention_decode", mutates_args=())
-def attention_decode(
+_attention_eagerly = eager_function("Attention", _attention, _save, partial(_backward, backward=_attention_backward))
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool
+) -> Tensor:
+    """Output of `llmkit::attention`, differentiable once, in reverse."""
+    compute = _attention_eagerly if is_eager(query, key, value) else attention_operator
+    return compute(query, key, value, lo, hi, scale, is_causal)[0]
+
+
+def _attention_decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
     """Output (B, H, T, D), in memory (B, T, H, D); window 0 is none. No backward."""
@@ -138,6 +141,17 @@ def attention_decode(
     return triton_module("decode").decode(query, key_cache, value_cache, lengths, scale, window)
 
 
-@attention_decode.register_fake
+decode_operator = torch.library.custom_op("llmkit::attention_decode", _attention_decode, mutates_args=())
+
+
+@decode_operator.register_fake
 def _(query, key_cache, value_cache, lengths, scale, window):
     return empty_as_used(query.shape, query)
+
+
+def attention_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
+) -> Tensor:
+    """Output of `llmkit::attention_decode`; the operator itself, whose backward raises, where gradients are on."""
+    plain = is_eager(query, key_cache, value_cache) and not torch.is_grad_enabled()
+    return (_attention_decode if plain else decode_operator)(query, key_cache, value_cache, lengths, scale, window)

@@ -16,8 +16,8 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.dispatch import once_differentiable
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 PACKED_FOR = 16  # rows that the layout is chosen for; it serves any number
 

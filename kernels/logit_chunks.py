@@ -75,16 +75,9 @@ def auto_chunk_tokens(weight: Tensor) -> int:
 
 
 def rows_and_gradients(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    objective: Objective,
-    chunk_tokens: int,
-    *,
-    upstream: Tensor | None = None,
-    grad_entropy: Tensor | None = None,
-    need: tuple[bool, bool] = (False, False),
-) -> tuple[Rows, Gradients]:
+    input: Tensor, weight: Tensor, target: Tensor, objective: Objective, chunk_tokens: int, *,
+    upstream: Tensor | None = None, grad_entropy: Tensor | None = None, need: tuple[bool, bool] = (False, False),
+) -> tuple[Rows, Gradients]:  # fmt: skip
     """Rows of every token, and the gradients to input and weight that `need` names. No autograd.
 
     input (N, D), weight (V, D), target (N,). `upstream`, (N,) or a scalar on the device, is the gradient
@@ -213,9 +206,10 @@ class _Chunks:
 
     def _sum_of_products(self, total: Tensor | None, grad_NV: Tensor, input: Tensor) -> Tensor:
         """`total` + grad_NV.T @ input in the accumulation dtype; total may be overwritten, None is zero."""
-        if grad_NV.is_cuda and _adds_in_float32(grad_NV.dtype):
+        if _adds_in_float32(grad_NV.dtype, grad_NV.device.type):
             beta = 0 if total is None else 1
-            total = torch.empty_like(self.weight, dtype=self.dtype) if total is None else total
+            if total is None:  # rows one behind the other, as the operators promise, however the weight lies
+                total = torch.empty_like(self.weight, dtype=self.dtype, memory_format=torch.contiguous_format)
             add = torch.ops.aten.addmm.dtype_out
             return add(total, grad_NV.t(), input, torch.float32, beta=beta, out=total)
         if self.fused and grad_NV.device.type == "cpu":  # interpreted: what cuBLAS does
@@ -225,12 +219,12 @@ class _Chunks:
 
 
 @cache
-def _adds_in_float32(dtype: torch.dtype) -> bool:
+def _adds_in_float32(dtype: torch.dtype, device_type: str) -> bool:
     """True if cuBLAS adds a product of this dtype onto a float32 matrix here: torch 2.11 lets it, ROCm does not.
 
     Without it each chunk's part of the weight gradient is rounded to the dtype before it is added.
     """
-    if dtype == torch.float32:
+    if device_type != "cuda" or dtype == torch.float32:
         return False  # the same either way
     a, total = torch.ones(16, 16, dtype=dtype, device="cuda"), torch.ones(16, 16, device="cuda")
     try:
@@ -241,28 +235,25 @@ def _adds_in_float32(dtype: torch.dtype) -> bool:
 
 
 def turn_reference(
-    logits_NV: Tensor,
-    target: Tensor,
-    objective: Objective,
-    upstream: Tensor | None,
-    grad_entropy: Tensor | None,
+    logits_NV: Tensor, target: Tensor, objective: Objective, upstream: Tensor | None, grad_entropy: Tensor | None,
     need_gradient: bool,
-) -> tuple[Rows, Tensor | None]:
+) -> tuple[Rows, Tensor | None]:  # fmt: skip
     """Rows of a chunk of logits and the gradient of the logits, step by step in float32 or float64."""
     z_NV = logits_NV.to(accumulation_dtype(logits_NV.dtype))
     if objective.temperature != 1.0:
         z_NV = z_NV / objective.temperature
     log_p = torch.log_softmax(z_NV, -1)
     ignored = target == objective.ignore_index
-    y = target.masked_fill(ignored, 0).long().unsqueeze(1)
-    losses = -log_p.gather(1, y).squeeze(1)
+    valid = (target >= 0) & (target < logits_NV.shape[1])
+    y = torch.where(valid, target, 0).long().unsqueeze(1)
+    losses = torch.where(valid, -log_p.gather(1, y).squeeze(1), math.nan)  # as the kernel; a GPU is not waited for
     p_NV = log_p.exp() if need_gradient or objective.with_entropy else None
     entropy = torch.special.entr(p_NV).sum(-1) if p_NV is not None and objective.with_entropy else None
     gradient = None
     if need_gradient:
         assert p_NV is not None
         gradient = p_NV.clone()
-        gradient.scatter_add_(1, y, torch.full_like(losses, -1.0).unsqueeze(1))
+        gradient.scatter_add_(1, y, -valid.to(gradient.dtype).unsqueeze(1))
         if upstream is not None:
             gradient *= upstream.unsqueeze(1)
         if grad_entropy is not None:

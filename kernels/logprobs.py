@@ -6,10 +6,11 @@ chunk. N tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from llmkit.kernels.dispatch import triton_module
+from llmkit.kernels.dispatch import eager_function, in_one_dtype, is_eager, triton_module
 from llmkit.kernels.logit_chunks import (
     Objective,
     accumulation_dtype,
@@ -17,9 +18,7 @@ from llmkit.kernels.logit_chunks import (
     rows_and_gradients,
     uses_triton,
 )
-from llmkit.kernels.rowwise import by_hand
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def linear_logprobs_reference(
@@ -43,15 +42,9 @@ def linear_logprobs_reference(
 
 
 def _compute(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    temperature: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    softcap: float,
-    return_entropy: bool,
-) -> tuple[Tensor, Tensor]:
+    input: Tensor, linear_weight: Tensor, target: Tensor, temperature: float, ignore_index: int, chunk_tokens: int,
+    softcap: float, return_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for."""
     objective = Objective(ignore_index, temperature, return_entropy, softcap)
     if uses_triton(input) and input.shape[1] % 16 == 0 and not softcap:  # else rows begin at no 16-byte boundary
@@ -72,18 +65,9 @@ def _(input, linear_weight, target, temperature, ignore_index, chunk_tokens, sof
 
 
 def _gradients(
-    grad: Tensor | None,
-    grad_entropy: Tensor | None,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    temperature: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    softcap: float,
-    need_input: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor | None, grad_entropy: Tensor | None, input: Tensor, linear_weight: Tensor, target: Tensor,
+    temperature: float, ignore_index: int, chunk_tokens: int, softcap: float, need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of input and weight in their dtypes, empty where not needed."""
     with_entropy = grad_entropy is not None
     objective = Objective(ignore_index, temperature, with_entropy, softcap)
@@ -129,19 +113,7 @@ def _backward(ctx, grad, grad_entropy, gradients: Callable = _gradients_in_a_gra
 _logprobs.register_autograd(_backward, setup_context=_save)
 
 
-class _Eagerly(torch.autograd.Function):
-    """The operator without torch's dispatcher, which imports the compiler on its first call: 4 s of CPU."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _compute(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return _backward(ctx, *grads, gradients=_gradients)
+_eagerly = eager_function("LinearLogprobs", _compute, _save, partial(_backward, gradients=_gradients))
 
 
 def linear_logprobs(
@@ -159,13 +131,15 @@ def linear_logprobs(
     input (..., D), linear_weight (V, D), target (...) of integers -> float32 of the shape of `target` (float64 for
     float64).
     With `return_entropy` the entropies of the whole distributions, in nats, come second. Both are differentiable in
-    input and linear_weight, once. With a `softcap` c the logits are c * tanh(logit / c), before the temperature.
+    input and linear_weight, once and in reverse (else they raise), which have one dtype (else TypeError) or get
+    autocast's. With a `softcap` c the logits are c * tanh(logit / c), before the temperature.
     Ignored positions give 0.0 and no gradient. A target outside [0, V) that is not ignored raises IndexError on CPU and
     gives NaN on a GPU.
     """
     if temperature <= 0:
         raise ValueError(f"linear_logprobs: expected a positive temperature, found {temperature}")
-    compute = _Eagerly.apply if by_hand(input) else _logprobs
+    input, linear_weight = in_one_dtype("linear_logprobs", input=input, linear_weight=linear_weight)
+    compute = _eagerly if is_eager(input, linear_weight) else _logprobs
     picked, entropy = compute(
         input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), float(temperature), ignore_index,
         auto_chunk_tokens(linear_weight), softcap or 0.0, return_entropy,

@@ -12,10 +12,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.dispatch import once_differentiable
 from llmkit.kernels.linear import linear, matmul_nn, matmul_nt, matmul_tn
 from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm, rms_norm_reference, rotary, rotate_, swiglu
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _QKVRotary(torch.autograd.Function):

@@ -9,8 +9,8 @@ B batch, T tokens, H heads, D head size, F intermediate size.
 
 import torch
 import torch.nn.functional as F
+from llmkit.kernels.dispatch import once_differentiable
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def by_hand(x: Tensor) -> bool:

@@ -87,13 +87,9 @@ def cross_entropy(
 
 
 def turn(
-    logits_NV: Tensor,
-    target: Tensor,
-    objective: Objective,
-    upstream: Tensor | None,
-    grad_entropy: Tensor | None,
+    logits_NV: Tensor, target: Tensor, objective: Objective, upstream: Tensor | None, grad_entropy: Tensor | None,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Loss and entropy (N,) of each row; with `need_gradient` the logits become their gradient.
 
     Rows lie a multiple of 16 numbers apart, and what lies between V and the next row is overwritten too.

@@ -16,6 +16,8 @@ from llmkit.kernels.triton.launch import launch
 from llmkit.kernels.triton.tiles import decode_tiles
 from torch import Tensor
 
+MERGED = 16  # splits at a time, whatever the capacity: the order of a sum is part of its bits
+
 
 @triton.jit
 def _store_rows(base, tile, offset, valid, size, BLOCK_D: tl.constexpr):
@@ -37,8 +39,7 @@ def attention_decode(
     Row r is token r // G of the row's T new ones, of head r % G of the group. Writes the output itself where a split
     is all there can be; else the split's own output (B, K, R, splits, D) and the log2 of its weight.
     """
-    split = tl.program_id(0)
-    row = tl.program_id(2)
+    split, row = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = r < new * GROUP
@@ -98,7 +99,7 @@ def attention_merge(
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One program: one query. The mean of its splits' outputs by their weights."""
-    r, row = tl.program_id(0), tl.program_id(1)
+    r, row = tl.program_id(0) % (new * GROUP), tl.program_id(0) // (new * GROUP)
     b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
     t = r // GROUP
     last = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), capacity) - new + t
@@ -130,6 +131,7 @@ def attention_merge(
 def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int) -> Tensor:
     """Output (B, H, T, D) of T new tokens, the last of the `lengths` (B,) positions of each row. 0 is no window."""
     batch, heads, new, size = query.shape
+    lengths = lengths.contiguous()
     kv_heads, capacity = key_cache.shape[1:3]
     group = heads // kv_heads
     padded = max(16, triton.next_power_of_2(size))
@@ -144,7 +146,7 @@ def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
     counts = kv_heads, new, capacity, splits, size, window
     constants = {"GROUP": group, "SPLIT_KEYS": chosen.split_keys, "BLOCK_D": padded, "WINDOWED": window > 0}
     launch(
-        attention_decode, (splits, triton.cdiv(new * group, block_r), batch * kv_heads), query, key_cache, value_cache,
+        attention_decode, (splits * batch * kv_heads, triton.cdiv(new * group, block_r)), query, key_cache, value_cache,
         lengths, out, pieces, lse, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         *out.stride()[:3], *counts, scale * LOG2_E, BLOCK_R=block_r, BLOCK_N=chosen.block_n, EVEN_D=padded == size,
         PRECISION="ieee", ONE_SPLIT=splits == 1, **constants, num_warps=chosen.num_warps,
@@ -152,7 +154,7 @@ def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
     )  # fmt: skip
     if splits > 1:
         launch(
-            attention_merge, (new * group, batch * kv_heads), pieces, lse, lengths, out, *out.stride()[:3], *counts,
-            BLOCK_S=min(16, triton.next_power_of_2(splits)), **constants, num_warps=2,
+            attention_merge, (new * group * batch * kv_heads,), pieces, lse, lengths, out, *out.stride()[:3], *counts,
+            BLOCK_S=MERGED, **constants, num_warps=2,
         )  # fmt: skip
     return out

@@ -11,6 +11,8 @@ right: the kernels are left alone.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,8 +87,11 @@ def target() -> str:
     """Whose table of tile sizes applies: a name of TARGETS, the nearest one for other GPUs, or "interpreter"."""
     if _compiling is not None:
         return _compiling[0]
-    if interpreting():
-        return "interpreter"
+    return "interpreter" if interpreting() else _target_here()
+
+
+@cache
+def _target_here() -> str:
     if torch.version.hip:
         return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability() == (9, 0) else "sm_80"
@@ -110,25 +115,6 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         kernel[grid](*args, **constexprs, **options)
 
 
-class _AbsentGPU:
-    """Answers what Triton asks a driver for while it compiles."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def get_current_device(self) -> str:
-        return self.name
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
-
-    def get_device_interface(self):
-        return None
-
-
 @contextmanager
 def compiling_for(name: str) -> Iterator[dict[str, Any]]:
     """Within it `launch` compiles for the GPU `name` and starts nothing; yields kernel name to compiled kernel."""
@@ -136,7 +122,9 @@ def compiling_for(name: str) -> Iterator[dict[str, Any]]:
     assert not interpreting(), "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
     assert _compiling is None
     _compiling = name, {}
-    driver.set_active(_AbsentGPU(name))  # type: ignore[arg-type]
+    answers = {"device": name, "target": TARGETS[name], "stream": 0}  # to what Triton asks a driver while it compiles
+    absent_gpu = {f"get_current_{what}": lambda *_, answer=answer: answer for what, answer in answers.items()}
+    driver.set_active(SimpleNamespace(**absent_gpu, get_device_interface=lambda: None))  # type: ignore[arg-type]
     try:
         yield _compiling[1]
     finally:

@@ -10,10 +10,10 @@ the name of a GPU what benchmarks/gpu/kernels.py has found fastest there.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cache, wraps
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,19 +25,20 @@ from llmkit.errors import UserError
 TUNED = Path(__file__).with_name("tuned.json")
 
 
+class _Options:
+    def options(self) -> dict[str, int]:
+        """Under the names that kernels and Triton give them."""
+        return {n if n.startswith("num_") else n.upper(): value for n, value in vars(self).items()}
+
+
 @dataclass(frozen=True)
-class Tiles:
+class Tiles(_Options):
     """`block_m` queries by `block_n` keys, on `num_warps` warps, with `num_stages` tiles in flight."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """Under the names that kernels and Triton give them."""
-        renamed = {"block_m": "BLOCK_M", "block_n": "BLOCK_N"}
-        return {renamed.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class RowTiles:
 
 
 @dataclass(frozen=True)
-class ProductTiles:
+class ProductTiles(_Options):
     """`block_n` tokens by `split` times `block_v` words a program, `block_d` of the hidden size at a time."""
 
     block_n: int
@@ -70,15 +71,12 @@ class ProductTiles:
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int]:
-        """Under the names that kernels and Triton give them."""
-        return {n if n.startswith("num_") else n.upper(): value for n, value in asdict(self).items()}
-
 
 AnyTiles = TypeVar("AnyTiles", Tiles, DecodeTiles, RowTiles, ProductTiles)
 _tried: dict[str, Tiles | DecodeTiles | RowTiles | ProductTiles] = {}
 
 
+@cache
 def gpu_name() -> str:
     """Name of this process's GPU, under which tuned tiles are kept; "interpreter" without one."""
     return "interpreter" if interpreting() else torch.cuda.get_device_name()
@@ -98,6 +96,24 @@ def _tuned(path: str, gpu: str) -> dict[str, dict[str, int]]:
         raise UserError(
             f"{path}: expected tiles by GPU and kernel, found {error}; run benchmarks/gpu/kernels.py"
         ) from None
+
+
+_caches: list[Callable[[], None]] = []  # what empties those of `_looked_up_once`
+
+
+def _looked_up_once(choose: Callable[..., AnyTiles]) -> Callable[..., AnyTiles]:
+    """Keep what `choose` gives for its arguments, the GPU and the file of tuned tiles: a start waits for it."""
+
+    @cache
+    def kept(case: tuple, target: str, ahead_of_time: bool, path: str | None, tried: tuple) -> AnyTiles:
+        return choose(*case)
+
+    @wraps(choose)
+    def look_up(*case) -> AnyTiles:
+        return kept(case, target(), compiling(), os.environ.get("LLMKIT_TILES"), tuple(_tried.items()))
+
+    _caches.append(kept.cache_clear)
+    return look_up
 
 
 def _chosen(name: str, usual: AnyTiles) -> AnyTiles:
@@ -127,7 +143,8 @@ def trying(name: str, tiles: Tiles | DecodeTiles | RowTiles | ProductTiles) -> I
 
 def forget_tuned() -> None:
     """Read the file again where it is needed next."""
-    _tuned.cache_clear()
+    for clear in (_tuned.cache_clear, *_caches):
+        clear()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -136,6 +153,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 SIZES = (32, 64, 96, 128, 256)  # head sizes that the tables are for; others take the next larger one's
 # Of 16-bit inputs, in the order of SIZES. Head size 96 is padded to 128 and its masks take registers of their own.
+# Those of sm_80 serve sm_86, 89 and 120, too, whose blocks have 99 KB of shared memory (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability"), and an A100's 163.
 _ATTENTION = {
     "sm_90": {
         "attention_forward": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
@@ -145,8 +164,8 @@ _ATTENTION = {
         ),
     },
     "sm_80": {
-        "attention_forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-        "attention_grad_query": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        "attention_forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        "attention_grad_query": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
         "attention_grad_key_value": (
             (64, 64, 4, 2), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
         ),
@@ -190,6 +209,7 @@ def _whole(width: int) -> int:
     return 1 << max(6, (width - 1).bit_length())
 
 
+@_looked_up_once
 def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
     """For one of the three kernels of attention, by its name."""
     index = _size_index(size)
@@ -202,6 +222,7 @@ def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
     return _chosen(sized_name(kernel, size, dtype), Tiles(*usual))
 
 
+@_looked_up_once
 def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
     """A split must not depend on the batch: a row's sums are added in the same order beside any others."""
     if target() == "interpreter":
@@ -213,6 +234,7 @@ def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
     return _chosen(sized_name("attention_decode", size, dtype), usual)
 
 
+@_looked_up_once
 def row_tiles(kernel: str, width: int) -> RowTiles:
     """For rows of `width` numbers: 4,096 numbers at a time, of several rows where rows are shorter."""
     whole = _whole(width)
@@ -233,6 +255,7 @@ _PRODUCT = {
 }
 
 
+@_looked_up_once
 def product_tiles(dtype: torch.dtype) -> ProductTiles:
     """For `linear_logsumexp`. `split` must not depend on the number of tokens, or a row's bits would, too."""
     if target() == "interpreter":

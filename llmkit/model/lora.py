@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file
+from llmkit.kernels.dispatch import once_differentiable
 from llmkit.model.config import ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.folder import write_tensors

@@ -348,8 +348,11 @@ class Transformer(nn.Module):
             turns = [table(length, x_BTC.device, x_BTC.dtype)[positions] for table in self._tables]
         else:
             turns = [table(x_BTC.shape[1], x_BTC.device, x_BTC.dtype) for table in self._tables]
-            if eager and isinstance(doc_ids, Tensor):
+            if isinstance(doc_ids, Tensor) and not torch.compiler.is_compiling():
                 doc_ids = Packing(doc_ids)
+                if self._compiled_layers:  # a graph of one layer would compute them in each
+                    for window in set(config.layer_windows or [None]):
+                        doc_ids.bounds(window)
         if self.embed_positions is not None:
             x_BTC = x_BTC + F.embedding(_positions(token_ids_BT, doc_ids), self.embed_positions)
         last = self.layers[-1]

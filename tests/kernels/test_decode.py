@@ -101,7 +101,7 @@ def test_any_lengths_and_window(interpreted, new, lengths, window, heads, dtype)
 def test_torch_accepts_the_operator(interpreted):
     query, key, value, lengths = example(2, [20, 9], capacity=20)
     arguments = query, key.nan_to_num(), value.nan_to_num(), lengths, 0.25, 5
-    torch.library.opcheck(fused_attention.attention_decode, arguments)
+    torch.library.opcheck(fused_attention.decode_operator, arguments)
 
 
 def test_compiled_it_is_the_same(interpreted):

@@ -94,7 +94,7 @@ def test_rows_with_documents_of_their_own():
     ("length", "heads", "size", "options"),
     [
         (129, (2, 1), 64, {}),
-        (100, (2, 2), 32, {"doc_ids": documents(100, 30)}),
+        (100, (2, 2), 32, {"doc_ids": documents(100, 30, 2)}),
         (127, (2, 1), 128, {"window": 48}),
     ],
 )
@@ -245,12 +245,12 @@ class TestAsOperators:
     def test_torch_accepts_them(self):
         bounds = fused_attention.bounds(torch.zeros(1, 20, dtype=torch.long), 5, 20, torch.device("cpu"))
         inputs = self.inputs()
-        torch.library.opcheck(fused_attention.attention, (*inputs, *bounds, 0.25, True))
-        torch.library.opcheck(fused_attention.attention, (*inputs, None, None, 0.25, False))
+        torch.library.opcheck(fused_attention.attention_operator, (*inputs, *bounds, 0.25, True))
+        torch.library.opcheck(fused_attention.attention_operator, (*inputs, None, None, 0.25, False))
         held = [x.detach() for x in inputs]
-        out, lse = fused_attention.attention(*held, None, None, 0.25, True)
+        out, lse = fused_attention.attention_operator(*held, None, None, 0.25, True)
         backward = (out, *held, out, lse, None, None, 0.25, True)
-        torch.library.opcheck(fused_attention.attention_backward, backward)
+        torch.library.opcheck(fused_attention.backward_operator, backward)
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_compiled_it_is_the_same_and_another_length_is_no_other_graph(self, backend):
