@@ -85,7 +85,7 @@ def test_pipes_and_process_substitution_work(tmp_path: Path) -> None:
         ([], 2, "Usage: llmkit"),
         (["crawl-filte"], 2, "no such command 'crawl-filte'; did you mean 'crawl-filter'? See --help"),
         (["chat", "m/"], 2, "no such command 'chat'; see llmkit sample MODEL --chat"),
-        (["dpo"], 2, "train-reward"),
+        (["dpo"], 2, "sft --loss dpo"),
     ],
 )
 def test_help_and_the_version_go_to_stdout_and_hints_to_stderr(llmkit, words, code, shown) -> None:

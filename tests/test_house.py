@@ -32,7 +32,7 @@ ROOMS = {
     "data": (1100, 1640),
     "generation": (2250, 3860),
     "training": (2500, 3460),
-    "reward_model": (800, 950),
+    "reward_model": (800, 1185),
     "probing": (970, 1040),
     "rewards": (1400, 2100),
     "writing": (800, 0),
@@ -67,7 +67,7 @@ OPTIONS = {
     "crawl-filter": 28,
     "train-bpe": 15,
     "pretrain": 41,
-    "sft": 43,
+    "sft": 47,
     "probe-knowledge": 31,
     "train-reward": 36,
     "rl": 52,
@@ -77,7 +77,7 @@ OPTIONS = {
     "export": 10,
     "report": 11,
 }
-DISTINCT = 137
+DISTINCT = 141
 
 
 def modules() -> dict[str, str]:

@@ -102,7 +102,7 @@ def test_a_count_of_one_is_singular():
         ("merge", "--lora-rank"),
         ("GGUF", "export --format gguf"),
         ("fine_tune", "llmkit sft"),
-        ("dpo", "train-reward"),
+        ("dpo", "sft"),
         ("chat", "llmkit sample MODEL --chat"),
         ("api", "llmkit serve MODEL"),
     ],

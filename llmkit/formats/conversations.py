@@ -54,6 +54,7 @@ FORMATS = "messages, conversations, prompt and completion, instruction and outpu
 ANSWERED_BY = {"instruction": ("output", *(name for name in ANSWERS if name != "output"))}  # else ANSWERS, in order
 REJECTED = ("false", "0", "0.0", "no", "bad", "undesirable")  # a label of KTO's, and the other ones
 ACCEPTED = ("true", "1", "1.0", "yes", "good", "desirable")
+VERDICTS = ("label", "kto_tag")  # fields of such labels
 
 
 Definitions = Sequence[dict[str, Any]]  # of functions, JSON schemas
@@ -273,7 +274,7 @@ def _history(pairs: Any) -> list[dict[str, Any]]:
 
 def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """Tell if a record's label rejects its answer, as in data for KTO; name an unclear label."""
-    for name in ("label", "kto_tag"):
+    for name in VERDICTS:
         label = value.get(name)
         text = str(label).strip().lower()
         if text in REJECTED:

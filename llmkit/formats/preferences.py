@@ -6,6 +6,7 @@
     {"chosen": "The sky is blue.", "rejected": "The sky is green."}     texts; the prompt is the words they begin with
     {"prompt": ..., "completions": [...], "ranking": [1, 3, 2]}   a rank for each, 1 the best; equal ranks are ties
     {"conversations": [...], "chosen": ..., "rejected": ...}    ShareGPT's; also "instruction" (and "input")
+    {"prompt": ..., "completion": ..., "label": true}   KTO's, and any conversation with a label: not for a judge
 
 Ranks say only which is better: 1, 2, 3 and 1, 5, 9 are the same.
 """
@@ -19,7 +20,15 @@ from os.path import commonprefix
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import Message, entries_of, find_prompt, read_messages, said_in
+from llmkit.formats.conversations import (
+    VERDICTS,
+    Message,
+    entries_of,
+    find_prompt,
+    read_conversation,
+    read_messages,
+    said_in,
+)
 from llmkit.formats.questions import placed
 from llmkit.io.progress import counted
 from llmkit.io.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
@@ -74,6 +83,23 @@ def read_comparison(row: Row) -> Comparison | str:
     if all(candidate == comparison.candidates[0] for candidate in comparison.candidates):
         return "chosen equals rejected" if "completions" not in value else "all completions equal"
     return comparison
+
+
+@placed
+def read_verdict(row: Row) -> Comparison | str:
+    """Read a comparison, or one answer with a `label`, of rank 1 if it is desirable and 2 if not. Raises UserError."""
+    value = row.value
+    if not any(value.get(name) is not None for name in VERDICTS) or {"chosen", "rejected", "ranking"} & value.keys():
+        return read_comparison(row)
+    conversation = read_conversation(row)
+    if unclear := [loss for loss in conversation.losses if loss.startswith(tuple(f"'{name}'" for name in VERDICTS))]:
+        raise UserError(f"expected a label of true or false, found {unclear[0]}")
+    messages = conversation.messages
+    start = max((number for number, turn in enumerate(messages, 1) if turn.role != "assistant"), default=0)
+    if start == len(messages):
+        raise UserError("expected an answer of the assistant's, found a conversation that ends with another turn")
+    ranks = (2 if conversation.rejected else 1,)
+    return Comparison(messages[:start], (messages[start:],), ranks, 0.0, row.where, conversation.losses)
 
 
 @placed

@@ -24,7 +24,7 @@ from llmkit.errors import UserError, naming
 from llmkit.formats.preferences import Comparison, read_comparison
 from llmkit.io.jsonl import read_jsonl
 from llmkit.io.progress import Progress, counted, quantity, say
-from llmkit.io.records import OUTSIDE, BadRecords
+from llmkit.io.records import OUTSIDE, BadRecords, Row
 from llmkit.tokenizer.chat import ChatFormat
 
 READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
@@ -33,13 +33,19 @@ NO_RANK = np.inf  # where a comparison has fewer answers than its neighbours
 
 @dataclass(frozen=True)
 class Candidates:
-    """A prompt and its answers as int32 ids; `ranks` of the answers, the smaller the better; `number` in the source."""
+    """A prompt and its answers as int32 ids; `ranks` of the answers, the smaller the better; `number` in the source.
+
+    trained     bool, of the prompt and of each answer: tokens whose log-probability counts where a policy is tuned
+    references  log-probability of each answer's trained tokens under the policy's reference, where that is known
+    """
 
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
     ranks: tuple[int, ...]
     margin: float = 0.0
     number: int = 0
+    trained: tuple[np.ndarray, ...] = ()
+    references: tuple[float, ...] = ()
 
     @property
     def size(self) -> int:
@@ -107,20 +113,26 @@ class ComparisonRows(NamedTuple):
     """Rows of packed comparisons: B rows of T tokens, M comparisons in a row, K answers in a comparison.
 
     token_ids, doc_ids, branch_ids, position_ids  int64 (B, T)
-    ends     int64 (B, M, K): where each answer's last token is; 0 where there is none
-    ranks    float32 (B, M, K): NO_RANK where there is no answer
-    margins  float32 (B, M)
-    numbers  int64 (B, M): of the comparisons in their source; -1 where there is none
+    predictors  int64 (B, T): where each trained token is predicted; -1 for one that is not trained
+    ends        int64 (B, M, K): where each answer's last token is; 0 where there is none
+    ranks       float32 (B, M, K): NO_RANK where there is no answer
+    references  float32 (B, M, K): log-probabilities of the answers under a policy's reference
+    margins     float32 (B, M)
+    numbers     int64 (B, M): of the comparisons in their source; -1 where there is none
+    shares      float32 (B,): comparisons of the whole batch over the trained tokens of its prompts and best answers
     """
 
     token_ids: np.ndarray
     doc_ids: np.ndarray
     branch_ids: np.ndarray
     position_ids: np.ndarray
+    predictors: np.ndarray
     ends: np.ndarray
     ranks: np.ndarray
+    references: np.ndarray
     margins: np.ndarray
     numbers: np.ndarray
+    shares: np.ndarray
 
     @property
     def sizes(self) -> np.ndarray:
@@ -136,7 +148,7 @@ class ComparisonRows(NamedTuple):
     def nothing(self) -> ComparisonRows:
         """One row without a comparison, for a process that has no more rows where others have."""
         row = ComparisonRows(*(array[:1] for array in self))
-        return row._replace(numbers=np.full_like(row.numbers, -1))
+        return row._replace(numbers=np.full_like(row.numbers, -1), predictors=np.full_like(row.predictors, -1))
 
     def by_size(self) -> Iterator[ComparisonRows]:
         """The rows in parts of about equal length, longest first, each without the padding that all its rows have.
@@ -149,8 +161,8 @@ class ComparisonRows(NamedTuple):
         for stop in range(1, len(order) + 1):
             if stop == len(order) or 2 * sizes[order[stop]] < sizes[order[first]]:
                 rows, length = order[first:stop], max(1, int(sizes[order[first]]))
-                tokens = (array[rows, :length] for array in self[:4])
-                yield ComparisonRows(*tokens, *(array[rows] for array in self[4:]))
+                tokens = (array[rows, :length] for array in self[:5])
+                yield ComparisonRows(*tokens, *(array[rows] for array in self[5:]))
                 first = stop
 
 
@@ -158,10 +170,11 @@ def encode_comparisons(comparisons: Sequence[Comparison], chat: ChatFormat) -> l
     """Encode prompts and answers."""
     with naming(comparisons[0].where if len(comparisons) == 1 else ""):
         encoded = chat.encode_branches([(comparison.prompt, comparison.candidates) for comparison in comparisons])
-    return [
-        Candidates(prompt, answers, comparison.ranks, comparison.margin)
-        for comparison, (prompt, answers) in zip(comparisons, encoded, strict=True)
-    ]
+    candidates = []
+    for comparison, (prompt, answers) in zip(comparisons, encoded, strict=True):
+        ids, trained = tuple(ids for ids, _ in answers), (np.zeros(len(prompt), bool), *(mask for _, mask in answers))
+        candidates.append(Candidates(prompt, ids, comparison.ranks, comparison.margin, trained=trained))
+    return candidates
 
 
 def read_comparisons(
@@ -176,15 +189,16 @@ def read_comparisons(
     columns: Mapping[str, str] = {},
     quiet: bool = False,
     observe: Callable[[list[str]], object] | None = None,
+    read: Callable[[Row], Comparison | str] = read_comparison,
 ) -> tuple[Comparisons, str]:
-    """Read the comparisons of a source, and a digest of what they are made of.
+    """Read the comparisons of a source, each by `read`, and a digest of what they are made of.
 
     Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
     is enough ("truncate"), or are left out; a record that `chat` refuses is bad. `observe` receives the texts. Raises
     UserError for one that is too long under "error", and where nothing is left.
     """
     source, digest = Comparisons(name), sha256()
-    comparisons = read_jsonl(paths, limit, read_comparison, bad, columns)
+    comparisons = read_jsonl(paths, limit, read, bad, columns)
     with Progress(f"read {source.name}", unit="comparisons", quiet=quiet) as progress:
         while chunk := list(islice(comparisons, READ_AT_ONCE)):
             source.counts["read"] += len(chunk)
@@ -233,7 +247,8 @@ def fitted(candidates: Candidates, context: int, on_long: str, where: str, count
         counts["dropped: too long"] += 1
         return None
     counts["prompt cut at its beginning"] += 1
-    return replace(candidates, prompt=candidates.prompt[excess:])
+    trained = tuple(mask[excess * (number == 0) :] for number, mask in enumerate(candidates.trained))
+    return replace(candidates, prompt=candidates.prompt[excess:], trained=trained)
 
 
 def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
@@ -242,27 +257,38 @@ def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: i
     most = max(1, max(map(len, rows)))
     widest = max((len(candidates.answers) for row in rows for candidates in row), default=1)
     shape = len(rows), length
-    token_ids = np.full(shape, pad, np.int64)
+    token_ids, predictors = np.full(shape, pad, np.int64), np.full(shape, -1, np.int64)
     doc_ids, branch_ids, position_ids = (np.zeros(shape, np.int64) for _ in range(3))
     ends = np.zeros((len(rows), most, widest), np.int64)
-    ranks = np.full(ends.shape, NO_RANK, np.float32)
+    ranks, references = np.full(ends.shape, NO_RANK, np.float32), np.zeros(ends.shape, np.float32)
     margins, numbers = np.zeros(ends.shape[:2], np.float32), np.full(ends.shape[:2], -1, np.int64)
+    best_tokens = 0
     for row, comparisons in enumerate(rows):
         at = 0
         for index, candidates in enumerate(comparisons):
-            start = len(candidates.prompt)
+            start, before, best = len(candidates.prompt), at + len(candidates.prompt) - 1, min(candidates.ranks)
             for branch, part in enumerate((candidates.prompt, *candidates.answers)):
                 span = slice(at, at + len(part))
                 token_ids[row, span], doc_ids[row, span], branch_ids[row, span] = part, index, branch
                 first = start if branch else 0
                 position_ids[row, span] = np.arange(first, first + len(part))
+                if candidates.trained:
+                    sources = np.arange(at - 1, at + len(part) - 1)
+                    sources[:1] = before if branch and start else -1  # nothing predicts the first token of all
+                    learnt = candidates.trained[branch] & (sources >= 0)
+                    predictors[row, span] = np.where(learnt, sources, -1)
+                    best_tokens += int(learnt.sum()) * (not branch or candidates.ranks[branch - 1] == best)
                 at += len(part)
                 if branch:
                     ends[row, index, branch - 1] = at - 1
             ranks[row, index, : len(candidates.ranks)] = candidates.ranks
+            references[row, index, : len(candidates.references)] = candidates.references
             margins[row, index], numbers[row, index] = candidates.margin, candidates.number
         doc_ids[row, at:] = len(comparisons)
-    return ComparisonRows(token_ids, doc_ids, branch_ids, position_ids, ends, ranks, margins, numbers)
+    shares = np.full(len(rows), sum(map(len, rows)) / max(1, best_tokens), np.float32)
+    return ComparisonRows(
+        token_ids, doc_ids, branch_ids, position_ids, predictors, ends, ranks, references, margins, numbers, shares
+    )
 
 
 def evaluation_rows(

@@ -143,7 +143,7 @@ def shuffled_answers(comparisons: Sequence[Candidates], seed: int) -> list[Candi
     for candidates in comparisons:
         order = rng.permutation(len(candidates.answers))
         answers, ranks = tuple(candidates.answers[i] for i in order), tuple(candidates.ranks[i] for i in order)
-        mixed.append(replace(candidates, answers=answers, ranks=ranks))
+        mixed.append(replace(candidates, answers=answers, ranks=ranks, trained=()))
     return mixed
 
 

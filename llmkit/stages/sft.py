@@ -1,4 +1,4 @@
-"""`llmkit sft`: conversations turn a base model into an assistant that stops when it has answered."""
+"""`llmkit sft`: conversations turn a base model into an assistant, and preferences make its answers those preferred."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from llmkit.config import (
     DECAY_FRACTION,
@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from llmkit.data.examples import DataFile, Examples
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.training.finetuning import KeepBest, Tuning
+    from llmkit.training.loss import Loss
     from llmkit.training.run import Run
     from llmkit.training.trainer import Trainer
 
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
 LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
-EPOCHS = 2.0
+EPOCHS, PREFERENCE_EPOCHS = 2.0, 1.0
+CONVERSATION_LOSSES = ("assistant", "answer", "last", "all")
+PREFERENCE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
+PREFERENCE_RATE, PREFERENCE_LORA_RATE = 1e-4, 1e-3  # of AdamW at a width of 256; docs/preferences.md
 ANSWER_TOKENS = 64  # of an answer while training
 SHOWN = 5  # examples of a dry run, and conversations that --not-in left out
 STEPS_OF_A_RUN = 200  # from which the batch follows, within its bounds
@@ -60,12 +64,15 @@ class SftConfig(TuningConfig, TaskConfig):
           zcat chats.jsonl.gz | llmkit sft base/ --identity "name=Ada;maker=Example Labs" -o chat/
           llmkit sft base/ --data chats.jsonl --dry-run
           llmkit sft base/ --data chats.jsonl --lora-rank 16 --keep-adapter -o chat/
+          llmkit sft chat/ --data prefs.jsonl --loss dpo --beta 0.1 --val held-out.jsonl -o policy/
 
         A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or
         {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. The loss
         covers the assistant's words, its tool calls and the end-of-turn token, with --loss answer without its
         thoughts; a message's "weight": 0 leaves it out. A FILE's weight is its share of the training tokens; without
         weights a file counts by its size.
+        dpo, ipo, kto, orpo and simpo learn from preferences instead, as train-reward reads them, and kto from answers
+        with a "label", too (docs/preferences.md).
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
 
@@ -73,7 +80,12 @@ class SftConfig(TuningConfig, TaskConfig):
     data: tuple[str, ...] = option((), "Conversations; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out conversations, for the validation loss.", metavar="FILE", reads=True)
 
-    loss: str = option("assistant", "Tokens in the loss.", group="Data", choices=("assistant", "answer", "last", "all"))
+    loss: str = option(
+        "assistant",
+        "Tokens in the loss, or a loss of preferences.",
+        group="Data",
+        choices=CONVERSATION_LOSSES + PREFERENCE_LOSSES,
+    )
     on_long: str = option(
         "truncate",
         "Treatment of conversations longer than the context; truncate ends them after the last turn that fits. "
@@ -110,6 +122,23 @@ class SftConfig(TuningConfig, TaskConfig):
         at_least=1,
     )
 
+    beta: float | None = option(
+        None, "Weight of differences to the reference [0.1; 2 with simpo].", group="Preferences", above=0, at_most=1000
+    )
+    label_smoothing: float | None = option(
+        None, "Chance that a preference is wrong [0].", group="Preferences", at_least=0, at_most=0.5
+    )
+    sft_weight: float | None = option(
+        None,
+        "Weight of the best answers' cross-entropy [0; 1 with orpo].",
+        group="Preferences",
+        at_least=0,
+        at_most=1000,
+    )
+    margin: float | None = option(
+        None, "Target margin of rewards, simpo's gamma [half of beta].", group="Preferences", at_least=0, at_most=1000
+    )
+
     batch_tokens: int | None = option(
         None, "Tokens per step [by the data].", group="Training", unit="count", at_least=8
     )
@@ -133,6 +162,7 @@ class Summary:
     loss: float
     seconds: float
     val_loss: float | None = None
+    val_accuracy: float | None = None  # of a loss of preferences: held-out pairs in order
     tasks: dict[str, float] | None = None  # the last scores of --evaluate
     kept_step: int | None = None
     bad_records: int = 0
@@ -157,21 +187,20 @@ def run(config: SftConfig) -> Summary | None:
     run.join()
     tuning = load_for_tuning(str(config.model), run.device, run.dtype, config.quantize, config.backend)
     tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
-    row_tokens = _row_tokens(config, tuning.context)
-    sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings := Findings())
+    lessons = _lessons(config, files, tuning, run, findings := Findings())
     tuning = tuning.with_adapter(config.lora_rank, config.seed)
 
     # build
-    mixture = _mixture(config, sources, row_tokens, tuning)
+    mixture = _mixture(config, lessons, tuning)
     steps = _total_steps(config, mixture)
     warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
-    micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // row_tokens)
+    micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // lessons.row_tokens)
     _say_plan(config, mixture, steps, warmup_steps, tuning)
     if config.dry_run:
-        return _rehearse(config, mixture, steps, micro_rows, tuning)
-    run.world.check_rows(mixture.batch_size, f"--batch-tokens: rows of {row_tokens} tokens")
-    run.begin({"the data": digests})
-    trainer = _trainer(config, run, tuning, mixture, steps, warmup_steps, micro_rows)
+        return _rehearse(config, lessons, mixture, steps, micro_rows, tuning)
+    run.world.check_rows(mixture.batch_size, f"--batch-tokens: rows of {lessons.row_tokens} tokens")
+    run.begin({"the data": lessons.digests})
+    trainer = _trainer(run, tuning, lessons, mixture, steps, warmup_steps, micro_rows)
     best = KeepBest(run.work, trainer.optimizer)
 
     # train
@@ -180,8 +209,9 @@ def run(config: SftConfig) -> Summary | None:
             mixture.prefetch(trainer.step),
             total_steps=steps,
             seconds=run.seconds_left(config.time_budget),
-            evaluate=tasks.beside(_validation(config, held_out, mixture, trainer, best), tuning.model),
+            evaluate=tasks.beside(_validation(config, lessons, mixture, trainer, best), tuning.model),
             sample=lambda: answer(tuning, whole_model(tuning.model), config.prompt, ANSWER_TOKENS),
+            figures=lambda step: lessons.figures(trainer.figures[-1]),
         )
 
     # save
@@ -189,7 +219,7 @@ def run(config: SftConfig) -> Summary | None:
     if not run.world.leads:
         return None
     results = {
-        **trainer.results(),
+        **{name: value for name, value in trainer.results().items() if name in Summary.__annotations__},
         **_kept(config, run.work, best.step),
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(epochs, 3) for source, epochs in mixture.epochs(trainer.step)},
@@ -211,37 +241,78 @@ def _write(config: SftConfig, tuning: Tuning, values: Mapping[str, Tensor], find
     save_tuned(tuning, values, folder, keep_adapter=config.keep_adapter)
 
 
-def _trainer(
-    config: SftConfig, run: Run, tuning: Tuning, mixture: Mixture, steps: int | None, warmup_steps: int, micro_rows: int
-) -> Trainer:
+@dataclass(frozen=True)
+class Lessons:
+    """What is learnt: examples, or comparisons of answers, of which `pack` makes rows of `row_tokens`, and their loss.
+
+    digests  of the sources
+    figures  of a step, by those that the loss has told of its micro-batches
+    """
+
+    sources: list[Source]
+    held_out: list[Any]
+    digests: list[str]
+    row_tokens: int
+    loss: Loss
+    pack: Callable[..., Any] | None = None
+    figures: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] = lambda parts: {}
+
+
+def _lessons(config: SftConfig, files: list[DataFile], tuning: Tuning, run: Run, findings: Findings) -> Lessons:
     from llmkit.training.loss import next_token_loss
+
+    row_tokens = _row_tokens(config, tuning.context)
+    if config.loss in PREFERENCE_LOSSES:
+        return _preferences(config, files, tuning, row_tokens, run)
+    sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings)
+    return Lessons(sources, held_out, digests, row_tokens, next_token_loss)
+
+
+def _trainer(
+    run: Run, tuning: Tuning, lessons: Lessons, mixture: Mixture, steps: int | None, warmup_steps: int, micro_rows: int
+) -> Trainer:
+    from llmkit.training.finetuning import LORA_LEARNING_RATE
     from llmkit.training.optimizer import Schedule
+    from llmkit.training.plan import ADAMW_RATE
     from llmkit.training.trainer import TrainerSettings
 
+    config = cast(SftConfig, run.config)
     flops_per_token = tuning.model.config.flops_per_token(mixture.sequence_length)
     flops = flops_per_token * mixture.batch_size * mixture.sequence_length * (steps or STEPS_OF_A_RUN)
-    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay)
+    rate, lora_rate = (
+        (PREFERENCE_RATE, PREFERENCE_LORA_RATE)
+        if config.loss in PREFERENCE_LOSSES
+        else (ADAMW_RATE, LORA_LEARNING_RATE)
+    )
+    optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=rate, lora_anchor=lora_rate)
     settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
+    if config.loss == "ipo":  # a squared difference is not in nats
+        settings = replace(settings, spike_nats=math.inf)
     schedule = Schedule(warmup_steps, DECAY_FRACTION)
-    return run.trainer(tuning.model, optimizer, schedule, next_token_loss, settings, flops=flops)
+    flops = None if config.loss in PREFERENCE_LOSSES else flops  # rows of comparisons were never compiled
+    return run.trainer(tuning.model, optimizer, schedule, lessons.loss, settings, flops=flops)
 
 
 def _validation(
-    config: SftConfig, held_out: list[Examples], mixture: Mixture, trainer: Trainer, best: KeepBest
+    config: SftConfig, lessons: Lessons, mixture: Mixture, trainer: Trainer, best: KeepBest
 ) -> Callable[[], dict[str, float]] | None:
     """Return a function that evaluates the model on the held-out examples, and with --patience may stop the run."""
-    if not held_out:
+    if not lessons.held_out:
         return None
     from llmkit.data.batches import PackedEvaluation
+    from llmkit.reward_model.preferences import held_out_figures
     from llmkit.training.finetuning import EarlyStop
     from llmkit.training.loss import masked_loss
 
     rows, length, pad = trainer.settings.micro_batch_rows, mixture.sequence_length, mixture.pad
-    batches = [PackedEvaluation(examples, length, rows, pad) for examples in held_out]
     early = EarlyStop(trainer, best, config.patience) if config.patience is not None else None
 
     def validate() -> dict[str, float]:
-        scores = masked_loss(trainer.model, chain.from_iterable(batches), config.quiet)
+        if config.loss in PREFERENCE_LOSSES:
+            scores = held_out_figures(trainer.model, lessons.held_out, lessons.loss, pad)
+        else:
+            batches = (PackedEvaluation(examples, length, rows, pad) for examples in lessons.held_out)
+            scores = masked_loss(trainer.model, chain.from_iterable(batches), config.quiet)
         if early is not None:
             early.note(scores)
         return scores
@@ -249,17 +320,25 @@ def _validation(
     return validate
 
 
-def _rehearse(config: SftConfig, mixture: Mixture, steps: int | None, micro_rows: int, tuning: Tuning) -> None:
+def _rehearse(
+    config: SftConfig, lessons: Lessons, mixture: Mixture, steps: int | None, micro_rows: int, tuning: Tuning
+) -> None:
     """Show some examples on stdout, and say what memory and time a training takes."""
+    from llmkit.reward_model.preferences import answers_of
     from llmkit.training.distributed import world
     from llmkit.training.finetuning import show_examples
-    from llmkit.training.loss import next_token_loss, rows_of
+    from llmkit.training.loss import rows_of
     from llmkit.training.speed import batch_seconds
 
     if world().leads:
-        show_examples([source.examples for source in mixture.sources], tuning.tokenizer, SHOWN)
+        shown = [source.examples for source in mixture.sources]
+        show_examples(
+            [answers_of(one, SHOWN) for one in shown] if config.loss in PREFERENCE_LOSSES else shown,
+            tuning.tokenizer,
+            SHOWN,
+        )
     rows = min(micro_rows, mixture.batch_size)
-    seconds = batch_seconds(tuning.model, next_token_loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
+    seconds = batch_seconds(tuning.model, lessons.loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
     memory = tuning.training_memory(rows * mixture.sequence_length)
     whole = "" if steps is None else f", {duration(steps * seconds * mixture.batch_size / rows)} to train"
     say(f"about {sum(memory) / 1e9:.2f} GB of memory{whole}", config.quiet)
@@ -286,6 +365,7 @@ def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
         raise UserError("--eval-every: needs --val, conversations to look at, or --evaluate, tasks")
     if config.keep_adapter and config.lora_rank is None:
         raise UserError("--keep-adapter: needs --lora-rank; there is no adapter otherwise")
+    _check_loss(config)
     if config.system == "identity" and config.identity is None:
         raise UserError("--system identity: needs --identity, whose facts it states")
 
@@ -299,6 +379,23 @@ def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
     return config, parse_data(config.data)
 
 
+def _check_loss(config: SftConfig) -> None:
+    """Raise UserError for an option that the loss of the run has no use for."""
+    used_by = {
+        "beta": PREFERENCE_LOSSES,
+        "label_smoothing": ("dpo", "simpo"),
+        "sft_weight": ("dpo", "ipo", "orpo", "simpo"),
+        "margin": ("simpo",),
+        **dict.fromkeys(("identity", "system", "not_in"), CONVERSATION_LOSSES),
+    }
+    for name, losses in used_by.items():
+        if getattr(config, name) not in (None, ()) and config.loss not in losses:
+            expected = f"expected --loss {', '.join(losses[:-1])} or {losses[-1]}" if losses[1:] else "--loss simpo"
+            raise UserError(f"--{name.replace('_', '-')}: {expected}, found {config.loss}, which has no use for it")
+    if config.on_long == "split" and config.loss in PREFERENCE_LOSSES:
+        raise UserError(f"--on-long split: expected truncate, drop or error with --loss {config.loss}")
+
+
 def _row_tokens(config: SftConfig, context: int) -> int:
     """The length of a row, which the model's context bounds."""
     if config.sequence_length is not None and config.sequence_length > context:
@@ -306,27 +403,61 @@ def _row_tokens(config: SftConfig, context: int) -> int:
     return config.sequence_length or min(context, LONGEST_CONTEXT)
 
 
-def _mixture(config: SftConfig, sources: list[Source], row_tokens: int, tuning: Tuning) -> Mixture:
+def _epochs(config: SftConfig) -> float:
+    return config.epochs or (PREFERENCE_EPOCHS if config.loss in PREFERENCE_LOSSES else EPOCHS)
+
+
+def _mixture(config: SftConfig, lessons: Lessons, tuning: Tuning) -> Mixture:
     """Batches of as many rows as make some 200 steps of the data, within bounds."""
     from llmkit.data.batches import Mixture
     from llmkit.model.devices import check_batch_memory
 
-    tokens = sum(source.examples.inputs for source in sources) * (config.epochs or EPOCHS)
+    row_tokens = lessons.row_tokens
+    tokens = sum(source.examples.inputs for source in lessons.sources) * _epochs(config)
     wanted = config.batch_tokens or min(max(tokens / STEPS_OF_A_RUN, SMALLEST_BATCH), LARGEST_BATCH)
     rows = max(1, round(wanted / row_tokens))
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     check_batch_memory(rows * row_tokens, "lower --batch-tokens")
-    return Mixture(sources, row_tokens, rows, tuning.pad_id, config.seed)
+    return Mixture(lessons.sources, row_tokens, rows, tuning.pad_id, config.seed, lessons.pack)
 
 
 def _total_steps(config: SftConfig, mixture: Mixture) -> int | None:
     """The steps of the run; None under a time budget."""
     if config.time_budget is not None:
         return None
-    return config.max_steps or mixture.steps_for(config.tokens or (config.epochs or EPOCHS) * mixture.inputs)
+    return config.max_steps or mixture.steps_for(config.tokens or _epochs(config) * mixture.inputs)
 
 
 # ---- data
+
+
+def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, context: int, run: Run) -> Lessons:
+    """Comparisons of answers, with what the model as it is gives them, where the loss asks for it."""
+    from llmkit.formats.preferences import read_comparison, read_verdict
+    from llmkit.reward_model.comparisons import packed_comparisons, read_comparisons
+    from llmkit.reward_model.preferences import PreferenceLoss, Reference, read_preferences
+    from llmkit.training.preferences import Objective, figures_of
+
+    objective = Objective.of(config.loss, config.beta, config.label_smoothing, config.sft_weight, config.margin)
+    read = partial(
+        read_comparisons,
+        chat=tuning.chat,
+        context=context,
+        bad=run.bad,
+        on_long=config.on_long,
+        limit=config.limit,
+        columns=parse_columns(config.columns),
+        quiet=config.quiet,
+        read=read_verdict if config.loss == "kto" else read_comparison,
+    )
+    reference = None
+    if objective.needs_reference and not config.dry_run:
+        reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
+    learnt = read_preferences(read, files, config.val, objective, context, reference, config.quiet)
+    loss = PreferenceLoss(learnt.objective)
+    return Lessons(
+        learnt.sources, learnt.held_out, learnt.digests, learnt.row_tokens, loss, packed_comparisons, figures_of
+    )
 
 
 def _read_all(
@@ -456,7 +587,7 @@ def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, warmup_ste
     epochs = mixture.epochs(steps)
     say(f"epochs of each source: {', '.join(f'{source.examples.name} {n:.2f}' for source, n in epochs)}", config.quiet)
     taken = sum(source.examples.inputs * n for source, n in epochs) / mixture.inputs
-    asked = config.epochs or EPOCHS
+    asked = _epochs(config)
     if config.max_steps is None and config.tokens is None and taken > MUCH_MORE * asked:
         say(
             f"that is {taken:.2g} epochs of all, where {asked:g} were asked for: a step takes up to "

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +142,15 @@ class ChatFormat:
 
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
-    ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-        """Encode prompts, each with the answers that may follow it; no turns have no ids."""
+    ) -> list[tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
+        """Encode prompts, each with the answers that may follow it, as ids and what is `trained`; no turns, no ids."""
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
         encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
-        ids = iter([next(encoded).token_ids if turn else np.zeros(0, np.int32) for turn in turns])
+        nothing = np.zeros(0, np.int32), np.zeros(0, bool)
+        pairs = iter([(one.token_ids, one.trained) if turn and (one := next(encoded)) else nothing for turn in turns])
         skipped = [len(self._headers["assistant"]) if prompt and _goes_on(prompt[-1]) else 0 for prompt, _ in branches]
         return [
-            (next(ids), tuple(next(ids)[skip:] for _ in answers))
+            (next(pairs)[0], [(ids[skip:], trained[skip:]) for ids, trained in islice(pairs, len(answers))])
             for skip, (_, answers) in zip(skipped, branches, strict=True)
         ]
 

@@ -169,7 +169,7 @@ class TemplateFormat(ChatFormat):
 
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
-    ) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    ) -> list[tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
         """As `ChatFormat.encode_branches`; each answer is encoded with its prompt: a template may know none alone."""
         encoded_branches = []
         for prompt, answers in branches:
@@ -177,7 +177,7 @@ class TemplateFormat(ChatFormat):
             end = len(prompt) - 1
             prompts = [whole.token_ids[: whole.turn_ends[end] if prompt else 0].tolist() for whole in wholes]
             shared = len(commonprefix(prompts))  # noqa: RUF071  (of ids)
-            branch = tuple(whole.token_ids[shared:] for whole in wholes)
+            branch = [(whole.token_ids[shared:], whole.trained[shared:]) for whole in wholes]
             encoded_branches.append((wholes[0].token_ids[:shared], branch))
         return encoded_branches
 

@@ -1,0 +1,345 @@
+"""A policy tuned on comparisons: what its answers' log-probabilities are, now and under its reference, and their loss.
+
+    source = policy_comparisons(comparisons, "dpo", context)
+    source = Reference(tuning, "float32", Path("runs"), quiet=False).compared(source)
+    batch = packed_comparisons([source.candidates[:2]], 512, pad)
+    PreferenceLoss(Objective.of("dpo"))(model, batch).total.backward()
+
+A prompt is computed once for all its answers. B rows of T tokens, M comparisons in a row, K answers in a comparison.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from llmkit.data.batches import Source, shuffled
+from llmkit.data.examples import DataFile, Examples
+from llmkit.data.overlap import Overlap
+from llmkit.errors import UserError
+from llmkit.io.files import atomic_file, file_sha256
+from llmkit.io.hub import local_folder
+from llmkit.io.jsonl import input_files, name_of
+from llmkit.io.progress import Progress, counted, say
+from llmkit.kernels.attention import Branching
+from llmkit.reward_model.comparisons import Candidates, ComparisonRows, Comparisons, evaluation_rows
+from llmkit.reward_model.head import SCORED_TOKENS, row_length
+from llmkit.tokenizer.chat import Encoded
+from llmkit.training.distributed import is_sharded, world
+from llmkit.training.finetuning import Tuning
+from llmkit.training.loss import Loss, Summed
+from llmkit.training.preferences import MISMATCHED, Objective, figures_of, kto_losses, pair_losses, sums_of
+
+
+class Answers(NamedTuple):
+    """What a model gives the answers of N comparisons.
+
+    logprobs, references, lengths, ranks  float32 (N, K): sums over trained tokens, and the number of these
+    margins  float32 (N,)
+    nll      cross-entropy, summed over `tokens` trained tokens of prompts and best answers
+    """
+
+    logprobs: Tensor
+    references: Tensor
+    lengths: Tensor
+    ranks: Tensor
+    margins: Tensor
+    nll: Tensor
+    tokens: int
+
+
+class PreferenceLoss:
+    """The summed loss of some rows of comparisons, and their number, with kto of answers, as the trainer wants it."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, model: Any, batch: ComparisonRows) -> Summed:
+        objective = self.objective
+        # FSDP wants all processes to compute as often
+        parts = [
+            answer_logprobs(model, rows) for rows in ([batch] if is_sharded(model.embed_tokens) else batch.by_size())
+        ]
+        logprobs, references, lengths, ranks, margins = (
+            torch.cat([getattr(part, name) for part in parts]) for name in Answers._fields[:5]
+        )
+        if objective.loss == "kto":
+            each, rewards, divergence = kto_losses(objective, logprobs, references, ranks)
+            pairs = (ranks.unsqueeze(2) == 1) & (ranks.unsqueeze(1) == 2)
+            count = int(((ranks == 1) | (ranks == 2)).sum())
+            extra = {"kl": divergence, "estimates": 1.0}
+        else:
+            each, rewards, pairs = pair_losses(objective, logprobs, references, lengths, ranks, margins)
+            count, extra = len(each), {}
+        total = each.sum()
+        if objective.sft_weight:
+            nll = torch.stack([part.nll for part in parts]).sum()
+            total = total + objective.sft_weight * float(batch.shares[0]) * nll
+            extra = {"nll": float(nll.detach()), "tokens": float(sum(part.tokens for part in parts))}
+        return Summed(total, count, {**sums_of(rewards, lengths, ranks, pairs), **extra})
+
+
+def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
+    """Log-probabilities of the answers in some rows."""
+    device = model.embed_tokens.device
+    ids, documents, branches, positions = (torch.from_numpy(array).to(device) for array in batch[:4])
+    hidden_BTC = model(ids, doc_ids=Branching(documents, branches, positions))
+    trained = batch.predictors >= 0
+    row, _ = np.nonzero(trained)
+    document, branch = batch.doc_ids[trained], batch.branch_ids[trained]
+    predictor_N = torch.from_numpy(row * batch.token_ids.shape[1] + batch.predictors[trained]).to(device)
+    logprob_N, _ = model.logprobs(hidden_BTC.flatten(0, 1)[predictor_N], ids[torch.from_numpy(trained).to(device)], 1.0)
+
+    shape, answer = batch.ranks.shape, np.maximum(branch - 1, 0)
+    place = torch.from_numpy(np.ravel_multi_index((row, document, answer), shape)).to(device)
+    in_answer = torch.from_numpy(branch > 0).to(logprob_N)
+    sums, lengths = (
+        logprob_N.new_zeros(batch.ranks.size).index_add(0, place, values).view(shape)
+        for values in (logprob_N * in_answer, in_answer)
+    )
+    present = torch.from_numpy(batch.numbers >= 0)
+    best = (branch == 0) | (batch.ranks[row, document, answer] == batch.ranks.min(2)[row, document])
+    references, ranks, margins = (
+        torch.from_numpy(array)[present].to(logprob_N) for array in (batch.references, batch.ranks, batch.margins)
+    )
+    nll = -logprob_N[torch.from_numpy(best).to(device)].sum()
+    return Answers(sums[present], references, lengths[present], ranks, margins, nll, int(best.sum()))
+
+
+# ---- data
+
+
+class Learnt(NamedTuple):
+    """Comparisons for a policy, a digest of each source, the tokens of a row, and the objective, balanced to them."""
+
+    sources: list[Source]
+    held_out: list[Comparisons]
+    digests: list[str]
+    row_tokens: int
+    objective: Objective
+
+
+def read_preferences(
+    read: Callable[..., tuple[Comparisons, str]],
+    files: Sequence[DataFile],
+    val: Sequence[str],
+    objective: Objective,
+    context: int,
+    reference: Reference | None,
+    quiet: bool,
+) -> Learnt:
+    """Read files of preferences by `read`, `read_comparisons` with its options, and compare them with the reference."""
+
+    def prepared(name: str, paths: Sequence[str], observe: Callable[[list[str]], object] | None):
+        source, digest = read(name, paths, observe=observe)
+        source = policy_comparisons(source, objective.loss, context)
+        return source if reference is None else reference.compared(source), digest
+
+    texts: list[str] = []
+    held_out = [prepared(name_of(path), input_files([path]), texts.extend)[0] for path in val]
+    overlap = Overlap.of_texts(texts)
+    every = [prepared(name_of(file.path), file.files, overlap.compare_texts if val else None) for file in files]
+    overlap.report(quiet)
+    sources = [
+        Source(source, file.weight or float(source.inputs)) for (source, _), file in zip(every, files, strict=True)
+    ]
+    if objective.loss == "kto":
+        ranks = [rank for source, _ in every for candidates in source.candidates for rank in candidates.ranks]
+        objective = objective.balanced(ranks.count(1), ranks.count(2))
+    row_tokens = row_length(np.concatenate([source.sizes for source, _ in every]))
+    return Learnt(sources, held_out, [digest for _, digest in every], row_tokens, objective)
+
+
+def policy_comparisons(source: Comparisons, loss: str, context: int) -> Comparisons:
+    """What a loss can learn from: what all answers begin with, such as the header of a turn, goes to the prompt.
+
+    Comparisons without a better and a worse answer are left out and counted. For kto the best answers are desirable,
+    the others not, and each prompt gets an answer that belongs to another one, cut to the context, of the rank
+    `MISMATCHED`. Raises UserError where nothing is left, and for kto where all labels are the same.
+    """
+    kept: list[Candidates] = []
+    counts: Counter[str] = Counter()
+    for candidates in source.candidates:
+        candidates = _with_shared_header(candidates)
+        ranks = candidates.ranks
+        if not all(mask.any() for mask in candidates.trained[1:]):
+            counts["left out: an answer without a token to learn"] += 1
+        elif loss != "kto" and len(set(ranks)) < 2:
+            counts["left out: equal ranks"] += 1
+        else:
+            kept.append(candidates)
+            if loss == "kto":
+                best = min(ranks) if len(ranks) > 1 else 1
+                kept[-1] = replace(candidates, ranks=tuple(1 if rank == best else 2 for rank in ranks))
+            elif loss == "orpo":
+                prompt = np.arange(len(candidates.prompt)) > 0
+                kept[-1] = replace(candidates, trained=(prompt, *candidates.trained[1:]))
+    if counts:
+        say(f"{source.name}: {', '.join(f'{reason} {count}' for reason, count in counts.items())}")
+    if not kept:
+        raise UserError(f"{source.name}: nothing to learn from: no comparison has a better and a worse answer")
+    if loss == "kto":
+        kept = _with_mismatched(kept, source.name, context)
+    numbered = [replace(candidates, number=number) for number, candidates in enumerate(kept)]
+    return Comparisons(source.name, numbered, source.counts)
+
+
+def _with_shared_header(candidates: Candidates) -> Candidates:
+    first, *others = candidates.answers
+    most = min(int(mask.argmax()) if mask.any() else len(mask) for mask in candidates.trained[1:])
+    same = np.ones(most, bool)
+    for answer in others:
+        same &= first[:most] == answer[:most]
+    shared = most if same.all() else int(same.argmin())
+    return replace(
+        candidates,
+        prompt=np.concatenate([candidates.prompt, first[:shared]]),
+        answers=tuple(answer[shared:] for answer in candidates.answers),
+        trained=(
+            np.concatenate([candidates.trained[0], np.zeros(shared, bool)]),
+            *(mask[shared:] for mask in candidates.trained[1:]),
+        ),
+    )
+
+
+def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> list[Candidates]:
+    """Give each comparison the first answer of the next one, in an order of their own, that has another prompt."""
+    order, given = shuffled(len(kept), 0, 0).tolist(), list(kept)
+    for place, number in enumerate(order):
+        own = kept[number].prompt
+        for step in range(1, len(order) + 1):
+            other = kept[order[(place + step) % len(order)]]
+            if not np.array_equal(own, other.prompt):
+                break
+        else:
+            raise UserError(f"{name}: --loss kto: expected answers to two prompts at least, found those of one")
+        room = max(1, context - len(own))
+        given[number] = replace(
+            kept[number],
+            answers=(*kept[number].answers, other.answers[0][:room]),
+            ranks=(*kept[number].ranks, int(MISMATCHED)),
+            trained=(*kept[number].trained, other.trained[1][:room]),
+        )
+    return given
+
+
+def answers_of(source: Any, count: int) -> Examples:
+    """The first answers, each behind its prompt, as they are shown before a training."""
+    pairs = [
+        (np.concatenate([one.prompt, ids]), np.concatenate([one.trained[0], trained]))
+        for one in source.candidates[:count]
+        for ids, trained in zip(one.answers, one.trained[1:], strict=True)
+    ][:count]
+    encoded = (("", Encoded(ids, trained, (len(ids),))) for ids, trained in pairs)
+    return Examples.gather(source.name, encoded, 1 + max(len(ids) for ids, _ in pairs))
+
+
+# ---- the reference
+
+
+class Reference:
+    """The model as it is now, with which a policy is compared.
+
+    precision  that it computes in
+    folder     where its log-probabilities are kept, in files named by a hash of the model's files, of what they are of
+               and of the precision; None: nowhere
+    """
+
+    def __init__(self, tuning: Tuning, precision: str, folder: Path | None, quiet: bool) -> None:
+        self._model, self._pad, self._folder, self._quiet = tuning.model, tuning.pad_id, folder, quiet
+        self._digest = sha256(f"{precision} {tuning.model.config.backend}".encode())
+        for path in sorted(local_folder(tuning.folder, weights=True).iterdir()) if folder is not None else ():
+            if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
+                self._digest.update(f"{path.name} {file_sha256(path)}".encode())
+
+    def compared(self, source: Comparisons) -> Comparisons:
+        """The comparisons with the log-probabilities of their answers: those that an earlier run has left, or computed
+        here, where each process has its share, and left for later ones."""
+        sizes = [len(candidates.answers) for candidates in source.candidates]
+        path = self._path(source) if self._folder is not None else None
+        values = world().broadcast(_read_references(path, sum(sizes)) if path is not None and world().leads else None)
+        if values is None:
+            first, stop = world().share(len(sizes))
+            own = _reference_logprobs(source.candidates[first:stop], self._model, self._pad, self._quiet)
+            values = [value for part in world().gather(own) for value in part]
+            if path is not None and world().leads:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path) as handle:
+                    save_file({"logprobs": np.array(values, np.float32)}, handle.name, {"name": path.name})
+        else:
+            say(f"{source.name}: log-probabilities of the reference from {path}", self._quiet)
+        ends = np.cumsum(sizes)
+        known = [
+            replace(candidates, references=tuple(values[end - size : end]))
+            for candidates, size, end in zip(source.candidates, sizes, ends.tolist(), strict=True)
+        ]
+        return Comparisons(source.name, known, source.counts)
+
+    def _path(self, source: Comparisons) -> Path:
+        assert self._folder is not None
+        digest = self._digest.copy()
+        for candidates in source.candidates:
+            for ids in (candidates.prompt, *candidates.answers, *candidates.trained[1:]):
+                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return self._folder / f"reference-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _read_references(path: Path, count: int) -> list[float] | None:
+    """The log-probabilities in a file, None without one, or, with a line that says so, where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(os.fspath(path), "numpy") as file:
+            values = file.get_tensor("logprobs")
+            if (file.metadata() or {}).get("name") == path.name and values.shape == (count,) and (values <= 0).all():
+                return values.tolist()
+        fault = "those of other answers"
+    except (SafetensorError, OSError) as error:
+        fault = str(error)
+    say(f"{path}: expected log-probabilities of {counted(count, 'answer')}, found {fault}; they are computed again")
+    return None
+
+
+@torch.no_grad()
+def _reference_logprobs(candidates: Sequence[Candidates], model: Any, pad: int, quiet: bool) -> list[float]:
+    values: list[Sequence[float]] = [()] * len(candidates)
+    with Progress("reference", unit="comparisons", total=len(candidates), quiet=quiet) as progress:
+        for batch, places in _batches(candidates, pad):
+            batch = batch._replace(numbers=np.where(batch.numbers < 0, 0, batch.numbers))  # all of M, in order
+            sums = answer_logprobs(model, batch).logprobs.view(batch.ranks.shape).tolist()
+            for row, numbers in enumerate(places):
+                for index, number in enumerate(numbers):
+                    values[number] = sums[row][index][: len(candidates[number].answers)]
+            progress.advance(sum(map(len, places)))
+    return [value for part in values for value in part]
+
+
+def _batches(candidates: Sequence[Candidates], pad: int) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
+    if candidates:
+        length = row_length(np.array([one.size for one in candidates], np.int64))
+        yield from evaluation_rows(candidates, SCORED_TOKENS, length, pad)
+
+
+@torch.no_grad()
+def held_out_figures(model: Any, sources: Sequence[Comparisons], loss: Loss, pad: int) -> dict[str, float]:
+    """Figures of held-out comparisons: `val_loss`, and those of `figures_of` behind `val_`."""
+    total, targets, parts = 0.0, 0, []
+    model.eval()
+    for batch in world().deal(batch for source in sources for batch, _ in _batches(source.candidates, pad)):
+        summed = loss(model, batch)
+        total, targets = total + float(summed.total), targets + summed.targets
+        parts.append(summed.figures or {})
+    model.train()
+    total, count = world().sum(total, float(targets))
+    return {"val_loss": total / max(1.0, count), **{f"val_{name}": value for name, value in figures_of(parts).items()}}

@@ -1,0 +1,167 @@
+"""Losses of preferences beside the papers' formulae, written out one answer at a time with all logits held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import make_model
+
+from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
+from llmkit.reward_model.preferences import PreferenceLoss, Reference, policy_comparisons
+from llmkit.training.loss import rows_of
+from llmkit.training.preferences import LOSSES, Objective, figures_of
+
+BETA, SMOOTHING, WEIGHT, MARGIN = 0.7, 0.2, 0.3, 0.4
+OBJECTIVES = {
+    "dpo": Objective("dpo", BETA),
+    "dpo, smoothed, with sft": Objective("dpo", BETA, SMOOTHING, WEIGHT),
+    "ipo": Objective("ipo", BETA, sft_weight=WEIGHT),
+    "kto": Objective("kto", BETA, desirable=1.5),
+    "orpo": Objective("orpo", BETA, sft_weight=1.0),
+    "simpo": Objective("simpo", BETA, SMOOTHING, WEIGHT, MARGIN),
+}
+RANKS = [(1, 2), (1, 2), (2, 1, 3), (1, 2)]
+HEADER = 3  # tokens that all answers begin with, none of them trained
+
+
+def comparisons() -> list[Candidates]:
+    """Prompts and answers of different lengths; the third has three answers."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number, ranks in enumerate(RANKS):
+        header = rng.integers(1, 250, HEADER).astype(np.int32)
+        prompt = rng.integers(1, 250, 5 + 3 * number).astype(np.int32)
+        answers = [rng.integers(1, 250, rng.integers(2, 9)).astype(np.int32) for _ in ranks]
+        trained = [np.zeros(len(prompt), bool)]
+        trained += [np.concatenate([np.zeros(HEADER, bool), np.ones(len(ids), bool)]) for ids in answers]
+        answers = [np.concatenate([header, ids]) for ids in answers]
+        made.append(Candidates(prompt, tuple(answers), ranks, 0.0, number, tuple(trained)))
+    return made
+
+
+def compared(source: Comparisons, model) -> Comparisons:
+    return Reference(SimpleNamespace(model=model, pad_id=0), "float32", None, True).compared(source)
+
+
+def logprobs(model, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+    """Of each token of an answer behind its prompt, or of a prompt behind its first token."""
+    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64)).unsqueeze(0)
+    every = torch.log_softmax(model.logits(model(ids)), -1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
+    return every[len(prompt) - 1 :]
+
+
+def expected(objective: Objective, policy, reference, source: Comparisons) -> torch.Tensor:
+    """The mean loss of all comparisons, by the papers."""
+    beta, losses, learnt = objective.beta, [], []
+    log_sigmoid = F.logsigmoid
+    ratios = []  # kto
+    for one in source.candidates:
+        own = [logprobs(policy, one.prompt, ids) for ids in one.answers]
+        before = [logprobs(reference, one.prompt, ids).detach().sum() for ids in one.answers]
+        own_sums = [values.sum() for values in own]
+        means = [values.mean() for values in own]
+        ratios.append([(a - b, rank) for a, b, rank in zip(own_sums, before, one.ranks, strict=True)])
+        if objective.loss == "kto":
+            continue
+        pairs = []
+        for w, better in enumerate(one.ranks):
+            for r, worse in enumerate(one.ranks):
+                if better >= worse:
+                    continue
+                log_ratio = (own_sums[w] - before[w]) - (own_sums[r] - before[r])
+                if objective.loss == "dpo":
+                    pair = -(1 - objective.label_smoothing) * log_sigmoid(beta * log_ratio)
+                    pair = pair - objective.label_smoothing * log_sigmoid(-beta * log_ratio)
+                elif objective.loss == "ipo":
+                    per_token = (own_sums[w] - before[w]) / len(own[w]) - (own_sums[r] - before[r]) / len(own[r])
+                    pair = (per_token - 1 / (2 * beta)) ** 2
+                elif objective.loss == "orpo":
+                    odds = [mean.exp() / (1 - mean.exp()) for mean in means]
+                    pair = -beta * log_sigmoid((odds[w] / odds[r]).log())
+                else:
+                    gap = beta * means[w] - beta * means[r] - objective.margin
+                    pair = -(1 - objective.label_smoothing) * log_sigmoid(gap)
+                    pair = pair - objective.label_smoothing * log_sigmoid(-gap)
+                pairs.append(pair)
+        losses.append(torch.stack(pairs).mean())
+        learnt.append(own[one.ranks.index(1)])
+        if objective.loss == "orpo":
+            learnt.append(logprobs(policy, one.prompt[:1], one.prompt[1:]))
+    if objective.loss == "kto":
+        flat = [pair for part in ratios for pair in part]
+        kl = torch.stack([ratio for ratio, rank in flat if rank == 0]).mean().clamp(min=0).detach()
+        good = [objective.desirable * (1 - torch.sigmoid(beta * (ratio - kl))) for ratio, rank in flat if rank == 1]
+        bad = [1 - torch.sigmoid(beta * (kl - ratio)) for ratio, rank in flat if rank == 2]
+        return torch.stack(good + bad).mean()
+    return torch.stack(losses).mean() - objective.sft_weight * torch.cat(learnt).mean()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_model(spread=0.7, seed=1), make_model(spread=0.7, seed=2)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_and_its_gradient_are_the_papers(name, models):
+    objective, (policy, reference) = OBJECTIVES[name], models
+    source = policy_comparisons(Comparisons("some", comparisons()), objective.loss, 512)
+    assert all(one.trained[1].all() for one in source.candidates)  # the header has gone to the prompt
+    source = compared(source, reference)
+    batch = packed_comparisons([source.candidates[:3], source.candidates[3:]], 128, 0)
+    parameters = [value for value in policy.parameters() if value.requires_grad]
+    summed = PreferenceLoss(objective)(policy, batch)
+    loss = summed.total / summed.targets
+    gradients = torch.autograd.grad(loss, parameters)
+    wanted = expected(objective, policy, reference, source)
+    assert loss.item() == pytest.approx(wanted.item(), rel=2e-5)
+    for gradient, other in zip(gradients, torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "kto"])
+def test_micro_batches_add_up_to_the_batch(loss, models):
+    policy, reference = models
+    source = policy_comparisons(Comparisons("some", comparisons()), loss, 512)
+    source = compared(source, reference)
+    batch = packed_comparisons([[one] for one in source.candidates], 64, 0)
+    of_loss = PreferenceLoss(Objective.of(loss, sft_weight=0.5))
+    whole, parts = of_loss(policy, batch), [of_loss(policy, rows_of(batch, i, i + 1)) for i in range(4)]
+    assert sum(part.targets for part in parts) == whole.targets == 4
+    assert float(sum(part.total for part in parts)) == pytest.approx(float(whole.total), rel=1e-5)
+    assert figures_of([part.figures for part in parts]) == pytest.approx(figures_of([whole.figures]), rel=1e-4)
+    nothing = of_loss(policy, batch.nothing())
+    assert nothing.targets == 0 and float(nothing.total) == 0.0
+    nothing.total.backward()
+
+
+def test_the_margin_of_a_pair_lowers_its_difference(models):
+    policy, reference = models
+    pair = replace(comparisons()[0], margin=2.0)
+    losses = []
+    for one in (pair, replace(pair, margin=0.0)):
+        source = policy_comparisons(Comparisons("some", [one]), "dpo", 512)
+        source = compared(source, reference)
+        loss = PreferenceLoss(Objective("dpo", 1.0))(policy, packed_comparisons([source.candidates], 64, 0))
+        losses.append(float(loss.total.detach()))
+    (logit,) = [np.log(1 / (np.exp(losses[1]) - 1))]
+    assert losses[0] == pytest.approx(np.log1p(np.exp(2.0 - logit)), rel=1e-4)
+
+
+def test_figures_of_a_step(models):
+    policy, _ = models
+    source = policy_comparisons(Comparisons("some", comparisons()[:2]), "dpo", 512)
+    source = compared(source, policy)  # compared with itself
+    (figures,) = [
+        figures_of(
+            [PreferenceLoss(Objective.of("dpo"))(policy, packed_comparisons([source.candidates], 64, 0)).figures]
+        )
+    ]
+    assert figures["margin"] == pytest.approx(0, abs=1e-5) and figures["reward_chosen"] == pytest.approx(0, abs=1e-5)
+    lengths = [[len(ids) for ids in one.answers] for one in source.candidates]
+    assert figures["length_chosen"] == np.mean([two[0] for two in lengths])
+    assert figures["length_rejected"] == np.mean([two[1] for two in lengths])
