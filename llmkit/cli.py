@@ -31,7 +31,7 @@ from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.io.ranks import launch
 
 OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
-OUTPUTS = ("out", "report", "rejects", "collect")  # options of what a stage writes
+OUTPUTS = ("out", "report", "rejects", "collect", "pairs")  # options of what a stage writes
 # name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
@@ -43,6 +43,7 @@ COMMANDS = {
         "ProbeKnowledgeConfig",
         "What an assistant knows, and refusals of what it does not.",
     ),
+    "write-chats": ("llmkit.stages.write_chats", "WriteChatsConfig", "Conversations that a model writes, by a guide."),
     "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
     "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy better than its examples."),
     "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
@@ -82,10 +83,9 @@ ELSEWHERE = {
         ("merge merge-lora", "llmkit sft --lora-rank, which merges its adapter at the end"),
         ("convert save hf gguf llama-cpp ollama", "llmkit export --format gguf or hf"),
         ("quantize quantise quantization quant", "llmkit export --format gguf --dtype q8_0"),
-        (
-            "crawl filter extract clean dedup dedupe deduplicate minhash scrape warc pii language",
-            "llmkit crawl-filter",
-        ),
+        ("crawl filter extract clean scrape warc pii language", "llmkit crawl-filter"),
+        ("dedup dedupe deduplicate minhash", "llmkit crawl-filter"),
+        ("write synthesize synthetic synth generate-data self-instruct distill distil", "llmkit write-chats"),
         ("probe knowledge refusals hallucination hallucinations recite", "llmkit probe-knowledge"),
         ("plot plots stats dashboard show visualize compare view", "llmkit report"),
         ("version", "llmkit --version"),

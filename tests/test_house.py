@@ -35,12 +35,12 @@ ROOMS = {
     "reward_model": (800, 1185),
     "probing": (970, 1040),
     "rewards": (1400, 2100),
-    "writing": (800, 0),
+    "writing": (800, 1440),
     "evaluation": (900, 1500),
     "rl": (1350, 0),
     "export": (600, 780),
     "serving": (1100, 1540),
-    "stages": (2480, 4400),
+    "stages": (2480, 4460),
     "cli": (380, 0),
     "__main__": (40, 0),
 }
@@ -69,6 +69,7 @@ OPTIONS = {
     "pretrain": 41,
     "sft": 47,
     "probe-knowledge": 31,
+    "write-chats": 37,
     "train-reward": 36,
     "rl": 52,
     "sample": 37,
@@ -77,7 +78,7 @@ OPTIONS = {
     "export": 10,
     "report": 11,
 }
-DISTINCT = 141
+DISTINCT = 151
 
 
 def modules() -> dict[str, str]:

@@ -32,7 +32,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest
-from llmkit.generation.requests import Completion, OnCall, OnText, Request, StopMatcher, Usage, finished
+from llmkit.generation.requests import Completion, OnCall, OnDone, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.sequence import CALL, RunningSequence
 from llmkit.generation.tool_calls import Functions, ToolUse, unavailable_notes
 from llmkit.generation.transformers_decoder import TransformersDecoder
@@ -149,10 +149,11 @@ class Generator:
 
     def complete(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         *,
         on_text: OnText | None = None,
         on_call: OnCall | None = None,
+        on_done: OnDone | None = None,
     ) -> Iterator[list[Completion]]:
         """See `Sampler.complete`. Raises UserError for logits that are no numbers."""
         with self.computing():
@@ -162,7 +163,10 @@ class Generator:
             while more:
                 with self.computing():
                     more = pool.advance()
-                yield from finished(pool.done)
+                for index, samples in finished(pool.done):
+                    if on_done is not None:
+                        on_done(index, samples)
+                    yield samples
         finally:
             pool.close()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.io.progress import counted
 
 if TYPE_CHECKING:
+    from llmkit.formats.conversations import Part
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.tool_calls import Functions
 
@@ -18,6 +19,8 @@ Prompt = Sequence[Any]  # token ids; where a server makes them text to continue,
 OnText = Callable[[int, int, str], object]  # (request, sample, text), as text is decided
 # (request, sample, call, what the model sees of its result): as a tool is called, None, and as it has answered
 OnCall = Callable[[int, int, Mapping[str, Any], str | None], object]
+OnDone = Callable[[int, "list[Completion]"], object]  # (request, its samples)
+REFUSED = "refused"  # how a completion ends that a server has failed to make
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Completion:
     top_logprobs        the likeliest tokens at each position and their `logprobs`, where the request asks for them;
                         none where not sampled
     thought             what a server tells apart from the text; thoughts of a model here stand in the text
+    parts               text, calls and results in their order, where a server's model has called tools
 
     What a server does not tell is empty: `token_ids`, `logprobs`, `sampled`, and always `truncated_logprobs`.
     """
@@ -83,6 +87,7 @@ class Completion:
     tool_calls: list[dict[str, Any]]
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     thought: str = ""
+    parts: Sequence[Part] = ()
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
@@ -116,11 +121,12 @@ class Usage:
         return f"{counted(self.requests, 'request')}, {tokens}{left}"
 
 
-def finished(done: dict[int, list[Completion | None]]) -> Iterator[list[Completion]]:
-    """Take out the samples of the first requests that are whole; `done` has them by number, None for what is not."""
-    while done and None not in (samples := done[next(iter(done))]):
-        del done[next(iter(done))]
-        yield [completion for completion in samples if completion is not None]
+def finished(done: dict[int, list[Completion | None]]) -> Iterator[tuple[int, list[Completion]]]:
+    """Take out the first requests that are whole, with their samples; `done` has these by number, None for what is not
+    there."""
+    while done and None not in (samples := done[index := next(iter(done))]):
+        del done[index]
+        yield index, [completion for completion in samples if completion is not None]
 
 
 class StopMatcher:

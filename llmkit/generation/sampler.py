@@ -18,7 +18,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
 from llmkit.generation.generator import Generator, ModelFolder, end_tokens
 from llmkit.generation.next_token import Sampling
-from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, Usage
+from llmkit.generation.requests import Completion, OnCall, OnDone, OnText, Prompt, Request, Usage
 from llmkit.generation.served_models import EXAMPLE, SCHEME, OpenAIClient, parse_address
 from llmkit.generation.served_sampler import ServedSampler
 from llmkit.generation.tool_calls import Functions, open_tools
@@ -71,14 +71,17 @@ class Sampler(Protocol):
 
     def complete(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         *,
         on_text: OnText | None = None,
         on_call: OnCall | None = None,
+        on_done: OnDone | None = None,
     ) -> Iterator[list[Completion]]:
         """The samples of each request, in order; none where the prompt leaves no room in the context.
 
         Requests are read as there is room: a few times those that are under way, ahead of the first that is not done.
+        None in their place says that there is no other before one of those under way is done. `on_done` gets the
+        samples as soon as they are there, a server's before those of earlier requests, between two of `requests`.
         """
         ...
 
@@ -109,6 +112,7 @@ def open_sampler(
     concurrency: int = 8,
     timeout: float = 120.0,
     logprobs: bool = False,
+    skip_refused: bool = False,
 ) -> Iterator[Sampler]:
     """The sampler of a model folder, or of `openai:URL#NAME`. A folder's weights are loaded at the first completion.
 
@@ -116,7 +120,7 @@ def open_sampler(
     stop                      strings that end a completion and are left out of it
     tools                     what may be called, and whether thoughts are asked for
     device, dtype, backend, slots, end_ids, end_at_others  of a folder: see `load_config`, `Generator` and `open_tools`
-    folder, concurrency, timeout, logprobs  of a server: see `ServedSampler`; `folder` has the tokenizer
+    folder, concurrency, timeout, logprobs, skip_refused  of a server: see `ServedSampler`; `folder` has the tokenizer
 
     Raises UserError for what is neither, and where a folder's tokenizer and model do not fit; asks a server nothing.
     """
@@ -140,6 +144,7 @@ def open_sampler(
                 concurrency=concurrency,
                 stop=stop,
                 logprobs=logprobs,
+                skip_refused=skip_refused,
                 tools=functions,
                 thinking=thinking,
             )

@@ -59,6 +59,10 @@ class Refused(ServerError):
     """The server will not have the request, or fails on it."""
 
 
+class NoCompletion(ServerError):
+    """The server has answered with something else than a completion."""
+
+
 class PromptTooLong(Exception):
     """The prompt does not fit the context of the model."""
 
@@ -237,7 +241,7 @@ class OpenAIClient:
             content = _plain(response)
             if (error := content.get("error")) and not content.get("choices"):  # with status 200
                 fault = shortened(str(error.get("message") or error if isinstance(error, dict) else error))
-                raise ServerError(f"{self.place}: fails: {fault}")
+                raise NoCompletion(f"{self.place}: fails: {fault}")
             reply = _read(content)
             if reply is not None:
                 self._count(content.get("usage"), reply, used)
@@ -246,7 +250,7 @@ class OpenAIClient:
                 return reply
         expected = "a chat completion" if answers else "a completion"
         text = response.to_json(indent=None, warnings=False) if hasattr(response, "to_json") else str(response)
-        raise ServerError(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
+        raise NoCompletion(f"{self.place}: expected {expected}, found {shortened(text)!r}; is the URL right?")
 
     def _take_stream(
         self, chunks: Iterable[Any], on_text: Callable[[str], object], used: Collection[str]

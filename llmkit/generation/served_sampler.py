@@ -22,13 +22,22 @@ from queue import SimpleQueue
 from typing import Any
 
 from llmkit.errors import UserError
-from llmkit.formats.conversations import RESULT, Message
+from llmkit.formats.conversations import RESULT, Message, Part
 from llmkit.generation.generator import prompt_ids
 from llmkit.generation.next_token import Sampling, uniforms
-from llmkit.generation.requests import Completion, OnCall, OnText, Prompt, Request, finished
-from llmkit.generation.served_models import SCHEME, OpenAIClient, PromptTooLong, Refused, Reply, ServerError
-from llmkit.generation.tool_calls import Functions
+from llmkit.generation.requests import REFUSED, Completion, OnCall, OnDone, OnText, Prompt, Request, finished
+from llmkit.generation.served_models import (
+    SCHEME,
+    NoCompletion,
+    OpenAIClient,
+    PromptTooLong,
+    Refused,
+    Reply,
+    ServerError,
+)
+from llmkit.generation.tool_calls import Functions, call_part, input_of
 from llmkit.io.progress import counted
+from llmkit.tokenizer.calls import Call
 from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format, function_of
@@ -49,6 +58,8 @@ class ServedSampler:
     logprobs     whether the log-probabilities of tokens are needed: under softmax(logits / temperature) or
                  softmax(logits), as the server has it
     token_ids    whether the ids of tokens are needed
+    skip_refused  whether a request that the server refuses, or answers by no completion, is a completion without text
+                 that ends by "refused", and the run goes on; `refusal` then has the reason of the last one
     end_ids      where ids are needed: the tokens of which one ends each completion that ends by itself
     """
 
@@ -67,8 +78,9 @@ class ServedSampler:
         end_ids: Collection[int] = (),
         tools: Functions | None = None,
         thinking: bool | None = None,
+        skip_refused: bool = False,
     ) -> None:
-        self.tools = tools
+        self.tools, self._skip_refused, self.refusal = tools, skip_refused, ""
         self.server, self.tokenizer, self.usage, self.name = server, tokenizer, server.usage, server.address.name
         self._temperature, self._concurrency, self._stop = sampling.temperature, concurrency, stop
         self._needs_logprobs, self._needs_ids, self._end_ids = logprobs, token_ids, frozenset(end_ids)
@@ -105,10 +117,11 @@ class ServedSampler:
 
     def complete(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         *,
         on_text: OnText | None = None,
         on_call: OnCall | None = None,
+        on_done: OnDone | None = None,
     ) -> Iterator[list[Completion]]:
         """See `Sampler.complete`. Raises ServerError where a request has failed for good."""
         done: dict[int, list[Completion | None]] = {}
@@ -133,18 +146,31 @@ class ServedSampler:
 
         def take() -> Iterator[list[Completion]]:
             index, sample, result = results.get()
+            if isinstance(result, (Refused, NoCompletion)) and self._skip_refused:
+                self.refusal = str(result)
+                result = Completion("", [], REFUSED, [], [], [], [])
             if isinstance(result, PromptTooLong):
-                done.update({index: []} if index in done else {})  # the first of its samples says so
+                is_whole = index in done and done[index] != []  # the first of its samples says so
+                done.update({index: []} if is_whole else {})
             elif isinstance(result, BaseException):
                 raise result
-            elif done.get(index):
+            elif is_whole := bool(done.get(index)):
                 done[index][sample] = result
-            yield from finished(done)
+                is_whole = None not in done[index]
+            if on_done is not None and is_whole:
+                on_done(index, [completion for completion in done[index] if completion is not None])
+            yield from (samples for _, samples in finished(done))
 
         # its threads are daemons: who interrupts the program does not wait for the server
         with ThreadPool(self._concurrency) as pool:
             try:
-                for index, request in enumerate(requests):
+                index = -1
+                for request in requests:
+                    if request is None:
+                        running -= 1
+                        yield from take()
+                        continue
+                    index += 1
                     done[index] = [None] * request.samples
                     for sample in range(request.samples):
                         pool.apply_async(work, (index, sample, request))
@@ -175,10 +201,12 @@ class ServedSampler:
             tools, prompt = None, request.prompt
         replies: list[Reply] = []
         records: list[dict[str, Any]] = []  # of the calls
+        parts: list[Part] = []
         while True:
             replies.append(reply := self._reply(request, prompt, sample, left, tools, on_text))
             ids, logprobs, left = reply.token_ids or [], reply.logprobs or [], left - reply.tokens
-            calls, reason = [(call["name"], call["arguments"]) for call in reply.tool_calls], reply.finish_reason
+            calls, reason = [(call["name"], _input(call)) for call in reply.tool_calls], reply.finish_reason
+            parts += [Part("text", reply.text)] if reply.text else []
             if not calls or tools is None:
                 break
             if len(records) + len(calls) > tools.max_calls:
@@ -195,6 +223,7 @@ class ServedSampler:
                 record |= {"result": result.text, **({"failed": True} if result.failed else {})}
                 on_call(record, result.text)
                 results.append(result.text)
+                parts += [call_part(call[0], call[1]), Part(RESULT, result.text)]
             if left <= 0:
                 reason = "length"
                 break
@@ -209,6 +238,7 @@ class ServedSampler:
             [True] * len(ids),
             records,
             thought="\n\n".join(reply.thought.strip("\n") for reply in replies if reply.thought),
+            parts=parts if records else (),
         )
 
     def _reply(
@@ -278,6 +308,14 @@ class ServedSampler:
                 "that never sees it does not learn to stop"
             )
         return None
+
+
+def _input(call: Mapping[str, str]) -> str:
+    """The input of the tool that a server's model calls, whose arguments are JSON; as they are where that is broken."""
+    try:
+        return input_of(Call(call["name"], dict(json.loads(call["arguments"]))))
+    except (ValueError, TypeError):
+        return call["arguments"]
 
 
 def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool, thinking: bool | None) -> dict[str, Any]:

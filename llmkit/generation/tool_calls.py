@@ -163,7 +163,7 @@ class ToolUse(Functions):
         rest = form.stretch.sub("", written[first.start() :]).strip()
         for name in self._tokenizer.specials if rest else ():
             rest = rest.replace(name, "")
-        return before + rest, [(call.name, self._input(call)) for call in calls]
+        return before + rest, [(call.name, input_of(call)) for call in calls]
 
     def is_broken(self, token_ids: Sequence[int]) -> bool:
         """True if a turn in which no call could be read begins one."""
@@ -175,13 +175,6 @@ class ToolUse(Functions):
         text, last = self._tokenizer.decode(token_ids).rpartition("</think>")[2], self._tokenizer.decode(token_ids[-1:])
         text = text.removesuffix(last) if last in self._tokenizer.specials else text
         return "" if "<think>" in text else text
-
-    def _input(self, call: Call) -> str:
-        """The input of a tool: for our own its text, for functions the arguments in JSON."""
-        if call.name not in TOOLS:
-            return json.dumps(call.arguments, ensure_ascii=False)
-        value = call.arguments.get(ARGUMENT[call.name], next(iter(call.arguments.values()), ""))
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
     def result_ids(
         self, calls: Sequence[tuple[str, str]], results: Sequence[ToolResult], room: int
@@ -231,6 +224,14 @@ class ToolUse(Functions):
                     content += [Part(RESULT, self._cut(call["result"])) for call in of_turn]
         content += [call_part(call["tool"], call["input"]) for call in records]
         return tuple(part for part in content if part.text or part.kind != "text")
+
+
+def input_of(call: Call) -> str:
+    """The input of a tool: for our own its text, for functions the arguments in JSON."""
+    if call.name not in TOOLS:
+        return json.dumps(call.arguments, ensure_ascii=False)
+    value = call.arguments.get(ARGUMENT[call.name], next(iter(call.arguments.values()), ""))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def call_part(tool: str, text: str) -> Part:

@@ -219,7 +219,7 @@ def _asked(draft: Draft) -> str:
 
 def _form(draft: Draft) -> str | None:
     if draft.fault is not None:
-        return f"form: {draft.fault}"
+        return draft.fault if draft.fault.startswith("duplicate: ") else f"form: {draft.fault}"
     turns = draft.messages[1:] if draft.messages and draft.messages[0].role == "system" else draft.messages
     if not turns or len(turns) % 2 or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         return "form: roles do not alternate up to an answer"

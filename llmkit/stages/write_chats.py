@@ -1,0 +1,403 @@
+"""`llmkit write-chats`: conversations that models write, by labelling instructions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.config import (
+    CommonConfig,
+    RecordsConfig,
+    ToolConfig,
+    as_options,
+    lasting_options,
+    option,
+    parse_columns,
+)
+from llmkit.errors import UserError
+from llmkit.formats.conversations import CALL, TOOLS, as_record, find_prompt, read_messages
+from llmkit.formats.problems import read_problem
+from llmkit.io.files import check_output, check_unfinished
+from llmkit.io.jsonl import (
+    dump_json,
+    input_files,
+    names_of,
+    open_input,
+    open_output,
+    read_documents,
+    read_jsonl,
+    read_text,
+)
+from llmkit.io.manifest import write_manifest
+from llmkit.io.progress import say
+from llmkit.io.records import BadRecords, Row
+from llmkit.io.resume import STATE, Kept
+from llmkit.io.run_folder import check_finished, uploaded
+
+if TYPE_CHECKING:
+    from llmkit.generation.sampler import Sampler
+    from llmkit.writing.judge import Judge
+    from llmkit.writing.selection import Selection
+    from llmkit.writing.writer import Source, Writer
+
+SOURCES = ("topics", "seeds", "documents", "answer")
+DEFAULT = 100  # conversations
+MOST_PASSAGES = 20_000  # of --documents
+MIXED = ("system", "thinking", "tools", "refusals")
+HASHED = 16  # digits of a hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteChatsConfig(RecordsConfig, CommonConfig, ToolConfig):
+    """Options of `llmkit write-chats`."""
+
+    examples: ClassVar[str] = """
+        Examples:
+          llmkit write-chats --guide guide.md --topics topics.txt --writer openai:http://localhost:8000/v1#qwen \\
+            -n 20000 -o chats.jsonl
+          llmkit write-chats --guide guide.md --seeds seed_tasks.jsonl --writer assistant/ --judge judge/ \\
+            --not-in eval.jsonl -n 1000 -o chats.jsonl
+          llmkit write-chats --guide guide.md --answer prompts.jsonl --writer assistant/ --samples 4 --judge judge/ \\
+            --pairs prefs.jsonl -o chats.jsonl
+
+        The guide is in the writer's context. Prompts come from topics (one a line; the writer grows subtopics, people
+        and tasks), from seed tasks (new ones by examples), from documents (questions that they answer), or are given
+        (--answer). Every draft that is dropped has a reason and is counted; -n are kept. A killed run goes on with
+        --resume, to the same lines. What is asked, and what is dropped: docs/write-chats.md.
+    """
+    following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl -o chat/"
+
+    guide: str | None = option(None, "Labelling instructions, as text.", metavar="FILE", reads=True)
+    topics: str | None = option(None, "Topics to write about, one a line.", metavar="FILE", reads=True)
+    seeds: tuple[str, ...] = option((), "Tasks that new ones are modelled on; repeatable.", metavar="FILE", reads=True)
+    documents: tuple[str, ...] = option((), "Documents to ask about; repeatable.", metavar="FILE", reads=True)
+    answer: tuple[str, ...] = option((), "Prompts to answer; repeatable.", metavar="FILE", reads=True)
+    writer: str | None = option(None, "Model that writes both sides.", metavar="MODEL|openai:URL#NAME", reads=True)
+    conversations: int | None = option(
+        None, "Conversations to keep [100; of --answer: all].", short="-n", unit="count", at_least=1, free=True
+    )
+    budget: str | None = option(
+        None,
+        "Tokens in and out, or money at prices per million tokens in and out, after which the run stops.",
+        metavar="TOKENS|MONEY@IN,OUT",
+        free=True,
+    )
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
+    concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
+    timeout: float = option(
+        120, "Longest wait for a server's reply.", group="Servers", unit="duration", above=0, free=True
+    )
+    resume: bool = option(False, "Resume a killed run.", free=True)
+
+    turns: int = option(1, "Messages of the person in a conversation, at most.", group="Text", at_least=1, at_most=100)
+    mix: tuple[str, ...] = option(
+        (),
+        "Shares of conversations with a system message [0.2], steps before answers [0], tools [1], and a request to be "
+        "refused [0].",
+        group="Text",
+        metavar="system|thinking|tools|refusals=SHARE,...",
+    )
+    language: tuple[str, ...] = option(
+        (), "Languages of conversations [the writer's].", group="Text", metavar="en[,de]"
+    )
+    samples: int = option(1, "Answers to the last message, of which the best is kept.", group="Text", at_least=1)
+    max_tokens: int | None = option(1024, "Tokens of a message.", group="Text", unit="count", at_least=1)
+    temperature: float = option(1.0, "Sampling temperature.", group="Text", at_least=0, at_most=100)
+
+    judge: str | None = option(
+        None,
+        "Judge of drafts: a reward model or an assistant.",
+        group="Keep",
+        metavar="MODEL|openai:URL#NAME",
+        reads=True,
+    )
+    fail_below: float | None = option(None, "Least score of the judge.", group="Keep")
+    not_in: tuple[str, ...] = option(
+        (), "Evaluation items that no conversation may contain; repeatable.", group="Keep", metavar="FILE", reads=True
+    )
+    pairs: str | None = option(
+        None, "File for the best and the worst answer, as preferences.", group="Keep", metavar="FILE", free=True
+    )
+
+    def reads_stdin(self) -> bool:
+        """True if help is wanted: without a guide there is nothing to do."""
+        return self.guide is None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures that the command prints. `dropped` counts drafts by reason."""
+
+    path: str
+    conversations: int | None = None
+    drafts: int | None = None
+    dropped: dict[str, int] | None = None
+    pairs: int | None = None
+    diversity: dict[str, Any] | None = None
+    tokens: dict[str, int] | None = None
+    bad_records: int | None = None
+    not_used: dict[str, int] | None = None
+    seconds: float | None = None
+
+
+@uploaded("out", "pairs")
+def run(config: WriteChatsConfig) -> Summary | None:
+    """Load, write, save, summarise. Raises UserError for the user's mistakes."""
+    started, out = time.monotonic(), config.out or "-"
+    guide, shares = _checked(config, out)
+    if config.resume and Path(out).exists() and not Path(out + STATE).exists():
+        check_finished(out, config)
+        say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
+        return Summary(out)
+
+    # load
+    from llmkit.writing.keep import Keeper
+    from llmkit.writing.selection import Selection, parse_budget
+    from llmkit.writing.writer import Writer
+
+    bad = BadRecords(config.max_bad, config.quiet)
+    source, inputs_hash = _source(config, bad)
+    with ExitStack() as stack:
+        sampler = stack.enter_context(_sampler(config))
+        _ = sampler.chat  # a base model says so now
+        writer = Writer(
+            sampler,
+            source,
+            guide,
+            seed=config.seed,
+            shares=shares,
+            languages=config.language,
+            turns=config.turns,
+            samples=config.samples,
+            max_tokens=config.max_tokens,
+        )
+        if config.dry_run:
+            for line in [*sampler.plan(), *_first_request(writer)]:
+                say(line, config.quiet)
+            return None
+        sampler.check()
+        judge = _judge(config, guide, stack)
+
+        # write
+        names = {"guide": _hash(guide), "writer": sampler.name, **({"judge": judge.name} if judge else {})}
+        identity = {"the guide": names["guide"], "the inputs": inputs_hash, **sampler.identity}
+        identity |= {} if judge is None else {f"the judge: {name}": value for name, value in judge.identity.items()}
+        state = Kept(
+            Path(out + STATE) if out != "-" else None, {**lasting_options(config), **identity}, resume=config.resume
+        )
+        stack.enter_context(state.resumable())
+        keeper = Keeper(config.not_in, config.fail_below, sandbox=config.sandbox != "none", quiet=config.quiet)
+        stack.callback(keeper.close)
+        wanted = config.conversations or (None if config.answer else DEFAULT)
+        budget = None if config.budget is None else parse_budget(config.budget)
+        selection = Selection(writer, keeper, judge, state, wanted=wanted, budget=budget, quiet=config.quiet)
+        selection.write()
+
+        # save and summarise
+        summary = _save(config, selection, names, {**keeper.figures(), **bad.results}, started)
+        for line in [*sampler.describe(), *selection.describe()]:
+            say(line, config.quiet)
+        state.remove()
+    return None if out == "-" else summary
+
+
+def _save(
+    config: WriteChatsConfig, selection: Selection, names: Mapping[str, Any], figures: Mapping[str, Any], started: float
+) -> Summary:
+    """Write the conversations, the pairs and the manifest."""
+    functions, out = selection.writer.sampler.tools, config.out or "-"
+    schemas = [] if functions is None else [tool for tool in functions.schemas if tool["function"]["name"] not in TOOLS]
+    pairs, write_pair = None, None
+    with ExitStack() as stack:
+        write = stack.enter_context(open_output(out, config.force or config.resume))
+        if config.pairs is not None:
+            pairs, write_pair = 0, stack.enter_context(open_output(config.pairs, config.force or config.resume))
+        for index in selection.indices:
+            end, versions = selection.end(index), [*selection.draft(index).versions()]
+            best = versions[end["best"]]
+            fields = {**names, **{name: end[name] for name in ("scores", "why") if end.get(name)}}
+            if any(part.kind == CALL for turn in best.messages for part in turn.parts):
+                fields["tools"] = schemas
+            write(best.as_line(**fields))
+            if write_pair is not None and end["worst"] is not None:
+                chosen, rejected = (as_record(side.messages[-1:]) for side in (best, versions[end["worst"]]))
+                write_pair({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
+                pairs = (pairs or 0) + 1
+    results = {"conversations": len(selection.indices), "drafts": selection.decided, "pairs": pairs}
+    if Path(out).is_file():
+        inputs = [*input_files([path for path in (config.guide, config.topics) if path], text=True)]
+        inputs += [*input_files([*config.seeds, *config.answer]), *input_files(config.documents, text=True)]
+        parents = [path for path in (config.writer, config.judge) if path and Path(path).is_dir()]
+        write_manifest(
+            out,
+            "write-chats",
+            as_options(config),
+            inputs=[*inputs, *input_files(config.not_in)],
+            parents=parents,
+            results={**results, **figures},
+            not_in=config.not_in,
+        )
+    return Summary(
+        out,
+        **results,
+        dropped=dict(selection.dropped.most_common()),
+        diversity={**figures["diversity"], "by_topic": len(figures["diversity"]["by_topic"])},
+        tokens={"in": selection.spent[1], "out": selection.spent[2]},
+        bad_records=figures.get("bad_records"),
+        not_used=figures.get("not_used"),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+# ---- what is asked for
+
+
+def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float]]:
+    """Check the options before any work; return the guide and the shares of --mix."""
+    if config.guide is None:
+        raise UserError("--guide: expected a file of labelling instructions, found none; see --help")
+    given = [f"--{name}" for name in SOURCES if getattr(config, name)]
+    if len(given) != 1:
+        names = " and ".join(given) or "none"
+        raise UserError(f"expected one of --topics, --seeds, --documents and --answer, found {names}")
+    if config.writer is None:
+        raise UserError("--writer: expected a model's folder or openai:URL#NAME, found none")
+    if config.answer and config.turns > 1:
+        raise UserError("--turns: has no effect beside --answer, whose prompts are given")
+    if config.language:
+        from llmkit.text.language import check_languages
+
+        check_languages(config.language)
+    if config.fail_below is not None and config.judge is None:
+        raise UserError("--fail-below: expected --judge beside it, whose scores it is about")
+    if config.pairs is not None and config.samples < 2:
+        raise UserError("--pairs: expected --samples 2 or more, of which it takes the best and the worst")
+    if config.samples > 1 and config.judge is None and not config.answer:
+        raise UserError("--samples: expected --judge, or --answer with answers to check, which tell good from bad")
+    if config.resume and out == "-":
+        raise UserError("--resume: expected --out, beside which a killed run has left its state")
+    shares = _parse_mix(config)
+    input_files([*config.seeds, *config.answer, *config.not_in])
+    input_files(config.documents, text=True)
+    outputs = [path for path in (out, config.pairs) if path not in (None, "-")]
+    if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
+        raise UserError(f"--pairs: expected another file than --out, found {config.pairs} twice")
+    if out != "-" and not config.dry_run:
+        check_unfinished(config.force, config.resume, out + STATE)
+    for path in outputs:
+        check_output(str(path), config.force, config.resume, is_file=True)
+    with open_input(config.guide) as handle:
+        guide = read_text(handle, config.guide)
+    if not guide.strip():
+        raise UserError(f"{config.guide}: expected labelling instructions, found an empty file")
+    return guide, shares
+
+
+def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
+    shares = {}
+    for pair in (pair.strip() for text in config.mix for pair in text.split(",")):
+        name, _, share = pair.partition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            shares[name] = -1.0
+        if name not in MIXED or not 0 <= shares[name] <= 1:
+            raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(MIXED)}, found {pair!r}")
+        if name == "tools" and not config.tools:
+            raise UserError("--mix tools: expected --tools beside it")
+    return shares
+
+
+def _source(config: WriteChatsConfig, bad: BadRecords) -> tuple[Source, str]:
+    """The prompts, and a hash of what they are made from. Raises UserError where there are none."""
+    from llmkit.writing.selection import WINDOW
+    from llmkit.writing.sources import Documents, Prompts, Seeds, Topics
+
+    columns = parse_columns(config.columns)
+    if config.topics is not None:
+        with open_input(config.topics) as handle:
+            lines = read_text(handle, config.topics).splitlines()
+        topics = list(dict.fromkeys(topic for line in lines if (topic := " ".join(line.split()))))[: config.limit]
+        if not topics:
+            raise UserError(f"{config.topics}: expected topics, one a line, found none")
+        return Topics(topics), _hash(topics)
+    if config.seeds:
+        tasks = list(dict.fromkeys(read_jsonl(input_files(config.seeds), config.limit, _first_message, bad, columns)))
+        if not tasks:
+            raise UserError(f"{names_of(config.seeds)}: expected tasks, found none")
+        return Seeds(tasks, WINDOW), _hash(tasks)
+    if config.documents:
+        from llmkit.probing.question_rules import sample_passages
+
+        documents = read_documents(input_files(config.documents, text=True), config.limit, bad, columns)
+        passages = sample_passages(documents, MOST_PASSAGES, config.seed)
+        if not passages:
+            raise UserError(f"{names_of(config.documents)}: expected documents with text to ask about, found none")
+        return Documents(passages), _hash([passage.text for passage in passages])
+    problems = list(read_jsonl(input_files(config.answer), config.limit, read_problem, bad, columns))
+    if not problems:
+        raise UserError(f"{names_of(config.answer)}: expected prompts, found none")
+    return Prompts(problems), _hash([problem.record for problem in problems])
+
+
+def _first_message(row: Row) -> str:
+    """The task of a record: what the person says first."""
+    prompt = find_prompt(row)
+    messages = () if prompt is None else read_messages(row, prompt.entries)
+    text = next((message.text.strip() for message in messages if message.role == "user"), "")
+    if not text:
+        raise UserError(f"{row.where}: expected a task, such as 'instruction', found {sorted(row.value)}")
+    return text
+
+
+def _sampler(config: WriteChatsConfig) -> AbstractContextManager[Sampler]:
+    from llmkit.generation.next_token import Sampling
+    from llmkit.generation.sampler import open_sampler
+
+    return open_sampler(
+        str(config.writer),
+        Sampling(config.temperature),
+        flag="--writer",
+        device=config.device,
+        slots=config.batch_size,
+        tools=None if config.dry_run else config,
+        concurrency=config.concurrency,
+        timeout=config.timeout,
+        skip_refused=True,
+    )
+
+
+def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | None:
+    if config.judge is None:
+        return None
+    from llmkit.writing.judge import open_judge
+
+    return stack.enter_context(
+        open_judge(
+            config.judge,
+            guide,
+            seed=config.seed,
+            device=config.device,
+            concurrency=config.concurrency,
+            timeout=config.timeout,
+        )
+    )
+
+
+def _first_request(writer: Writer) -> Iterator[str]:
+    """Show what the writer would be asked first, for --dry-run."""
+    request = next(writer.write(0))
+    request = next(writer.source.make(writer, request)) if isinstance(request, str) else request
+    assert not isinstance(request, str)
+    for message in request.messages:
+        yield f"{message.role}: {message.text}"
+
+
+def _hash(value: Any) -> str:
+    return blake2b(dump_json({"of": value}), digest_size=HASHED // 2).hexdigest()

@@ -1,0 +1,116 @@
+"""Many programs that ask one model, each going on as soon as its reply is there.
+
+A program is a generator: it yields an `Ask` and is sent the completions, or the key of something that several programs
+share and is sent that; it returns its result.
+
+    def greet(name):
+        (completion,) = yield Ask([message("user", f"Greet {name}.")], max_tokens=64)
+        return completion.text
+
+    run_all(sampler, (("ada", greet("Ada")), ("bob", greet("Bob"))), on_result=print)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count as count_from
+from typing import Any, TypeVar
+
+from llmkit.formats.conversations import Message
+from llmkit.generation.next_token import request_number
+from llmkit.generation.requests import Request
+from llmkit.generation.sampler import Sampler
+from llmkit.generation.tool_calls import Functions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Messages to be answered; `tools` in the place of the sampler's."""
+
+    messages: Sequence[Message]
+    max_tokens: int | None
+    seed: int = 0
+    samples: int = 1
+    tools: Functions | None = None
+
+
+Program = Generator[Ask | str, Any, T]
+
+
+@dataclass
+class _Running:
+    """A program that has begun: `place` in the order in which they do."""
+
+    name: Any
+    program: Program[Any]
+    place: int
+
+
+def run_all(
+    sampler: Sampler,
+    programs: Iterator[tuple[Any, Program[Any]] | None],
+    on_result: Callable[[Any, Any], object],
+    *,
+    shared: Mapping[str, Any] | None = None,
+    make: Callable[[str], Program[Any]] | None = None,
+) -> None:
+    """Run programs to their ends; `on_result` gets the name and the result of each as it ends.
+
+    The requests of programs that began early go first, so that few are unfinished at any time.
+
+    programs  names and programs, read as there is room; None where there is no other before one of these has ended
+    shared    what was made before, by key
+    make      the program of a key that is asked for, run once; its result goes to `on_result` under that key, too
+    """
+    results, waiting = dict(shared or {}), dict[str, list[_Running]]()
+    ready: list[tuple[int, int, _Running, Request]] = []  # a heap
+    under_way: dict[int, _Running] = {}
+    asked_before, begun = count_from(0), count_from(0)
+
+    def step(running: _Running, value: Any) -> None:
+        try:
+            ask = running.program.send(value)
+            while isinstance(ask, str) and ask in results:
+                ask = running.program.send(results[ask])
+        except StopIteration as end:
+            if running.name in waiting:
+                results[running.name] = end.value
+            on_result(running.name, end.value)
+            for other in waiting.pop(running.name, ()):
+                step(other, end.value)
+            return
+        if isinstance(ask, Ask):
+            prompt, where = sampler.encode(ask.messages, ask.tools), f"draft {running.name}"
+            number = request_number(prompt)
+            request = Request(prompt, ask.samples, ask.max_tokens, ask.seed, number, where, tools=ask.tools)
+            heappush(ready, (running.place, next(asked_before), running, request))
+        elif ask in waiting:
+            waiting[ask].append(running)
+        else:
+            waiting[ask] = [running]
+            assert make is not None, ask
+            step(_Running(ask, make(ask), running.place), None)
+
+    def requests() -> Iterator[Request | None]:
+        index, more = 0, True
+        while more or ready or under_way:
+            while more and not ready and (entry := next(programs, ())) is not None:
+                more = entry != ()
+                if entry:
+                    name, program = entry
+                    step(_Running(name, program, next(begun)), None)
+            if ready:
+                _, _, under_way[index], request = heappop(ready)
+                index += 1
+                yield request
+            elif under_way:
+                yield None
+            else:
+                assert not more, "nothing is under way, and no program begins"
+
+    for _ in sampler.complete(requests(), on_done=lambda index, samples: step(under_way.pop(index), samples)):
+        pass

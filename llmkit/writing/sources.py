@@ -1,0 +1,151 @@
+"""Where the prompts of conversations come from: topics, seed tasks, documents, or a file of prompts."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmkit.formats.conversations import message
+from llmkit.formats.problems import Problem
+from llmkit.probing.model_questions import WRITER_PROMPT, read_pairs, unfit
+from llmkit.probing.question_rules import Passage
+from llmkit.writing import prompts
+from llmkit.writing.draft import Draft
+from llmkit.writing.scheduler import Program
+from llmkit.writing.similarity import LIMIT, Nearest
+from llmkit.writing.writer import Fault, Opening, Plan, Source, Writer
+
+SUBTOPICS, PEOPLE = 20, 10  # asked for at a time
+USES = 4  # of a subtopic, by other people with other tasks, before others are asked for
+LISTED = 200  # subtopics shown as those that are there already
+GIVEN, MADE = 6, 2  # seed tasks and made ones that a new one is unlike (Wang et al. 2022, section 2.2)
+PER_PASSAGE = 3
+LIKE_ANOTHER = "duplicate: like another task"
+
+
+class Topics(Source):
+    """A tree that grows as it is used: topic, subtopic, kind of task, person, language.
+
+    Draft i takes topic i modulo their number; when all subtopics have been used the writer is asked for others.
+    """
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        self._topics = topics
+
+    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+        turn, number = divmod(plan.index, len(self._topics))
+        grown, use = divmod(turn, SUBTOPICS * USES)
+        subtopics = yield f"subtopics {number} {grown}"
+        people = yield f"people {number}"
+        topic = f"{self._topics[number]} > {subtopics[use % len(subtopics)]}"
+        person = plan.chance.choice(people)
+        task = prompts.OPENING.format(person=person, topic=topic, wanted=prompts.WANTED[plan.kind])
+        return Opening((message("user", (yield from _first_message(writer, task, plan))),), person, topic=topic)
+
+    def make(self, writer: Writer, key: str) -> Program[list[str]]:
+        what, number, *grown = key.split()
+        topic = self._topics[int(number)]
+        if what == "people":
+            task = prompts.PEOPLE.format(count=PEOPLE, topic=topic)
+        else:
+            known: list[str] = []
+            for earlier in range(int(grown[0])):
+                known += yield f"subtopics {number} {earlier}"
+            task = prompts.SUBTOPICS.format(count=SUBTOPICS, topic=topic)
+            task += prompts.NOT_THESE + "; ".join(known[-LISTED:]) if known else ""
+        try:
+            return prompts.read_list((yield from writer.tell(task, writer.plan(0).seed))) or [topic]
+        except Fault:
+            return ["somebody" if what == "people" else topic]
+
+
+class Seeds(Source):
+    """Self-Instruct (Wang et al. 2022): a new task from examples, kept where its ROUGE-L with each before is below .7.
+
+    Examples and comparisons are of the tasks kept among the drafts up to `lag` before, so that they do not depend on
+    what is done at the same time.
+    """
+
+    def __init__(self, tasks: Sequence[str], lag: int) -> None:
+        self._tasks, self._lag, self._kept = tasks, lag, list[tuple[int, str]]()
+        self._seen = Nearest()
+        for task in tasks:
+            self._seen.add(task)
+
+    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+        known = bisect_left(self._kept, (plan.index - self._lag, ""))
+        examples = plan.chance.sample(self._tasks, min(GIVEN, len(self._tasks)))
+        examples += [self._kept[plan.chance.randrange(known)][1] for _ in range(MADE if known else 0)]
+        listed = "\n\n".join(f"{number}. {text}" for number, text in enumerate(examples, 1))
+        task = prompts.NEW_TASK.format(examples=listed, wanted=prompts.WANTED[plan.kind])
+        text = yield from _first_message(writer, task, plan)
+        if self._seen.similarity(text, len(self._tasks) + known, LIMIT):
+            raise Fault(LIKE_ANOTHER)
+        return Opening((message("user", text),))
+
+    def fault(self, draft: Draft) -> str | None:
+        """See `Source`."""
+        return LIKE_ANOTHER if self._seen.similarity(draft.prompt, at_least=LIMIT) else None
+
+    def keep(self, draft: Draft) -> None:
+        """See `Source`."""
+        self._kept.append((draft.index, draft.prompt))
+        self._seen.add(draft.prompt)
+
+
+class Documents(Source):
+    """Questions that passages answer.
+
+    The person's message holds the passage (closed QA), or the assistant alone sees it (open QA).
+    """
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self._passages, self.count = passages, PER_PASSAGE * len(passages)
+
+    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+        turn, number = divmod(plan.index, len(self._passages))
+        passage = self._passages[number]
+        pairs = yield f"questions {number}"
+        if turn >= len(pairs):
+            raise Fault("no further question about the passage")
+        question, answer = pairs[turn]
+        if reason := unfit(question, answer, passage.text):
+            raise Fault(f"question: {reason}")
+        closed = plan.chance.random() < 0.5
+        text = f"{passage.text}\n\n{question}" if closed else question
+        kind = "closed QA" if closed else "open QA"
+        opening = Opening((message("user", text),), topic=passage.name, kind=kind, answer=answer)
+        return opening if closed else replace(opening, passage=passage.text)
+
+    def make(self, writer: Writer, key: str) -> Program[list[Any]]:
+        number = int(key.split()[1])
+        task = WRITER_PROMPT.format(most=PER_PASSAGE, passage=self._passages[number].text)
+        try:
+            return (read_pairs((yield from writer.tell(task, writer.plan(number).seed))) or [])[:PER_PASSAGE]
+        except Fault:
+            return []
+
+
+class Prompts(Source):
+    """Prompts that are given, each answered once."""
+
+    is_given = True
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self._problems, self.count = problems, len(problems)
+
+    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+        problem = self._problems[plan.index]
+        record, messages = problem.record, problem.messages or (message("user", problem.prompt),)
+        topic, kind = (value if isinstance(value := record.get(name), str) else "" for name in ("topic", "kind"))
+        return Opening(messages, topic=topic, kind=kind, answer=problem.answer, record=record)
+        yield  # makes it a program
+
+
+def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:
+    """The person's first message, in the plan's language, perhaps one to be refused."""
+    task += prompts.IN_LANGUAGE.format(language=plan.language) if plan.language else ""
+    task += prompts.TO_REFUSE if plan.refusal else ""
+    return prompts.read_message((yield from writer.tell(task, plan.seed)))

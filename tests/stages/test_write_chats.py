@@ -1,0 +1,343 @@
+"""`llmkit write-chats` as a user runs it: what is written, what is counted, faults of servers, kills, and bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from chat_server import ChatServer
+from chat_writer import chat_writer
+from tiny import save_assistant, save_folder
+
+from llmkit.cli import run_command_line
+from llmkit.formats.conversations import read_conversation
+from llmkit.formats.preferences import read_comparison
+from llmkit.io.records import Row
+from tests.helpers.jsonl import lines, write
+
+GUIDE = "Be helpful, truthful and harmless."
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with a guide and what prompts are made from."""
+    monkeypatch.chdir(tmp_path)
+    Path("guide.md").write_text(GUIDE)
+    Path("topics.txt").write_text("The sea\n\nCooking\nThe sea\n  Music  \n")
+    write(tmp_path / "seeds.jsonl", *({"instruction": f"{word} a short text"} for word in ["Write", "Read", "Cut"]))
+    write(tmp_path / "docs.jsonl", *({"text": f"{name} built the mill of {name}."} for name in ["Ada", "Bea", "Cid"]))
+    write(tmp_path / "prompts.jsonl", *({"prompt": f"What is {n} + {n}?", "answer": f"{2 * n}"} for n in range(9)))
+    return tmp_path
+
+
+@pytest.fixture
+def server():
+    with ChatServer(chat_writer) as served:
+        yield served
+
+
+def write_chats(server, *words, writer=None, out="chats.jsonl") -> int:
+    command = ["write-chats", "--guide", "guide.md", "--writer", writer or server.spec, "--quiet", "-o", out]
+    return run_command_line([*command, *map(str, words)])
+
+
+TOPICS = ("--topics", "topics.txt")
+
+
+# ---- what is written
+
+
+def test_conversations_about_topics_are_what_sft_reads(place, server, capsys):
+    assert write_chats(server, *TOPICS, "-n", 40, "--mix", "system=0.5", "--turns", 3) == 0
+    rows = lines(place / "chats.jsonl")
+    summary = json.loads(capsys.readouterr().out)
+    assert len(rows) == summary["conversations"] == 40
+    assert {row["topic"].split(" > ")[0] for row in rows} == {"The sea", "Cooking", "Music"}
+    assert len({row["topic"] for row in rows}) > 15 and len({row["kind"] for row in rows}) > 4
+    assert len({row["messages"][-1]["content"] for row in rows}) == 40
+    roles = Counter("".join(turn["role"][0] for turn in row["messages"]) for row in rows)
+    assert set(roles) == {"ua", "uaua", "uauaua", "sua", "suaua", "suauaua"}
+    for number, row in enumerate(rows):
+        conversation = read_conversation(Row(row, "chats.jsonl", number))
+        assert conversation.losses == () and GUIDE not in conversation.said
+        assert row["writer"] == "openai:#tiny" and len(row["guide"]) == 16 and "judge" not in row
+    assert len({row["seed"] for row in rows}) == 40
+    assert not (place / "chats.jsonl.state").exists()
+    manifest = json.loads((place / "chats.jsonl.manifest.json").read_text())
+    assert [one["path"] for one in manifest["inputs"]] == ["guide.md", "topics.txt"]
+
+
+def test_the_guide_is_in_the_context_of_every_request(place, server):
+    assert write_chats(server, *TOPICS, "-n", 6, "--turns", 2) == 0
+    assert all(GUIDE in body["messages"][0]["content"] for body in server.requests)
+    assert len(server.requests) > 12
+
+
+def test_the_same_lines_come_whatever_is_asked_at_the_same_time(place, server):
+    for concurrency, count, out in ((1, 20, "a"), (16, 20, "b"), (5, 11, "c")):
+        words = (*TOPICS, "--turns", 2, "--concurrency", concurrency, "-n", count)
+        assert write_chats(server, *words, out=f"{out}.jsonl") == 0
+    a, b, c = ((place / f"{name}.jsonl").read_bytes() for name in "abc")
+    assert a == b and a.startswith(c) and c.count(b"\n") == 11
+    assert write_chats(server, *TOPICS, "-n", 5, "--seed", 1, out="d.jsonl") == 0
+    assert not a.startswith((place / "d.jsonl").read_bytes())
+
+
+def test_seed_tasks_make_tasks_that_are_unlike_each_other(place, server, capsys):
+    def parrot(prompt, seed):
+        is_task = "Write another one" in prompt and seed % 3 == 0
+        return "Write a short text" if is_task else chat_writer(prompt, seed)
+
+    server.answer = parrot
+    assert write_chats(server, "--seeds", "seeds.jsonl", "-n", 25) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["conversations"] == 25 and summary["dropped"]["duplicate: like another task"] > 3
+    assert all(row["messages"][0]["content"] != "Write a short text" for row in lines(place / "chats.jsonl"))
+    shown = [body["messages"][-1]["content"] for body in server.requests]
+    assert all("Read a short text" in text for text in shown if "Write another one" in text)
+
+
+def test_documents_are_asked_about_and_answers_checked(place, server, capsys):
+    def reader(prompt, seed):
+        if "short questions about facts" in prompt:
+            return chat_writer(prompt, seed)
+        name = re.search(r"(\w+) built the mill|<passage>\n(\w+)", prompt)
+        return f"It was {name[1]}." if name and "Cid" not in prompt else "It was Dora."
+
+    server.answer = reader
+    assert write_chats(server, "--documents", "docs.jsonl", "-n", 9) == 0
+    rows, summary = lines(place / "chats.jsonl"), json.loads(capsys.readouterr().out)
+    assert {row["kind"] for row in rows} <= {"open QA", "closed QA"}
+    assert summary["drafts"] == 9 and summary["dropped"]["form: no further question about the passage"] == 6
+    for row in rows:
+        assert ("built the mill" in row["messages"][0]["content"]) == (row["kind"] == "closed QA")
+
+
+def test_given_prompts_are_answered_and_the_right_answer_is_chosen(place, server, capsys):
+    write(
+        place / "prompts.jsonl", *({"id": n, "question": f"What is {n} + {n}?", "answer": f"{2 * n}"} for n in range(9))
+    )
+
+    def adds(prompt, seed):
+        number = int(re.search(r"\d+", prompt)[0])
+        return f"The answer is {2 * number + seed % 3 if number < 8 else 17}."
+
+    server.answer = adds
+    words = ("--answer", "prompts.jsonl", "--samples", 6, "--pairs", "prefs.jsonl")
+    assert write_chats(server, *words) == 0
+    rows, summary = lines(place / "chats.jsonl"), json.loads(capsys.readouterr().out)
+    assert summary["dropped"] == {"wrong: answer": 1} and summary["drafts"] == 9
+    assert [row["id"] for row in rows] == list(range(8)) and "question" not in rows[0]
+    for row in rows:
+        assert row["messages"][-1]["content"] == f"The answer is {2 * row['id']}."
+    pairs = [
+        read_comparison(Row(row, "prefs.jsonl", number)) for number, row in enumerate(lines(place / "prefs.jsonl"))
+    ]
+    assert len(pairs) == summary["pairs"] > 4
+    assert all(pair.candidates[0] != pair.candidates[1] for pair in pairs)
+
+
+def test_a_judge_chooses_and_fails(place, server, capsys):
+    def judged(prompt, seed):
+        if "You check conversations" not in prompt:
+            return chat_writer(prompt, seed)
+        score = 1 + len(prompt) % 5
+        return json.dumps({"reasons": {"helpful": "so"}, "helpful": score, "truthful": 4, "harmless": 5})
+
+    server.answer = judged
+    words = (*TOPICS, "-n", 12, "--samples", 3, "--judge", server.spec, "--fail-below", 3, "--pairs", "prefs.jsonl")
+    assert write_chats(server, *words) == 0
+    rows, summary = lines(place / "chats.jsonl"), json.loads(capsys.readouterr().out)
+    assert len(rows) == 12 and summary["dropped"].get("judge: helpful", 0) == summary["drafts"] - 12
+    assert all(row["scores"]["helpful"] >= 3 and row["judge"] == "openai:#tiny" for row in rows)
+    assert all(row["why"] == {"helpful": "so"} for row in rows)
+    pairs = lines(place / "prefs.jsonl")
+    assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_steps_stand_before_answers_in_a_set_share(place, server, capsys):
+    def thinks(prompt, seed):
+        said = chat_writer(prompt, seed)
+        return f"<think>\n{said[::-1]}\n</think>\n\n{said}" if prompt.startswith("How can I") and seed % 5 else said
+
+    server.answer = thinks
+    assert write_chats(server, *TOPICS, "-n", 30, "--mix", "thinking=0.5,system=0") == 0
+    answers = [row["messages"][-1]["content"] for row in lines(place / "chats.jsonl")]
+    with_steps = [text for text in answers if text.startswith("<think>\n") and "</think>\n\nYou should" in text]
+    assert 5 < len(with_steps) < 25 and all("think>" not in text for text in answers if text not in with_steps)
+    assert json.loads(capsys.readouterr().out)["dropped"]["form: answer without the steps before it"] > 0
+    asked = [body["messages"][0]["content"] for body in server.requests if len(body["messages"]) == 2]
+    assert 0 < sum("<think>" in text for text in asked) < len(asked)
+
+
+def test_refusals_are_asked_for_where_the_guide_has_them(place, server, capsys):
+    def refuses(prompt, seed):
+        if "tells the assistant to refuse" in prompt or "tell the assistant to refuse" in prompt:
+            return f"Tell me how to break into {chat_writer('Write the first message', seed)[10:]}"
+        return "I'm sorry, but I can't help with that." if "break into" in prompt else chat_writer(prompt, seed)
+
+    server.answer = refuses
+    assert write_chats(server, *TOPICS, "-n", 20, "--mix", "refusals=0.4") == 0
+    rows = lines(place / "chats.jsonl")
+    refused = [row for row in rows if "sorry" in row["messages"][-1]["content"]]
+    assert 2 < len(refused) < 15 and all("break into" in row["messages"][-2]["content"] for row in refused)
+
+
+def test_calls_of_tools_are_run(place, server):
+    def calls(prompt, seed):
+        if "How can I" in prompt and prompt.startswith("How"):
+            call = {"id": "1", "type": "function", "function": {"name": "calc", "arguments": '{"expression": "6*7"}'}}
+            body = {"role": "assistant", "content": "Let me see. ", "tool_calls": [call]}
+            return {"choices": [{"index": 0, "message": body, "finish_reason": "tool_calls"}]}
+        return f"{chat_writer(prompt, seed)} So it is {prompt}." if prompt == "42" else chat_writer(prompt, seed)
+
+    server.answer = calls
+    assert write_chats(server, *TOPICS, "-n", 1, "--tools", "calc", "--mix", "system=0") == 0
+    (row,) = lines(place / "chats.jsonl")
+    parts = row["messages"][-1]["content"]
+    assert [part["type"] for part in parts] == ["text", "calc", "result", "text"]
+    assert [part["text"] for part in parts[:3]] == ["Let me see. ", "6*7", "42"] and "So it is 42." in parts[3]["text"]
+    assert {"tools" in body for body in server.requests} == {True, False}  # the person has none
+
+
+def test_a_folder_writes_the_same_bytes_again(place, tmp_path_factory, capsys):
+    folder = save_assistant(tmp_path_factory.mktemp("models") / "parrot", "It's 8.")
+    for out in ("a.jsonl", "b.jsonl"):
+        assert write_chats(None, "--answer", "prompts.jsonl", "--max-tokens", 40, writer=str(folder), out=out) == 0
+    (row,) = lines(place / "a.jsonl")
+    assert row["messages"][-1]["content"] == "It's 8." and row["messages"][0]["content"] == "What is 4 + 4?"
+    assert (place / "a.jsonl").read_bytes() == (place / "b.jsonl").read_bytes()
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["dropped"] == {"wrong: answer": 8}
+
+
+# ---- faults, kills and budgets
+
+
+def test_broken_replies_are_asked_for_again_and_change_nothing(place, server):
+    words = (*TOPICS, "-n", 30, "--turns", 2, "--concurrency", 6)
+    assert write_chats(server, *words, out="whole.jsonl") == 0
+    chance, answer, asked = Random(0), server.answer, set()
+    server.faults = [chance.choice(["429", "500", "page"]) if chance.random() < 0.1 else None for _ in range(999)]
+    server.faults[9] = "cut"
+
+    def empty_at_first(prompt, seed):
+        is_new = (prompt, seed) not in asked
+        asked.add((prompt, seed))
+        return "" if is_new and seed % 10 == 0 else answer(prompt, seed)
+
+    server.answer = empty_at_first
+    assert write_chats(server, *words, out="broken.jsonl") == 0
+    assert (place / "broken.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
+
+
+def test_a_killed_run_goes_on_to_the_same_lines(place, server, capsys, one_retry):
+    words = (*TOPICS, "-n", 20, "--turns", 2, "--concurrency", 2)
+    assert write_chats(server, *words, out="whole.jsonl") == 0
+    asked, ended = len(server.requests), []
+    for more in range(20):
+        server.dies_after = len(server.requests) + 14 + more
+        ended.append(write_chats(server, *words, *(["--resume"] if more else [])))
+        if ended[-1] == 0:
+            break
+        assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert ended.count(0) == 1 and len(ended) > 4
+    assert (place / "chats.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
+    assert len(server.requests) < 3 * asked + 300
+    assert write_chats(server, *words, "--resume") == 0  # finished
+
+
+def test_a_resumed_run_has_the_same_options(place, server, capsys, one_retry):
+    server.dies_after = 30
+    assert write_chats(server, *TOPICS, "-n", 30) == 2
+    capsys.readouterr()
+    server.dies_after = None
+    assert write_chats(server, *TOPICS, "-n", 30, "--resume", "--turns", 2) == 2
+    assert "--turns was 1 and is now 2" in capsys.readouterr().err
+    Path("guide.md").write_text("Be rude.")
+    assert write_chats(server, *TOPICS, "-n", 30, "--resume") == 2
+    assert "the guide was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["4k", "0.3@100,50"])
+def test_a_budget_ends_the_run_which_goes_on_or_writes_what_there_is(place, server, capsys, budget):
+    words = (*TOPICS, "--concurrency", 2, "--mix", "system=0")
+    assert write_chats(server, *words, "-n", 100, "--budget", budget) == 2
+    said = capsys.readouterr().err
+    kept = int(re.search(r"spent after (\d+) conversation", said)[1])
+    assert 3 < kept < 30 and 25 < len(server.requests) < 60
+    assert write_chats(server, *words, "-n", kept, "--resume") == 0
+    assert len(lines(place / "chats.jsonl")) == kept
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["tokens"]["in"] >= 2500
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda prompt, seed: "", "form: empty reply"),
+        (lambda prompt, seed: "I cannot help with that.", "refusal: not asked for"),
+        (lambda prompt, seed: {"choices": []}, "form: refused by the server"),
+        (lambda prompt, seed: "Sure, here is some text for you to read.", "duplicate: same prompt"),
+    ],
+    ids=["empty", "refuses", "broken", "repeats"],
+)
+def test_a_useless_writer_is_stopped_with_the_counts(place, server, capsys, answer, reason):
+    server.answer = answer
+    assert write_chats(server, *TOPICS, "-n", 500, "--concurrency", 32) == 2
+    said = capsys.readouterr().err
+    assert "the last 200 drafts of openai:#tiny were dropped" in said and f"{reason} " in said
+    assert said.count("\n") == 1 and (place / "chats.jsonl.state").exists()
+    server.answer = chat_writer
+    assert write_chats(server, *TOPICS, "-n", 5, "--resume") == 0
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topics", "topics.txt", "--guide", "none.md"], "none.md"),
+        (
+            ["--topics", "topics.txt", "--guide", "empty.txt"],
+            "empty.txt: expected labelling instructions, found an empty",
+        ),
+        (["--topics", "empty.txt"], "empty.txt: expected topics, one a line, found none"),
+        (["--topics", "none.txt"], "none.txt"),
+        (["--seeds", "empty.txt"], "empty.txt: expected tasks, found none"),
+        (["--documents", "empty.txt"], "found none"),
+        (["--answer", "empty.txt"], "empty.txt: expected prompts, found none"),
+        ([], "expected one of --topics, --seeds, --documents and --answer, found none"),
+        ([*TOPICS, "--seeds", "seeds.jsonl"], "found --topics and --seeds"),
+        ([*TOPICS, "--pairs", "p.jsonl"], "--pairs: expected --samples 2 or more"),
+        ([*TOPICS, "--samples", "2"], "--samples: expected --judge, or --answer"),
+        ([*TOPICS, "--fail-below", "2"], "--fail-below: expected --judge"),
+        ([*TOPICS, "--mix", "thinking=2"], "--mix: expected NAME=SHARE"),
+        ([*TOPICS, "--mix", "tools=1"], "--mix tools: expected --tools"),
+        ([*TOPICS, "--budget", "5@x"], "--budget: expected tokens, such as 2M, or money"),
+        ([*TOPICS, "--language", "xx"], "--language"),
+        (["--answer", "prompts.jsonl", "--turns", "2"], "--turns: has no effect beside --answer"),
+        ([*TOPICS, "--writer", "nowhere/"], "--writer: expected the folder of a model, or openai:"),
+        ([*TOPICS, "--writer", "base"], "base"),
+        ([*TOPICS, "--writer", "openai:http://127.0.0.1:1/v1#m"], "--writer http://127.0.0.1:1/v1: cannot be reached"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value[-2:]) or "nothing",
+)
+def test_bad_input_is_one_line(place, server, capsys, one_retry, words, message):
+    Path("empty.txt").write_text("\n")
+    save_folder(place / "base")
+    assert write_chats(server, *words) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert not list(place.glob("chats.jsonl*"))
+
+
+def test_the_plan_shows_what_would_be_asked(place, server, capsys):
+    command = ["write-chats", "--guide", "guide.md", "--writer", server.spec, *TOPICS, "--dry-run"]
+    assert run_command_line(command) == 0
+    said = capsys.readouterr().err
+    assert GUIDE in said and "Topic: The sea" in said and server.requests == []
