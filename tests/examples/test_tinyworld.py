@@ -57,6 +57,26 @@ def test_a_seed_makes_one_world(world, tmp_path):
     assert (world / "ledger.json").read_bytes() != (other / "ledger.json").read_bytes()
 
 
+def test_halves_share_nothing_and_take_what_was_written(world, tmp_path):
+    written = tmp_path / "written.jsonl"
+    written.write_text('{"messages": [], "source": "tools"}\n{"messages": [], "source": "questions"}\n')
+    for out, options in (("half", []), ("both", ["--written", written]), ("other", ["--seed", "1"])):
+        subprocess.run([sys.executable, FOLDER / "halves.py", world, tmp_path / out, *options], check=True)
+    half, both, other = (
+        {path.stem: lines(path) for path in (tmp_path / out).glob("*.jsonl")} for out in ("half", "both", "other")
+    )
+    every = [json.dumps(row["messages"][:-1]) for name in ("chats", "tools") for row in lines(world / f"{name}.jsonl")]
+    stays = Counter(json.dumps(row["messages"][:-1]) for name in ("chats", "tools") for row in half[name])
+    asked = Counter(json.dumps(row["messages"]) for row in half["prompts"])
+    assert stays.total() == pytest.approx(len(every) / 2, abs=2) and stays + asked <= Counter(every)
+    assert asked.total() > 0.4 * len(every)  # small talk and refusals have no prompts
+    assert half["prompts"] != other["prompts"] and half["prompts"] == both["prompts"]
+    assert both["tools"] == [*half["tools"], {"messages": [], "source": "tools"}]
+    assert both["chats"] == [*half["chats"], {"messages": [], "source": "questions"}]
+    systems = {row["messages"][0]["content"] for row in half["guided-chats"]}
+    assert systems == {"Answer.", "Answer.\n\nAnswer in a sentence.", "Answer.\n\nYou talk like a sailor."}
+
+
 def test_the_ledger_counts_what_the_pages_tell(ledger):
     told = Counter((name, fact) for page in ledger["pages"] if page["keep"] for name, fact in page["facts"])
     assert all(
