@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SOURCES = ("topics", "seeds", "documents", "answer")
 DEFAULT = 100  # conversations
 MOST_PASSAGES = 20_000  # of --documents
-MIXED = ("system", "thinking", "tools", "refusals")
+MIXED = ("guide", "system", "thinking", "tools", "refusals")
 HASHED = 16  # digits of a hash
 
 
@@ -98,10 +98,10 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, ToolConfig):
     turns: int = option(1, "Messages of the person in a conversation, at most.", group="Text", at_least=1, at_most=100)
     mix: tuple[str, ...] = option(
         (),
-        "Shares of conversations with a system message [0.2], steps before answers [0], tools [1], and a request to be "
-        "refused [0].",
+        "Shares of conversations with the guide in the assistant's context [1], a system message [0.2], steps before "
+        "answers [0], tools [1], and a request to be refused [0].",
         group="Text",
-        metavar="system|thinking|tools|refusals=SHARE,...",
+        metavar="guide|system|thinking|tools|refusals=SHARE,...",
     )
     language: tuple[str, ...] = option(
         (), "Languages of conversations [the writer's].", group="Text", metavar="en[,de]"

@@ -22,7 +22,8 @@ from llmkit.writing import prompts
 from llmkit.writing.draft import KINDS, Draft
 from llmkit.writing.scheduler import Ask, Program
 
-SHARES = {"system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}  # of conversations, where --mix says nothing
+# of conversations, where --mix says nothing; a writer that was taught without system messages needs no guide
+SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
 ENDED = {"length": "cut answer", "tool_limit": "too many calls of tools", REFUSED: "refused by the server"}
 UNKNOWN_TOOL = "call of a tool that is not there"
 TRIES = 2  # of a request to a server whose reply is empty or broken, with one seed: another reply may come
@@ -41,6 +42,7 @@ class Plan:
     kind: str
     language: str | None
     turns: int
+    guide: bool
     system: bool
     thinking: bool
     tools: bool
@@ -96,8 +98,9 @@ class Source:
 class Writer:
     """Writes drafts.
 
-    guide      labelling instructions, in the context of every request
-    shares     of conversations with a system message, thoughts, tools, and a request to be refused: see `SHARES`
+    guide      labelling instructions, in the context of requests
+    shares     of conversations with the guide in the assistant's context, a system message, thoughts, tools, and a
+               request to be refused: see `SHARES`
     languages  of which each conversation has one; none leaves them to the writer
     turns      of the person, at most
     samples    answers to the person's last message
@@ -136,6 +139,7 @@ class Writer:
             kind,
             None if given else language,
             1 if given else turns,
+            draw["guide"],
             draw["system"] and not given,
             draw["thinking"],
             draw["tools"],
@@ -172,7 +176,8 @@ class Writer:
         tools = self.sampler.tools if plan.tools else self._no_tools
         for turn in range(plan.turns):
             last = turn == plan.turns - 1
-            shown = (message("system", self._instructions(plan, opening, messages)), *_without_system(messages))
+            instructions = self._instructions(plan, opening, messages)
+            shown = (*([message("system", instructions)] if instructions else []), *_without_system(messages))
             samples = self._samples if last else 1
             completions = yield from self.ask(Ask(shown, self._max_tokens, plan.seed, samples, tools))
             answers = [self._answer(completion, plan.thinking) for completion in completions]
@@ -189,9 +194,10 @@ class Writer:
 
     def _instructions(self, plan: Plan, opening: Opening, messages: Sequence[Message]) -> str:
         """The system message that the assistant sees: the guide, and what else holds in this conversation."""
+        guide = [self.guide] if plan.guide else []
         more = [messages[0].text] if messages[0].role == "system" else []
         more += [prompts.PASSAGE.format(passage=opening.passage)] if opening.passage else []
-        return "\n\n".join([self.guide, *more, *([prompts.STEPS] if plan.thinking else [])])
+        return "\n\n".join([*guide, *more, *([prompts.STEPS] if plan.thinking else [])])
 
     def _as_person(self, person: str, messages: Sequence[Message]) -> list[Message]:
         """A conversation as the person sees it, who has the assistant's place."""

@@ -46,6 +46,8 @@ STAGES = {
     "sample": "chat --jsonl prompts.jsonl -n 2 --batch-size 4 --max-tokens 24 -o out.jsonl",
     "probe-knowledge": "chat --questions questions.jsonl --samples 2 --max-tokens 8 --batch-size 4 "
     "--report out.report.jsonl -o out.jsonl",
+    "write-chats": "--guide guide.md --mix guide=0 --answer prompts.jsonl --writer chat --samples 2 --batch-size 4 "
+    "--max-tokens 48 --pairs out.pairs.jsonl -o out.jsonl",
 }
 AT_ADDRESSES = {
     "crawl-filter": "s3://inputs/0.warc.gz WEB/1.warc.gz s3://inputs/2.jsonl --workers 2 "
@@ -72,6 +74,7 @@ def make_inputs(folder: Path) -> None:
     )
     write(folder / "problems.jsonl", [{"prompt": f"1+{i}", "answer": str(1 + i)} for i in range(8)])
     write(folder / "questions.jsonl", [{"question": f"Who is {word}?", "answer": "Ada"} for word in 3 * WORDS.split()])
+    (folder / "guide.md").write_text("Answer in a few words.")
     write(folder / "prompts.jsonl", [{"prompt": f"The {word}", "id": i} for i, word in enumerate(4 * WORDS.split())])
     (folder / "remote").mkdir()
     for number in range(2):

@@ -75,6 +75,9 @@ def test_the_guide_is_in_the_context_of_every_request(place, server):
     assert write_chats(server, *TOPICS, "-n", 6, "--turns", 2) == 0
     assert all(GUIDE in body["messages"][0]["content"] for body in server.requests)
     assert len(server.requests) > 12
+    server.requests.clear()
+    assert write_chats(server, "--answer", "seeds.jsonl", "-n", 3, "--mix", "guide=0", out="other.jsonl") == 0
+    assert {tuple(turn["role"] for turn in body["messages"]) for body in server.requests} == {("user",)}
 
 
 def test_the_same_lines_come_whatever_is_asked_at_the_same_time(place, server):
