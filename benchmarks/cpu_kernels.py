@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from llmkit.kernels.attention import scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.linear import linear
-from llmkit.kernels.projections import qkv_rotary, swiglu_mlp
+from llmkit.kernels.projections import feed_forward, qkv_rotary
 from llmkit.kernels.rowwise import rms_norm
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def rows(shape: str, dtype: torch.dtype):
     yield "RMSNorm", lambda x, w: rms_norm(x, w, eps), lambda x, w: F.rms_norm(x, (hidden,), w, eps), [x, gain]
     ours_qkv = lambda x, w: qkv_rotary(x, w, table, heads=heads, kv_heads=heads, eps=eps)  # noqa: E731
     yield "q, k, v: norm, rotary", ours_qkv, torch_qkv, [x, qkv]
-    yield "feed-forward", swiglu_mlp, torch_mlp, [x, gate_up, down]
+    yield "feed-forward", feed_forward, torch_mlp, [x, gate_up, down]
     qkv_inputs = [normal(batch, heads, length, size) for _ in range(3)]
     attend = lambda f: lambda q, k, v: f(q, k, v, is_causal=True)  # noqa: E731
     ours_attention, torch_attention = attend(scaled_dot_product_attention), attend(F.scaled_dot_product_attention)

@@ -3,7 +3,7 @@
 The logits of a whole batch are the largest tensor of training (4,096 tokens x 32,768 words: 512 MB in float32,
 three times over in the usual formulation). Here one chunk of them is computed in a reused buffer, turned in place
 into its rows' losses and the gradient of the logits, multiplied on into the gradients of hidden states and weight,
-and forgotten. The turning is eager torch or the Triton kernel of kernels/triton/cross_entropy.py; the products are
+and forgotten. That step is eager torch or the Triton kernel of kernels/triton/cross_entropy.py; the products are
 those of oneDNN or cuBLAS either way. N tokens, D hidden, V vocabulary.
 """
 
@@ -136,7 +136,7 @@ class _Chunks:
         tokens, wanted = input.shape[0], (True, self.objective.with_entropy)
         rows = Rows(*(input.new_empty(tokens, dtype=self.dtype) if each else None for each in wanted))  # type: ignore
         gradients = Gradients(torch.empty_like(input, memory_format=torch.contiguous_format) if need[0] else None)
-        turn = self._turn_plainly if self.plain and any(need) else self._turn
+        compute = self._by_softmax if self.plain and any(need) else self._loss_and_gradient
         for start in range(0, tokens, self.chunk_tokens):
             part = slice(start, min(start + self.chunk_tokens, tokens))
             above, above_entropy = (None if x is None else x[part] for x in (upstream, grad_entropy))
@@ -145,7 +145,7 @@ class _Chunks:
                 logits_NV.div_(cap).tanh_()
                 slope_NV = 1 - logits_NV.square() if any(need) else None
                 logits_NV.mul_(cap)
-            pieces, grad_NV = turn(logits_NV, target[part], above, above_entropy, any(need))
+            pieces, grad_NV = compute(logits_NV, target[part], above, above_entropy, any(need))
             if grad_NV is not None and slope_NV is not None:
                 grad_NV.mul_(slope_NV)
             for whole, piece in zip(rows, pieces, strict=True):
@@ -179,14 +179,16 @@ class _Chunks:
             self._buffer = like.new_empty(self.chunk_tokens, width)
         return self._buffer[: like.shape[0]]
 
-    def _turn(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor | None]:
+    def _loss_and_gradient(
+        self, logits_NV, target, upstream, grad_entropy, need_gradient
+    ) -> tuple[Rows, Tensor | None]:
         arguments = logits_NV, target, self.objective, upstream, grad_entropy, need_gradient
         if self.fused:
-            rows = Rows(*triton_module("cross_entropy").turn(*arguments))
+            rows = Rows(*triton_module("cross_entropy").loss_and_gradient(*arguments))
             return rows, logits_NV if need_gradient else None
-        return turn_reference(*arguments)
+        return loss_and_gradient_reference(*arguments)
 
-    def _turn_plainly(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor]:
+    def _by_softmax(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor]:
         """torch's softmax has an exponential several times faster than `exp` by itself on CPU.
 
         It computes in float32 and rounds once to the dtype of the products; the loss is -log of the target's
@@ -234,7 +236,7 @@ def _adds_in_float32(dtype: torch.dtype, device_type: str) -> bool:
     return bool((total == 17).all())
 
 
-def turn_reference(
+def loss_and_gradient_reference(
     logits_NV: Tensor, target: Tensor, objective: Objective, upstream: Tensor | None, grad_entropy: Tensor | None,
     need_gradient: bool,
 ) -> tuple[Rows, Tensor | None]:  # fmt: skip

@@ -3,6 +3,10 @@
 For reinforcement learning and evaluation. On a GPU the forward holds no logits at all: tiles of them live in
 registers (Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009). Backward, and either on CPU, goes chunk by
 chunk. N tokens, D hidden, V vocabulary.
+
+Backward takes the log-sum-exp again, of its logits rounded to 16 bits. With that of forward, of unrounded ones, the
+gradient of tokens of probability 0.9998 is off by 60 times its length (bfloat16, 8,192 words; by 0.02 as it is), for it
+is 1 - p; and the chunk comes from memory once either way.
 """
 
 from collections.abc import Callable

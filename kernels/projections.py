@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from llmkit.kernels.dispatch import once_differentiable
 from llmkit.kernels.linear import linear, matmul_nn, matmul_nt, matmul_tn
-from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm, rms_norm_reference, rotary, rotate_, swiglu
+from llmkit.kernels.rowwise import by_hand, inverse_rms, rms_norm, rms_norm_reference, rotary, rotate_
 from torch import Tensor
 
 
@@ -156,13 +156,6 @@ class _SwiGLUMLP(torch.autograd.Function):
         return grad_x, matmul_tn(grad_both, x_NC) if need_gate_up else None, grad_down
 
 
-def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """down @ (silu(gate @ x) * (up @ x)): x (..., C), gate_up (2F, C) with the gate first, down (C, F)."""
-    if by_hand(x) and torch.is_grad_enabled():
-        return _SwiGLUMLP.apply(x, gate_up, down)
-    return linear(swiglu(linear(x, gate_up)), down)
-
-
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -178,11 +171,13 @@ def feed_forward(
 ) -> Tensor:
     """down @ (activation(gate @ x) * (up @ x)): x (..., C), gate_up (2F, C) with the gate first, down (C, F).
 
-    A plain one has no gate: down @ activation(up @ x), with gate_up (F, C). `activation` is "silu" or "gelu_tanh", the
-    approximation of GELU by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    With "silu" it is SwiGLU (Shazeer 2020, arXiv:2002.05202). A plain one has no gate: down @ activation(up @ x), with
+    gate_up (F, C). `activation` is "silu" or "gelu_tanh", the approximation of GELU by tanh (Hendrycks and Gimpel 2016,
+    arXiv:1606.08415).
     """
-    if activation == "silu" and gated and gate_up_bias is None and down_bias is None:
-        return swiglu_mlp(x, gate_up, down)
+    is_swiglu = activation == "silu" and gated and gate_up_bias is None and down_bias is None
+    if is_swiglu and by_hand(x) and torch.is_grad_enabled():
+        return _SwiGLUMLP.apply(x, gate_up, down)
     hidden = linear(x, gate_up, gate_up_bias)
     if gated:
         gate, up = hidden.chunk(2, -1)

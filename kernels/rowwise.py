@@ -1,14 +1,13 @@
-"""Row-wise kernels in eager torch: RMSNorm, alone and of a sum, rotary embedding, SwiGLU.
+"""Row-wise kernels in eager torch: RMSNorm, alone and of a sum, and rotary embedding.
 
 On CPU each is one autograd node with its backward written by hand: fewer passes over memory and fewer nodes than
 torch's composition of the same steps. Everywhere else, and under `torch.compile`, the plain formula runs and the
 compiler fuses it.
 
-B batch, T tokens, H heads, D head size, F intermediate size.
+B batch, T tokens, H heads, D head size.
 """
 
 import torch
-import torch.nn.functional as F
 from llmkit.kernels.dispatch import once_differentiable
 from torch import Tensor
 
@@ -111,12 +110,3 @@ def rotate_(x_BTHD: Tensor, cos_sin: Tensor, *, back: bool = False) -> Tensor:
     turn = torch.view_as_complex(cos_sin).unsqueeze(-2)
     torch.view_as_complex(x_BTHD.unflatten(-1, (-1, 2))).mul_(turn.conj() if back else turn)
     return x_BTHD
-
-
-# SwiGLU: Shazeer 2020, arXiv:2002.05202
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of one fused projection: (..., 2F), gate first, to (..., F)."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up

@@ -236,13 +236,18 @@ def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
 
 @_looked_up_once
 def row_tiles(kernel: str, width: int) -> RowTiles:
-    """For rows of `width` numbers: 4,096 numbers at a time, of several rows where rows are shorter."""
+    """For rows of `width` numbers: 4,096 numbers at a time, of several rows where rows are shorter.
+
+    Of long rows few at once, so that they stay in cache: as many threads a row as a program may have.
+    """
     whole = _whole(width)
     if target() == "interpreter":
         usual = RowTiles(16, min(whole, 1024), 4)
-    else:
+    elif whole < 16384:
         block = min(whole, 4096)
         usual = RowTiles(4096 // block, block, 8)
+    else:
+        usual = RowTiles(1, 16384, 16 if target() == "gfx942" else 32)
     return _chosen(row_name(kernel, width), usual)
 
 

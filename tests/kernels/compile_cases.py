@@ -56,7 +56,7 @@ def launch_cross_entropy(
     logits = _empty(TOKENS, -(-words // 64) * 64, dtype=dtype)[:, :words]
     grad_entropy = _empty(TOKENS) if gradient and objective.with_entropy else None
     target = _empty(TOKENS, dtype=torch.int64)
-    cross_entropy.turn(logits, target, objective, _empty(TOKENS), grad_entropy, gradient)
+    cross_entropy.loss_and_gradient(logits, target, objective, _empty(TOKENS), grad_entropy, gradient)
 
 
 def launch_logprobs(hidden: int, dtype: torch.dtype, *, objective: Objective = PLAIN) -> None:

@@ -93,6 +93,13 @@ def test_backward_of_16_bits_never_spills():
     assert not [name for name, figure in backward.items() if figure["spills"]]
 
 
+def test_the_rows_of_logits_in_flight_fit_the_cache_of_an_h200():
+    """Of 132 multiprocessors with 65,536 registers each; its L2 cache has 50 MB."""
+    figure = json.loads(lint.golden_path("3.9").read_text())["sm_90 loss and gradient 128256 bfloat16: cross_entropy"]
+    registers = -(-figure["registers"] // 8) * 8 * 32 * figure["warps"]
+    assert 65_536 // registers * 132 * 128_256 * 2 < 50e6
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [

@@ -186,6 +186,23 @@ def test_a_sure_prediction_has_an_exact_small_loss():
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0)  # 1 + 5e-6 has 6 bits of the 5e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_gradient_of_a_sure_token_is_as_good_as_torchs(dtype):
+    """p - 1 is exact where p and the sum of all p come from the same rounded logits alone."""
+    (x, w), target = example(40, 300, dtype=dtype, ignored=0.0)
+    x = (x.float() / 2 + 8 * w[target].float()).to(dtype)
+    found, theirs, exact = (
+        values_and_gradients(lambda x, w, function=function: function(x, w, target), [x.to(d), w.to(d)])
+        for function, d in (
+            (linear_logprobs, dtype),
+            (lambda *i: linear_logprobs_reference(*i)[0], dtype),
+            (lambda *i: linear_logprobs_reference(*i)[0], torch.float64),
+        )
+    )
+    assert exact[0].exp().median() > 0.999
+    assert_as_good_as_torch(found[1:], theirs[1:], exact[1:], 0)
+
+
 @pytest.mark.parametrize("wrong", [-1, 123, 10**9])
 def test_a_target_that_is_no_word_is_not_a_number(wrong):
     (x, w), target = example(20, 123, ignored=0.0)

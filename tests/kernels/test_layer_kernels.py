@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmkit.kernels.linear import linear
-from llmkit.kernels.projections import qkv_rotary, qkv_rotary_reference, swiglu_mlp
-from llmkit.kernels.rowwise import add_rms_norm, rms_norm, rms_norm_reference, rotary, swiglu
+from llmkit.kernels.projections import feed_forward, qkv_rotary, qkv_rotary_reference
+from llmkit.kernels.rowwise import add_rms_norm, rms_norm, rms_norm_reference, rotary
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 DTYPES = list(TOLERANCE)
@@ -87,9 +87,14 @@ def test_a_rotation_without_gradients_is_the_same(size, rows_differ):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_mlp(dtype):
+def test_swiglu(dtype):
     inputs = [normal(3, 5, 32), normal(48, 32), normal(32, 24)]
-    check(swiglu_mlp, lambda x, g, d: F.linear(swiglu(F.linear(x, g)), d), inputs, dtype)
+
+    def reference(x, gate_up, down):
+        gate, up = F.linear(x, gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, down)
+
+    check(feed_forward, reference, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,5 +112,5 @@ def test_frozen_weights_zeros_and_empty_batches():
     assert zeros.grad.isfinite().all()
     x = normal(2, 3, 16).requires_grad_()
     gate_up, down = normal(24, 16), normal(16, 12)
-    swiglu_mlp(linear(x, normal(16, 16)), gate_up, down).sum().backward()
+    feed_forward(linear(x, normal(16, 16)), gate_up, down).sum().backward()
     assert x.grad is not None and gate_up.grad is None and down.grad is None

@@ -120,7 +120,9 @@ def test_on_a_gpu_torchs_path_gives_nan_for_a_target_that_is_no_word(wrong):
     """An index beyond the logits would end the process's work on that GPU. Here the path runs on a CPU."""
     target = TARGET.clone()
     target[1] = wrong
-    rows, gradient = logit_chunks.turn_reference(HIDDEN @ WEIGHT.T, target, logit_chunks.Objective(), None, None, True)
+    rows, gradient = logit_chunks.loss_and_gradient_reference(
+        HIDDEN @ WEIGHT.T, target, logit_chunks.Objective(), None, None, True
+    )
     assert rows.loss.isnan().nonzero().tolist() == [[1]] and gradient.isfinite().all()
 
 
