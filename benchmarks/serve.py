@@ -5,6 +5,11 @@
 Both serve one folder on the same threads: float32 beside a GGUF file in float32, and int8 beside one in q8_0. In each
 round the two answer the same requests in turn, at 1 client and at 16; what is printed are medians over the rounds, and
 the median of the rounds' ratios. A client asks again as soon as it is answered.
+
+    python benchmarks/serve.py chat/ --long 1500                        # of a model with a context of 2,048 or more
+
+measures llmkit's server with prompts of that length: the time to the first token of a conversation's first turn and of
+its second, and the longest gap between two tokens of a running client while such a prompt comes in.
 """
 
 from __future__ import annotations
@@ -13,12 +18,14 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,7 +54,9 @@ async def ask(url: str, body: dict[str, Any]) -> tuple[float, float, bytes]:
     return first, time.perf_counter() - started, content
 
 
-async def load(url: str, clients: int, requests: int, tokens: int, stream: bool) -> dict[str, float]:
+async def load(
+    url: str, clients: int, requests: int, tokens: int, stream: bool, prompt: list[int] | None = None
+) -> dict[str, float]:
     """Figures of some clients who ask at once."""
     waiting, firsts, made = list(range(requests)), [], 0
 
@@ -55,7 +64,7 @@ async def load(url: str, clients: int, requests: int, tokens: int, stream: bool)
         nonlocal made
         while waiting:
             number = waiting.pop()
-            body = {"prompt": f"{number}. {PROMPT}", "max_tokens": tokens, "seed": number, "stream": stream}
+            body = {"prompt": prompt or f"{number}. {PROMPT}", "max_tokens": tokens, "seed": number, "stream": stream}
             first, _, content = await ask(url, body | {"temperature": 1.0, "top_k": 40})
             firsts.append(first)
             if not stream:
@@ -69,6 +78,45 @@ async def load(url: str, clients: int, requests: int, tokens: int, stream: bool)
     if stream:
         return {"first token, ms": 1000 * statistics.median(firsts)}
     return {"requests/s": requests / seconds, "tokens/s": made / seconds}
+
+
+async def stream(url: str, body: dict[str, Any]) -> AsyncIterator[tuple[float, list[int]]]:
+    """Send a request; the time of each chunk with tokens, and these."""
+    address, data = urlsplit(url), json.dumps({**body, "stream": True, "return_token_ids": True}).encode()
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(data)}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
+    async for line in reader:
+        if line.startswith(b"data: {") and (ids := json.loads(line[6:])["choices"][0].get("token_ids")):
+            yield time.perf_counter(), ids
+    writer.close()
+
+
+async def long_prompts(url: str, length: int, tokens: int, number: int) -> dict[str, float]:
+    """Seconds to the first token of two turns, and the longest gap of another client."""
+    draw = random.Random(number)
+    body = {"max_tokens": tokens, "temperature": 1.0, "seed": number}
+    prompt, figures = [draw.randrange(100, 1000) for _ in range(length)], {}
+    for turn in ("first", "second"):
+        started, times = time.perf_counter(), []
+        async for at, ids in stream(url, body | {"prompt": prompt}):
+            times.append(at)
+            prompt = prompt + ids
+        figures[f"time to the first token of the {turn} turn"] = times[0] - started
+        prompt = prompt + [draw.randrange(100, 1000) for _ in range(50)]
+    other = [draw.randrange(100, 1000) for _ in range(length)]
+    gaps, last, task = {False: [0.0], True: [0.0]}, 0.0, None
+    async for at, _ in stream(url, body | {"prompt": [7], "max_tokens": 4 * tokens}):
+        gaps[task is not None and not task.done()].append(at - last if last else 0.0)
+        last = at
+        if task is None and len(gaps[False]) > tokens:
+            task = asyncio.ensure_future(load(url, 1, 1, 1, False, other))
+    assert task is not None
+    await task
+    return figures | {
+        "longest gap between tokens": max(gaps[False]),
+        "longest gap while a prompt comes in": max(gaps[True]),
+    }
 
 
 def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
@@ -86,12 +134,28 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--peer-python", required=True, help="Python with llama-cpp-python and its server")
+    parser.add_argument("--peer-python", help="Python with llama-cpp-python and its server")
+    parser.add_argument("--long", type=int, help="tokens of long prompts, instead of the comparison")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
+    if options.long is None and options.peer_python is None:
+        parser.error("expected --peer-python or --long")
     urls = [f"http://127.0.0.1:{port}" for port in PORTS]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    if options.long is not None:
+        command = [sys.executable, "-m", "llmkit", "serve", options.model, "--port", str(PORTS[0])]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+            wait_for(urls[0], process)
+            runs = [
+                asyncio.run(long_prompts(urls[0], options.long, options.tokens, number))
+                for number in range(options.rounds)
+            ]
+            process.terminate()
+        for name in runs[0]:
+            print(f"| {name}, ms | {1000 * statistics.median(run[name] for run in runs):.0f} |")
+        return
     print("| precision | clients | figure | llmkit | llama.cpp | ratio |\n|---|---|---|---|---|---|")
     for ours, theirs in (("float32", "float32"), ("int8", "q8_0")):
         with ExitStack() as stack:
@@ -99,7 +163,6 @@ def main() -> None:
             file = Path(folder) / "m.gguf"
             export = [sys.executable, "-m", "llmkit", "export", options.model, "--format", "gguf", "--dtype", theirs]
             subprocess.run([*export, "-o", str(file), "--quiet"], check=True, stdout=subprocess.DEVNULL)
-            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
             commands = [
                 [sys.executable, "-m", "llmkit", "serve", options.model, "--dtype", ours, "--port", str(PORTS[0])],
                 [options.peer_python, "-m", "llama_cpp.server", "--model", str(file), "--port",

@@ -27,6 +27,7 @@ L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.io.progress import say
-from llmkit.kernels.attention import attention_decode, scaled_dot_product_attention
+from llmkit.kernels.attention import attention_decode, attention_mask, scaled_dot_product_attention
 from llmkit.kernels.dispatch import backend
 from llmkit.kernels.linear import can_pack, packed_linear
 from llmkit.kernels.projections import ACTIVATIONS
@@ -51,6 +52,8 @@ LEAST_SEEN = 256
 MOST_GRAPHS = 48  # held at once: of a 48-layer model each has some 700 nodes, at about 1 KB
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, queries, keys, values of the new tokens)
 BLOCK = 256  # positions whose values are summed at once
+# tokens of a prompt that are computed at once: on a CPU all at once would be 1.5% faster, pieces of 128 15% slower
+PIECE, GPU_PIECE = 256, 1024
 PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a row's bits do not depend on the number
 
 
@@ -159,6 +162,10 @@ class Prefix:
     def __len__(self) -> int:
         return self.keys_LKTD.shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        return self.keys_LKTD.nbytes + self.values_LKTD.nbytes + self.logits_1V.nbytes
+
 
 class _Layer:
     def __init__(self, layer: Layer, table: int, weights: Weights) -> None:
@@ -208,6 +215,8 @@ class Decoder:
         self._layers = [_Layer(layer, i, weights) for layer, i in zip(model.layers, table_of, strict=True)]
         scaling = model.config.rope_scaling
         self._first_context = scaling.original_max_position_embeddings if scaling and scaling.long_factor else None
+        # longrope turns a prompt by its whole length, so it is one piece
+        self.piece = sys.maxsize if self._first_context else PIECE if self.device.type == "cpu" else GPU_PIECE
         self._positions, self._final_bias = model.embed_positions, model.norm_bias
         self._embedding_scale = model.embedding_scales[self.dtype]
         self._product = _product(model.head_weight, None, weights)
@@ -237,8 +246,11 @@ class Decoder:
         return -(-used // MKL_ROWS) * MKL_ROWS
 
     def prefill(self, token_ids: list[int]) -> Prefix:
-        """Run a prompt through the model by itself; the result depends on nothing else."""
-        return self.extend(self._nothing(), token_ids)
+        """Run a prompt through the model by itself, `piece` tokens at a time; the result depends on nothing else."""
+        prefix = self._nothing()
+        for start in range(0, len(token_ids), self.piece):
+            prefix = self.extend(prefix, token_ids[start : start + self.piece])
+        return prefix
 
     def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:
         """Run more tokens through the model, by themselves again."""
@@ -284,14 +296,14 @@ class Decoder:
         def attend(i: int, query_TJD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
             keys[i, :, past:], values[i, :, past:] = key_TKD.transpose(0, 1), value_TKD.transpose(0, 1)
             query_1HTD = query_TJD.transpose(0, 1).unsqueeze(0)
-            seen, details = (
-                (keys[i : i + 1], values[i : i + 1]),
-                {"scale": self._scale, "window": self._layers[i].window, "softcap": config.attention_softcap},
-            )
-            if past:
-                out_1HTD = attention_decode(query_1HTD, *seen, length_1, **details)
-            else:
-                out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, is_causal=True, enable_gqa=gqa, **details)
+            seen = keys[i : i + 1], values[i : i + 1]
+            window, details = self._layers[i].window, {"scale": self._scale, "softcap": config.attention_softcap}
+            if past and self._fused:
+                out_1HTD = attention_decode(query_1HTD, *seen, length_1, window=window, **details)
+            else:  # behind a prefix, torch's kernel takes 0.7 of the reference's time for a prompt of 1,500 tokens
+                mask = {"attn_mask": attention_mask(new, past + new, None, window, self.device)}
+                details |= mask if past else {"is_causal": True, "window": window}
+                out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, enable_gqa=gqa, **details)
             return out_1HTD[0].transpose(0, 1)
 
         turns = [torch.view_as_complex(table(past + new, self.device)) for table in self._tables]

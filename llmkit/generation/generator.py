@@ -5,9 +5,10 @@
         print([sample.text for sample in samples])
 
 A pool of slots decodes together, each at its own position; a slot is filled again as soon as its sequence ends. A
-prompt is prefilled once for all its samples. Random numbers come from (seed, request, sample, position) alone, and a
-row's logits do not depend on its neighbours (generation/decode.py), so in float32 on a CPU a completion is the same
-at any number of slots, in any order, in any company.
+prompt is prefilled once for all its samples, in pieces between the steps of others (generation/prefixes.py). Random
+numbers come from (seed, request, sample, position) alone, and a row's logits do not depend on its neighbours
+(generation/decode.py), so in float32 on a CPU a completion is the same at any number of slots, in any order, in any
+company.
 
 A sequence that has called a tool leaves its slot with its keys and values. The tool runs in a thread while others go
 on; its result is prefilled behind the call, and the sequence takes the next free slot.
@@ -17,7 +18,6 @@ Tokens in, tokens out: `token_ids` are what the model saw and chose; text is onl
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -32,6 +32,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest
+from llmkit.generation.prefixes import PrefixCache
 from llmkit.generation.requests import Completion, OnCall, OnDone, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.sequence import CALL, RunningSequence
 from llmkit.generation.tool_calls import Functions, ToolUse, unavailable_notes
@@ -49,7 +50,6 @@ from llmkit.tools.toolbox import ToolResult
 
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
 THREADS = 8  # of tools, which are mostly waited for
-KEPT_PROMPTS = 4  # whose keys and values wait for an equal prompt
 BEYOND_CACHES = 64 * 2**20  # bytes of weights: fewer stay in a processor's cache, and memory is not what they wait for
 WORTH_MEASURING = 1.0  # seconds of decoding
 
@@ -99,7 +99,7 @@ class Generator:
         self.identity: Mapping[str, Any] = {}
         self.usage, self.steps, self.rows = Usage(), 0, 0  # rows: sequences in all steps
         self.loading = self.seconds = 0.0  # until the weights were there; of generating, not what the caller does
-        self.prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()  # of the last prompts
+        self.prefixes = PrefixCache()
         if isinstance(model, ModelFolder):
             self.device, self.precision, self._folder = model.device, model.precision, model
         else:
@@ -235,6 +235,7 @@ class Pool:
         self._calls: dict[Future[list[ToolResult]], tuple[RunningSequence, Prefix]] = {}  # under way
         self._fresh = self._begin(requests)
         self._more = True  # requests
+        self._prefilling = False
 
     def advance(self) -> bool:
         """Fill the slots that are free and take a step; False after the last one."""
@@ -270,9 +271,14 @@ class Pool:
                     self._vacate(slot)
 
     @property
+    def busy(self) -> bool:
+        """True if a sequence or a prompt waits for a step."""
+        return bool(self.running) or self._prefilling
+
+    @property
     def idle(self) -> bool:
         """True if nothing is under way."""
-        return not (self.running or self._calls)
+        return not (self.busy or self._calls)
 
     def close(self) -> None:
         """Begin no call any more; those under way end by their own limits."""
@@ -281,7 +287,7 @@ class Pool:
 
     def _begin(self, requests: Iterable[Request | None]) -> Iterator[tuple[RunningSequence, Prefix] | None]:
         """Every sample of every request with its prefilled prompt; equal prompts that follow closely share one."""
-        generator, prefixes, index = self._of, self._of.prefixes, -1
+        generator, index = self._of, -1
         for request in requests:
             if request is None:
                 yield None
@@ -293,12 +299,17 @@ class Pool:
                 continue
             limit = min(request.max_tokens or room, room)
             self.done[index] = [None] * request.samples
-            prompt = tuple(request.prompt)
-            prefix = prefixes[prompt] = prefixes.pop(prompt, None) or self._decoder.prefill(list(prompt))
-            if len(prefixes) > KEPT_PROMPTS:
-                prefixes.popitem(last=False)
+            for prefix in generator.prefixes.prefill(self._decoder, list(request.prompt)):
+                self._prefilling = len(prefix) < len(request.prompt)
+                if self._prefilling:
+                    yield None  # running sequences have a step before the next piece
+                if index not in self.done:  # cancelled
+                    break
+            self._prefilling = False
+            if index not in self.done:
+                continue
             generator.usage.requests += 1
-            generator.usage.prompt_tokens += len(prompt)
+            generator.usage.prompt_tokens += len(request.prompt)
             tools = request.tools if isinstance(request.tools, ToolUse) else generator.tools
             stops = (*generator.stop, *request.stop)
             for sample in range(request.samples):
@@ -319,7 +330,7 @@ class Pool:
                     on_text=self._on_text,
                 )
                 if tools is not None:
-                    sequence.call = tools.open_call(prompt)
+                    sequence.call = tools.open_call(request.prompt)
                     sequence.opening = StopMatcher(tools.openers) if tools.form is not None else None
                 yield sequence, prefix
 

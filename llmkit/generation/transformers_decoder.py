@@ -10,6 +10,7 @@ A row's logits depend on its neighbours in their last bits.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,12 @@ class CachedPrefix:
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def nbytes(self) -> int:
+        tensors = [getattr(layer, name) for layer in self.cache.layers for name in _by_position(layer)]
+        tensors += [state for layer in self.cache.layers for _, states in _states(layer) for state in states.values()]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
 
 class TransformersDecoder:
     """The slots of one model, whose weights are not copied: what training changes is seen."""
@@ -42,6 +49,7 @@ class TransformersDecoder:
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.weight_bytes = self.bytes_read = 0  # not counted
         self.seconds = 0.0
+        self.piece = sys.maxsize  # recurrent layers continue a prompt token by token
         self._slots: list[CachedPrefix] = []
         self._batch: Any = None  # the cache of all slots, newer than theirs
         self._lengths: list[int] = []  # of the rows of the batch

@@ -93,7 +93,7 @@ class _Worker:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.pool.running)
+        return bool(self.waiting) or self.pool.busy
 
     def step(self) -> None:
         """Start jobs in free slots, and generate a token of each sequence."""

@@ -18,7 +18,8 @@ from served import Server, served
 @pytest.fixture(scope="module", params=["float32", "int8"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("models")
-    folders = tiny.save_folder(root / "base"), tiny.save_assistant(root / "chat")
+    base = tiny.save_folder(root / "base", tiny.make_model(context=1024))
+    folders = base, tiny.save_assistant(root / "chat", context=1024)
     with served(*folders, "--batch-size", "8", "--dtype", request.param) as server:
         yield server
 
@@ -29,7 +30,7 @@ def requests(count: int) -> list[dict[str, Any]]:
     for seed in range(count):
         common = {"seed": seed, "max_tokens": draw.randint(1, 20), "temperature": draw.choice([0, 0.7, 1.3])}
         common |= draw.choice([{}, {"top_p": 0.8}, {"extra_body": {"top_k": 5}}, {"stop": ["e"]}, {"n": 2}])
-        text = "word " * draw.randint(1, 20)
+        text = "word " * draw.choice([draw.randint(1, 20), draw.randint(100, 180)])  # up to four pieces
         chat = {"model": "chat", "messages": [{"role": "user", "content": text}]}
         made.append(common | draw.choice([chat, {"model": "base", "prompt": text}]))
     return made
