@@ -7,8 +7,9 @@ calls oneDNN, so nothing changes.
 Weights that stay the same from call to call are packed once, as oneDNN wants to read them.
 
 Decoding multiplies few rows by the same weights thousands of times. Measured against oneDNN on plain weights, one
-thread, float32, 768 x 256 to 2304 x 768: 2.0x at 2 rows, 1.5x at 16. Two rows cost what one costs, and from two on
-a row's result is the same bits beside any number of others (a single row is split along K above 1,024).
+thread, float32, 768 x 256 to 2304 x 768: 2.0x at 2 rows, 1.5x at 16. In float32 a row's result is the same bits beside
+any number of others, or none: oneDNN sums a single row of more than 1,024 inputs in pieces, so such a row is given an
+idle neighbour, which costs 5%.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from llmkit.kernels.dispatch import once_differentiable
 from torch import Tensor
 
 PACKED_FOR = 16  # rows that the layout is chosen for; it serves any number
+MOST_ALONE = 1024  # inputs up to which oneDNN sums a single row as it sums one of many, on 1 to 16 threads
 
 
 @cache
@@ -46,7 +48,11 @@ def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tenso
         return lambda x_BK: F.linear(x_BK, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR)
     product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x_BK: product(x_BK, packed, bias, "none", [], "")
+    if weight.dtype != torch.float32 or weight.shape[1] <= MOST_ALONE:
+        return lambda x_BK: product(x_BK, packed, bias, "none", [], "")
+    return lambda x_BK: product(x_BK if len(x_BK) > 1 else x_BK.expand(2, -1), packed, bias, "none", [], "")[
+        : len(x_BK)
+    ]
 
 
 def _find_onednn():

@@ -8,8 +8,8 @@ The mathematics is the model's own (a test compares the two) with fewer, larger 
 `model/devices.py` and `kernels/linear.py` have it, for prompts and for steps: the model itself may go. In
 float32 on a CPU, and with int8 weights, a row's logits are the same bits whatever rows stand beside it:
 
-- packed products give a row the same bits among any number of rows but one (kernels/linear.py), so a single row gets
-  an idle neighbour; where weights cannot be packed, rows are filled up to a multiple of 8, as MKL wants it;
+- packed products give a row the same bits among any number of rows (kernels/linear.py); where weights cannot be
+  packed, rows are filled up to a multiple of 8, as MKL wants it;
 - attention is a batched product over (row, head), not torch's flash kernel: that one has a scratch buffer per
   thread, whose alignment changes MKL's last bit, so that a row depends on the thread it falls to (2 threads,
   4 heads of 64: rows 0 and 16 of equal content differ by an ulp);
@@ -21,7 +21,8 @@ dozen a layer, not for memory. A recorded step knows nothing of the host but wha
 function of tensors that stay in their place: the tokens and positions fed, and what its decoder holds. One is recorded
 for each number of rows and of positions seen, both rounded up.
 
-L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, S positions, D head size, V vocabulary.
+L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, P = 2K, S positions, D head size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ from llmkit.model.transformer import MATRICES, Layer, Transformer, normalize, ro
 FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more
 LEAST_SEEN = 256
 MOST_GRAPHS = 48  # held at once: of a 48-layer model each has some 700 nodes, at about 1 KB
-_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, queries, keys, values of the new tokens)
+_Attend = Callable[[int, Tensor, Tensor], Tensor]  # (layer, queries of the new tokens, their keys and then values)
 BLOCK = 256  # positions whose values are summed at once
 # tokens of a prompt that are computed at once: on a CPU all at once would be 1.5% faster, pieces of 128 15% slower
 PIECE, GPU_PIECE = 256, 1024
-PACKED_ROWS, MKL_ROWS = 2, 8  # the fewest rows, or their multiple, at which a row's bits do not depend on the number
+MKL_ROWS = 8  # a row's bits do not depend on the number of rows among its multiples
 
 
 class Recording(Protocol):
@@ -227,23 +228,22 @@ class Decoder:
         if record == "auto":
             record = CudaGraph if self._fused and self.device.type == "cuda" else None
         self._graphs = None if record is None else StepGraphs(record, self._slots, self.device)
-        shape = self.config.num_hidden_layers, self._slots, self.config.num_key_value_heads, 0, self.config.head_dim
-        self._keys = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._values = torch.empty_like(self._keys)
+        shape = self.config.num_hidden_layers, 2, self._slots, self.config.num_key_value_heads, 0, self.config.head_dim
+        # (L, 2, R, K, S, D): one tensor, so that a layer's new keys and values are written by one operation
+        self._cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._keys, self._values = self._cache.unbind(1)
         self._viewed: tuple[int, int] | None = None
         shapes, width = model.config.layer_shapes(), {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
         numbers = len(self._layers) * sum(math.prod(shapes[name]) for name in MATRICES) + model.head_weight.numel()
         self.weight_bytes = width * numbers
-        self._position_bytes = 2 * shape[0] * shape[2] * shape[4] * self.dtype.itemsize
+        self._position_bytes = 2 * shape[0] * shape[3] * shape[5] * self.dtype.itemsize
         self.bytes_read, self.seconds = 0, 0.0  # in all steps: of weights, keys and values; on a CPU
 
     def _rows(self, used: int) -> int:
         """The rows to compute for `used` slots: some more in float32 on a CPU, so that no row sees the number."""
         if self.dtype != torch.float32 or self.device.type != "cpu" or self._weights != "dense":
             return used
-        if can_pack(self.dtype, self.device.type):
-            return max(used, PACKED_ROWS)
-        return -(-used // MKL_ROWS) * MKL_ROWS
+        return used if can_pack(self.dtype, self.device.type) else -(-used // MKL_ROWS) * MKL_ROWS
 
     def prefill(self, token_ids: list[int]) -> Prefix:
         """Run a prompt through the model by itself, `piece` tokens at a time; the result depends on nothing else."""
@@ -293,9 +293,9 @@ class Decoder:
         length_1 = torch.tensor([past + new], device=self.device)
         gqa = config.num_attention_heads != config.num_key_value_heads
 
-        def attend(i: int, query_TJD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> Tensor:
-            keys[i, :, past:], values[i, :, past:] = key_TKD.transpose(0, 1), value_TKD.transpose(0, 1)
-            query_1HTD = query_TJD.transpose(0, 1).unsqueeze(0)
+        def attend(i: int, query_THD: Tensor, both_TPD: Tensor) -> Tensor:
+            keys[i, :, past:], values[i, :, past:] = both_TPD.transpose(0, 1).chunk(2)
+            query_1HTD = query_THD.transpose(0, 1).unsqueeze(0)
             seen = keys[i : i + 1], values[i : i + 1]
             window, details = self._layers[i].window, {"scale": self._scale, "softcap": config.attention_softcap}
             if past and self._fused:
@@ -334,14 +334,13 @@ class Decoder:
         if positions <= capacity:
             return
         grown = self._reach(max(positions, capacity + capacity // 2))
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            # zeros: an unwritten position is masked, but zero times NaN would be NaN
-            new = old.new_zeros((*old.shape[:3], grown, old.shape[4]))
-            new[:, :, :, :capacity] = old
-            setattr(self, name, new)
-        kv_heads = self.config.num_key_value_heads
-        self._all_first_RK = torch.arange(self._slots * kv_heads, device=self.device).view(-1, kv_heads) * grown
+        shape = self._cache.shape
+        # zeros: an unwritten position is masked, but zero times NaN would be NaN
+        cache = self._cache.new_zeros((*shape[:4], grown, shape[5]))
+        cache[..., :capacity, :] = self._cache
+        self._cache, (self._keys, self._values) = cache, cache.unbind(1)
+        first_2RK = torch.arange(math.prod(shape[1:4]), device=self.device).view(shape[1:4]) * grown
+        self._all_first_RP = first_2RK.transpose(0, 1).reshape(self._slots, -1).contiguous()
         self._turns = [torch.view_as_complex(table(grown, self.device, decoding=True)) for table in self._tables]
         self._viewed = None
         if self._graphs is not None:
@@ -373,15 +372,14 @@ class Decoder:
         """The step itself, which may be recorded: but for `rows` and `seen` it knows no number of the host's."""
         self._view(rows, seen)
         kv_heads, size, cap = self.config.num_key_value_heads, self.config.head_dim, self.config.attention_softcap
-        write_at = (position_B.unsqueeze(1) + self._first_RK).view(-1)
+        write_at = (position_B.unsqueeze(1) + self._first_RP).view(-1)
         windows = set() if self._fused else {layer.window for layer in self._layers}
         masks = {window: self._mask(position_B, seen, window) for window in windows}
         length_B = position_B + 1 if self._fused else position_B
 
-        def attend(i: int, query_BHD: Tensor, key_BKD: Tensor, value_BKD: Tensor) -> Tensor:
-            keys, values, seen_keys, seen_values = self._views[i]
-            keys.index_copy_(0, write_at, key_BKD.reshape(-1, size))
-            values.index_copy_(0, write_at, value_BKD.reshape(-1, size))
+        def attend(i: int, query_BHD: Tensor, both_BPD: Tensor) -> Tensor:
+            cache, seen_keys, seen_values = self._views[i]
+            cache.index_copy_(0, write_at, both_BPD.reshape(-1, size))
             window = self._layers[i].window
             if self._fused:
                 seen_cache = seen_keys, seen_values, length_B
@@ -417,15 +415,17 @@ class Decoder:
             qk_NJD = qkv_NJD[:, :rotated]
             if config.qk_norm_whole:
                 both = (qk_NJD[:, :heads], layer.q_norm), (qk_NJD[:, heads:], layer.k_norm)
-                qk_NJD = torch.cat([self._norm(x_NJD.flatten(1), gain).view(x_NJD.shape) for x_NJD, gain in both], 1)
+                for x_NJD, gain in both:
+                    x_NJD.copy_(self._norm(x_NJD.flatten(1), gain).view(x_NJD.shape))
             elif config.qk_norm:
-                qk_NJD = self._norm(qk_NJD, None)
+                self._norm(qk_NJD, None, out=qk_NJD)
                 if layer.head_gains is not None:
-                    qk_NJD = qk_NJD * layer.head_gains
-            qk_NJD = qk_NJD.float().contiguous()
-            torch.view_as_complex(qk_NJD.view(rows, rotated, -1, 2)).mul_(turns_N1D[layer.table])
-            qk_NJD = qk_NJD.to(self.dtype)
-            attended = attend(i, qk_NJD[:, :heads], qk_NJD[:, heads:], qkv_NJD[:, rotated:])
+                    qk_NJD.mul_(layer.head_gains)
+            turned_NJD = qk_NJD.float()  # itself, in float32
+            torch.view_as_complex(turned_NJD.view(rows, rotated, -1, 2)).mul_(turns_N1D[layer.table])
+            if turned_NJD is not qk_NJD:
+                qk_NJD.copy_(turned_NJD)
+            attended = attend(i, qkv_NJD[:, :heads], qkv_NJD[:, heads:])
             x_NC = x_NC.add_(self._finish(layer.out(attended.reshape(rows, -1)), layer.attention_post_norm))
             normed_NC = self._normed(x_NC, layer.mlp_norm, layer.mlp_norm_bias) if config.pre_norms else x_NC
             gate_NF = layer.gate_up(normed_NC)
@@ -448,13 +448,14 @@ class Decoder:
     def _normed(self, x_NC: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
         return normalize(x_NC, gain, bias, self.config) if self.config.layer_norm else self._norm(x_NC, gain)
 
-    def _norm(self, x_NC: Tensor, gain: Tensor | None) -> Tensor:
+    def _norm(self, x_NC: Tensor, gain: Tensor | None, out: Tensor | None = None) -> Tensor:
         """RMSNorm. On a CPU torch's own is 8 operations, 13 us for a row of 384; these are 5, and 9 us."""
         if self.device.type != "cpu":
-            return F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
+            y_NC = F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
+            return y_NC if out is None else out.copy_(y_NC)
         length_N1 = torch.linalg.vector_norm(x_NC, 2, -1, keepdim=True, dtype=torch.float32)
-        y_NC = x_NC * torch.addcmul(self._eps, length_N1, length_N1, value=1 / x_NC.shape[-1]).rsqrt_()
-        y_NC = y_NC.to(self.dtype)
+        inverse_N1 = torch.addcmul(self._eps, length_N1, length_N1, value=1 / x_NC.shape[-1]).rsqrt_()
+        y_NC = torch.mul(x_NC, inverse_N1, out=out).to(self.dtype)
         return y_NC if gain is None else y_NC.mul_(gain)
 
     def _mask(self, position_B: Tensor, seen: int, window: int | None) -> Tensor:
@@ -473,16 +474,16 @@ class Decoder:
             return
         kv_heads, capacity, size = self._keys.shape[2:]
         step = BLOCK if self.dtype == torch.float32 else seen
-        self._views = []  # (keys, values) of all slots, flat, and what a step looks at of them
-        for keys_RKSD, values_RKSD in zip(self._keys, self._values, strict=True):
-            flat = keys_RKSD.view(-1, size), values_RKSD.view(-1, size)
+        self._views = []  # all slots of a layer, flat, and the keys and values that a step looks at
+        for cache_2RKSD in self._cache:
+            flat, (keys_RKSD, values_RKSD) = cache_2RKSD.view(-1, size), cache_2RKSD
             if self._fused:  # its splits are as many as `seen` has, whatever is held
-                self._views.append((*flat, keys_RKSD[:rows, :, :seen], values_RKSD[:rows, :, :seen]))
+                self._views.append((flat, keys_RKSD[:rows, :, :seen], values_RKSD[:rows, :, :seen]))
                 continue
             used = [x[:rows].view(rows * kv_heads, capacity, size) for x in (keys_RKSD, values_RKSD)]
             blocks = [used[1][:, at : min(at + step, seen)] for at in range(0, seen, step)]
-            self._views.append((*flat, used[0][:, :seen].mT, blocks))
-        self._first_RK = self._all_first_RK[:rows]
+            self._views.append((flat, used[0][:, :seen].mT, blocks))
+        self._first_RP = self._all_first_RP[:rows]
         self._viewed = (rows, seen)
 
 
