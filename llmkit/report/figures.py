@@ -66,6 +66,7 @@ KEY_FIGURES = {
     "pretrain": ("parameters", "tokens", "val_loss", "val_bits_per_byte", "loss", "seconds"),
     "sft": ("steps", "tokens", "val_loss", "loss", "seconds"),
     "probe-knowledge": ("questions", "known", "unknown", "mixed", "evasive", "refusals", "confirmations"),
+    "write-chats": ("conversations", "drafts", "pairs"),
     "train-reward": ("comparisons", "val_comparisons", "val_accuracy", "val_loss", "seconds"),
     "rl": ("steps", "attempts", "success", "val_success", "reward", "val_reward", "val_gold", "kept_step", "seconds"),
 }
