@@ -21,25 +21,11 @@ from torch import Tensor
 
 
 @triton.jit
-def load_tile(base, row, stride, limit, size, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows `row` of a matrix with rows of `size` numbers: (rows, BLOCK_D), zero beyond `limit` rows and `size`."""
-    column = tl.arange(0, BLOCK_D)
-    pointer = base + row[:, None] * stride + column[None, :]
-    if MASKED and EVEN_D:
-        return tl.load(pointer, mask=row[:, None] < limit, other=0.0)
-    elif MASKED:
-        return tl.load(pointer, mask=(row[:, None] < limit) & (column[None, :] < size), other=0.0)
-    elif EVEN_D:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=column[None, :] < size, other=0.0)
-
-
-@triton.jit
-def store_tile(base, tile, row, stride, limit, size, BLOCK_D: tl.constexpr):
-    column = tl.arange(0, BLOCK_D)
-    pointer = base + row[:, None] * stride + column[None, :]
-    tl.store(pointer, tile.to(base.dtype.element_ty), mask=(row[:, None] < limit) & (column[None, :] < size))
+def store_tile(base, tile, first, rows, size, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write a tile from row `first` on to a matrix (rows, size), whose rows may begin anywhere in memory."""
+    row, column = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointer = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(pointer, tile.to(base.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < size))
 
 
 @triton.jit
@@ -78,16 +64,24 @@ def seen_keys(query, key, lo, keys, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr):
 
 
 @triton.jit
-def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stride_v, first, firsts, second,
-            blocks, keys, size, score_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-            CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def rows_of(base, rows, size, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Describe a matrix (rows, size) of which BLOCK rows are loaded at a time, zero beyond `rows` and `size`.
+
+    On sm_90 the tensor memory accelerator loads them, without a thread's addresses, masks or registers; elsewhere the
+    compiler makes masked loads of it.
+    """
+    return tl.make_tensor_descriptor(base, [rows, size], [stride, 1], [BLOCK, BLOCK_D])
+
+
+@triton.jit
+def _attend(total, weight, highest, q, query, lo, k_rows, v_rows, first, firsts, second, blocks, keys, score_scale,
+            BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
     """Add `blocks` blocks of keys, `firsts` from `first` on and the others from `second` on, to the weighted sum."""
     column = tl.arange(0, BLOCK_N)
     for i in tl.range(0, blocks):
         n0 = block_start(i, first, firsts, second, BLOCK_N)
-        k_block = k_base + tl.cast(n0, tl.int64) * stride_k
-        v_block = v_base + tl.cast(n0, tl.int64) * stride_v
-        k = load_tile(k_block, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        k = k_rows.load([n0, 0])
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # The scale is positive: it goes into one multiply-add with the maximum.
         if MASKED:
@@ -98,7 +92,7 @@ def _attend(total, weight, highest, q, query, lo, k_base, v_base, stride_k, stri
         p = tl.exp2(products * score_scale - anchor[:, None])
         decay = tl.exp2(highest - anchor)
         weight = weight * decay + tl.sum(p, 1)
-        v = load_tile(v_block, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        v = v_rows.load([n0, 0])
         total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION)
         highest = now
     return total, weight, highest
@@ -109,7 +103,7 @@ def attention_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lo_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, stride_lo, heads, queries, keys, size,
     score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Writes outputs, and log2 of the sum of 2^scores (B, H, T)."""
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -117,12 +111,13 @@ def attention_forward(
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     row = tl.program_id(0) // blocks
     b, h = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
-    local = tl.arange(0, BLOCK_M)
-    query = m0 + local
-    q_base = q_ptr + b * stride_qb + h * stride_qh + tl.cast(m0, tl.int64) * stride_qt
+    query = m0 + tl.arange(0, BLOCK_M)
+    q_base = q_ptr + b * stride_qb + h * stride_qh
+    q = rows_of(q_base, queries, size, stride_qt, BLOCK_M, BLOCK_D).load([m0, 0])
     k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
     v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
-    q = load_tile(q_base, local, stride_qt, queries - m0, size, BLOCK_D, EVEN_D, True)
+    k_rows = rows_of(k_base, keys, size, stride_ks, BLOCK_N, BLOCK_D)
+    v_rows = rows_of(v_base, keys, size, stride_vs, BLOCK_N, BLOCK_D)
     lo = query
     if HAS_LO:
         lo_ptr += b * stride_lo
@@ -133,17 +128,15 @@ def attention_forward(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     firsts = (every - begin) // BLOCK_N
     total, weight, highest = _attend(
-        total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, begin, firsts, some,
-        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, PRECISION, True,
+        total, weight, highest, q, query, lo, k_rows, v_rows, begin, firsts, some,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, True,
     )  # fmt: skip
     total, weight, highest = _attend(
-        total, weight, highest, q, query, lo, k_base, v_base, stride_ks, stride_vs, every, 0, every,
-        (some - every) // BLOCK_N, keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, PRECISION, False,
+        total, weight, highest, q, query, lo, k_rows, v_rows, every, 0, every, (some - every) // BLOCK_N, keys,
+        score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, False,
     )  # fmt: skip
-    o_base = o_ptr + b * stride_ob + h * stride_oh + tl.cast(m0, tl.int64) * stride_ot
-    store_tile(o_base, total / weight[:, None], local, stride_ot, queries - m0, size, BLOCK_D)
+    o_base = o_ptr + b * stride_ob + h * stride_oh
+    store_tile(o_base, total / weight[:, None], m0, queries, size, stride_ot, BLOCK_M, BLOCK_D)
     lse_base = lse_ptr + tl.cast(row, tl.int64) * queries
     tl.store(lse_base + query, highest + tl.log2(weight), mask=query < queries)
 
@@ -157,14 +150,28 @@ def three_strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
+def describable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors (..., T, D), or copies where a tensor descriptor cannot address a matrix (T, D) of them.
+
+    Bases and strides must be multiples of 16 bytes, numbers of a row neighbours, and rows must not repeat (CUDA
+    driver API, cuTensorMapEncodeTiled).
+    """
+    described = []
+    for x in tensors:
+        each = 16 // x.element_size()
+        *strides, last = x.stride()
+        if x.data_ptr() % 16 or last != 1 or strides[-1] == 0 or any(stride % each for stride in strides):
+            *shape, size = x.shape
+            x = x.new_empty([*shape, triton.cdiv(size, each) * each])[..., :size].copy_(x)
+        described.append(x)
+    return described
+
+
 def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) -> dict:
     """The constants that the three kernels have in common."""
-    size = query.shape[-1]
-    padded = max(16, triton.next_power_of_2(size))
     return {
         "GROUP": query.shape[1] // key.shape[1],
-        "BLOCK_D": padded,
-        "EVEN_D": padded == size,
+        "BLOCK_D": max(16, triton.next_power_of_2(query.shape[-1])),
         "CAUSAL": is_causal,
         "HAS_LO": has_lo,
         # float32 in full on CUDA's ordinary cores; tensor cores would round it to 10 bits
@@ -181,6 +188,7 @@ def forward(
     """
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
+    query, key, value = describable(query, key, value)
     out = empty_as_used(query.shape, query)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     constants = shared_constants(query, key, is_causal, lo is not None)

@@ -10,8 +10,9 @@ from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
 from llmkit.kernels.triton.attention import (
     batch_stride,
     block_start,
+    describable,
     key_ranges,
-    load_tile,
+    rows_of,
     seen_keys,
     shared_constants,
     store_tile,
@@ -23,17 +24,13 @@ from torch import Tensor
 
 
 @triton.jit
-def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_k, stride_v, first, firsts, second,
-                    blocks, keys, size, score_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                    EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, 
+def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_rows, v_rows, first, firsts, second, blocks, keys,
+                    score_scale, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
                     PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK_N)
     for i in tl.range(0, blocks):
         n0 = block_start(i, first, firsts, second, BLOCK_N)
-        k_block = k_base + tl.cast(n0, tl.int64) * stride_k
-        v_block = v_base + tl.cast(n0, tl.int64) * stride_v
-        k = load_tile(k_block, column, stride_k, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
-        v = load_tile(v_block, column, stride_v, keys - n0, size, BLOCK_D, EVEN_D, MASKED)
+        k, v = k_rows.load([n0, 0]), v_rows.load([n0, 0])
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(products * score_scale - lse[:, None])
         if MASKED:
@@ -49,9 +46,8 @@ def attention_grad_query(
     q_ptr, k_ptr, v_ptr, o_ptr, grad_ptr, lse_ptr, delta_ptr, grad_q_ptr, lo_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt, stride_lo,
-    heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
-    PRECISION: tl.constexpr,
+    stride_lse, heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Writes their gradient, and `delta` (B, H, T) for the other kernel.
 
@@ -62,18 +58,18 @@ def attention_grad_query(
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     row = tl.program_id(0) // blocks
     b, h = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
-    first = tl.cast(m0, tl.int64)
-    local = tl.arange(0, BLOCK_M)
-    query, left = m0 + local, queries - m0
+    query = m0 + tl.arange(0, BLOCK_M)
+    q_base = q_ptr + b * stride_qb + h * stride_qh
+    o_base = o_ptr + b * stride_ob + h * stride_oh
+    grad_base = grad_ptr + b * stride_gb + h * stride_gh
+    q = rows_of(q_base, queries, size, stride_qt, BLOCK_M, BLOCK_D).load([m0, 0])
+    o = rows_of(o_base, queries, size, stride_ot, BLOCK_M, BLOCK_D).load([m0, 0])
+    grad = rows_of(grad_base, queries, size, stride_gt, BLOCK_M, BLOCK_D).load([m0, 0])
     k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
     v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
-    q_base = q_ptr + b * stride_qb + h * stride_qh + first * stride_qt
-    o_base = o_ptr + b * stride_ob + h * stride_oh + first * stride_ot
-    grad_base = grad_ptr + b * stride_gb + h * stride_gh + first * stride_gt
-    q = load_tile(q_base, local, stride_qt, left, size, BLOCK_D, EVEN_D, True)
-    o = load_tile(o_base, local, stride_ot, left, size, BLOCK_D, EVEN_D, True)
-    grad = load_tile(grad_base, local, stride_gt, left, size, BLOCK_D, EVEN_D, True)
-    at = tl.cast(row, tl.int64) * queries + query
+    k_rows = rows_of(k_base, keys, size, stride_ks, BLOCK_N, BLOCK_D)
+    v_rows = rows_of(v_base, keys, size, stride_vs, BLOCK_N, BLOCK_D)
+    at = tl.cast(row, tl.int64) * stride_lse + query
     lse = tl.load(lse_ptr + at, mask=query < queries, other=0.0)
     delta = tl.sum(o.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + at, delta, mask=query < queries)
@@ -85,17 +81,15 @@ def attention_grad_query(
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     firsts = (every - begin) // BLOCK_N
     grad_q = _add_grad_query(
-        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, begin, firsts, some,
-        firsts + tl.cdiv(end - some, BLOCK_N), keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, PRECISION, True,
+        grad_q, q, grad, lse, delta, query, lo, k_rows, v_rows, begin, firsts, some,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, True,
     )  # fmt: skip
     grad_q = _add_grad_query(
-        grad_q, q, grad, lse, delta, query, lo, k_base, v_base, stride_ks, stride_vs, every, 0, every,
-        (some - every) // BLOCK_N, keys, size, score_scale, BLOCK_N, BLOCK_D, EVEN_D, CAUSAL,
-        HAS_LO, PRECISION, False,
+        grad_q, q, grad, lse, delta, query, lo, k_rows, v_rows, every, 0, every, (some - every) // BLOCK_N, keys,
+        score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, False,
     )  # fmt: skip
-    grad_q_base = grad_q_ptr + b * stride_dqb + h * stride_dqh + first * stride_dqt
-    store_tile(grad_q_base, grad_q * scale, local, stride_dqt, left, size, BLOCK_D)
+    grad_q_base = grad_q_ptr + b * stride_dqb + h * stride_dqh
+    store_tile(grad_q_base, grad_q * scale, m0, queries, size, stride_dqt, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -115,31 +109,19 @@ def _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt,
-                        stride_gh, stride_gt, first, firsts, second, blocks, queries, size, score_scale,
-                        GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-                        CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
-                        MASKED: tl.constexpr):  # fmt: skip
-    """Of `blocks` blocks of queries of each head of the group, which one loop runs through.
+def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, first, firsts, second,
+                        blocks, queries, score_scale, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
+                        HAS_LO: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Of `blocks` blocks of queries.
 
     All is transposed, keys by queries: then p and dL/ds are left factors, which tensor cores read from registers.
     """
-    local = tl.arange(0, BLOCK_M)
-    for i in tl.range(0, GROUP * blocks):
-        g = tl.cast(i // blocks, tl.int64)
-        m0 = block_start(i % blocks, first, firsts, second, BLOCK_M)
-        query = m0 + local
-        q_block = q_base + g * stride_qh + tl.cast(m0, tl.int64) * stride_qt
-        grad_block = grad_base + g * stride_gh + tl.cast(m0, tl.int64) * stride_gt
-        q = load_tile(q_block, local, stride_qt, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
-        grad = load_tile(grad_block, local, stride_gt, queries - m0, size, BLOCK_D, EVEN_D, MASKED)
+    for i in tl.range(0, blocks):
+        m0 = block_start(i, first, firsts, second, BLOCK_M)
+        query = m0 + tl.arange(0, BLOCK_M)
+        q, grad = q_rows.load([m0, 0]), grad_rows.load([m0, 0])
         # Beyond the last query p = 2^0 times a gradient of 0.
-        if MASKED:
-            lse = tl.load(lse_base + g * queries + query, mask=query < queries, other=0.0)
-            delta = tl.load(delta_base + g * queries + query, mask=query < queries, other=0.0)
-        else:
-            lse = tl.load(lse_base + g * queries + query)
-            delta = tl.load(delta_base + g * queries + query)
+        lse, delta = lse_rows.load([m0]), delta_rows.load([m0])
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(products * score_scale - lse[None, :])
         if MASKED and CAUSAL:
@@ -159,9 +141,8 @@ def attention_grad_key_value(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, hi_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_hi,
-    heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr,
-    PRECISION: tl.constexpr,
+    stride_lse, heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key-value head, and the queries of all heads of its group. No atomics."""
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -169,13 +150,11 @@ def attention_grad_key_value(
     row = tl.program_id(0) // blocks
     kv_heads = heads // GROUP
     b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
-    first = tl.cast(n0, tl.int64)
-    local = tl.arange(0, BLOCK_N)
-    key, left = n0 + local, keys - n0
-    k_base = k_ptr + b * stride_kb + h * stride_kh + first * stride_ks
-    v_base = v_ptr + b * stride_vb + h * stride_vh + first * stride_vs
-    k = load_tile(k_base, local, stride_ks, left, size, BLOCK_D, EVEN_D, True)
-    v = load_tile(v_base, local, stride_vs, left, size, BLOCK_D, EVEN_D, True)
+    key = n0 + tl.arange(0, BLOCK_N)
+    k_base = k_ptr + b * stride_kb + h * stride_kh
+    v_base = v_ptr + b * stride_vb + h * stride_vh
+    k = rows_of(k_base, keys, size, stride_ks, BLOCK_N, BLOCK_D).load([n0, 0])
+    v = rows_of(v_base, keys, size, stride_vs, BLOCK_N, BLOCK_D).load([n0, 0])
     hi = key
     if HAS_LO:
         hi_ptr += b * stride_hi
@@ -183,25 +162,28 @@ def attention_grad_key_value(
     begin, every, whole, end = _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    q_base = q_ptr + b * stride_qb + h * GROUP * stride_qh
-    grad_base = grad_ptr + b * stride_gb + h * GROUP * stride_gh
-    lse_base = lse_ptr + (b * heads + h * GROUP) * queries
-    delta_base = delta_ptr + (b * heads + h * GROUP) * queries
     firsts = tl.cdiv(every - begin, BLOCK_M)
-    grad_k, grad_v = _add_grad_key_value(
-        grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt, stride_gh,
-        stride_gt, begin, firsts, whole, firsts + tl.cdiv(end - whole, BLOCK_M), queries, size, score_scale,
-        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, PRECISION, True,
-    )  # fmt: skip
-    grad_k, grad_v = _add_grad_key_value(
-        grad_k, grad_v, k, v, key, hi, q_base, grad_base, lse_base, delta_base, stride_qh, stride_qt, stride_gh,
-        stride_gt, every, 0, every, tl.cdiv(whole - every, BLOCK_M), queries, size, score_scale,
-        GROUP, BLOCK_M, BLOCK_D, EVEN_D, CAUSAL, HAS_LO, PRECISION, False,
-    )  # fmt: skip
-    grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh + first * stride_dks
-    grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh + first * stride_dvs
-    store_tile(grad_k_base, grad_k * scale, local, stride_dks, left, size, BLOCK_D)
-    store_tile(grad_v_base, grad_v, local, stride_dvs, left, size, BLOCK_D)
+    masked = firsts + tl.cdiv(end - whole, BLOCK_M)
+    for g in tl.range(0, GROUP):
+        q_base = q_ptr + b * stride_qb + (h * GROUP + g) * stride_qh
+        grad_base = grad_ptr + b * stride_gb + (h * GROUP + g) * stride_gh
+        q_rows = rows_of(q_base, queries, size, stride_qt, BLOCK_M, BLOCK_D)
+        grad_rows = rows_of(grad_base, queries, size, stride_gt, BLOCK_M, BLOCK_D)
+        at = (b * heads + h * GROUP + g) * stride_lse
+        lse_rows = tl.make_tensor_descriptor(lse_ptr + at, [queries], [1], [BLOCK_M])
+        delta_rows = tl.make_tensor_descriptor(delta_ptr + at, [queries], [1], [BLOCK_M])
+        grad_k, grad_v = _add_grad_key_value(
+            grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, begin, firsts, whole, masked,
+            queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, True,
+        )  # fmt: skip
+        grad_k, grad_v = _add_grad_key_value(
+            grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, every, 0, every,
+            tl.cdiv(whole - every, BLOCK_M), queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, False,
+        )  # fmt: skip
+    grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh
+    grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh
+    store_tile(grad_k_base, grad_k * scale, n0, keys, size, stride_dks, BLOCK_N, BLOCK_D)
+    store_tile(grad_v_base, grad_v, n0, keys, size, stride_dvs, BLOCK_N, BLOCK_D)
 
 
 def backward(
@@ -211,22 +193,25 @@ def backward(
     """Gradients of query, key and value."""
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1:3]
+    grad, query, key, value, out = describable(grad, query, key, value, out)
     grad_query = empty_as_used(query.shape, query)
     grad_key, grad_value = (empty_as_used(key.shape, query) for _ in range(2))
+    if queries % 4:  # a descriptor's base is a multiple of 16 bytes, in every row
+        lse = torch.nn.functional.pad(lse, (0, -queries % 4))
     delta = torch.empty_like(lse)
     constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_grad_query", size, query.dtype)
     grid = (triton.cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
         attention_grad_query, grid, query, key, value, out, grad, lse, delta, grad_query, lo,
-        *three_strides(query, key, value, out, grad, grad_query), batch_stride(lo), heads, queries, keys, size,
-        scale, scale * LOG2_E, **constants, **chosen.options(),
+        *three_strides(query, key, value, out, grad, grad_query), batch_stride(lo), lse.stride(1), heads, queries,
+        keys, size, scale, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     chosen = tiles("attention_grad_key_value", size, query.dtype)
     grid = (triton.cdiv(keys, chosen.block_n) * kv_heads * batch,)
     launch(
         attention_grad_key_value, grid, query, key, value, grad, lse, delta, grad_key, grad_value, hi,
-        *three_strides(query, key, value, grad, grad_key, grad_value), batch_stride(hi), heads, queries, keys, size,
-        scale, scale * LOG2_E, **constants, **chosen.options(),
+        *three_strides(query, key, value, grad, grad_key, grad_value), batch_stride(hi), lse.stride(1), heads,
+        queries, keys, size, scale, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -11,12 +11,25 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
-from llmkit.kernels.triton.attention import load_tile
 from llmkit.kernels.triton.launch import launch
 from llmkit.kernels.triton.tiles import decode_tiles
 from torch import Tensor
 
 MERGED = 16  # splits at a time, whatever the capacity: the order of a sum is part of its bits
+
+
+@triton.jit
+def _load_tile(base, row, stride, limit, size, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+    """Rows `row` of a matrix with rows of `size` numbers: (rows, BLOCK_D), zero beyond `limit` rows and `size`.
+
+    By pointers: a program reads few tiles, and to write descriptors would take it as long.
+    """
+    column = tl.arange(0, BLOCK_D)
+    pointer = base + row[:, None] * stride + column[None, :]
+    if EVEN_D:
+        return tl.load(pointer, mask=row[:, None] < limit, other=0.0)
+    else:
+        return tl.load(pointer, mask=(row[:, None] < limit) & (column[None, :] < size), other=0.0)
 
 
 @triton.jit
@@ -64,7 +77,7 @@ def attention_decode(
         weight = tl.zeros([BLOCK_R], tl.float32)
         highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
         for n0 in tl.range(begin, end, BLOCK_N):
-            k = load_tile(k_base, local, stride_ks, end - n0, size, BLOCK_D, EVEN_D, True)
+            k = _load_tile(k_base, local, stride_ks, end - n0, size, BLOCK_D, EVEN_D)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             key = n0 + local
             seen = key[None, :] <= last[:, None]
@@ -76,7 +89,7 @@ def attention_decode(
             p = tl.exp2(scores - anchor[:, None])
             decay = tl.exp2(highest - anchor)
             weight = weight * decay + tl.sum(p, 1)
-            v = load_tile(v_base, local, stride_vs, end - n0, size, BLOCK_D, EVEN_D, True)
+            v = _load_tile(v_base, local, stride_vs, end - n0, size, BLOCK_D, EVEN_D)
             total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION)
             highest = now
             k_base += BLOCK_N * stride_ks

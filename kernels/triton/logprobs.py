@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.logit_chunks import Objective
+from llmkit.kernels.triton.attention import describable, rows_of
 from llmkit.kernels.triton.cross_entropy import add_to_softmax
 from llmkit.kernels.triton.launch import launch
 from llmkit.kernels.triton.tiles import product_tiles
@@ -22,7 +23,7 @@ MERGED = 64  # tokens a program of `merge_splits`
 def linear_logsumexp(
     x_ptr, w_ptr, target_ptr, highest_ptr, total_ptr, moment_ptr, picked_ptr, stride_x, stride_w, tokens, vocab,
     hidden, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr, GROUP: tl.constexpr, EVEN_D: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N tokens and SPLIT blocks of the vocabulary.
 
@@ -35,36 +36,25 @@ def linear_logsumexp(
     group_size = tl.minimum(blocks - group, GROUP)
     n0 = (group + slot % group_size) * BLOCK_N
     split = slot // group_size
-    local_n, local_v, local_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
-    # rows beyond the last are read as the last: no mask on the tiles
-    x_base = x_ptr + tl.cast(n0, tl.int64) * stride_x
-    x_base += tl.minimum(local_n, tokens - 1 - n0)[:, None] * stride_x + local_d[None, :]
+    row = n0 + tl.arange(0, BLOCK_N)
+    x_rows = rows_of(x_ptr, tokens, hidden, stride_x, BLOCK_N, BLOCK_D)
+    w_rows = rows_of(w_ptr, vocab, hidden, stride_w, BLOCK_V, BLOCK_D)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     moment = tl.zeros([BLOCK_N], tl.float32)
     start = split * SPLIT * BLOCK_V
     for v0 in tl.range(start, tl.minimum(start + SPLIT * BLOCK_V, vocab), BLOCK_V):
-        w_base = w_ptr + tl.cast(v0, tl.int64) * stride_w
-        w_base += tl.minimum(local_v, vocab - 1 - v0)[:, None] * stride_w + local_d[None, :]
         z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for d0 in tl.range(0, hidden, BLOCK_D):
-            if EVEN_D:
-                x, w = tl.load(x_base + d0), tl.load(w_base + d0)
-            else:
-                mask = local_d[None, :] < hidden - d0
-                x, w = tl.load(x_base + d0, mask=mask, other=0.0), tl.load(w_base + d0, mask=mask, other=0.0)
-            z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
+            z = tl.dot(x_rows.load([n0, d0]), tl.trans(w_rows.load([v0, d0])), z, input_precision=PRECISION)
         z *= inverse_temperature
-        column = v0 + local_v
-        row = n0 + local_n
-        # read again for every block: held over the products, it would push two registers to memory
+        column = v0 + tl.arange(0, BLOCK_V)
         target = tl.load(target_ptr + row, mask=row < tokens, other=-1)
         hit = column[None, :] == target[:, None]
         inside = (row < tokens) & (target >= v0) & (target < tl.minimum(v0 + BLOCK_V, vocab))
         tl.store(picked_ptr + row, tl.sum(tl.where(hit, z, 0.0), 1), mask=inside)
         z = tl.where(column[None, :] < vocab, z, float("-inf"))
         highest, total, moment = add_to_softmax(z, highest, total, moment, ENTROPY)
-    row = n0 + local_n
     part = split.to(tl.int64) * tokens + row
     tl.store(highest_ptr + part, highest, mask=row < tokens)
     tl.store(total_ptr + part, total, mask=row < tokens)
@@ -111,7 +101,7 @@ def logprobs(
     """Log-probabilities (N,) of the targets, and entropies (N,) with `objective.with_entropy`, in float32."""
     tokens, hidden = input.shape
     vocab = linear_weight.shape[0]
-    input, linear_weight = (x if x.stride(1) == 1 else x.contiguous() for x in (input, linear_weight))
+    input, linear_weight = describable(input, linear_weight)
     target = target.contiguous()
     chosen = product_tiles(input.dtype)
     splits = triton.cdiv(vocab, chosen.block_v * chosen.split)
@@ -121,8 +111,8 @@ def logprobs(
     launch(
         linear_logsumexp, (triton.cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target, highest,
         total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden,
-        1.0 / objective.temperature, GROUP=GROUP, EVEN_D=hidden % chosen.block_d == 0, ENTROPY=objective.with_entropy,
-        PRECISION="ieee", **chosen.options(),
+        1.0 / objective.temperature, GROUP=GROUP, ENTROPY=objective.with_entropy, PRECISION="ieee",
+        **chosen.options(),
     )  # fmt: skip
     logprob = torch.empty_like(picked)
     entropy = torch.empty_like(picked) if objective.with_entropy else None

@@ -1,8 +1,8 @@
 """Tile sizes: which part of a problem one program takes, by kernel, GPU, head size and dtype.
 
-Chosen by compiling: of tiles without spilled registers in backward and within the GPU's shared memory, wide ones.
-Exceptions: float32, and the keys' gradient at head size 256 on sm_90, whose tile of 32 keys is too small for Hopper's
-warp-group products (64 keys spill 184 bytes).
+Chosen by compiling: of tiles within the GPU's shared memory whose loops do without local memory, wide ones. The keys'
+gradient on sm_90 parks a few numbers outside of its loops, and with grouped queries reads up to three in a round of
+hundreds of instructions: 64 queries rather than 32 halve what the products read from shared memory.
 
 What a GPU's clock says replaces them: `tuned.json` beside this file, or the file that LLMKIT_TILES names, holds for
 the name of a GPU what benchmarks/gpu/kernels.py has found fastest there.
@@ -157,17 +157,17 @@ SIZES = (32, 64, 96, 128, 256)  # head sizes that the tables are for; others tak
 # "Technical Specifications per Compute Capability"), and an A100's 163.
 _ATTENTION = {
     "sm_90": {
-        "attention_forward": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        "attention_grad_query": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
+        "attention_forward": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "attention_grad_query": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
         "attention_grad_key_value": (
-            (64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (32, 32, 8, 2),
+            (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2),
         ),
     },
     "sm_80": {
         "attention_forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
         "attention_grad_query": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
         "attention_grad_key_value": (
-            (64, 64, 4, 2), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
+            (64, 64, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
         ),
     },
     # Four warps may have 512 registers a lane there, eight have 256.
@@ -181,6 +181,8 @@ _ATTENTION = {
 }  # fmt: skip
 # Float32 is multiplied without tensor cores, in registers: small tiles, for correctness and not for speed.
 _FLOAT32 = {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 96: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
+# Wide rows that the tensor memory accelerator brings are held twice, in shared memory's order and in the product's.
+_FLOAT32_TMA = (16, 16, 8, 2)
 # Small enough that a test's few hundred tokens make several blocks, large enough that they are not many.
 _INTERPRETER = (64, 32, 4, 1), (32, 64, 4, 1)
 
@@ -216,7 +218,7 @@ def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
     if target() == "interpreter":
         usual = _INTERPRETER[kernel == "attention_grad_key_value"]
     elif dtype == torch.float32:
-        usual = _FLOAT32[SIZES[index]]
+        usual = _FLOAT32_TMA if target() == "sm_90" and SIZES[index] > 32 else _FLOAT32[SIZES[index]]
     else:
         usual = _ATTENTION[target()][kernel][index]
     return _chosen(sized_name(kernel, size, dtype), Tiles(*usual))
@@ -251,10 +253,9 @@ def row_tiles(kernel: str, width: int) -> RowTiles:
     return _chosen(row_name(kernel, width), usual)
 
 
-# A tile of 128 by 128 asks 9 TB/s of the cache at 600 TFLOP/s, one of 128 by 256 three quarters of it; on sm_90 it
-# leaves two registers too few, before and after the product's loop.
+# A tile of 128 by 128 asks 9 TB/s of the cache at 600 TFLOP/s, one of 128 by 256 three quarters of it.
 _PRODUCT = {
-    "sm_90": (128, 256, 64, 4, 8, 3),
+    "sm_90": (128, 256, 64, 4, 8, 4),
     "sm_80": (128, 256, 32, 4, 8, 3),
     "gfx942": (128, 128, 64, 4, 8, 2),
 }

@@ -4,7 +4,9 @@
     python tests/kernels/lint.py --write                                      # the golden file of this Triton
 
 `spills` are bytes a thread of stack on NVIDIA, registers on AMD; `shared` is bytes of shared memory or LDS; `matrix`
-are the tensor cores' instructions; `loads` and `stores` count instructions by bytes, of global memory.
+are the tensor cores' instructions; `loads` and `stores` count instructions by bytes, of global memory, and those of
+the tensor memory accelerator. `loops` are the innermost loops with Hopper's products: shapes and counts of these,
+products begun, waits for them, loads of the accelerator, and accesses to local memory.
 A golden file holds the figures of one version of Triton; the names of exceptions.json say which rules are broken, and
 why. Needs an x86 or ARM Linux with Triton, no GPU, and no TRITON_INTERPRET.
 """
@@ -31,6 +33,7 @@ MERGE = ("attention_merge", "merge_splits")  # of a few numbers a program, not t
 # Of the bytes that a kernel's instructions load or store, the share of 128-bit ones: the rest are bounds, log-sums and
 # targets, single numbers a thread. A tile read 64 bits at a time would leave none.
 LEAST_WIDE = 0.6
+MOST_LOCAL = 3  # accesses to local memory in a round of a loop's hundreds of instructions
 # Cold compilation in about 90 CPU seconds: what training in bf16 runs most, on each kind of GPU.
 REPRESENTATIVE = {
     "sm_90": ("attention causal 64 bfloat16", "attention packed 64 bfloat16", "attention causal 128 bfloat16",
@@ -66,13 +69,36 @@ def _of_nvidia(cubin: bytes) -> dict:
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     on_stack = bool(re.search(r"\b(LDL|STL)\b", sass))
-    return {
+    loads = [_bytes(x) for x in re.findall(r"\b(?:LDG|LDGSTS)(\.[A-Z0-9._]+)", sass)]
+    found = {
         "registers": registers,
         "spills": max(stack, int(on_stack)),
         "matrix": _count(re.findall(r"\b(HGMMA|HMMA)\b", sass)),
-        "loads": _count(_bytes(x) for x in re.findall(r"\b(?:LDG|LDGSTS)(\.[A-Z0-9._]+)", sass)),
+        "loads": _count([*loads, *re.findall(r"\bU(TMA)LDG\b", sass)]),
         "stores": _count(_bytes(x) for x in re.findall(r"\bSTG(\.[A-Z0-9._]+)", sass)),
     }
+    loops = _loops(sass)
+    return found | {"loops": loops} if loops else found
+
+
+def _loops(sass: str) -> list[dict]:
+    """Of the innermost loops that have warp-group products: a loop ends with a branch backwards."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)]
+    jumps = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for at, text in code]
+    spans = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    loops = []
+    for first, last in spans:
+        body = "\n".join(text for at, text in code if first <= at <= last)
+        shapes = _count(re.findall(r"\bHGMMA\.(\d+x\d+x\d+)", body))
+        if shapes and not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+            counts = {
+                "products": len(re.findall(r"\bWARPGROUP\.ARRIVE\b", body)),
+                "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", body)),
+                "tma": len(re.findall(r"\bUTMALDG\b", body)),
+                "local": len(re.findall(r"\b(?:LDL|STL)\b", body)),
+            }
+            loops.append({"matrix": shapes} | counts)
+    return loops
 
 
 def _bytes(modifiers: str) -> int:
@@ -114,15 +140,21 @@ def broken_rules(name: str, figure: dict) -> set[str]:
     broken = set()
     if figure["shared"] > SHARED_BYTES[target]:
         broken.add("shared")
-    if figure["spills"] and (target.startswith("gfx") or kernel == "cross_entropy" or kernel.endswith(BACKWARD)):
+    loops = figure.get("loops", [])
+    if loops and kernel in MULTIPLY:
+        broken |= {"local" for loop in loops if loop["local"] > MOST_LOCAL}
+        broken |= {"tma" for loop in loops if not loop["tma"]}
+        # two products and more: one is awaited with the next, or the tensor cores idle in between
+        broken |= {"waits" for loop in loops if loop["products"] > 1 and loop["waits"] >= loop["products"]}
+    elif figure["spills"] and (target.startswith("gfx") or kernel == "cross_entropy" or kernel.endswith(BACKWARD)):
         broken.add("spills")
     if kernel in MULTIPLY and sixteen and set(figure["matrix"]) != {MATRIX[target]}:
         broken.add("matrix")
     if kernel in MERGE or not sixteen:
         return broken
     for verb in ("loads", "stores"):
-        if kernel == "linear_logsumexp" and verb == "stores":
-            continue  # writes a few numbers for each token
+        if (kernel == "linear_logsumexp" and verb == "stores") or (verb == "loads" and "TMA" in figure[verb]):
+            continue  # writes a few numbers for each token; reads a few beside the accelerator's tiles
         total = sum(int(width) * count for width, count in figure[verb].items())
         if figure[verb].get("16", 0) * 16 < LEAST_WIDE * total:
             broken.add(verb)
@@ -153,6 +185,7 @@ def table(found: dict[str, dict]) -> str:
         case, kernel = rest.split(": ")
         matrix = ", ".join(f"{count} {which}" for which, count in x["matrix"].items()) or "-"
         wide = ", ".join(f"{x[verb].get('16', 0)} of {sum(x[verb].values())}" for verb in ("loads", "stores"))
+        wide = f"{x['loads']['TMA']} TMA, {wide.partition(', ')[2]}" if "TMA" in x["loads"] else wide
         cells = (target, case, kernel, x["warps"], x["registers"], x["spills"], x["shared"], matrix, wide)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

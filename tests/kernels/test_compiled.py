@@ -85,12 +85,17 @@ def test_no_excuse_is_left_over():
             assert found, (pattern, rule)
 
 
-def test_backward_of_16_bits_never_spills():
-    """Whatever is excused."""
+def test_loops_of_backward_in_16_bits_keep_out_of_local_memory():
+    """Whatever is excused; the most is a dozen accesses in a round, of keys' gradients at head size 256 on sm_90."""
     known = json.loads(lint.golden_path("3.9").read_text())
     backward = {n: x for n, x in known.items() if n.endswith(lint.BACKWARD) and "float32" not in n}
     assert len({name.split()[0] for name in backward}) == 3
-    assert not [name for name, figure in backward.items() if figure["spills"]]
+    hopper = {name: figure["loops"] for name, figure in backward.items() if name.startswith("sm_90")}
+    assert all(loop["local"] <= 12 for loops in hopper.values() for loop in loops)
+    assert all(figure["spills"] <= 36 for name, figure in backward.items() if name not in hopper)
+
+
+LOOP = {"matrix": {"64x128x16": 24}, "products": 3, "waits": 2, "tma": 2, "local": 0}
 
 
 def test_the_rows_of_logits_in_flight_fit_the_cache_of_an_h200():
@@ -109,11 +114,16 @@ def test_the_rows_of_logits_in_flight_fit_the_cache_of_an_h200():
         ({"matrix": {}}, "matrix"),
         ({"loads": {"8": 24, "4": 4}}, "loads"),
         ({"stores": {"2": 64}}, "stores"),
+        ({"loops": [LOOP, LOOP | {"local": 4}]}, "local"),
+        ({"loops": [LOOP, LOOP | {"tma": 0}]}, "tma"),
+        ({"loops": [LOOP | {"waits": 3}, LOOP]}, "waits"),
     ],
 )
 def test_a_kernel_that_breaks_a_rule_is_found(change, rule):
     good = {"warps": 8, "shared": 232_448, "registers": 255, "spills": 0, "matrix": {"HGMMA": 4},
             "loads": {"16": 24, "4": 4}, "stores": {"16": 8}}  # fmt: skip
+    if "loops" in change:
+        good |= {"loops": [LOOP, LOOP], "loads": {"TMA": 4}}
     name = "sm_90 attention packed 128 bfloat16: attention_grad_query"
     assert lint.broken_rules(name, good) == set()
     assert lint.broken_rules(name, good | change) == {rule}

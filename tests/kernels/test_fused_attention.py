@@ -116,9 +116,14 @@ def test_tensors_lie_in_memory_as_they_like():
     strided = torch.stack([query, key, value], 2)  # heads and the three side by side, as a projection leaves them
     as_rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in strided.unbind(2)]
     columns = [x.mT.contiguous().mT for x in (query, key, value)]
-    for inputs in (strided.unbind(2), as_rows, columns):
+    unaligned = [F.pad(x, (1, 2))[..., 1:-2] for x in (query, key, value)]
+    for inputs in (strided.unbind(2), as_rows, columns, unaligned):
         found = values_and_gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True), inputs, grad)
         assert max(errors(found, expected)) < 1e-6
+    rows = [x[:, :, :1].expand(x.shape) for x in (query, key, value)]  # all the same
+    repeated = grad[:, :, :1].expand(grad.shape)
+    found = values_and_gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True), rows, repeated)
+    assert max(errors(found, exact(rows, repeated))) < 1e-6
     leaf = query.clone().requires_grad_()
     scaled_dot_product_attention(leaf, key, value, is_causal=True).sum().backward()  # a gradient of strides zero
     of_ones = exact((query, key, value), torch.ones_like(grad))[1]
