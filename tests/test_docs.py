@@ -73,7 +73,7 @@ FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --enable-auto-tool-choice --jinja --tool-call-parser
     --cache-type-k --cache-type-v --max-per-task --fast
     --forms --hf-trainer --litgpt-python --models --peer-python --peers --rounds --save --seeds --steps
-    --folds --work --written"""
+    --folds --long --threads --work --written"""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
