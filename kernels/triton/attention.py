@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
-from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.launch import cdiv, launch, next_power_of_2
 from llmkit.kernels.triton.tiles import tiles
 from torch import Tensor
 
@@ -162,7 +162,7 @@ def describable(*tensors: Tensor) -> list[Tensor]:
         *strides, last = x.stride()
         if x.data_ptr() % 16 or last != 1 or strides[-1] == 0 or any(stride % each for stride in strides):
             *shape, size = x.shape
-            x = x.new_empty([*shape, triton.cdiv(size, each) * each])[..., :size].copy_(x)
+            x = x.new_empty([*shape, cdiv(size, each) * each])[..., :size].copy_(x)
         described.append(x)
     return described
 
@@ -171,7 +171,7 @@ def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) 
     """The constants that the three kernels have in common."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
-        "BLOCK_D": max(16, triton.next_power_of_2(query.shape[-1])),
+        "BLOCK_D": max(16, next_power_of_2(query.shape[-1])),
         "CAUSAL": is_causal,
         "HAS_LO": has_lo,
         # float32 in full on CUDA's ordinary cores; tensor cores would round it to 10 bits
@@ -193,7 +193,7 @@ def forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_forward", size, query.dtype)
-    grid = (triton.cdiv(queries, chosen.block_m) * heads * batch,)
+    grid = (cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
         attention_forward, grid, query, key, value, out, lse, lo, *three_strides(query, key, value, out),
         batch_stride(lo), heads, queries, keys, size, scale * LOG2_E, **constants, **chosen.options(),

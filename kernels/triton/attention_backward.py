@@ -18,7 +18,7 @@ from llmkit.kernels.triton.attention import (
     store_tile,
     three_strides,
 )
-from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.launch import cdiv, launch
 from llmkit.kernels.triton.tiles import tiles
 from torch import Tensor
 
@@ -201,14 +201,14 @@ def backward(
     delta = torch.empty_like(lse)
     constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_grad_query", size, query.dtype)
-    grid = (triton.cdiv(queries, chosen.block_m) * heads * batch,)
+    grid = (cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
         attention_grad_query, grid, query, key, value, out, grad, lse, delta, grad_query, lo,
         *three_strides(query, key, value, out, grad, grad_query), batch_stride(lo), lse.stride(1), heads, queries,
         keys, size, scale, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     chosen = tiles("attention_grad_key_value", size, query.dtype)
-    grid = (triton.cdiv(keys, chosen.block_n) * kv_heads * batch,)
+    grid = (cdiv(keys, chosen.block_n) * kv_heads * batch,)
     launch(
         attention_grad_key_value, grid, query, key, value, grad, lse, delta, grad_key, grad_value, hi,
         *three_strides(query, key, value, grad, grad_key, grad_value), batch_stride(hi), lse.stride(1), heads,

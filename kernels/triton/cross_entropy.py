@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.logit_chunks import Objective
-from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.launch import cdiv, launch
 from llmkit.kernels.triton.tiles import row_tiles
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def loss_and_gradient(
     ]
     chosen = row_tiles("cross_entropy", width)
     launch(
-        cross_entropy, (triton.cdiv(tokens, chosen.rows),), logits_NV, target.contiguous(), upstream,
+        cross_entropy, (cdiv(tokens, chosen.rows),), logits_NV, target.contiguous(), upstream,
         grad_entropy, *rows, width, 0 if upstream is None else upstream.stride(0),
         0 if grad_entropy is None else grad_entropy.stride(0), tokens, vocab, objective.ignore_index,
         1.0 / objective.temperature, ROWS=chosen.rows, BLOCK_V=chosen.block, ENTROPY=objective.with_entropy,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
-from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.launch import cdiv, launch, next_power_of_2
 from llmkit.kernels.triton.tiles import decode_tiles
 from torch import Tensor
 
@@ -147,11 +147,11 @@ def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
     lengths = lengths.contiguous()
     kv_heads, capacity = key_cache.shape[1:3]
     group = heads // kv_heads
-    padded = max(16, triton.next_power_of_2(size))
+    padded = max(16, next_power_of_2(size))
     out = empty_as_used(query.shape, query)
     chosen = decode_tiles(size, query.dtype)
-    splits = max(1, triton.cdiv(capacity, chosen.split_keys))
-    block_r = min(64, max(16, triton.next_power_of_2(new * group)))
+    splits = max(1, cdiv(capacity, chosen.split_keys))
+    block_r = min(64, max(16, next_power_of_2(new * group)))
     pieces = lse = None
     if splits > 1:
         pieces = query.new_empty((batch, kv_heads, new * group, splits, size), dtype=torch.float32)
@@ -159,7 +159,7 @@ def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tenso
     counts = kv_heads, new, capacity, splits, size, window
     constants = {"GROUP": group, "SPLIT_KEYS": chosen.split_keys, "BLOCK_D": padded, "WINDOWED": window > 0}
     launch(
-        attention_decode, (splits * batch * kv_heads, triton.cdiv(new * group, block_r)), query, key_cache, value_cache,
+        attention_decode, (splits * batch * kv_heads, cdiv(new * group, block_r)), query, key_cache, value_cache,
         lengths, out, pieces, lse, *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
         *out.stride()[:3], *counts, scale * LOG2_E, BLOCK_R=block_r, BLOCK_N=chosen.block_n, EVEN_D=padded == size,
         PRECISION="ieee", ONE_SPLIT=splits == 1, **constants, num_warps=chosen.num_warps,

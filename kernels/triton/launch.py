@@ -74,6 +74,16 @@ def repair_bfloat16() -> None:
     InterpreterBuilder.repaired = True  # type: ignore[attr-defined]
 
 
+def cdiv(size: int, block: int) -> int:
+    """ceil(size / block), without triton.cdiv's 4 us."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least that is no less than `size`, without the 4 us of triton's own."""
+    return 1 << (size - 1).bit_length()
+
+
 def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from llmkit.kernels.logit_chunks import Objective
 from llmkit.kernels.triton.attention import describable, rows_of
 from llmkit.kernels.triton.cross_entropy import add_to_softmax
-from llmkit.kernels.triton.launch import launch
+from llmkit.kernels.triton.launch import cdiv, launch
 from llmkit.kernels.triton.tiles import product_tiles
 from torch import Tensor
 
@@ -104,12 +104,12 @@ def logprobs(
     input, linear_weight = describable(input, linear_weight)
     target = target.contiguous()
     chosen = product_tiles(input.dtype)
-    splits = triton.cdiv(vocab, chosen.block_v * chosen.split)
+    splits = cdiv(vocab, chosen.block_v * chosen.split)
     highest, total = input.new_empty(2, splits, tokens, dtype=torch.float32)
     moment = torch.empty_like(highest) if objective.with_entropy else None
     picked = highest.new_full((tokens,), float("nan"))  # stays so where no word is the target
     launch(
-        linear_logsumexp, (triton.cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target, highest,
+        linear_logsumexp, (cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target, highest,
         total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden,
         1.0 / objective.temperature, GROUP=GROUP, ENTROPY=objective.with_entropy, PRECISION="ieee",
         **chosen.options(),
@@ -117,7 +117,7 @@ def logprobs(
     logprob = torch.empty_like(picked)
     entropy = torch.empty_like(picked) if objective.with_entropy else None
     launch(
-        merge_splits, (triton.cdiv(tokens, MERGED),), highest, total, moment, picked, target, logprob, entropy,
+        merge_splits, (cdiv(tokens, MERGED),), highest, total, moment, picked, target, logprob, entropy,
         tokens, splits, objective.ignore_index, BLOCK_N=MERGED, ENTROPY=objective.with_entropy, num_warps=2,
     )  # fmt: skip
     return logprob, entropy

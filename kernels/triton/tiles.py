@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from llmkit.kernels.triton.launch import compiling, interpreting, target
+from llmkit.kernels.triton.launch import compiling, interpreting, next_power_of_2, target
 
 from llmkit.errors import UserError
 
@@ -208,7 +208,7 @@ def product_name(dtype: torch.dtype) -> str:
 
 def _whole(width: int) -> int:
     """The power of two that a row fits in."""
-    return 1 << max(6, (width - 1).bit_length())
+    return max(64, next_power_of_2(width))
 
 
 @_looked_up_once

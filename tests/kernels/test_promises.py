@@ -11,6 +11,7 @@ from llmkit.kernels.dispatch import triton_module
 from llmkit.kernels.linear import linear
 from llmkit.kernels.logprobs import linear_logprobs
 from tiny import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.kernels import logit_chunks
 
@@ -88,6 +89,7 @@ def test_documents_of_another_shape_are_refused(kernels, shape, packed):
         CAUSAL(HEADS, HEADS, HEADS, doc_ids=packed(torch.zeros(shape, dtype=torch.long)))
 
 
+@torch.no_grad()
 def test_lengths_may_lie_in_memory_as_they_like(interpreted):
     heads = HEADS.expand(3, 2, 6, 16)
     query, column = heads[:, :, :1], torch.tensor([[2, 9], [5, 9], [6, 9]])[:, 0]
@@ -148,6 +150,34 @@ def test_layers_compiled_one_by_one_are_given_the_bounds_of_documents(interprete
         model.compile_layers()
     torch.testing.assert_close(model(ids, doc_ids=documents), expected)
     assert len(graphs) == 2 and not any("searchsorted" in code for code in graphs)
+
+
+def test_eager_calls_pass_the_dispatcher_by_and_traces_see_the_operators(interpreted):
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            seen.append(str(operator))
+            return operator(*arguments, **(options or {}))
+
+    query, hidden = HEADS.clone().requires_grad_(), HIDDEN.clone().requires_grad_()
+
+    def run():
+        CAUSAL(query, HEADS, HEADS).sum().backward()
+        linear_cross_entropy(hidden, WEIGHT, TARGET).backward()
+        linear_logprobs(hidden, WEIGHT, TARGET).sum().backward()
+        with torch.no_grad():
+            attention_decode(HEADS[:, :, :1], HEADS, HEADS, torch.tensor([6]))
+
+    seen = []
+    with Noting():
+        run()
+    assert {name for name in seen if "llmkit" in name} == {
+        f"llmkit.{name}.default"
+        for name in ("attention", "attention_backward", "attention_decode", "linear_cross_entropy", "linear_logprobs",
+                     "linear_logprobs_backward")
+    }  # fmt: skip
+    with torch.profiler.profile() as profile:
+        run()
+    assert not [event.name for event in profile.events() if "llmkit" in event.name]
 
 
 def test_tiles_are_looked_up_once(interpreted, monkeypatch):
