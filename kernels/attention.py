@@ -280,19 +280,10 @@ def _fused_attention(query, key, value, is_causal, scale, doc_ids, window) -> Te
 
 
 def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    doc_ids: "Tensor | Packing | None" = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    doc_ids: "Tensor | Packing | None" = None, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention with torch's names and order, and packed documents and sliding windows besides.
 
     query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a

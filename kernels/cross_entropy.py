@@ -122,15 +122,9 @@ _eagerly = eager_function("LinearCrossEntropy", _compute, _save, partial(_backwa
 
 
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    chunk_tokens: int | str = "auto",
-    softcap: float | None = None,
-) -> Tensor:
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, reduction: str = "mean", ignore_index: int = -100,
+    chunk_tokens: int | str = "auto", softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of `input @ linear_weight.T` against `target`, holding one chunk of logits at most.
 
     input (..., D), linear_weight (V, D), target (...) of integers. The loss is float32 whatever the

@@ -121,15 +121,9 @@ _eagerly = eager_function("LinearLogprobs", _compute, _save, partial(_backward, 
 
 
 def linear_logprobs(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    return_entropy: bool = False,
-    softcap: float | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, temperature: float = 1.0, ignore_index: int = -100,
+    return_entropy: bool = False, softcap: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
 
     input (..., D), linear_weight (V, D), target (...) of integers -> float32 of the shape of `target` (float64 for

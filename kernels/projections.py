@@ -93,18 +93,9 @@ class _QKVRotary(torch.autograd.Function):
 
 
 def qkv_rotary(
-    x_BTC: Tensor,
-    weight: Tensor,
-    cos_sin: Tensor,
-    *,
-    heads: int,
-    kv_heads: int,
-    bias: Tensor | None = None,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    eps: float | None = None,
-    whole: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_BTC: Tensor, weight: Tensor, cos_sin: Tensor, *, heads: int, kv_heads: int, bias: Tensor | None = None,
+    q_gain: Tensor | None = None, k_gain: Tensor | None = None, eps: float | None = None, whole: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project hidden states to rotated queries and keys, and values: (B, H, T, D), (B, K, T, D), (B, K, T, D).
 
     weight ((H + 2K) D, C) stacks the three projections; within a head the rotated pairs are neighbours. `cos_sin`
@@ -160,15 +151,9 @@ ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def feed_forward(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    *,
-    activation: str = "silu",
-    gated: bool = True,
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, *,
+    activation: str = "silu", gated: bool = True,
+) -> Tensor:  # fmt: skip
     """down @ (activation(gate @ x) * (up @ x)): x (..., C), gate_up (2F, C) with the gate first, down (C, F).
 
     With "silu" it is SwiGLU (Shazeer 2020, arXiv:2002.05202). A plain one has no gate: down @ activation(up @ x), with
