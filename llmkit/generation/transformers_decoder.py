@@ -42,10 +42,10 @@ class CachedPrefix:
 
 
 class TransformersDecoder:
-    """The slots of one model, whose weights are not copied: what training changes is seen."""
+    """The slots of one model. Adapters are merged into a copy of their matrices; other weights are not copied."""
 
     def __init__(self, model: TransformersModel) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.config = model.merged(), model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.weight_bytes = self.bytes_read = 0  # not counted
         self.seconds = 0.0

@@ -322,6 +322,8 @@ class SavedTensors:
         for name, where in self.where.items():
             if name.endswith(_QUANTIZED) or self.stored_dtype(name).startswith(_NARROW):
                 raise UserError(f"{where}: found the quantized tensor {name}; {ORIGINAL}")
+            if name.endswith(".weight"):
+                self._check_float(name)
 
     def _name_as_ours(self, config: ModelConfig) -> None:
         """Give tensors the names of a text model with its head: to those of the text model within one that reads
@@ -343,10 +345,13 @@ class SavedTensors:
                 f"{where}: tensor {name}: expected shape {list(expected)}, found {list(shape)}; "
                 f"are {CONFIG} and weights of one model?"
             )
+        self._check_float(name)
+
+    def _check_float(self, name: str) -> None:
         if self.stored_dtype(name) not in _FLOATS:
             raise UserError(
-                f"{where}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found {self.stored_dtype(name)}; "
-                f"{ORIGINAL}"
+                f"{self.where[name]}: tensor {name}: expected dtype {', '.join(_FLOATS)}, found "
+                f"{self.stored_dtype(name)}; {ORIGINAL}"
             )
 
 

@@ -205,12 +205,6 @@ class TransformersModel(Transformer):
                 f"--backend transformers: expected one process, found {launch().size}; start without torchrun"
             )
         kind = cls.kind(config)
-        for key, tensor in state.items():
-            if key.endswith(".weight") and not tensor.is_floating_point():
-                raise UserError(
-                    f"{name}: tensor {key}: expected floats, found {tensor.dtype}; take the model's folder "
-                    "that is not quantized"
-                )
         doubt = "are config.json and weights of one model?"
         try:
             module, info = kind.from_pretrained(
@@ -354,6 +348,21 @@ class TransformersModel(Transformer):
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.stock)]
+
+    @torch.no_grad()
+    def merged(self) -> TransformersModel:
+        """Return a copy with adapters merged, which shares all other tensors; without adapters, the model itself."""
+        if not any(map(parametrize.is_parametrized, self.module.modules())):
+            return self
+        model = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+        for owner in list(model.module.modules()):
+            if parametrize.is_parametrized(owner):  # torch's own way to leave them would set the shared tensors
+                values = {name: getattr(owner, name) for name in owner.parametrizations}  # type: ignore[union-attr]
+                owner.__class__ = parametrize.type_before_parametrizations(owner)
+                del owner.parametrizations
+                for name, value in values.items():
+                    owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        return model
 
     @torch.no_grad()
     def save(self, folder: Path, dtype: torch.dtype, max_shard_size: int = 5 * 10**9) -> None:
