@@ -245,6 +245,20 @@ class TuningConfig(TrainingConfig, BackendConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """Options of stages that complete prompts with a model here."""
+
+    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
+    dtype: str = option(
+        "auto",
+        "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
+        choices=("auto", "float32", "bfloat16", "int8"),
+        free=True,
+    )
+    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToolConfig:
     """Options of every stage in which a model may call tools."""
 

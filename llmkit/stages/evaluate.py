@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import (
     BackendConfig,
     CommonConfig,
+    DecodingConfig,
     ServedConfig,
     ToolConfig,
     argument,
@@ -36,7 +37,7 @@ Records = dict[tuple[str, str], list[dict[str, Any]]]  # of each item, by model 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CommonConfig, BackendConfig, ToolConfig, ServedConfig):
+class EvaluateConfig(CommonConfig, DecodingConfig, BackendConfig, ToolConfig, ServedConfig):
     """Options of `llmkit evaluate`."""
 
     examples: ClassVar[str] = """
@@ -59,7 +60,6 @@ class EvaluateConfig(CommonConfig, BackendConfig, ToolConfig, ServedConfig):
     tasks: tuple[str, ...] = option((), "Tasks and files of items.", metavar="TASK,...", reads=True)
     data_dir: str | None = option(None, "Folder of the tasks' data.", metavar="DIR", reads=True, free=True)
     core: str | None = option(None, "Folder of CORE, of DCLM and nanochat.", metavar="BUNDLE", reads=True)
-    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
         "auto", "Precision; auto: bfloat16 on GPUs, else float32.", choices=("auto", "float32", "bfloat16")
     )
@@ -82,7 +82,6 @@ class EvaluateConfig(CommonConfig, BackendConfig, ToolConfig, ServedConfig):
     max_tokens: int | None = option(
         None, "Tokens of a completion [the task's].", group="Text", unit="count", at_least=1
     )
-    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
 
     def reads_stdin(self) -> bool:
         """True if help is wanted: without a model there is nothing to do."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmkit.config import (
     BackendConfig,
     CommonConfig,
+    DecodingConfig,
     RecordsConfig,
     ServedConfig,
     ToolConfig,
@@ -41,7 +42,7 @@ OURS, THEIRS = ("device", "dtype", "backend", "batch_size"), ("concurrency", "ti
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(RecordsConfig, CommonConfig, BackendConfig, ToolConfig, ServedConfig):
+class SampleConfig(RecordsConfig, CommonConfig, DecodingConfig, BackendConfig, ToolConfig, ServedConfig):
     """Options of `llmkit sample`."""
 
     examples: ClassVar[str] = """
@@ -78,14 +79,6 @@ class SampleConfig(RecordsConfig, CommonConfig, BackendConfig, ToolConfig, Serve
         free=True,
         reads=True,
     )
-    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
-    dtype: str = option(
-        "auto",
-        "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
-        choices=("auto", "float32", "bfloat16", "int8"),
-        free=True,
-    )
-    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
 
     resume: bool = option(False, "With --jsonl: resume a killed run.", free=True)
     logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")

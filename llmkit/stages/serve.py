@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmkit.config import LARGEST_INTEGER, CommonConfig, ToolConfig, argument, option
+from llmkit.config import LARGEST_INTEGER, CommonConfig, DecodingConfig, ToolConfig, argument, option
 from llmkit.errors import UserError
 from llmkit.io.files import sole_writer
 from llmkit.io.jsonl import open_input, read_text
@@ -25,7 +25,7 @@ LOCAL = ("localhost", "127.0.0.1", "[::1]")  # what a browser on this machine ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(ToolConfig, CommonConfig):
+class ServeConfig(DecodingConfig, ToolConfig, CommonConfig):
     """Options of `llmkit serve`."""
 
     examples: ClassVar[str] = """
@@ -53,14 +53,6 @@ class ServeConfig(ToolConfig, CommonConfig):
     )
     collect: str | None = option(None, "JSONL of people's judgements, as two files beside it.", metavar="FILE")
     guide: str | None = option(None, "Markdown that tells labellers how to judge.", metavar="FILE", reads=True)
-    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
-    dtype: str = option(
-        "auto",
-        "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
-        choices=("auto", "float32", "bfloat16", "int8"),
-        free=True,
-    )
-    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
     queue: int = option(256, "Requests of a model that may wait; others get 429.", at_least=0)
     timeout: float = option(600, "Longest request.", unit="duration", above=0, free=True)
     seed: int = option(0, "Random seed of requests without one.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
@@ -142,12 +134,13 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
     from llmkit.tokenizer.encoding import load_tokenizer
 
-    tokenizers = {name: load_tokenizer(path) for name, path in names.items()}
-    chats = {name for name, one in tokenizers.items() if has_chat_tokens(one) or has_own_template(one)}
+    chats: set[str] = set()  # beside them a base gets no tools, and is no reason to refuse them
+    if len(names) > 1 and (config.tools or config.thinking != "auto"):
+        tokenizers = {name: load_tokenizer(path) for name, path in names.items()}
+        chats = {name for name, one in tokenizers.items() if has_chat_tokens(one) or has_own_template(one)}
     models = []
     for name, path in names.items():
-        base = chats and name not in chats  # beside chat models it gets no tools, and is no reason to refuse them
-        tools = None if config.dry_run or base else config
+        tools = None if config.dry_run or (chats and name not in chats) else config
         sampler: Any = stack.enter_context(
             open_sampler(
                 path,
