@@ -311,6 +311,7 @@ class Pool:
             generator.usage.requests += 1
             generator.usage.prompt_tokens += len(request.prompt)
             tools = request.tools if isinstance(request.tools, ToolUse) else generator.tools
+            tools = None if request.constraint else tools
             stops = (*generator.stop, *request.stop)
             for sample in range(request.samples):
                 if index not in self.done:  # cancelled
@@ -328,6 +329,7 @@ class Pool:
                     tokenizer=generator.tokenizer,
                     end_ids=generator.end_ids,
                     on_text=self._on_text,
+                    constraint=request.constraint and request.constraint.copy(),
                 )
                 if tools is not None:
                     sequence.call = tools.open_call(request.prompt)
@@ -375,10 +377,14 @@ class Pool:
         draws = np.array([sequence.next_uniform() for sequence in sequences])
         chosen: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * len(sequences)
         samplings = [sequence.request.sampling or self._of.sampling for sequence in sequences]
-        for sampling in dict.fromkeys(samplings):
-            rows = [row for row, other in enumerate(samplings) if other == sampling]
-            logits = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
-            choice = choose_tokens(logits, draws[rows], sampling, self._of.tokenizer.vocab_size)
+        groups = [(one, bool(sequence.constraint)) for one, sequence in zip(samplings, sequences, strict=True)]
+        for group in dict.fromkeys(groups):
+            rows = [row for row, other in enumerate(groups) if other == group]
+            logits, allowed = logits_BV if len(rows) == len(sequences) else logits_BV[rows], None
+            if group[1]:
+                masks = [constraint.allowed() for row in rows if (constraint := sequences[row].constraint)]
+                allowed = torch.from_numpy(np.stack(masks)).to(logits.device)
+            choice = choose_tokens(logits, draws[rows], group[0], self._of.tokenizer.vocab_size, allowed)
             if not all(choice.sound.tolist()):
                 raise UserError(
                     f"{self._of.name}: its logits are not finite numbers; are there NaN among its weights? Train it "

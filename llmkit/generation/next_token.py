@@ -58,20 +58,28 @@ class Choice(NamedTuple):
 
 
 def choose_tokens(
-    logits_BV: Tensor, uniforms_B: np.ndarray, sampling: Sampling, vocab_size: int | None = None
+    logits_BV: Tensor,
+    uniforms_B: np.ndarray,
+    sampling: Sampling,
+    vocab_size: int | None = None,
+    allowed_BV: Tensor | None = None,
 ) -> Choice:
-    """The next token of each row, among the first `vocab_size` of the vocabulary.
+    """The next token of each row, among the first `vocab_size` of the vocabulary, or among the allowed of these.
 
     `uniforms_B`: float64 in [0, 1), one number a row.
     """
     logits_BV = logits_BV.float()
+    drawn_BV = logits_BV[:, :vocab_size]
+    if allowed_BV is not None:
+        drawn_BV = drawn_BV.masked_fill(~allowed_BV, float("-inf"))
     if sampling.temperature < GREEDY_BELOW:
-        best = logits_BV[:, :vocab_size].max(-1)
+        best = drawn_BV.max(-1)
         # log_softmax takes each row by itself, logsumexp splits a single row among threads
         logprobs_B = torch.log_softmax(logits_BV, -1).gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
         return Choice(best.indices, logprobs_B, torch.zeros_like(logprobs_B), best.values.isfinite())
     all_BV = torch.softmax(logits_BV / sampling.temperature, -1)
-    probabilities_BV = truncate(all_BV[:, :vocab_size], sampling)
+    drawn_BV = all_BV[:, :vocab_size] if allowed_BV is None else torch.softmax(drawn_BV / sampling.temperature, -1)
+    probabilities_BV = truncate(drawn_BV, sampling)
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=_double(logits_BV.device))
     total_B1 = cumulative_BV[:, -1:]
     target_B1 = torch.as_tensor(uniforms_B, dtype=total_B1.dtype).to(total_B1.device).unsqueeze(-1) * total_B1
@@ -81,7 +89,7 @@ def choose_tokens(
     sound_B = total_B1.squeeze(-1).isfinite()
     chosen_B1 = chosen_B1.clamp_(max=probabilities_BV.shape[-1] - 1)  # NaN is beyond them all
     logprobs_B1 = all_BV.gather(-1, chosen_B1).log()
-    truncated_B1 = logprobs_B1 - total_B1.log().float()
+    truncated_B1 = drawn_BV.gather(-1, chosen_B1).log() - total_B1.log().float()
     return Choice(chosen_B1.squeeze(-1), logprobs_B1.squeeze(-1), truncated_B1.squeeze(-1).clamp_(max=0.0), sound_B)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llmkit.formats.conversations import Part
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.tool_calls import Functions
+    from llmkit.tokenizer.json_schema import JsonConstraint
 
 _THOUGHTS = re.compile(r"<think>(.*?)(?:</think>\n*|\Z)", re.DOTALL)
 Prompt = Sequence[Any]  # token ids; where a server makes them text to continue, or messages to answer
@@ -40,6 +41,7 @@ class Request:
     stop          strings that end a completion, beside the generator's
     tools         in the place of the generator's, or of a server's
     top_logprobs  how many of the likeliest tokens are told at each position
+    constraint    what may follow; no tool is called
     """
 
     prompt: Prompt
@@ -52,6 +54,7 @@ class Request:
     stop: Sequence[str] = ()
     tools: Functions | None = None
     top_logprobs: int = 0
+    constraint: JsonConstraint | None = None
 
 
 @dataclass(frozen=True)

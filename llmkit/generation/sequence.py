@@ -11,6 +11,7 @@ from llmkit.generation.next_token import uniforms
 from llmkit.generation.requests import Completion, OnText, Request, StopMatcher
 from llmkit.generation.tool_calls import BROKEN, ToolUse
 from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
+from llmkit.tokenizer.json_schema import JsonConstraint
 
 DRAWS = 128  # random numbers made at a time
 CALL = "call"  # in place of a finish reason: the sequence waits for a tool
@@ -31,6 +32,7 @@ class RunningSequence:
     tokenizer: Tokenizer
     end_ids: frozenset[int]
     on_text: OnText | None
+    constraint: JsonConstraint | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     truncated_logprobs: list[float] = field(default_factory=list)
@@ -75,6 +77,8 @@ class RunningSequence:
     def take(self, token: int, logprob: float, truncated: float) -> str | None:
         """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
         self.append(token, logprob, truncated)
+        if self.constraint is not None:
+            self.constraint.take(token)
         ended, tools, open_call = token in self.end_ids, self.tools, self.call
         if tools is not None and open_call is None and token in tools.others:
             tools.unavailable_calls[tools.others[token]] += 1

@@ -99,7 +99,7 @@ class Service:
     async def chat_completions(self, request: Request) -> Response:
         body = await _read(request, ChatBody)
         model = self._model(body.model)
-        return await self._complete(request, model, body, [await run_in_threadpool(model.encode_chat, body)])
+        return await self._complete(request, model, body, [await run_in_threadpool(model.encode_request, body)])
 
     async def completions(self, request: Request) -> Response:
         body = await _read(request, CompletionBody)

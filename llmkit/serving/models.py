@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from llmkit.io.records import THOUGHTS, Row
 from llmkit.serving.engine import Job
 from llmkit.serving.protocol import ApiError, ChatBody, CompletionBody, ConversationBody
 from llmkit.tokenizer.chat import ChatFormat, Encoded
+from llmkit.tokenizer.json_schema import JsonConstraint, JsonSchemas
 from llmkit.tokenizer.templates import chat_format, choose_thinking
 from llmkit.tools.toolbox import Toolbox
 
@@ -35,6 +37,7 @@ class Prompt:
     text      a completion's prompt as text, for `echo`
     encoded   a conversation, with the tokens that sft trains
     tools     functions that the client runs; None for the server's tools
+    constraint  what may be answered
     thinking  whether the prompt opens a thought
     """
 
@@ -43,6 +46,7 @@ class Prompt:
     encoded: Encoded | None = None
     tools: ToolUse | None = None
     thinking: bool = False
+    constraint: JsonConstraint | None = None
 
 
 class ServedModel:
@@ -140,6 +144,22 @@ class ServedModel:
             thinking = last.text.rfind("<think>") > last.text.rfind("</think>")
             return Prompt(encoded.token_ids.tolist(), "", encoded, tools, thinking)
 
+    def encode_request(self, body: ChatBody) -> Prompt:
+        """Return the prompt of a conversation with the constraint of its `response_format`."""
+        prompt, wanted = self.encode_chat(body), body.response_format
+        if wanted.type == "text":
+            return prompt
+        if prompt.tools or prompt.thinking:
+            other = "'tools'" if prompt.tools else "thoughts; see 'chat_template_kwargs'"
+            raise ApiError(f"'response_format': expected no {other} beside {wanted.type}", "response_format")
+        with _api_errors("response_format"):
+            schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}
+            return replace(prompt, constraint=self._schemas.compile(schema))
+
+    @cached_property
+    def _schemas(self) -> JsonSchemas:
+        return JsonSchemas(self.tokenizer, self.generator.end_ids)
+
     def _chat(self, body: ConversationBody) -> ChatFormat:
         """Return the chat format, with thinking on, off or as the template has it."""
         switches = body.chat_template_kwargs
@@ -203,6 +223,7 @@ class ServedModel:
                 stop=body.stop,
                 tools=prompt.tools,
                 top_logprobs=body.alternatives or 0,
+                constraint=prompt.constraint,
             )
             tokens = body.return_token_ids or body.alternatives is not None
             jobs.append(Job(request, body.stream, tokens, body.alternatives if score else None))

@@ -121,6 +121,28 @@ class ConversationBody(Body):
         return self
 
 
+class JsonSchema(Schema):
+    """A schema that an answer keeps to, strict or not."""
+
+    of_answer: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Schema):
+    """Text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ApiError("'response_format': expected 'json_schema' beside type json_schema", "response_format")
+        return self
+
+
 class ChatBody(GenerationBody, ConversationBody):
     """`/v1/chat/completions`."""
 
@@ -128,6 +150,7 @@ class ChatBody(GenerationBody, ConversationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    response_format: ResponseFormat = ResponseFormat(type="text")
 
     @property
     def alternatives(self) -> int | None:

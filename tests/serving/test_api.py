@@ -129,6 +129,36 @@ def test_an_answer_is_continued(server: Server) -> None:
     assert answer.choices[0].text == ">1!?.~"
 
 
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_keeps_to_a_json_schema(server: Server, temperature: float) -> None:
+    count = {"type": "integer", "minimum": 0, "maximum": 99}
+    properties = {"city": {"type": "string", "maxLength": 5}, "count": count, "ok": {"enum": ["yes", "no"]}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    create = server.client.chat.completions.create
+    request = {"model": "chat", "messages": MESSAGES, "response_format": json_schema(schema), "n": 4, "seed": 3}
+    request |= {"temperature": temperature, "top_p": 0.9, "logprobs": True}
+    whole = create(**request)
+    for choice in whole.choices:
+        answer = json.loads(choice.message.content)
+        assert list(answer) == [*properties] and len(answer["city"]) <= 5 and answer["ok"] in ("yes", "no")
+        assert 0 <= answer["count"] <= 99 and choice.finish_reason == "stop"
+        assert min(entry.logprob for entry in choice.logprobs.content) < -1  # under the model's own distribution
+    texts = [""] * 4
+    for chunk in create(**request, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_an_answer_is_a_json_object_or_cut_off_within_one(server: Server) -> None:
+    create = server.client.chat.completions.create
+    request = {"model": "chat", "messages": MESSAGES, "response_format": {"type": "json_object"}, "max_tokens": 40}
+    for seed in range(4):
+        (choice,) = create(**request, seed=seed).choices
+        assert choice.message.content.startswith("{")
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+
+
 def test_models_health_and_metrics(server: Server) -> None:
     models = server.client.models.list().data
     assert [(model.id, model.max_model_len, model.chat) for model in models] == [
@@ -141,6 +171,10 @@ def test_models_health_and_metrics(server: Server) -> None:
     assert 'llmkit_requests_total{model="says"}' in server.post("/metrics", None)[1]
 
 
+def json_schema(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
 CHAT = {"model": "chat", "messages": MESSAGES, "max_tokens": 2}
 TEXT = {"model": "base", "prompt": "a", "max_tokens": 2}
 
@@ -149,7 +183,11 @@ TEXT = {"model": "base", "prompt": "a", "max_tokens": 2}
     ("body", "param", "status"),
     [
         ({**CHAT, "logit_bias": {"7": 5}}, "logit_bias", 400),
-        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format", 400),
+        ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format", 400),
+        ({**CHAT, "response_format": {"type": "grammar"}}, "response_format", 400),
+        ({**CHAT, "response_format": json_schema({"type": "objekt"})}, "response_format", 400),
+        ({**CHAT, "response_format": json_schema({"$ref": "https://a.example/b"})}, "response_format", 400),
+        ({**TEXT, "response_format": {"type": "json_object"}}, "response_format", 400),
         ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty", 400),
         ({**CHAT, "stream": True, "stream_options": {"every": 2}}, "stream_options", 400),
         ({**CHAT, "no_such_field": 0}, "no_such_field", 400),
