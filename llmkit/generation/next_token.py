@@ -57,6 +57,7 @@ class Choice(NamedTuple):
     sound: Tensor
 
 
+@torch.inference_mode()
 def choose_tokens(
     logits_BV: Tensor,
     uniforms_B: np.ndarray,
