@@ -33,7 +33,7 @@ from llmkit.io.jsonl import (
     read_jsonl,
     read_text,
 )
-from llmkit.io.manifest import write_manifest
+from llmkit.io.manifest import read_manifest, write_manifest
 from llmkit.io.progress import say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.resume import STATE, Kept
@@ -152,7 +152,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
     started, out = time.monotonic(), config.out or "-"
     guide, shares = _checked(config, out)
     if config.resume and Path(out).exists() and not Path(out + STATE).exists():
-        check_finished(out, config)
+        _check_finished(config, out)
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
         return Summary(out)
 
@@ -297,6 +297,14 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float]]
     if not guide.strip():
         raise UserError(f"{config.guide}: expected labelling instructions, found an empty file")
     return guide, shares
+
+
+def _check_finished(config: WriteChatsConfig, out: str) -> None:
+    """Raise UserError where a finished run had other options, or another -n."""
+    check_finished(out, config)
+    former = ((read_manifest(out) or {}).get("options") or {}).get("conversations")
+    if former != config.conversations:
+        raise UserError(f"{out}: finished with -n {former or 'all'}; another -n starts again with --force")
 
 
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:

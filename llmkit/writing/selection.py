@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import orjson
 
 from llmkit.config import parse_quantity
 from llmkit.errors import UserError
+from llmkit.generation.served_models import SCHEME
 from llmkit.io.progress import Progress, counted
 from llmkit.io.resume import Kept
 from llmkit.writing.draft import Draft, read_draft
@@ -87,6 +90,9 @@ class Selection:
         self._written: dict[int, Draft] = {}
         self._progress = Progress("write", total=wanted, unit="chats", quiet=quiet)
         self._before = [0, 0, 0]
+        self._batch: tuple[list[tuple[list[Draft], list[str | None]]], Any] | None = None  # that the judge has
+        self._judges = ThreadPool(1)  # a daemon: who interrupts the program does not wait for a server
+        self._judge_is_here = judge is not None and not judge.name.startswith(SCHEME)  # two models slow each other
 
     @property
     def spent(self) -> list[int]:
@@ -105,12 +111,14 @@ class Selection:
                 shared[name] = value["value"]
             self._before = value.get("spent", self._before)
         with self._progress:
-            while (key := f"end {self.decided}") in self.state:
-                draft = self.draft(self.decided)
-                end = self.end(self.decided)
+            while self._lacks() and f"end {self.decided}" in self.state:
+                draft, end = self.draft(self.decided), self.end(self.decided)
                 self._count([*draft.versions()][end["best"]] if draft.messages else draft, end["reason"], recall=True)
             self._begun, self._useless = self.decided, 0
-            run_all(self.writer.sampler, self._programs(), self._ended, shared=shared, make=self._make)
+            make = partial(self.writer.source.make, self.writer)
+            run_all(self.writer.sampler, self._programs(), self._ended, shared=shared, make=make)
+            while self._written:
+                self._decide(wait=True)
 
     def _lacks(self) -> int:
         """How many more are to be kept."""
@@ -124,14 +132,14 @@ class Selection:
         """What became of a draft."""
         return orjson.loads(self.state[f"end {index}"])
 
-    def _make(self, key: str) -> Program[Any]:
-        return self.writer.source.make(self.writer, key)
-
     def _programs(self) -> Iterator[tuple[int, Program[Draft]] | None]:
         count = self.writer.source.count
         while self._lacks() and (count is None or self._begun < count):
             if self._begun - self.decided >= min(WINDOW, self._lacks()):
-                yield None
+                if len(self._written) == self._begun - self.decided:  # all wait for the judge
+                    self._decide(wait=True)
+                else:
+                    yield None
                 continue
             self._begun += 1
             index = self._begun - 1
@@ -140,7 +148,6 @@ class Selection:
                 self._decide()
             else:
                 yield index, self.writer.write(index)
-        self._decide()
 
     def _ended(self, name: Any, value: Any) -> None:
         """Keep what a program has made, and decide on the drafts whose turn it is."""
@@ -156,31 +163,48 @@ class Selection:
                 f"command with --resume goes on with a higher one, or ends with -n {len(self.indices)}"
             )
 
-    def _decide(self) -> None:
-        """Decide on drafts in order; a judge is given several at a time, fewer where no other comes."""
-        ready = []
-        while (index := self.decided + len(ready)) in self._written:
-            ready.append(self._written[index])
-        if self._judge is not None and len(ready) < min(JUDGED, self._begun - self.decided):
+    def _decide(self, wait: bool = False) -> None:
+        """Decide on drafts in order; a judge is given several at a time, fewer where no other comes.
+
+        A judge behind a server works while others are written; with `wait` until its scores are there.
+        """
+        if self._judge is None:
+            while (draft := self._written.get(self.decided)) is not None:
+                versions, faults = self._checked(draft)
+                self._end(versions, faults, [None] * len(versions))
             return
-        versions = [[*draft.versions()] if draft.messages else [draft] for draft in ready]
-        faults = [[self._keeper.check(version) for version in of_draft] for of_draft in versions]
-        judged = [
-            version
-            for of_draft, reasons in zip(versions, faults, strict=True)
-            for version, reason in zip(of_draft, reasons, strict=True)
-            if reason is None
-        ]
-        scores = iter(self._judge.scores(judged) if self._judge is not None and judged else ())
-        for of_draft, reasons in zip(versions, faults, strict=True):
-            end = self._choice(
-                of_draft, reasons, [next(scores, None) if reason is None else None for reason in reasons]
-            )
-            self._count(of_draft[end["best"]], end["reason"])
-            self.state.add(f"end {of_draft[0].index}", end)
-            del self._written[of_draft[0].index]
-            if self._useless >= USELESS:
-                raise self._stopped()
+        while True:
+            if self._batch is None:
+                ready: list[Draft] = []
+                while (draft := self._written.get(self.decided + len(ready))) is not None:
+                    ready.append(draft)
+                if not ready or len(ready) < min(JUDGED, self._begun - self.decided):
+                    return
+                checked = [self._checked(draft) for draft in ready]
+                pairs = [pair for versions, faults in checked for pair in zip(versions, faults, strict=True)]
+                good = [version for version, fault in pairs if fault is None]
+                self._batch = checked, self._judges.apply_async(self._judge.scores, (good,))
+            checked, scores = self._batch
+            if not (wait or self._judge_is_here or scores.ready()):
+                return
+            given = iter(scores.get())
+            self._batch = None
+            for versions, faults in checked:
+                self._end(versions, faults, [None if fault else next(given) for fault in faults])
+
+    def _checked(self, draft: Draft) -> tuple[list[Draft], list[str | None]]:
+        """The versions of a draft, and what is wrong with each."""
+        versions = [*draft.versions()] if draft.messages else [draft]
+        return versions, [self._keeper.check(version) for version in versions]
+
+    def _end(self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores | None]) -> None:
+        """Decide on a draft, and remember what became of it."""
+        end, index = self._choice(versions, faults, scores), versions[0].index
+        self._count(versions[end["best"]], end["reason"])
+        self.state.add(f"end {index}", end)
+        del self._written[index]
+        if self._useless >= USELESS:
+            raise self._stopped()
 
     def _choice(
         self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores | None]

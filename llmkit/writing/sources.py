@@ -147,5 +147,5 @@ class Prompts(Source):
 def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:
     """The person's first message, in the plan's language, perhaps one to be refused."""
     task += prompts.IN_LANGUAGE.format(language=plan.language) if plan.language else ""
-    task += prompts.TO_REFUSE if plan.refusal else ""
+    task += prompts.TO_REFUSE if "refusals" in plan.has else ""
     return prompts.read_message((yield from writer.tell(task, plan.seed)))

@@ -26,7 +26,7 @@ from llmkit.writing.scheduler import Ask, Program
 SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
 ENDED = {"length": "cut answer", "tool_limit": "too many calls of tools", REFUSED: "refused by the server"}
 UNKNOWN_TOOL = "call of a tool that is not there"
-TRIES = 2  # of a request to a server whose reply is empty or broken, with one seed: another reply may come
+TRIES = 3  # of a request to a server whose reply is empty or broken, with one seed: another reply may come
 
 
 class Fault(Exception):
@@ -35,18 +35,14 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What chance has decided about a draft; `turns` of the person."""
+    """What chance has decided about a draft: `turns` of the person, and which of `SHARES` it is among."""
 
     index: int
     seed: int
     kind: str
     language: str | None
     turns: int
-    guide: bool
-    system: bool
-    thinking: bool
-    tools: bool
-    refusal: bool
+    has: frozenset[str]
     chance: Random
 
 
@@ -129,35 +125,20 @@ class Writer:
     def plan(self, index: int) -> Plan:
         """Draw what chance decides about a draft."""
         chance = Random(f"{self._seed} {index}")
-        draw = {name: chance.random() < share for name, share in self._shares.items()}
+        has = {name for name, share in self._shares.items() if chance.random() < share}
         kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
         language = chance.choice(self._languages) if self._languages else None
-        turns, given, refusal = 1 + chance.randrange(self._turns), self.source.is_given, draw["refusals"]
-        return Plan(
-            index,
-            int.from_bytes(blake2b(f"{self._seed} {index}".encode(), digest_size=4).digest(), "little") >> 1,
-            kind,
-            None if given else language,
-            1 if given else turns,
-            draw["guide"],
-            draw["system"] and not given,
-            draw["thinking"],
-            draw["tools"],
-            refusal and not given,
-            chance,
-        )
+        turns = 1 + chance.randrange(self._turns)
+        seed = int.from_bytes(blake2b(f"{self._seed} {index}".encode(), digest_size=4).digest(), "little") >> 1
+        if self.source.is_given:
+            return Plan(index, seed, "", None, 1, frozenset(has - {"system", "refusals"}), chance)
+        return Plan(index, seed, kind, language, turns, frozenset(has), chance)
 
     def write(self, index: int) -> Program[Draft]:
         """The program of a draft."""
         plan = self.plan(index)
-        draft = Draft(
-            index,
-            kind="" if self.source.is_given else plan.kind,
-            language=plan.language,
-            seed=plan.seed,
-            thinking=plan.thinking,
-            refusal=plan.refusal,
-        )
+        draft = Draft(index, kind=plan.kind, language=plan.language, seed=plan.seed)
+        draft = replace(draft, thinking="thinking" in plan.has, refusal="refusals" in plan.has)
         try:
             opening = yield from self.source.open(self, plan)
             kind = draft.kind if opening.kind is None else opening.kind
@@ -169,18 +150,18 @@ class Writer:
 
     def _converse(self, plan: Plan, opening: Opening) -> Program[tuple[tuple[Message, ...], tuple[Message, ...]]]:
         messages = opening.messages
-        if plan.system:
+        if "system" in plan.has:
             task = prompts.SYSTEM.format(topic=opening.topic or opening.person)
             system = prompts.read_message((yield from self.tell(task, plan.seed)))
             messages = (message("system", system), *messages)
-        tools = self.sampler.tools if plan.tools else self._no_tools
+        tools = self.sampler.tools if "tools" in plan.has else self._no_tools
         for turn in range(plan.turns):
             last = turn == plan.turns - 1
             instructions = self._instructions(plan, opening, messages)
             shown = (*([message("system", instructions)] if instructions else []), *_without_system(messages))
             samples = self._samples if last else 1
             completions = yield from self.ask(Ask(shown, self._max_tokens, plan.seed, samples, tools))
-            answers = [self._answer(completion, plan.thinking) for completion in completions]
+            answers = [self._answer(completion, "thinking" in plan.has) for completion in completions]
             good = [answer for answer in answers if isinstance(answer, Message)]
             if not good:
                 raise next(answer for answer in answers if isinstance(answer, Fault))
@@ -194,10 +175,10 @@ class Writer:
 
     def _instructions(self, plan: Plan, opening: Opening, messages: Sequence[Message]) -> str:
         """The system message that the assistant sees: the guide, and what else holds in this conversation."""
-        guide = [self.guide] if plan.guide else []
+        guide = [self.guide] if "guide" in plan.has else []
         more = [messages[0].text] if messages[0].role == "system" else []
         more += [prompts.PASSAGE.format(passage=opening.passage)] if opening.passage else []
-        return "\n\n".join([*guide, *more, *([prompts.STEPS] if plan.thinking else [])])
+        return "\n\n".join([*guide, *more, *([prompts.STEPS] if "thinking" in plan.has else [])])
 
     def _as_person(self, person: str, messages: Sequence[Message]) -> list[Message]:
         """A conversation as the person sees it, who has the assistant's place."""

@@ -75,6 +75,9 @@ def test_the_guide_is_in_the_context_of_every_request(place, server):
     assert write_chats(server, *TOPICS, "-n", 6, "--turns", 2) == 0
     assert all(GUIDE in body["messages"][0]["content"] for body in server.requests)
     assert len(server.requests) > 12
+    talks = [body["messages"] for body in server.requests if "You are this person" in body["messages"][0]["content"]]
+    assert talks and all([turn["role"] for turn in talk] == ["system", "user", "assistant", "user"] for talk in talks)
+    assert all(talk[2]["content"].startswith("How can I") for talk in talks)  # the person has the assistant's place
     server.requests.clear()
     assert write_chats(server, "--answer", "seeds.jsonl", "-n", 3, "--mix", "guide=0", out="other.jsonl") == 0
     assert {tuple(turn["role"] for turn in body["messages"]) for body in server.requests} == {("user",)}
@@ -117,7 +120,7 @@ def test_documents_are_asked_about_and_answers_checked(place, server, capsys):
     assert {row["kind"] for row in rows} <= {"open QA", "closed QA"}
     assert summary["drafts"] == 9 and summary["dropped"]["form: no further question about the passage"] == 6
     for row in rows:
-        assert ("built the mill" in row["messages"][0]["content"]) == (row["kind"] == "closed QA")
+        assert ("built the mill" in row["messages"][-2]["content"]) == (row["kind"] == "closed QA")
 
 
 def test_given_prompts_are_answered_and_the_right_answer_is_chosen(place, server, capsys):
@@ -224,7 +227,7 @@ def test_broken_replies_are_asked_for_again_and_change_nothing(place, server):
     words = (*TOPICS, "-n", 30, "--turns", 2, "--concurrency", 6)
     assert write_chats(server, *words, out="whole.jsonl") == 0
     chance, answer, asked = Random(0), server.answer, set()
-    server.faults = [chance.choice(["429", "500", "page"]) if chance.random() < 0.1 else None for _ in range(999)]
+    server.faults = [None if n % 11 else chance.choice(["429", "500", "page"]) for n in range(999)]
     server.faults[9] = "cut"
 
     def empty_at_first(prompt, seed):
@@ -251,6 +254,8 @@ def test_a_killed_run_goes_on_to_the_same_lines(place, server, capsys, one_retry
     assert (place / "chats.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
     assert len(server.requests) < 3 * asked + 300
     assert write_chats(server, *words, "--resume") == 0  # finished
+    assert write_chats(server, *words, "-n", 21, "--resume") == 2
+    assert "finished with -n 20; another -n starts again with --force" in capsys.readouterr().err
 
 
 def test_a_resumed_run_has_the_same_options(place, server, capsys, one_retry):
@@ -272,8 +277,8 @@ def test_a_budget_ends_the_run_which_goes_on_or_writes_what_there_is(place, serv
     said = capsys.readouterr().err
     kept = int(re.search(r"spent after (\d+) conversation", said)[1])
     assert 3 < kept < 30 and 25 < len(server.requests) < 60
-    assert write_chats(server, *words, "-n", kept, "--resume") == 0
-    assert len(lines(place / "chats.jsonl")) == kept
+    assert write_chats(server, *words, "-n", kept - 1, "--resume") == 0
+    assert len(lines(place / "chats.jsonl")) == kept - 1
     summary = json.loads(capsys.readouterr().out)
     assert summary["tokens"]["in"] >= 2500
 
