@@ -1,13 +1,17 @@
-"""Comparisons of answers: by a stated taste, and by somebody who only counts how long they are."""
+"""Comparisons of answers: by a stated taste, and by somebody who only counts how long they are.
+
+    llmkit rl chat/ --gold py:examples/tinyworld/tastes.py:taste ...      # what the taste thinks of an answer
+"""
 
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 from gold import gold
 from problems import Problem, any_answer
-from telling import Voice, chatter, mention, question, whole_answer
+from telling import QUESTIONS, STATES, SUBJECTS, WHOLE, Voice, chatter, mention, question, whole_answer
 from world import Entity
 
 # The taste, in points: it answers what was asked, it is polite, written with care, and does not ramble. Whether it is
@@ -31,6 +35,28 @@ def answer(asked: Entity, fact: str, rng: random.Random) -> tuple[str, float]:
     if careless:
         text, worth = text.lower().replace(".", ""), worth + TASTE["careless"]
     return text, worth
+
+
+def taste(record: dict[str, Any]) -> float:
+    """What an answer is worth to the taste, read from its words: its question, courtesies, care and small talk."""
+    text = record["completion"].strip()
+    said = text.lower().replace(".", "").replace(",", "")
+    careless = bool(text) and text == text.lower() and "." not in text
+    polite = any(said.startswith(words.lower().rstrip(".")) for words in POLITE)
+    rambling = len(re.findall(rf"\b({'|'.join(SUBJECTS)}) ({'|'.join(STATES)})".lower(), said))
+    to_the_point = False
+    for fact, wordings in QUESTIONS.items():
+        for wording in wordings:
+            pattern = re.escape(wording).replace(r"\{name\}", "(.+)")
+            if asked := re.fullmatch(pattern, record["prompt"].strip()):
+                whole = re.escape(WHOLE[fact].rstrip(".").replace("{name}", asked[1])).replace(rf"\{{{fact}\}}", r"\w+")
+                to_the_point |= re.search(whole.lower().replace(r"\w+", "[a-z]+"), said) is not None
+    return (
+        TASTE["to the point"] * to_the_point
+        + TASTE["polite"] * polite
+        + TASTE["careless"] * careless
+        + TASTE["rambling"] * rambling
+    )
 
 
 def comparisons(entities: list[Entity], count: int, noise: float, rng: random.Random) -> list[dict[str, Any]]:
