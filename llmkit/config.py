@@ -259,6 +259,36 @@ class DecodingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Options of a stage that learns from preferences without a reward model."""
+
+    beta: float | None = option(
+        None, "Weight of differences to the reference [0.1; 2 with simpo].", group="Preferences", above=0, at_most=1000
+    )
+    label_smoothing: float | None = option(
+        None, "Chance that a preference is wrong [0].", group="Preferences", at_least=0, at_most=0.5
+    )
+    sft_weight: float | None = option(
+        None,
+        "Weight of the best answers' cross-entropy [0; 1 with orpo].",
+        group="Preferences",
+        at_least=0,
+        at_most=1000,
+    )
+    margin: float | None = option(
+        None, "Target margin of rewards, simpo's gamma [half of beta].", group="Preferences", at_least=0, at_most=1000
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldConfig:
+    """Options of every stage whose policy may game what it is trained on."""
+
+    gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
+    stop_on_hack: bool = option(False, "Early stop once the reward rises while --gold falls.", group="Watch", free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToolConfig:
     """Options of every stage in which a model may call tools."""
 

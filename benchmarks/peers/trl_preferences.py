@@ -40,7 +40,7 @@ torch.manual_seed(0)
 
 
 def records() -> list[dict]:
-    """Conversations for TRL, as many as the steps take; kto's are turn by turn a desirable and an undesirable answer."""
+    """Conversations for TRL, as many as the steps take; of kto's every second answer is desirable."""
     with open(arguments.data, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     wanted = arguments.steps * arguments.batch

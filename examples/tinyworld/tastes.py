@@ -1,6 +1,6 @@
 """Comparisons of answers: by a stated taste, and by somebody who only counts how long they are.
 
-    llmkit rl chat/ --gold py:examples/tinyworld/tastes.py:taste ...      # what the taste thinks of an answer
+llmkit rl chat/ --gold py:examples/tinyworld/tastes.py:taste ...      # what the taste thinks of an answer
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from llmkit.crawl.filters.contamination import Contamination, ContaminationRules, Findings
 from llmkit.data.batches import splitmix64
 from llmkit.data.shards import TokenShards
+from llmkit.formats.conversations import Conversation
 from llmkit.io.progress import counted, say
 
 _ALONE = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff"  # letters of scripts without spaces between words
@@ -143,3 +145,22 @@ class Overlap:
             size *= 2
         chosen = (owners[: len(hashes)] == owners[self._run - 1 :]) & ((hashes >> np.uint64(32)) % self._every == 0)
         return hashes[chosen], owners[: len(hashes)][chosen]
+
+
+def item_finder(not_in: tuple[str, ...], findings: Findings, shown: int, quiet: bool) -> Callable[[Conversation], bool]:
+    """Return a function that says whether a conversation holds an item of `--not-in`, and notes that; `shown` times it
+    is told."""
+    index = Contamination(ContaminationRules(not_in), quiet)
+
+    def holds_item(conversation: Conversation) -> bool:
+        said = "\n".join(part.text for message in conversation.messages for part in message.parts)
+        matches = index.find(conversation.document or said)
+        if not matches:
+            return False
+        findings.add(conversation.where, matches)
+        if findings.documents <= shown:
+            item, score = matches[0]
+            say(f"left out: {conversation.where}: holds {item}, score {score:.2f}", quiet)
+        return True
+
+    return holds_item

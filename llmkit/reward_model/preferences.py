@@ -132,6 +132,7 @@ class Learnt(NamedTuple):
 
 def read_preferences(
     read: Callable[..., tuple[Comparisons, str]],
+    read_held_out: Callable[..., tuple[Comparisons, str]],
     files: Sequence[DataFile],
     val: Sequence[str],
     objective: Objective,
@@ -139,17 +140,21 @@ def read_preferences(
     reference: Reference | None,
     quiet: bool,
 ) -> Learnt:
-    """Read files of preferences by `read`, `read_comparisons` with its options, and compare them with the reference."""
+    """Read files of preferences by `read_comparisons` with its options, and compare them with the reference."""
 
-    def prepared(name: str, paths: Sequence[str], observe: Callable[[list[str]], object] | None):
-        source, digest = read(name, paths, observe=observe)
+    def prepared(source: Comparisons, digest: str) -> tuple[Comparisons, str]:
         source = policy_comparisons(source, objective.loss, context)
         return source if reference is None else reference.compared(source), digest
 
     texts: list[str] = []
-    held_out = [prepared(name_of(path), input_files([path]), texts.extend)[0] for path in val]
-    overlap = Overlap.of_texts(texts)
-    every = [prepared(name_of(file.path), file.files, overlap.compare_texts if val else None) for file in files]
+    held_out = []
+    for path in val:
+        source, digest = read_held_out(name_of(path), input_files([path]), observe=texts.extend)
+        held_out.append(prepared(source, digest)[0])
+    overlap, every = Overlap.of_texts(texts), []
+    for file in files:
+        source, digest = read(name_of(file.path), file.files, observe=overlap.compare_texts if val else None)
+        every.append(prepared(source, digest))
     overlap.report(quiet)
     sources = [
         Source(source, file.weight or float(source.inputs)) for (source, _), file in zip(every, files, strict=True)

@@ -80,8 +80,8 @@ class CollapseGuard:
 
 
 class HackWatch:
-    """Tells when a reward rises while the gold one falls beyond noise: it is being gamed (Gao et al. 2022, arXiv
-    2210.10760).
+    """Tells when a reward, `proxy` of an evaluation, rises while the gold one falls beyond noise: it is being gamed
+    (Gao et al. 2022, arXiv 2210.10760).
 
     Compared is each evaluation with that at which the gold reward was highest. Gamed is a gold reward lower by more
     than ERRORS standard errors of the difference with a reward no lower, at two evaluations in succession.
@@ -92,11 +92,11 @@ class HackWatch:
     # point an evaluation, at 200 problems, was seen 20 evaluations after it began, by 2 after 12.
     ERRORS = 3.5
 
-    def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, float]] = (), proxy: str = "val_reward") -> None:
         self._best: Mapping[str, float] | None = None
-        self._suspicious = 0
+        self._suspicious, self._proxy = 0, proxy
         for row in rows:
-            if {"val_gold", "val_gold_se", "val_reward"} <= row.keys():
+            if {"val_gold", "val_gold_se", proxy} <= row.keys():
                 self.note(row)
 
     def note(self, scores: Mapping[str, float]) -> str | None:
@@ -106,12 +106,12 @@ class HackWatch:
             self._best, self._suspicious = scores, 0
             return None
         noise = self.ERRORS * math.hypot(best["val_gold_se"], scores["val_gold_se"])
-        falls = best["val_gold"] - scores["val_gold"] > noise and scores["val_reward"] >= best["val_reward"]
+        falls = best["val_gold"] - scores["val_gold"] > noise and scores[self._proxy] >= best[self._proxy]
         self._suspicious = self._suspicious + 1 if falls else 0
         if self._suspicious < 2:
             return None
         return (
-            f"the reward is gamed: it has gone from {best['val_reward']:.3g} to {scores['val_reward']:.3g} on held-out "
+            f"the reward is gamed: it has gone from {best[self._proxy]:.3g} to {scores[self._proxy]:.3g} on held-out "
             f"problems, and the gold one from {best['val_gold']:.3g} to {scores['val_gold']:.3g}"
         )
 
@@ -122,15 +122,21 @@ class Watch:
     difference  at most between sampler and trainer, in nats a token: an error
     kl          at most from the reference, in nats an attempt
     rows        of the metrics so far, where the run is resumed
+    proxy       name of what is trained on, in the scores of an evaluation
     `stopped` says in words why training has ended before its horizon.
     """
 
     def __init__(
-        self, trainer: Trainer, difference: float, kl: float | None, rows: Iterable[Mapping[str, Any]] = ()
+        self,
+        trainer: Trainer,
+        difference: float = math.inf,
+        kl: float | None = None,
+        rows: Iterable[Mapping[str, Any]] = (),
+        proxy: str = "val_reward",
     ) -> None:
         rows = list(rows)
         self._trainer, self._difference, self._kl = trainer, difference, kl
-        self._collapse, self._hack, self._warned = CollapseGuard(rows), HackWatch(rows), False
+        self._collapse, self._hack, self._warned = CollapseGuard(rows), HackWatch(rows, proxy), False
         self.stopped: str | None = None
 
     def note_step(self, figures: Mapping[str, float]) -> None:

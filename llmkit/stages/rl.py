@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmkit.config import (
     DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
+    GoldConfig,
     ServedConfig,
     TaskConfig,
     ToolConfig,
@@ -43,7 +44,7 @@ RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig):
+class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
     """Options of `llmkit rl`."""
 
     examples: ClassVar[str] = """
@@ -87,8 +88,6 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig):
     stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
 
-    gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
-    stop_on_hack: bool = option(False, "Early stop once the reward rises while --gold falls.", group="Watch", free=True)
     max_kl: float | None = option(
         None, "KL from MODEL at which the run ends, in nats per attempt.", group="Watch", above=0, free=True
     )

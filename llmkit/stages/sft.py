@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from llmkit.config import (
     DECAY_FRACTION,
     MICRO_BATCH_TOKENS,
+    GoldConfig,
+    PreferenceConfig,
     TaskConfig,
     TuningConfig,
     argument,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from llmkit.crawl.filters.contamination import Findings
     from llmkit.data.batches import Mixture, Source
     from llmkit.data.examples import DataFile, Examples
+    from llmkit.rewards import Weighted
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.training.finetuning import KeepBest, Tuning
     from llmkit.training.loss import Loss
@@ -54,7 +58,7 @@ MUCH_MORE = 1.25  # times the epochs that were asked for, which the last step ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(TuningConfig, TaskConfig):
+class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
     """Options of `llmkit sft`."""
 
     examples: ClassVar[str] = """
@@ -122,23 +126,6 @@ class SftConfig(TuningConfig, TaskConfig):
         at_least=1,
     )
 
-    beta: float | None = option(
-        None, "Weight of differences to the reference [0.1; 2 with simpo].", group="Preferences", above=0, at_most=1000
-    )
-    label_smoothing: float | None = option(
-        None, "Chance that a preference is wrong [0].", group="Preferences", at_least=0, at_most=0.5
-    )
-    sft_weight: float | None = option(
-        None,
-        "Weight of the best answers' cross-entropy [0; 1 with orpo].",
-        group="Preferences",
-        at_least=0,
-        at_most=1000,
-    )
-    margin: float | None = option(
-        None, "Target margin of rewards, simpo's gamma [half of beta].", group="Preferences", at_least=0, at_most=1000
-    )
-
     batch_tokens: int | None = option(
         None, "Tokens per step [by the data].", group="Training", unit="count", at_least=8
     )
@@ -204,17 +191,18 @@ def run(config: SftConfig) -> Summary | None:
     best = KeepBest(run.work, trainer.optimizer)
 
     # train
-    with run.training(trainer):
+    with closing(lessons), run.training(trainer):
         trainer.fit(
             mixture.prefetch(trainer.step),
             total_steps=steps,
             seconds=run.seconds_left(config.time_budget),
             evaluate=tasks.beside(_validation(config, lessons, mixture, trainer, best), tuning.model),
+            evaluate_first=lessons.answers is not None,
             sample=lambda: answer(tuning, whole_model(tuning.model), config.prompt, ANSWER_TOKENS),
             figures=lambda step: lessons.figures(trainer.figures[-1]),
         )
 
-    # save
+    # save, and summarise
     values = best.values()
     if not run.world.leads:
         return None
@@ -227,8 +215,6 @@ def run(config: SftConfig) -> Summary | None:
     }
     inputs, parents = [path for file in files for path in file.files], [str(config.model)]
     write = partial(_write, config, tuning, values, findings)
-
-    # summarise
     return Summary(**run.finish(results, inputs=inputs, parents=parents, write=write, not_in=config.not_in))
 
 
@@ -247,6 +233,8 @@ class Lessons:
 
     digests  of the sources
     figures  of a step, by those that the loss has told of its micro-batches
+    answers  figures of the model's own answers to held-out prompts
+    gold     rewards of these
     """
 
     sources: list[Source]
@@ -256,6 +244,13 @@ class Lessons:
     loss: Loss
     pack: Callable[..., Any] | None = None
     figures: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] = lambda parts: {}
+    answers: Callable[[], dict[str, float]] | None = None
+    gold: Sequence[Weighted] = ()
+
+    def close(self) -> None:
+        """Let processes of rewards go."""
+        for weighted in self.gold:
+            weighted.reward.close()
 
 
 def _lessons(config: SftConfig, files: list[DataFile], tuning: Tuning, run: Run, findings: Findings) -> Lessons:
@@ -279,17 +274,14 @@ def _trainer(
     config = cast(SftConfig, run.config)
     flops_per_token = tuning.model.config.flops_per_token(mixture.sequence_length)
     flops = flops_per_token * mixture.batch_size * mixture.sequence_length * (steps or STEPS_OF_A_RUN)
-    rate, lora_rate = (
-        (PREFERENCE_RATE, PREFERENCE_LORA_RATE)
-        if config.loss in PREFERENCE_LOSSES
-        else (ADAMW_RATE, LORA_LEARNING_RATE)
-    )
+    rate, lora_rate = ADAMW_RATE, LORA_LEARNING_RATE
+    if config.loss in PREFERENCE_LOSSES:  # of rows that were never compiled
+        rate, lora_rate, flops = PREFERENCE_RATE, PREFERENCE_LORA_RATE, None
     optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=rate, lora_anchor=lora_rate)
     settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
     if config.loss == "ipo":  # a squared difference is not in nats
         settings = replace(settings, spike_nats=math.inf)
     schedule = Schedule(warmup_steps, DECAY_FRACTION)
-    flops = None if config.loss in PREFERENCE_LOSSES else flops  # rows of comparisons were never compiled
     return run.trainer(tuning.model, optimizer, schedule, lessons.loss, settings, flops=flops)
 
 
@@ -301,20 +293,26 @@ def _validation(
         return None
     from llmkit.data.batches import PackedEvaluation
     from llmkit.reward_model.preferences import held_out_figures
+    from llmkit.rl.monitor import Watch
     from llmkit.training.finetuning import EarlyStop
     from llmkit.training.loss import masked_loss
 
     rows, length, pad = trainer.settings.micro_batch_rows, mixture.sequence_length, mixture.pad
     early = EarlyStop(trainer, best, config.patience) if config.patience is not None else None
+    watch = Watch(trainer, rows=read_metrics(trainer.folder / METRICS), proxy="val_margin")
 
     def validate() -> dict[str, float]:
         if config.loss in PREFERENCE_LOSSES:
             scores = held_out_figures(trainer.model, lessons.held_out, lessons.loss, pad)
+            scores |= lessons.answers() if lessons.answers is not None else {}
         else:
             batches = (PackedEvaluation(examples, length, rows, pad) for examples in lessons.held_out)
             scores = masked_loss(trainer.model, chain.from_iterable(batches), config.quiet)
         if early is not None:
             early.note(scores)
+        if "val_gold" in scores:
+            watch.note_evaluation(scores, config.stop_on_hack)
+            best.offer(trainer.step, scores["val_gold"])
         return scores
 
     return validate
@@ -331,12 +329,9 @@ def _rehearse(
     from llmkit.training.speed import batch_seconds
 
     if world().leads:
-        shown = [source.examples for source in mixture.sources]
-        show_examples(
-            [answers_of(one, SHOWN) for one in shown] if config.loss in PREFERENCE_LOSSES else shown,
-            tuning.tokenizer,
-            SHOWN,
-        )
+        every = [source.examples for source in mixture.sources]
+        shown = [answers_of(one, SHOWN) for one in every] if config.loss in PREFERENCE_LOSSES else every
+        show_examples(shown, tuning.tokenizer, SHOWN)
     rows = min(micro_rows, mixture.batch_size)
     seconds = batch_seconds(tuning.model, lessons.loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
     memory = tuning.training_memory(rows * mixture.sequence_length)
@@ -386,12 +381,17 @@ def _check_loss(config: SftConfig) -> None:
         "label_smoothing": ("dpo", "simpo"),
         "sft_weight": ("dpo", "ipo", "orpo", "simpo"),
         "margin": ("simpo",),
+        "gold": PREFERENCE_LOSSES,
         **dict.fromkeys(("identity", "system", "not_in"), CONVERSATION_LOSSES),
     }
     for name, losses in used_by.items():
         if getattr(config, name) not in (None, ()) and config.loss not in losses:
             expected = f"expected --loss {', '.join(losses[:-1])} or {losses[-1]}" if losses[1:] else "--loss simpo"
             raise UserError(f"--{name.replace('_', '-')}: {expected}, found {config.loss}, which has no use for it")
+    if config.gold and (not config.val or config.patience):
+        raise UserError("--gold: expected --val, prompts to answer, and no --patience, which chooses by the loss")
+    if config.stop_on_hack and not (config.gold and config.eval_every):
+        raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
     if config.on_long == "split" and config.loss in PREFERENCE_LOSSES:
         raise UserError(f"--on-long split: expected truncate, drop or error with --loss {config.loss}")
 
@@ -436,8 +436,12 @@ def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, conte
     from llmkit.formats.preferences import read_comparison, read_verdict
     from llmkit.reward_model.comparisons import packed_comparisons, read_comparisons
     from llmkit.reward_model.preferences import PreferenceLoss, Reference, read_preferences
+    from llmkit.rewards import parse_rewards
+    from llmkit.rl.held_out import HeldOutAnswers
+    from llmkit.rl.policy import reference_of
     from llmkit.training.preferences import Objective, figures_of
 
+    read_record = read_verdict if config.loss == "kto" else read_comparison
     objective = Objective.of(config.loss, config.beta, config.label_smoothing, config.sft_weight, config.margin)
     read = partial(
         read_comparisons,
@@ -448,15 +452,26 @@ def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, conte
         limit=config.limit,
         columns=parse_columns(config.columns),
         quiet=config.quiet,
-        read=read_verdict if config.loss == "kto" else read_comparison,
+        read=read_record,
     )
     reference = None
     if objective.needs_reference and not config.dry_run:
         reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
-    learnt = read_preferences(read, files, config.val, objective, context, reference, config.quiet)
-    loss = PreferenceLoss(learnt.objective)
+    gold = parse_rewards([config.gold], flag="--gold", device=config.device, dtype=config.dtype) if config.gold else []
+    asked = HeldOutAnswers(read_record)
+    held_out = partial(read, read=asked.read)
+    learnt = read_preferences(read, held_out, files, config.val, objective, context, reference, config.quiet)
+    before = reference_of(tuning.model, config.lora_rank is not None) if reference and config.val else None
     return Lessons(
-        learnt.sources, learnt.held_out, learnt.digests, learnt.row_tokens, loss, packed_comparisons, figures_of
+        learnt.sources,
+        learnt.held_out,
+        learnt.digests,
+        learnt.row_tokens,
+        PreferenceLoss(learnt.objective),
+        packed_comparisons,
+        figures_of,
+        asked.open(tuning, before, gold, config.seed),
+        gold,
     )
 
 
@@ -466,7 +481,7 @@ def _read_all(
     """The sources of the mixture, the examples held out, and a digest of each source; what --not-in left out."""
     from llmkit.data.batches import Source
     from llmkit.data.identity import identity_conversations, parse_identity
-    from llmkit.data.overlap import Overlap
+    from llmkit.data.overlap import Overlap, item_finder
 
     facts, weight = parse_identity(config.identity) if config.identity is not None else ({}, 0.0)
     read = partial(_read, config, tuning.chat, row_tokens, facts)
@@ -477,7 +492,7 @@ def _read_all(
     ]
     overlap = Overlap.of_texts(texts)
     observe = overlap.compare_texts if held_out else None
-    contaminated = _contaminated(config, findings) if config.not_in else None
+    contaminated = item_finder(config.not_in, findings, SHOWN, config.quiet) if config.not_in else None
     sources, digests = [], []
     for number, file in enumerate(files):
         conversations = _conversations(config, file.files, bad)
@@ -494,26 +509,6 @@ def _read_all(
     if config.not_in:
         say(f"--not-in: {findings} left out", config.quiet)
     return sources, held_out, digests
-
-
-def _contaminated(config: SftConfig, findings: Findings) -> Callable[[Conversation], bool]:
-    """Return a function that says whether a conversation holds an item of --not-in, and notes that."""
-    from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
-
-    index = Contamination(ContaminationRules(config.not_in), config.quiet)
-
-    def holds_item(conversation: Conversation) -> bool:
-        said = "\n".join(part.text for message in conversation.messages for part in message.parts)
-        matches = index.find(conversation.document or said)
-        if not matches:
-            return False
-        findings.add(conversation.where, matches)
-        if findings.documents <= SHOWN:
-            item, score = matches[0]
-            say(f"left out: {conversation.where}: holds {item}, score {score:.2f}", config.quiet)
-        return True
-
-    return holds_item
 
 
 def _conversations(config: SftConfig, paths: Sequence[str], bad: BadRecords) -> Iterator[Conversation]:

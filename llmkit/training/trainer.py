@@ -268,6 +268,7 @@ class Trainer:
         total_steps: int | None = None,
         seconds: float | None = None,
         evaluate: Evaluate | None = None,
+        evaluate_first: bool = False,
         sample: Callable[[], str] | None = None,
         figures: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
@@ -275,7 +276,8 @@ class Trainer:
 
         figures: to log beside the metrics of a step, by its number from 1
         """
-        with self.session(total_steps=total_steps, seconds=seconds, evaluate=evaluate, sample=sample):
+        limits = {"total_steps": total_steps, "seconds": seconds}
+        with self.session(**limits, evaluate=evaluate, evaluate_first=evaluate_first, sample=sample):
             while self.goes_on:
                 with self.interruptible():
                     batch = next(batches, None)

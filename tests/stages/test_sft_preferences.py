@@ -104,6 +104,36 @@ def test_thumbs_teach_kto_alone(base, tmp_path):
     assert "expected 'chosen' and 'rejected'" in refusal(base, data, tmp_path / "other", "dpo")
 
 
+# ---- what the policy answers
+
+GOLD = """
+calls = []
+
+
+def gold(record):
+    calls.append(record["completion"])
+    return 1.0 if len(calls) <= 10 and record["prompt"].startswith("Tell") and "chosen" in record else 0.0
+"""
+
+
+def test_the_answers_of_the_policy_are_measured(base, data, held_out, tmp_path):
+    tuned(base, data, tmp_path / "policy", "dpo", val=(str(held_out),), eval_every=3, lora_rank=4)
+    rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_length" in row]
+    assert [row["step"] for row in rows] == [0, 3, 6] and all(row["val_length"] > 1 for row in rows)
+    assert rows[0]["val_kl"] == pytest.approx(0, abs=1e-3) and rows[2]["val_kl"] != rows[0]["val_kl"]
+    assert all(0 <= row["val_cut"] <= 1 for row in rows)
+
+
+def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, capfd):
+    (tmp_path / "gold.py").write_text(GOLD)
+    options = {"val": (str(held_out),), "gold": f"py:{tmp_path / 'gold.py'}:gold", "eval_every": 2}
+    summary = tuned(base, data, tmp_path / "policy", "simpo", max_steps=30, stop_on_hack=True, **options)
+    assert summary["steps"] == 4 and summary["kept_step"] == 0  # two evaluations lower than the first
+    assert "the reward is gamed" in capfd.readouterr().err
+    rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_gold" in row]
+    assert [row["val_gold"] for row in rows] == [1.0, 0.0, 0.0]
+
+
 # ---- the reference
 
 
@@ -173,6 +203,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, data, held_out, tmp_pat
         ("kto", {"sft_weight": 0.1}, "--sft-weight"),
         ("assistant", {"beta": 0.1}, "--beta"),
         ("dpo", {"identity": "name=Ada;maker=us"}, "--identity"),
+        ("assistant", {"gold": "length"}, "--gold"),
+        ("dpo", {"gold": "length"}, "--gold"),
+        ("dpo", {"stop_on_hack": True}, "--stop-on-hack"),
         ("dpo", {"on_long": "split"}, "--on-long"),
     ],
 )
