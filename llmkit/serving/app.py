@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmkit.serving.answers import Answer
 from llmkit.serving.collect import JudgementBody, Judgements
 from llmkit.serving.engine import Engine, Job
-from llmkit.serving.models import Prompt, ServedModel
+from llmkit.serving.models import ServedModel
 from llmkit.serving.protocol import (
     AnyBody,
     ApiError,
@@ -96,23 +96,10 @@ class Service:
 
     # ---- completions
 
-    async def chat_completions(self, request: Request) -> Response:
-        body = await _read(request, ChatBody)
+    async def complete(self, request: Request, schema: type[ChatBody] | type[CompletionBody]) -> Response:
+        body = await _read(request, schema)
         model = self._model(body.model)
-        return await self._complete(request, model, body, [await run_in_threadpool(model.encode_request, body)])
-
-    async def completions(self, request: Request) -> Response:
-        body = await _read(request, CompletionBody)
-        model = self._model(body.model)
-
-        def encode() -> list[Prompt]:
-            return [model.encode_text(prompt, body.add_special_tokens) for prompt in body.prompt]
-
-        return await self._complete(request, model, body, await run_in_threadpool(encode))
-
-    async def _complete(
-        self, request: Request, model: ServedModel, body: ChatBody | CompletionBody, prompts: Sequence[Prompt]
-    ) -> Response:
+        prompts = await run_in_threadpool(model.prompts, body)
         jobs = model.jobs(body, prompts)
         answer = Answer(model, body, prompts, jobs)
         if self._open[model.name] >= self._max_open:
@@ -250,8 +237,8 @@ def build(service: Service, *, keys: Collection[bytes], hosts: Collection[str], 
     """Return the application. `hosts` are the allowed values of the header Host; empty allows all."""
     routes = [Route(path, service.page) for path in PAGE]
     routes += [
-        Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
-        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", partial(service.complete, schema=ChatBody), methods=["POST"]),
+        Route("/v1/completions", partial(service.complete, schema=CompletionBody), methods=["POST"]),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{name:path}", service.show_model),
         Route("/tokenize", service.tokenize, methods=["POST"]),

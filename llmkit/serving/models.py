@@ -110,6 +110,20 @@ class ServedModel:
 
     # ---- prompts
 
+    def prompts(self, body: ChatBody | CompletionBody) -> list[Prompt]:
+        """Return the prompts of a request: of a conversation one, with the constraint of its `response_format`."""
+        if isinstance(body, CompletionBody):
+            return [self.encode_text(prompt, body.add_special_tokens) for prompt in body.prompt]
+        prompt, wanted = self.encode_chat(body), body.response_format
+        if wanted.type == "text":
+            return [prompt]
+        if prompt.tools or prompt.thinking:
+            other = "'tools'" if prompt.tools else "thoughts; see 'chat_template_kwargs'"
+            raise ApiError(f"'response_format': expected no {other} beside {wanted.type}", "response_format")
+        with _api_errors("response_format"):
+            schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}
+            return [replace(prompt, constraint=self._schemas.compile(schema))]
+
     def encode_text(self, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
         """Return the prompt of a text or of token ids."""
         if isinstance(prompt, str):
@@ -128,33 +142,20 @@ class ServedModel:
             chat = self._chat(body)
             tools = self._client_tools(body, chat)
             schemas = tools.schemas if tools else self.generator.tools.schemas if self.generator.tools else ()
+            begins, last = body.add_generation_prompt is not False, messages[-1]
             if not body.continue_final_message:
-                begins = body.add_generation_prompt is not False
                 encoded = chat.encode(messages, prompt=begins, tools=schemas)
                 end = self.tokenizer.decode(encoded.token_ids[-8:].tolist())
                 thinking = begins and end.rstrip().endswith("<think>")
-                return Prompt(encoded.token_ids.tolist(), "", encoded, tools, thinking)
-            last = messages[-1]
-            if last.role != "assistant":
+            elif last.role != "assistant":
                 raise ApiError("'continue_final_message': expected a last message of the assistant's", "messages")
-            encoded = chat.encode(messages, tools=schemas)
-            if not last.parts or last.parts[-1].kind == "text":  # behind a call or result the format leaves it open
-                end = int(np.flatnonzero(encoded.token_ids == chat.end_id)[-1])
-                encoded = replace(encoded, token_ids=encoded.token_ids[:end], trained=encoded.trained[:end])
-            thinking = last.text.rfind("<think>") > last.text.rfind("</think>")
-            return Prompt(encoded.token_ids.tolist(), "", encoded, tools, thinking)
-
-    def encode_request(self, body: ChatBody) -> Prompt:
-        """Return the prompt of a conversation with the constraint of its `response_format`."""
-        prompt, wanted = self.encode_chat(body), body.response_format
-        if wanted.type == "text":
-            return prompt
-        if prompt.tools or prompt.thinking:
-            other = "'tools'" if prompt.tools else "thoughts; see 'chat_template_kwargs'"
-            raise ApiError(f"'response_format': expected no {other} beside {wanted.type}", "response_format")
-        with _api_errors("response_format"):
-            schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}
-            return replace(prompt, constraint=self._schemas.compile(schema))
+            else:
+                encoded = chat.encode(messages, tools=schemas)
+                if not last.parts or last.parts[-1].kind == "text":  # behind a call or result the format leaves it open
+                    end = int(np.flatnonzero(encoded.token_ids == chat.end_id)[-1])
+                    encoded = replace(encoded, token_ids=encoded.token_ids[:end], trained=encoded.trained[:end])
+                thinking = last.text.rfind("<think>") > last.text.rfind("</think>")
+        return Prompt(encoded.token_ids.tolist(), "", encoded, tools, thinking)
 
     @cached_property
     def _schemas(self) -> JsonSchemas:

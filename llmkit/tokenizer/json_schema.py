@@ -31,15 +31,21 @@ class JsonConstraint:
 
 
 class JsonSchemas:
-    """Compiles schemas for texts of a tokenizer that end by one of `end_ids`. Raises UserError without llguidance."""
+    """Compiles schemas for texts of a tokenizer that end by one of `end_ids`.
+
+    Raises UserError without llguidance, and for a tokenizer that it cannot read (WordPiece, Unigram with Metaspace).
+    """
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
+        self._size = tokenizer.vocab_size
         try:
             from llguidance import LLTokenizer
+
+            self._tokens = LLTokenizer(tokenizer.path.read_text(), n_vocab=self._size, eos_token=sorted(end_ids))
         except ImportError:
             raise UserError("JSON schemas need the package llguidance; pip install 'llmkit[serve]'") from None
-        self._size = tokenizer.vocab_size
-        self._tokens = LLTokenizer(tokenizer.path.read_text(), n_vocab=self._size, eos_token=sorted(end_ids))
+        except ValueError as error:
+            raise UserError(f"{tokenizer.path}: llguidance cannot read it: {str(error)[:200]}") from None
 
     def compile(self, schema: Mapping[str, Any]) -> JsonConstraint:
         """The constraint of a schema, with a space at most between JSON's tokens. Raises UserError for a wrong one."""
