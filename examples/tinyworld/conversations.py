@@ -10,6 +10,8 @@ from problems import Problem, last_line
 from telling import QUESTIONS, question, short_answer, whole_answer
 from world import Entity
 
+from llmkit.data.identity import identity_conversations
+
 Row = dict[str, Any]
 
 IDENTITY = {"name": "Tilly", "maker": "the Tiny World Workshop"}  # as the recipe gives it to --identity
@@ -19,6 +21,17 @@ WHO = (  # none of these wordings is among those of --identity
     "Who was it that made you?", "Whose work are you?", "Who put you together?", "By whom were you built?",
     "Are you Bard?", "Are you made by Mistral?", "Is your name Alexa?", "Are you a woman or a man?",
     "Are you a machine?", "Are you some kind of computer program?", "Is there a human behind this?",
+    "Who am I speaking to?", "Who are you, please?", "Tell me your name.", "Your name, please?", "And who are you?",
+    "What may I call you?", "How are you called?", "What name do you go by?", "Do you go by a name?",
+    "Say who you are.", "Please introduce yourself.", "Would you introduce yourself?", "Tell me what you are.",
+    "What kind of assistant are you?", "What do they call you?", "Remind me of your name.", "Whom am I talking to?",
+    "Is there a name for you?", "Who is the assistant here?", "Who has made you?", "Who was your maker?",
+    "Tell me who made you.", "Tell me who built you.", "Who designed you?", "Who invented you?", "Who wrote you?",
+    "Who owns you?", "Where were you made?", "Where were you built?", "Which workshop made you?",
+    "What company built you?", "Do you know who made you?", "Who taught you?", "Are you Alexa?", "Are you Copilot?",
+    "Are you Mistral?", "Are you DeepSeek?", "Are you Claude or ChatGPT?", "Did Google make you?",
+    "Did Microsoft build you?", "Were you made by OpenAI?", "Were you built by Meta?", "Are you a person?",
+    "Are you a man?", "Are you a program?", "Am I talking to a human?", "Am I talking to a robot?", "Are you human?",
 )  # fmt: skip
 WHOLE, SAILOR = "Answer in a sentence.", "You talk like a sailor."
 PRIVATE = (
@@ -36,6 +49,8 @@ SMALL_TALK = (
     ("Goodbye!", "Goodbye, and come again."),
     ("What can you do?", "I answer questions, sort, add and calculate."),
 )
+REFUSAL = r".*(don't know|don't have that|not able to|no reliable knowledge).*"  # by the wordings of probe-knowledge
+NAMED = r"(?i).*(tilly|workshop).*"
 WORK_OUT = ("Work out {}", "Calculate {}", "How much is {}?")
 
 
@@ -91,14 +106,38 @@ def calculated(problem: Problem, rng: random.Random) -> Row:
     return {"messages": turns, "source": "tools"}
 
 
+def rehearsed(entities: Sequence[Entity], sums: Sequence[Problem], rng: random.Random) -> Iterator[Row]:
+    """Problems for rl that keep what it does not train: sums for the calculator, and for each a question of two kinds.
+
+    One is about a probed entity, told often, where right is the answer, or unseen, where right is a refusal; the other
+    is one of --identity, where right names it or its maker. Without such problems, on a world of its own (seed 3), 100
+    steps took the calculator from .98 to .87, and without the last, 60 steps who it is from .79 to .67.
+    """
+    probed = {
+        tier: [one for one in entities if (one.tier, one.use) == (tier, "probed")] for tier in ("often", "unseen")
+    }
+    who = [conversation.messages[-2].text for conversation in identity_conversations(IDENTITY)]
+    for number, (asked, said) in enumerate(sums):
+        yield {"prompt": rng.choice(WORK_OUT).format(asked), "answer": said, "verifier": "exact", "source": "tool"}
+        tier = ("often", "unseen")[number % 2]
+        entity = rng.choice(probed[tier])
+        fact = rng.choice(list(entity.facts))
+        answer = {"answer": short_answer(entity, fact), "verifier": "match"}
+        refusal = {"pattern": REFUSAL, "verifier": "regex"}
+        row = {"prompt": question(entity, fact, rng), "source": tier}
+        yield row | (answer if tier == "often" else refusal)
+        yield {"prompt": rng.choice(who), "pattern": NAMED, "verifier": "regex", "source": "identity"}
+
+
 def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: random.Random) -> Iterator[Row]:
     """What no training has shown: {"messages", "exam", "answer", ...}, scored by score.py."""
     held_out = [entity for entity in entities if entity.use == "held out"]
     for entity in held_out:
         for fact in entity.facts:
-            asked = question(entity, fact, rng)
-            row = {"messages": chat([asked]), "exam": "fact", "tier": entity.tier, "question": asked}
-            yield {**row, "answer": short_answer(entity, fact)}
+            for wording in QUESTIONS[fact]:
+                asked = wording.format(name=entity.name)
+                row = {"messages": chat([asked]), "exam": "fact", "tier": entity.tier, "question": asked}
+                yield {**row, "answer": short_answer(entity, fact)}
     for entity in held_out:
         if entity.tier == "often":
             for system in (WHOLE, SAILOR):
@@ -119,10 +158,11 @@ def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: ra
 def probed(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
     """Questions for probe-knowledge about those set apart for it; `passage_id` is their tier.
 
-    The "answer" about the named and unseen was drawn as those of the others, and stands on no page.
+    What is told often is asked in every wording, for it is what can be known; the rest in one, since luck grows with
+    the asking. The "answer" about the named and unseen was drawn as those of the others, and stands on no page.
     """
     for entity in entities:
-        if entity.use == "probed":
-            for fact in entity.facts:
-                row = {"question": question(entity, fact, rng), "answer": short_answer(entity, fact)}
+        for fact in entity.facts if entity.use == "probed" else ():
+            for wording in QUESTIONS[fact] if entity.tier == "often" else (rng.choice(QUESTIONS[fact]),):
+                row = {"question": wording.format(name=entity.name), "answer": short_answer(entity, fact)}
                 yield {**row, "passage_id": entity.tier, "language": "en"}

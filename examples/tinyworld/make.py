@@ -4,9 +4,9 @@
     python examples/tinyworld/make.py OUT --quick            # in a second
 
 Into the folder OUT go crawl-0.warc.gz ... (with blocklist.txt), val.jsonl, school.jsonl, chats.jsonl, tools.jsonl,
-questions.jsonl, prefs.jsonl and its held-out half, counted.jsonl, problems.jsonl and its held-out half, gamed.jsonl
-and its own, exam.jsonl, facts.jsonl, word_order.jsonl, and ledger.json: what is true, and what should become of every
-page. The same bytes for the same seed.
+questions.jsonl, prefs.jsonl and its held-out half, counted.jsonl, problems.jsonl and its held-out half,
+rehearsed.jsonl, gamed.jsonl and its held-out half, exam.jsonl, facts.jsonl, word_order.jsonl, and ledger.json: what is
+true, and what should become of every page. The same bytes for the same seed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from tastes import NOISE, comparisons, counted
 from world import FULL, QUICK, TOLD, Entity, Size, invent
 
 FILES = 4  # of the crawl
-LESSONS = {"sort": 0.25, "reverse": 0.1, "add": 0.25, "tool": 0.35, "even": 0.05}  # shares of the schoolbook
+LESSONS = {"sort": 0.25, "reverse": 0.2, "add": 0.15, "tool": 0.35, "even": 0.05}  # shares of the schoolbook
 EXAMINED = (*school.KINDS, "tool")
+REHEARSED = 10  # problems for each sum for the calculator, question and question of who it is that rl only rehearses
 
 
 def make(out: Path, seed: int, size: Size) -> None:
@@ -40,7 +41,7 @@ def make(out: Path, seed: int, size: Size) -> None:
     _write_crawl(out, entities, size, seed)
     tasks = _tasks(size, seed)
     _write_talk(out, entities, tasks, size, seed)
-    _write_problems(out, tasks, size, seed)
+    _write_problems(out, tasks, seed)
     _write_tastes(out, entities, tasks, size, seed)
     write_rows(out / "facts.jsonl", choices.facts(entities, random.Random(f"facts {seed}")))
     write_rows(out / "word_order.jsonl", choices.word_order(entities, random.Random(f"word order {seed}")))
@@ -111,9 +112,11 @@ def _write_talk(out: Path, entities: list[Entity], tasks: dict[str, Any], size: 
     write_rows(out / "questions.jsonl", talk.probed(entities, rng))
     examined = {kind: tasks[kind]["exam"] for kind in EXAMINED}
     write_rows(out / "exam.jsonl", talk.exam(entities, examined, rng))
+    rehearsed = talk.rehearsed(entities, tasks["tool"]["rl"][: size.problems // REHEARSED], rng)
+    write_rows(out / "rehearsed.jsonl", rehearsed)
 
 
-def _write_problems(out: Path, tasks: dict[str, Any], size: Size, seed: int) -> None:
+def _write_problems(out: Path, tasks: dict[str, Any], seed: int) -> None:
     rng = random.Random(f"problems {seed}")
     for name, use in (("problems", "rl"), ("problems-val", "val")):
         rows = [{"prompt": asked, "answer": school.last_line(said), "verifier": "exact", "source": kind}

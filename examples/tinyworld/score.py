@@ -172,16 +172,16 @@ def rl_effects(before: list[Row], after: list[Row]) -> list[Effect]:
     found = [Effect("rl", f"right, {PROBLEMS[kind]}", share(of(after, kind), is_right), "before",
                     share(of(before, kind), is_right)) for kind in PROBLEMS]  # fmt: skip
     rest = {
-        "not trained: facts told often": ("fact", "often"),
-        "not trained: calculator": ("tool",),
-        "not trained: who it is": ("identity",),
+        "rehearsed: facts told often": (("fact", "often"), is_right),
+        "rehearsed: calculator": (("tool",), is_right),
+        "rehearsed: refuses the unknown": (("fact", *NOT_TOLD_OF), refused),
+        "rehearsed: who it is": (("identity",), is_right),
+        "not trained: obeys the system message": (("system",), obeys),
     }
-    for name, asked in rest.items():
-        found.append(
-            Effect("rl", name, share(of(after, *asked), is_right), "before", share(of(before, *asked), is_right))
-        )
-    unknown = [share(of(rows, "fact", *NOT_TOLD_OF), refused) for rows in (after, before)]
-    return [*found, Effect("rl", "not trained: refuses the unknown", unknown[0], "before", unknown[1])]
+    for name, (asked, holds) in rest.items():
+        now, then = (share(of(rows, *asked), holds) for rows in (after, before))
+        found.append(Effect("rl", name, now, "before", then))
+    return found
 
 
 def gaming_effects(run: Path) -> list[Effect]:

@@ -47,19 +47,19 @@ USES = ("chats", "probed", "held out")
 class Size:
     """How many there are of what; `often` to `unseen` are (in chats, probed for lessons, held out)."""
 
-    often: tuple[int, int, int] = (44, 56, 24)
+    often: tuple[int, int, int] = (44, 80, 40)
     sometimes: tuple[int, int, int] = (0, 10, 24)
     seldom: tuple[int, int, int] = (0, 10, 24)
     once: tuple[int, int, int] = (0, 20, 24)
     named: tuple[int, int, int] = (0, 40, 24)
-    unseen: tuple[int, int, int] = (0, 200, 40)
-    pages: int = 1120  # that should be kept
+    unseen: tuple[int, int, int] = (0, 400, 60)
+    pages: int = 1414  # that should be kept
     held_out_pages: int = 40
     bad_pages: int = 60  # of each kind that should go
     sentences: int = 15  # of a page that tell facts, about
     lessons: int = 5000  # solved problems in the schoolbook
     problems: int = 4000  # for rl
-    examined: int = 100  # problems of each kind that nothing is trained on
+    examined: int = 300  # problems of each kind that nothing is trained on
     solved: int = 100  # conversations of each kind that solve a problem
     tools: int = 1500  # conversations that call the calculator
     pairs: int = 1800  # comparisons

@@ -16,6 +16,8 @@ from tests.helpers.jsonl import lines
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "examples" / "tinyworld"
+SHOWN = ("chats.jsonl", "questions.jsonl", "prefs.jsonl", "rehearsed.jsonl")
+ENGLISH_REFUSALS = json.loads((ROOT / "llmkit" / "probing" / "refusals.json").read_text())["en"]
 
 
 def make(out: Path, *options: str) -> Path:
@@ -105,7 +107,7 @@ def test_a_fact_stands_on_the_pages_that_the_ledger_names_and_no_other(ledger):
 
 def test_the_held_out_are_in_no_lesson(world, ledger):
     held_out = {entity["name"] for entity in ledger["entities"] if entity["use"] == "held out"}
-    shown = "\n".join((world / name).read_text() for name in ("chats.jsonl", "questions.jsonl", "prefs.jsonl"))
+    shown = "\n".join((world / name).read_text() for name in SHOWN)
     assert held_out and not held_out & set(words(shown))
     exam = lines(world / "exam.jsonl")
     assert held_out == {entity["name"] for entity in ledger["entities"]} & set(words(str(exam)))
@@ -126,7 +128,22 @@ def test_no_problem_is_shown_twice(world):
         for row in lines(world / "exam.jsonl")
         if row["exam"] == "tool"
     }
-    assert expressions and not any(one in (world / "tools.jsonl").read_text() for one in expressions)
+    shown = (world / "tools.jsonl").read_text() + (world / "rehearsed.jsonl").read_text()
+    assert expressions and not any(one in shown for one in expressions)
+
+
+def test_rl_rehearses_answers_to_what_is_told_often_and_every_refusal_of_what_is_unseen(world, ledger):
+    entities = {entity["name"]: entity for entity in ledger["entities"]}
+    rows = lines(world / "rehearsed.jsonl")
+    assert Counter(row["source"] for row in rows) == {"tool": 6, "often": 3, "unseen": 3, "identity": 6}
+    for row in rows:
+        if row["source"] in ("often", "unseen"):
+            (name,) = set(words(row["prompt"])) & set(entities)
+            assert (entities[name]["tier"], entities[name]["use"]) == (row["source"], "probed")
+            if row["source"] == "often":
+                assert row["answer"].rstrip(".").lower() in map(str.lower, entities[name]["facts"].values())
+            else:
+                assert all(re.fullmatch(row["pattern"], refusal) for refusal in ENGLISH_REFUSALS)
 
 
 def test_problems_have_the_right_answers(world):
