@@ -86,7 +86,7 @@ def test_the_last_rows_of_whole_attention_are_the_same(interpreted):
     torch.testing.assert_close(attention_decode(query, key, value, torch.tensor([70])), expected)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     new=st.integers(1, 6),
     lengths=st.lists(st.integers(6, 280), min_size=1, max_size=3),

@@ -92,7 +92,7 @@ def test_pretraining_has_the_same_losses_and_says_what_computed_them(interpreted
         monkeypatch.setenv("LLMKIT_KERNELS", kernels)
         out = tmp_path / kernels
         done = llmkit(
-            "pretrain", tmp_path / "tiny.jsonl", "--tokenizer", tmp_path, "--depth", "1", "--tokens", "1k",
+            "pretrain", tmp_path / "tiny.jsonl", "--tokenizer", tmp_path, "--depth", "1", "--tokens", "400",
             "--hidden-size", "64", "--num-attention-heads", "2", "--sequence-length", "64",
             "--dtype", "float32", "-o", out,
         )  # fmt: skip
