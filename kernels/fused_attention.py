@@ -60,10 +60,6 @@ def window_bounds(window: int, length: int, device: torch.device) -> tuple[Tenso
     return bounds(None, window, length, device)
 
 
-def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def empty_as_used(shape: Sequence[int], like: Tensor) -> Tensor:
     """(B, H, T, D) that lies in memory as (B, T, H, D), as the projection that follows reads it."""
     batch, heads, length, size = shape
@@ -76,7 +72,6 @@ def _attention(
     """Output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32, which has no
     gradient. `lo` and `hi` are those of `bounds`, with `is_causal`.
     """
-    query, key, value = _rows_contiguous(query, key, value)
     return triton_module("attention").forward(query, key, value, lo, scale, is_causal)
 
 
@@ -93,7 +88,6 @@ def _attention_backward(
     hi: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value."""
-    grad, query, key, value, out = _rows_contiguous(grad, query, key, value, out)
     backward = triton_module("attention_backward").backward
     return backward(grad, query, key, value, out, lse.contiguous(), lo, hi, scale, is_causal)
 
@@ -137,7 +131,9 @@ def _attention_decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
     """Output (B, H, T, D), in memory (B, T, H, D); window 0 is none. No backward."""
-    query, key_cache, value_cache = _rows_contiguous(query, key_cache, value_cache)
+    query, key_cache, value_cache = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (query, key_cache, value_cache)
+    )
     return triton_module("decode").decode(query, key_cache, value_cache, lengths, scale, window)
 
 

@@ -47,12 +47,6 @@ def key_ranges(lo_ptr, m0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def block_start(i, first, firsts, second, BLOCK: tl.constexpr):
-    """Where the i-th block begins, of `firsts` from `first` on and others from `second` on."""
-    return tl.where(i < firsts, first + i * BLOCK, second + (i - firsts) * BLOCK)
-
-
-@triton.jit
 def seen_keys(query, key, lo, keys, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr):
     if CAUSAL:
         seen = key[None, :] <= query[:, None]
@@ -76,11 +70,11 @@ def rows_of(base, rows, size, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit
 def _attend(total, weight, highest, q, query, lo, k_rows, v_rows, first, firsts, second, blocks, keys, score_scale,
             BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+            MASKED: tl.constexpr, SPECIALIZE: tl.constexpr = False):  # fmt: skip
     """Add `blocks` blocks of keys, `firsts` from `first` on and the others from `second` on, to the weighted sum."""
     column = tl.arange(0, BLOCK_N)
-    for i in tl.range(0, blocks):
-        n0 = block_start(i, first, firsts, second, BLOCK_N)
+    for i in tl.range(0, blocks, warp_specialize=SPECIALIZE):
+        n0 = tl.where(i < firsts, first + i * BLOCK_N, second + (i - firsts) * BLOCK_N)
         k = k_rows.load([n0, 0])
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # The scale is positive: it goes into one multiply-add with the maximum.
@@ -103,17 +97,20 @@ def attention_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lo_ptr, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_ot, stride_lo, heads, queries, keys, size,
     score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head. Writes outputs, and log2 of the sum of 2^scores (B, H, T)."""
+    """One program: BLOCK_M queries of one head. Writes outputs, and log2 of the sum of 2^scores (B, H, T).
+
+    With SPECIALIZE, on sm_90 and 4 warps, one group of warps loads keys and values and two take 64 queries each. Triton
+    3.6 needs one loop for it, with masks in every block, and bounds that a descriptor loads.
+    """
     blocks = tl.cdiv(queries, BLOCK_M)
     # The last queries see most keys: begun first, they leave no straggler.
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     row = tl.program_id(0) // blocks
     b, h = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
     query = m0 + tl.arange(0, BLOCK_M)
-    q_base = q_ptr + b * stride_qb + h * stride_qh
-    q = rows_of(q_base, queries, size, stride_qt, BLOCK_M, BLOCK_D).load([m0, 0])
+    q = rows_of(q_ptr + b * stride_qb + h * stride_qh, queries, size, stride_qt, BLOCK_M, BLOCK_D).load([m0, 0])
     k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
     v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
     k_rows = rows_of(k_base, keys, size, stride_ks, BLOCK_N, BLOCK_D)
@@ -121,20 +118,26 @@ def attention_forward(
     lo = query
     if HAS_LO:
         lo_ptr += b * stride_lo
-        lo = tl.load(lo_ptr + query, mask=query < queries, other=0)
+        if SPECIALIZE:
+            lo = tl.make_tensor_descriptor(lo_ptr, [queries], [1], [BLOCK_M]).load([m0])
+        else:
+            lo = tl.load(lo_ptr + query, mask=query < queries, other=0)
     begin, every, some, end = key_ranges(lo_ptr, m0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if SPECIALIZE:
+        every, some = begin, begin
     firsts = (every - begin) // BLOCK_N
     total, weight, highest = _attend(
         total, weight, highest, q, query, lo, k_rows, v_rows, begin, firsts, some,
-        firsts + tl.cdiv(end - some, BLOCK_N), keys, score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, True,
+        firsts + tl.cdiv(end - some, BLOCK_N), keys, score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, True, SPECIALIZE,
     )  # fmt: skip
-    total, weight, highest = _attend(
-        total, weight, highest, q, query, lo, k_rows, v_rows, every, 0, every, (some - every) // BLOCK_N, keys,
-        score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, False,
-    )  # fmt: skip
+    if not SPECIALIZE:
+        total, weight, highest = _attend(
+            total, weight, highest, q, query, lo, k_rows, v_rows, every, 0, every, (some - every) // BLOCK_N, keys,
+            score_scale, BLOCK_N, CAUSAL, HAS_LO, PRECISION, False,
+        )  # fmt: skip
     o_base = o_ptr + b * stride_ob + h * stride_oh
     store_tile(o_base, total / weight[:, None], m0, queries, size, stride_ot, BLOCK_M, BLOCK_D)
     lse_base = lse_ptr + tl.cast(row, tl.int64) * queries
@@ -167,6 +170,11 @@ def describable(*tensors: Tensor) -> list[Tensor]:
     return described
 
 
+def padded(x: Tensor | None) -> Tensor | None:
+    """Numbers (..., T) of 4 bytes whose rows begin at multiples of 16 bytes, as descriptors of single rows must."""
+    return x if x is None or x.shape[-1] % 4 == 0 else torch.nn.functional.pad(x, (0, -x.shape[-1] % 4))
+
+
 def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) -> dict:
     """The constants that the three kernels have in common."""
     return {
@@ -193,6 +201,7 @@ def forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_forward", size, query.dtype)
+    lo = padded(lo) if chosen.specialize else lo
     grid = (cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
         attention_forward, grid, query, key, value, out, lse, lo, *three_strides(query, key, value, out),

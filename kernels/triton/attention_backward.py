@@ -3,15 +3,17 @@
 The words are those of kernels/triton/attention.py; `delta` is sum(output * its gradient) of each query.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from llmkit.kernels.fused_attention import LOG2_E, empty_as_used
 from llmkit.kernels.triton.attention import (
     batch_stride,
-    block_start,
     describable,
     key_ranges,
+    padded,
     rows_of,
     seen_keys,
     shared_constants,
@@ -29,7 +31,7 @@ def _add_grad_query(grad_q, q, grad, lse, delta, query, lo, k_rows, v_rows, firs
                     PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK_N)
     for i in tl.range(0, blocks):
-        n0 = block_start(i, first, firsts, second, BLOCK_N)
+        n0 = tl.where(i < firsts, first + i * BLOCK_N, second + (i - firsts) * BLOCK_N)
         k, v = k_rows.load([n0, 0]), v_rows.load([n0, 0])
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(products * score_scale - lse[:, None])
@@ -59,12 +61,9 @@ def attention_grad_query(
     row = tl.program_id(0) // blocks
     b, h = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
     query = m0 + tl.arange(0, BLOCK_M)
-    q_base = q_ptr + b * stride_qb + h * stride_qh
-    o_base = o_ptr + b * stride_ob + h * stride_oh
-    grad_base = grad_ptr + b * stride_gb + h * stride_gh
-    q = rows_of(q_base, queries, size, stride_qt, BLOCK_M, BLOCK_D).load([m0, 0])
-    o = rows_of(o_base, queries, size, stride_ot, BLOCK_M, BLOCK_D).load([m0, 0])
-    grad = rows_of(grad_base, queries, size, stride_gt, BLOCK_M, BLOCK_D).load([m0, 0])
+    q = rows_of(q_ptr + b * stride_qb + h * stride_qh, queries, size, stride_qt, BLOCK_M, BLOCK_D).load([m0, 0])
+    o = rows_of(o_ptr + b * stride_ob + h * stride_oh, queries, size, stride_ot, BLOCK_M, BLOCK_D).load([m0, 0])
+    grad = rows_of(grad_ptr + b * stride_gb + h * stride_gh, queries, size, stride_gt, BLOCK_M, BLOCK_D).load([m0, 0])
     k_base = k_ptr + b * stride_kb + h // GROUP * stride_kh
     v_base = v_ptr + b * stride_vb + h // GROUP * stride_vh
     k_rows = rows_of(k_base, keys, size, stride_ks, BLOCK_N, BLOCK_D)
@@ -111,13 +110,14 @@ def _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 @triton.jit
 def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, first, firsts, second,
                         blocks, queries, score_scale, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
-                        HAS_LO: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+                        HAS_LO: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+                        SPECIALIZE: tl.constexpr = False):  # fmt: skip
     """Of `blocks` blocks of queries.
 
     All is transposed, keys by queries: then p and dL/ds are left factors, which tensor cores read from registers.
     """
-    for i in tl.range(0, blocks):
-        m0 = block_start(i, first, firsts, second, BLOCK_M)
+    for i in tl.range(0, blocks, warp_specialize=SPECIALIZE):
+        m0 = tl.where(i < firsts, first + i * BLOCK_M, second + (i - firsts) * BLOCK_M)
         query = m0 + tl.arange(0, BLOCK_M)
         q, grad = q_rows.load([m0, 0]), grad_rows.load([m0, 0])
         # Beyond the last query p = 2^0 times a gradient of 0.
@@ -143,6 +143,7 @@ def attention_grad_key_value(
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_hi,
     stride_lse, heads, queries, keys, size, scale, score_scale, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
+    SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key-value head, and the queries of all heads of its group. No atomics."""
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -151,17 +152,20 @@ def attention_grad_key_value(
     kv_heads = heads // GROUP
     b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
     key = n0 + tl.arange(0, BLOCK_N)
-    k_base = k_ptr + b * stride_kb + h * stride_kh
-    v_base = v_ptr + b * stride_vb + h * stride_vh
-    k = rows_of(k_base, keys, size, stride_ks, BLOCK_N, BLOCK_D).load([n0, 0])
-    v = rows_of(v_base, keys, size, stride_vs, BLOCK_N, BLOCK_D).load([n0, 0])
+    k = rows_of(k_ptr + b * stride_kb + h * stride_kh, keys, size, stride_ks, BLOCK_N, BLOCK_D).load([n0, 0])
+    v = rows_of(v_ptr + b * stride_vb + h * stride_vh, keys, size, stride_vs, BLOCK_N, BLOCK_D).load([n0, 0])
     hi = key
     if HAS_LO:
         hi_ptr += b * stride_hi
-        hi = tl.load(hi_ptr + key, mask=key < keys, other=-1)
+        if SPECIALIZE:
+            hi = tl.make_tensor_descriptor(hi_ptr, [keys], [1], [BLOCK_N]).load([n0])
+        else:
+            hi = tl.load(hi_ptr + key, mask=key < keys, other=-1)
     begin, every, whole, end = _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if SPECIALIZE:
+        every, whole = begin, begin
     firsts = tl.cdiv(every - begin, BLOCK_M)
     masked = firsts + tl.cdiv(end - whole, BLOCK_M)
     for g in tl.range(0, GROUP):
@@ -174,14 +178,17 @@ def attention_grad_key_value(
         delta_rows = tl.make_tensor_descriptor(delta_ptr + at, [queries], [1], [BLOCK_M])
         grad_k, grad_v = _add_grad_key_value(
             grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, begin, firsts, whole, masked,
-            queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, True,
+            queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, True, SPECIALIZE,
         )  # fmt: skip
-        grad_k, grad_v = _add_grad_key_value(
-            grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, every, 0, every,
-            tl.cdiv(whole - every, BLOCK_M), queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, False,
-        )  # fmt: skip
-    grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh
-    grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh
+        if not SPECIALIZE:
+            grad_k, grad_v = _add_grad_key_value(
+                grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, every, 0, every,
+                tl.cdiv(whole - every, BLOCK_M), queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, False,
+            )  # fmt: skip
+    grad_k_base, grad_v_base = (
+        grad_k_ptr + b * stride_dkb + h * stride_dkh,
+        grad_v_ptr + b * stride_dvb + h * stride_dvh,
+    )
     store_tile(grad_k_base, grad_k * scale, n0, keys, size, stride_dks, BLOCK_N, BLOCK_D)
     store_tile(grad_v_base, grad_v, n0, keys, size, stride_dvs, BLOCK_N, BLOCK_D)
 
@@ -196,8 +203,7 @@ def backward(
     grad, query, key, value, out = describable(grad, query, key, value, out)
     grad_query = empty_as_used(query.shape, query)
     grad_key, grad_value = (empty_as_used(key.shape, query) for _ in range(2))
-    if queries % 4:  # a descriptor's base is a multiple of 16 bytes, in every row
-        lse = torch.nn.functional.pad(lse, (0, -queries % 4))
+    lse = padded(lse)
     delta = torch.empty_like(lse)
     constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_grad_query", size, query.dtype)
@@ -208,6 +214,9 @@ def backward(
         keys, size, scale, scale * LOG2_E, **constants, **chosen.options(),
     )  # fmt: skip
     chosen = tiles("attention_grad_key_value", size, query.dtype)
+    if chosen.specialize and heads != kv_heads:  # Triton 3.6 splits no loop within another
+        chosen = replace(chosen, num_warps=8, specialize=0)
+    hi = padded(hi) if chosen.specialize else hi
     grid = (cdiv(keys, chosen.block_n) * kv_heads * batch,)
     launch(
         attention_grad_key_value, grid, query, key, value, grad, lse, delta, grad_key, grad_value, hi,

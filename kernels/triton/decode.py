@@ -20,10 +20,7 @@ MERGED = 16  # splits at a time, whatever the capacity: the order of a sum is pa
 
 @triton.jit
 def _load_tile(base, row, stride, limit, size, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    """Rows `row` of a matrix with rows of `size` numbers: (rows, BLOCK_D), zero beyond `limit` rows and `size`.
-
-    By pointers: a program reads few tiles, and to write descriptors would take it as long.
-    """
+    """(rows, BLOCK_D), zero beyond `limit` and `size`; by pointers: to write descriptors takes as long as few tiles."""
     column = tl.arange(0, BLOCK_D)
     pointer = base + row[:, None] * stride + column[None, :]
     if EVEN_D:

@@ -107,11 +107,6 @@ def _target_here() -> str:
     return "sm_90" if torch.cuda.get_device_capability() == (9, 0) else "sm_80"
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Allocate what the programs of a start write their tensor descriptors to."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:
     """Run `kernel` over `grid` on the device of its first tensor. No program at all is no launch."""
     if 0 in grid:
@@ -122,7 +117,8 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         compiled = kernel.warmup(*args, grid=grid, **constexprs, **options)
         _compiling[1][kernel.__name__] = compiled
         return
-    set_allocator(_scratch)  # at each start: a context variable, of which autograd's threads know nothing
+    # What programs write tensor descriptors to. At each start: autograd's threads have no such variable yet.
+    set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     first = next(x for x in args if isinstance(x, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):

@@ -24,6 +24,7 @@ def linear_logsumexp(
     x_ptr, w_ptr, target_ptr, highest_ptr, total_ptr, moment_ptr, picked_ptr, stride_x, stride_w, tokens, vocab,
     hidden, inverse_temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BLOCK_N tokens and SPLIT blocks of the vocabulary.
 
@@ -45,7 +46,7 @@ def linear_logsumexp(
     start = split * SPLIT * BLOCK_V
     for v0 in tl.range(start, tl.minimum(start + SPLIT * BLOCK_V, vocab), BLOCK_V):
         z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for d0 in tl.range(0, hidden, BLOCK_D):
+        for d0 in tl.range(0, hidden, BLOCK_D, warp_specialize=SPECIALIZE):
             z = tl.dot(x_rows.load([n0, d0]), tl.trans(w_rows.load([v0, d0])), z, input_precision=PRECISION)
         z *= inverse_temperature
         column = v0 + tl.arange(0, BLOCK_V)

@@ -27,18 +27,23 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 class _Options:
     def options(self) -> dict[str, int]:
-        """Under the names that kernels and Triton give them."""
-        return {n if n.startswith("num_") else n.upper(): value for n, value in vars(self).items()}
+        """Under the names that kernels and Triton give them; `specialize` where it is on."""
+        return {n if n.startswith("num_") else n.upper(): x for n, x in vars(self).items() if x or n != "specialize"}
 
 
 @dataclass(frozen=True)
 class Tiles(_Options):
-    """`block_m` queries by `block_n` keys, on `num_warps` warps, with `num_stages` tiles in flight."""
+    """`block_m` queries by `block_n` keys, on `num_warps` warps, with `num_stages` tiles in flight.
+
+    `specialize` is off until a GPU has shown it right, and not for `attention_grad_query`, whose `delta` Triton 3.6
+    cannot split over groups of warps.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    specialize: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class ProductTiles(_Options):
     split: int
     num_warps: int
     num_stages: int
+    specialize: int = 0
 
 
 AnyTiles = TypeVar("AnyTiles", Tiles, DecodeTiles, RowTiles, ProductTiles)
@@ -147,10 +153,6 @@ def forget_tuned() -> None:
         clear()
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 SIZES = (32, 64, 96, 128, 256)  # head sizes that the tables are for; others take the next larger one's
 # Of 16-bit inputs, in the order of SIZES. Head size 96 is padded to 128 and its masks take registers of their own.
 # Those of sm_80 serve sm_86, 89 and 120, too, whose blocks have 99 KB of shared memory (CUDA C++ Programming Guide,
@@ -193,7 +195,7 @@ def _size_index(size: int) -> int:
 
 def sized_name(kernel: str, size: int, dtype: torch.dtype) -> str:
     """Name the tiles of an attention kernel for a file of tuned ones: "attention_forward 128 bfloat16"."""
-    return f"{kernel} {SIZES[_size_index(size)]} {_dtype_name(dtype)}"
+    return f"{kernel} {SIZES[_size_index(size)]} {str(dtype).removeprefix('torch.')}"
 
 
 def row_name(kernel: str, width: int) -> str:
@@ -203,7 +205,7 @@ def row_name(kernel: str, width: int) -> str:
 
 def product_name(dtype: torch.dtype) -> str:
     """The same for `linear_logsumexp`."""
-    return f"linear_logsumexp {_dtype_name(dtype)}"
+    return f"linear_logsumexp {str(dtype).removeprefix('torch.')}"
 
 
 def _whole(width: int) -> int:

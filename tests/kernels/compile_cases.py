@@ -5,12 +5,13 @@
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from llmkit.kernels.logit_chunks import Objective
 from llmkit.kernels.triton import attention, attention_backward, cross_entropy, decode, logprobs
-from llmkit.kernels.triton.tiles import SIZES
+from llmkit.kernels.triton.tiles import SIZES, ProductTiles, Tiles, product_name, sized_name, trying
 
 LENGTH = 1024  # of the examples: lengths are not compiled in, divisibility by 16 of strides is
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,6 +41,21 @@ def launch_attention(
     bounds = _empty(2, LENGTH, dtype=torch.int32) if packed else None
     out, lse = attention.forward(query, key, key, bounds, size**-0.5, is_causal)
     attention_backward.backward(out, query, key, key, out, lse, bounds, bounds, size**-0.5, is_causal)
+
+
+SPECIALIZED = {  # the tiles of which a GPU is to show that groups of warps with a task each compute the same
+    sized_name("attention_forward", 128, torch.bfloat16): Tiles(128, 128, 4, 2, specialize=1),
+    sized_name("attention_grad_key_value", 128, torch.bfloat16): Tiles(64, 128, 4, 2, specialize=1),
+    product_name(torch.bfloat16): ProductTiles(128, 256, 64, 4, 4, 3, specialize=1),
+}
+
+
+def specialized(run: Callable[[], None]) -> None:
+    """Run something with the tiles of SPECIALIZED, for bfloat16 and head size 128."""
+    with ExitStack() as stack:
+        for name, tiles in SPECIALIZED.items():
+            stack.enter_context(trying(name, tiles))
+        run()
 
 
 def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8, window: int = 0) -> None:
@@ -75,6 +91,9 @@ def _named(what: str, function: Callable[..., None], sizes: tuple[int, ...] = SI
 ATTENTION: dict[str, Callable[[], None]] = {}
 for _kind, _details in KINDS.items():
     ATTENTION |= _named(f"attention {_kind}", launch_attention, **_details)
+for _kind in ("causal", "packed"):
+    _case = ATTENTION[f"attention {_kind} 128 bfloat16"]
+    ATTENTION[f"attention {_kind} specialized 128 bfloat16"] = partial(specialized, _case)
 ATTENTION |= _named("decode", launch_decode) | _named("decode windowed", launch_decode, window=512, new=4)
 LOSSES: dict[str, Callable[[], None]] = (
     _named("loss and gradient", launch_cross_entropy, WORDS)
@@ -83,3 +102,4 @@ LOSSES: dict[str, Callable[[], None]] = (
     | _named("logprobs", launch_logprobs, (HIDDEN, HIDDEN + 16))
     | _named("logprobs and entropy", launch_logprobs, (HIDDEN,), objective=ENTROPY)
 )
+LOSSES["logprobs specialized 1600 bfloat16"] = partial(specialized, LOSSES["logprobs 1600 bfloat16"])

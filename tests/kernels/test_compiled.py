@@ -95,6 +95,17 @@ def test_loops_of_backward_in_16_bits_keep_out_of_local_memory():
     assert all(figure["spills"] <= 36 for name, figure in backward.items() if name not in hopper)
 
 
+@pytest.mark.parametrize("lost", [{"warps": 8}, {"loops": []}, {"reallocations": None}])
+def test_a_lost_specialization_is_found(lost):
+    loop = {"matrix": {"64x128x16": 16}, "products": 2, "waits": 2, "tma": 0, "local": 0}
+    good = {"warps": 12, "shared": 180_608, "registers": 168, "spills": 0, "matrix": {"HGMMA": 32},
+            "loads": {"TMA": 4}, "stores": {"16": 16, "4": 2}, "reallocations": 8, "loops": [loop, loop]}  # fmt: skip
+    name = "sm_90 attention packed specialized 128 bfloat16: attention_forward"
+    assert lint.broken_rules(name, good) == set()
+    figure = {key: value for key, value in (good | lost).items() if value is not None}
+    assert "specialized" in lint.broken_rules(name, figure)
+
+
 LOOP = {"matrix": {"64x128x16": 24}, "products": 3, "waits": 2, "tma": 2, "local": 0}
 
 

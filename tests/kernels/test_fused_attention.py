@@ -1,5 +1,6 @@
 """The Triton kernels of attention, in the interpreter, against float64: values, gradients and every kind of mask."""
 
+import os
 from functools import partial
 
 import pytest
@@ -240,6 +241,22 @@ def test_every_shipped_size_of_block(monkeypatch):
         check(150, (1, 1))
         check(150, (1, 1), doc_ids=documents(150, 40), window=33)
         check(70, (1, 1), keys=150, is_causal=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"doc_ids": documents(130, 50), "window": 70}, {"heads": (2, 1)}])
+def test_specialized_groups_of_warps_compute_the_same(options):
+    """On a GPU the tiles whose code the lint looks at: to be run in a process of its own, with a limit of time."""
+    from llmkit.kernels.triton.tiles import Tiles, sized_name, trying
+
+    blocks, shape = ((64, 32, 4, 1), (32, 64, 4, 1)), {"size": 32, "dtype": torch.float32}
+    if "LLMKIT_TEST_DEVICE" in os.environ:
+        blocks, shape = ((128, 128, 4, 2), (64, 128, 4, 2)), {"size": 128, "dtype": torch.bfloat16}
+    forward, grad_key_value = (
+        trying(sized_name(kernel, **shape), Tiles(*block, specialize=1))
+        for kernel, block in zip(("attention_forward", "attention_grad_key_value"), blocks, strict=True)
+    )
+    with forward, grad_key_value:
+        check(130, **{"heads": (1, 1)} | options | shape)
 
 
 class TestAsOperators:

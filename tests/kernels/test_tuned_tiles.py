@@ -10,8 +10,8 @@ from llmkit.kernels.logprobs import linear_logprobs
 
 from llmkit.errors import UserError
 
-FORWARD = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
-PRODUCT = {"block_n": 16, "block_v": 32, "block_d": 16, "split": 3, "num_warps": 4, "num_stages": 1}
+FORWARD = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1, "specialize": 0}
+PRODUCT = {"block_n": 16, "block_v": 32, "block_d": 16, "split": 3, "num_warps": 4, "num_stages": 1, "specialize": 0}
 
 
 @pytest.fixture
