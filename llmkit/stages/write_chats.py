@@ -34,7 +34,7 @@ from llmkit.io.jsonl import (
     read_text,
 )
 from llmkit.io.manifest import read_manifest, write_manifest
-from llmkit.io.progress import say
+from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import check_finished, uploaded
@@ -229,6 +229,8 @@ def _save(
                 chosen, rejected = (as_record(side.messages[-1:]) for side in (best, versions[end["worst"]]))
                 write_pair({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
                 pairs = (pairs or 0) + 1
+    if pairs is not None and (alike := len(selection.indices) - pairs):
+        say(f"--pairs: none of {counted(alike, 'conversation')}, whose answers do not differ in worth", config.quiet)
     results = {"conversations": len(selection.indices), "drafts": selection.decided, "pairs": pairs}
     if Path(out).is_file():
         inputs = [*input_files([path for path in (config.guide, config.topics) if path], text=True)]

@@ -22,7 +22,6 @@ from llmkit.generation.requests import Usage
 from llmkit.generation.sampler import open_sampler
 from llmkit.generation.served_models import shortened
 from llmkit.io.hub import local_folder
-from llmkit.io.progress import counted
 from llmkit.io.records import Row
 from llmkit.io.resume import fingerprint
 from llmkit.probing.judges import TEMPERATURE, ChatModel, Missing
@@ -84,9 +83,13 @@ class Judge:
         # below zero are judgements that could not be read, before the first that could
         self._judged = 1 if self._judged > 0 or any(made.values for made in scores) else self._judged - len(scores)
         if self._judged <= -PATIENCE:
+            unread, context = self._model.unread, self._model.sampler.context
+            found = (
+                f"{shortened(unread)!r}" if unread is not None else f"prompts longer than its context, {context} tokens"
+            )
             raise UserError(
-                f"--judge: none of {counted(-self._judged, 'judgement')} of {self.name} could be read, expected JSON "
-                f"with {', '.join(ASPECTS)}; it said: {shortened(self._model.unread or '')!r}; take another"
+                f"--judge: none of {-self._judged} judgements of {self.name} could be read, expected JSON with "
+                f"{', '.join(ASPECTS)}, found {found}; take another judge"
             )
         return scores
 

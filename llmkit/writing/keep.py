@@ -64,7 +64,6 @@ class Keeper:
 
     not_in      JSONL of evaluation items that no draft may hold
     fail_below  score of a judge below which a draft is dropped, of any of its scores
-    similar     Jaccard similarity to a kept draft from which on one is dropped
     sandbox     whether unit tests of a record run in the sandbox
     funnel      counts by step and reason, as crawl-filter's
     """
@@ -73,13 +72,12 @@ class Keeper:
         self,
         not_in: Sequence[str] = (),
         fail_below: float | None = None,
-        similar: float = SIMILAR,
         *,
         sandbox: bool = True,
         quiet: bool = False,
     ) -> None:
         self._items = Contamination(ContaminationRules(tuple(not_in)), quiet) if not_in else None
-        self._fail_below, self._similar = fail_below, similar
+        self._fail_below = fail_below
         self._verifier = VerifierReward(sandbox=sandbox)
         self.funnel = Funnel(STEPS)
         self._features: list[tuple[np.ndarray, np.ndarray]] = []  # of a conversation, and of the replies in it
@@ -172,10 +170,10 @@ class Keeper:
         if _asked(draft) in self._prompts:
             return "duplicate: same prompt"
         whole, replies = _features_of(draft)
-        for number in np.flatnonzero(self._similarity(minhash(whole)) >= self._similar - DOUBT).tolist():
+        for number in np.flatnonzero(self._similarity(minhash(whole)) >= SIMILAR - DOUBT).tolist():
             other, answered = self._features[number]
             similarity = jaccard(whole, other)
-            if similarity >= self._similar and jaccard(replies, answered) >= REPLIES:
+            if similarity >= SIMILAR and jaccard(replies, answered) >= REPLIES:
                 return "duplicate: exact" if similarity == 1 else "duplicate: near"
         return None
 

@@ -73,12 +73,19 @@ def test_a_judge_that_says_nothing_readable_is_given_up() -> None:
     drafts = [draft(f"{number} km.", number) for number in range(PATIENCE)]
     with ChatServer(lambda prompt, seed: "Lovely!") as server, open_judge(server.spec, GUIDE, timeout=5.0) as judge:
         judge.scores(drafts[:-1])
-        with pytest.raises(UserError, match=r"--judge: none of 20 judgements.*'Lovely!'"):
+        with pytest.raises(UserError, match=r"--judge: none of 20 judgements.*found 'Lovely!'"):
             judge.scores(drafts[:1])
     server = ChatServer(lambda prompt, seed: judgement() if "0 km" in prompt else "Lovely!")
     with server, open_judge(server.spec, GUIDE, timeout=5.0) as judge:
         for _ in range(3):
             assert sum(bool(score.values) for score in judge.scores(drafts)) == 2
+
+
+def test_a_judge_whose_context_is_too_short_is_given_up(tmp_path) -> None:
+    folder = save_assistant(tmp_path / "chat", "Fine", context=64)
+    too_long = pytest.raises(UserError, match="found prompts longer than its context, 64 tokens; take another judge")
+    with open_judge(str(folder), GUIDE, device="cpu") as judge, too_long:
+        judge.scores([draft(f"{number} km.", number) for number in range(PATIENCE)])
 
 
 def test_a_reward_model_scores_without_a_guide(tmp_path) -> None:

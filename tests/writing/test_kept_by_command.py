@@ -82,3 +82,20 @@ def test_what_is_planted_is_dropped_with_its_reason(place, capsys, one_retry):
     funnels = [[{**row, "seconds": 0} for row in result["funnel"]] for result in results]
     assert funnels[0] == funnels[1] and funnels[0][0]["in"] == 71 and funnels[0][-1]["kept"] == 30
     assert results[0]["diversity"] == results[1]["diversity"] and results[0]["diversity"]["prompts"] == 30
+
+
+def test_pairs_without_a_difference_are_counted(place, capsys):
+    write(place / "prompts.jsonl", *({"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(8)))
+
+    def add(prompt: str, seed: int) -> str:
+        number = int(re.findall(r"\d+", prompt)[0])
+        return str(number + 1 if number < 4 else number + seed % 2)
+
+    with ChatServer(add) as server:
+        command = ["write-chats", "--guide", "guide.md", "--writer", server.spec, "--answer", "prompts.jsonl"]
+        assert run_command_line([*command, "--samples", "8", "--pairs", "pairs.jsonl", "-o", "chats.jsonl"]) == 0
+    said = capsys.readouterr()
+    summary = json.loads(said.out)
+    assert summary["pairs"] == len(lines(place / "pairs.jsonl")) > 0
+    alike = summary["conversations"] - summary["pairs"]
+    assert alike >= 4 and f"--pairs: none of {alike} conversations, whose answers do not differ in worth" in said.err
