@@ -390,6 +390,10 @@ class Transformer(nn.Module):
             softcap=self.config.logits_softcap,
         )  # fmt: skip
 
+    def target_logprobs(self, hidden_NC: Tensor, target_N: Tensor) -> Tensor:
+        """Log-probability of each target in the softmax of logits: (N,) float32."""
+        return linear_logprobs(hidden_NC, self.head_weight, target_N, softcap=self.config.logits_softcap)  # type: ignore[return-value]
+
     def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each target in the softmax of logits / temperature: (N,) float32."""
         logprob_N, entropy_N = linear_logprobs(

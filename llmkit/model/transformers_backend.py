@@ -329,6 +329,10 @@ class TransformersModel(Transformer):
         logits_NV = self(token_ids_BT, doc_ids=doc_ids).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BT.flatten(), **options)
 
+    def target_logprobs(self, hidden_NC: Tensor, target_N: Tensor) -> Tensor:
+        """Log-probability of each target, as `Transformer.target_logprobs`."""
+        return self.logprobs(hidden_NC, target_N, 1.0)[0]
+
     def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each target, as `Transformer.logprobs`."""
         if self._scale is not None:

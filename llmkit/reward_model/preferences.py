@@ -99,7 +99,8 @@ def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
     row, _ = np.nonzero(trained)
     document, branch = batch.doc_ids[trained], batch.branch_ids[trained]
     predictor_N = torch.from_numpy(row * batch.token_ids.shape[1] + batch.predictors[trained]).to(device)
-    logprob_N, _ = model.logprobs(hidden_BTC.flatten(0, 1)[predictor_N], ids[torch.from_numpy(trained).to(device)], 1.0)
+    target_N = ids[torch.from_numpy(trained).to(device)]
+    logprob_N = model.target_logprobs(hidden_BTC.flatten(0, 1)[predictor_N], target_N)
 
     shape, answer = batch.ranks.shape, np.maximum(branch - 1, 0)
     place = torch.from_numpy(np.ravel_multi_index((row, document, answer), shape)).to(device)
