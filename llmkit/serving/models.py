@@ -117,8 +117,9 @@ class ServedModel:
         prompt, wanted = self.encode_chat(body), body.response_format
         if wanted.type == "text":
             return [prompt]
-        if prompt.tools or prompt.thinking:
-            other = "'tools'" if prompt.tools else "thoughts; see 'chat_template_kwargs'"
+        offered = body.tools and body.tool_choice != "none"
+        if offered or prompt.thinking:
+            other = "'tools'" if offered else "thoughts; see 'chat_template_kwargs'"
             raise ApiError(f"'response_format': expected no {other} beside {wanted.type}", "response_format")
         with _api_errors("response_format"):
             schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}

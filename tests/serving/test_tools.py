@@ -104,6 +104,25 @@ def test_the_tools_of_a_client_are_given_back(folder: Path, server: Server, stre
     assert (final.message.content, final.finish_reason) == ("yeh", "stop")
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"tools": TOOLS, "tool_choice": "none"}], ids=["of the server", "not to be called"]
+)
+def test_no_tool_is_called_where_json_is_asked_for(server: Server, more: dict) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"enum": [3]}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    body = {"messages": [{"role": "user", "content": "1+2?"}], "response_format": wanted, **more}
+    status, answer = server.post("/v1/chat/completions", body)
+    assert status == 200 and json.loads(answer["choices"][0]["message"]["content"]) == {"sum": 3}
+    assert "content_parts" not in answer["choices"][0]["message"]
+    status, answer = server.post("/v1/chat/completions", {**body, "tools": TOOLS, "tool_choice": "auto"})
+    assert status == 400 and answer["error"]["param"] in ("response_format", "tools")
+
+
 def test_functions_of_a_client_are_shown_and_checked(tmp_path: Path) -> None:
     folder = tiny.save_assistant(tmp_path / "chat", context=2048)
     tokenizer = load_tokenizer(folder)
