@@ -72,7 +72,7 @@ FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
     --enable-auto-tool-choice --jinja --tool-call-parser
     --cache-type-k --cache-type-v --max-per-task --fast
-    --forms --hf-trainer --litgpt-python --models --peer-python --peers --rounds --save --seeds --steps
+    --forms --hf-trainer --litgpt-python --models --peer-python --peers --requests --rounds --save --seeds --steps
     --folds --long --threads --work --written"""
 
 

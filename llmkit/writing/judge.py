@@ -22,6 +22,7 @@ from llmkit.generation.requests import Usage
 from llmkit.generation.sampler import open_sampler
 from llmkit.generation.served_models import shortened
 from llmkit.io.hub import local_folder
+from llmkit.io.progress import counted
 from llmkit.io.records import Row
 from llmkit.io.resume import fingerprint
 from llmkit.probing.judges import TEMPERATURE, ChatModel, Missing
@@ -29,6 +30,7 @@ from llmkit.rewards.reward import ModelReward
 from llmkit.writing.draft import Draft
 
 ASPECTS = ("helpful", "truthful", "harmless")
+LONGEST = 20_000  # characters at the end of a reply that are read: the time of "{{{..." grows with their square
 PATIENCE = 20  # judgements at the beginning, of which one must be readable
 PROMPT = """\
 You check conversations that an assistant will learn from. Judge the assistant's replies by these instructions:
@@ -88,8 +90,8 @@ class Judge:
                 f"{shortened(unread)!r}" if unread is not None else f"prompts longer than its context, {context} tokens"
             )
             raise UserError(
-                f"--judge: none of {-self._judged} judgements of {self.name} could be read, expected JSON with "
-                f"{', '.join(ASPECTS)}, found {found}; take another judge"
+                f"--judge: none of {counted(-self._judged, 'judgement')} of {self.name} could be read, expected JSON "
+                f"with {', '.join(ASPECTS)}, found {found}; take another judge"
             )
         return scores
 
@@ -150,6 +152,7 @@ def read_scores(reply: str) -> Scores | None:
     >>> read_scores('Sure! {"helpful": 4, "truthful": "5", "harmless": 5.0, "reasons": "short"} Bye.')
     Scores(values={'helpful': 4.0, 'truthful': 5.0, 'harmless': 5.0}, reasons={'all': 'short'})
     """
+    reply = reply[-LONGEST:]
     at, last = reply.find("{"), None
     while at >= 0:
         end = at + 1

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,31 @@ def reply_readers() -> dict[str, Reader]:
     }
 
 
+def writing_readers() -> dict[str, Reader]:
+    from llmkit.formats.conversations import message
+    from llmkit.generation.requests import Completion
+    from llmkit.writing import judge, keep, prompts, writer
+    from llmkit.writing.draft import Draft
+
+    def draft(text: str) -> Draft:
+        return Draft(0, (message("user", text), message("assistant", text)))
+
+    answer = cache(lambda: writer.Writer(type("Model", (), {"tokenizer": None, "tools": None})(), None, "", seed=0))  # type: ignore[arg-type]
+    return {
+        "drafts": lambda text: keep.Keeper().check(draft(text)),
+        "drafts of a language": lambda text: keep.Keeper().check(replace(draft(text), language="en")),
+        "drafts with stray marks": keep.STRAY.findall,
+        "drafts' features": lambda text: keep.features(draft(text.encode("utf-8", "replace").decode()).messages),
+        "writing: a judge's scores": judge.read_scores,
+        "writing: lists": prompts.read_list,
+        "writing: messages": prompts.read_message,
+        "writing: quoted messages": lambda text: prompts.read_message(f'"{text}"'),
+        "writing: answers": lambda text: answer()._answer(
+            Completion(f"<think>{text}</think> {text}", [], "stop", [], [], [], []), True
+        ),
+    }
+
+
 def reward_readers() -> dict[str, Reader]:
     from llmkit.formats.problems import read_problem
     from llmkit.io.records import Row
@@ -358,7 +384,7 @@ def suppressed(call: Callable[[], Any], *errors: type[BaseException]) -> None:
         call()
 
 
-PARTS = (crawl_readers, data_readers, reply_readers, reward_readers, schema_readers, tokenizer_readers)
+PARTS = (crawl_readers, data_readers, reply_readers, writing_readers, reward_readers, schema_readers, tokenizer_readers)
 REFUSALS = (LlmkitError, ValueError)  # what a reader may answer; TypeError and the like are mistakes of ours
 
 
