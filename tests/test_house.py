@@ -69,7 +69,7 @@ OPTIONS = {
     "pretrain": 41,
     "sft": 49,
     "probe-knowledge": 31,
-    "write-chats": 37,
+    "write-chats": 38,
     "train-reward": 36,
     "rl": 52,
     "sample": 37,

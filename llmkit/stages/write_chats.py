@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmkit.config import (
     CommonConfig,
+    DecodingConfig,
     RecordsConfig,
     ToolConfig,
     as_options,
@@ -53,7 +54,7 @@ HASHED = 16  # digits of a hash
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteChatsConfig(RecordsConfig, CommonConfig, ToolConfig):
+class WriteChatsConfig(RecordsConfig, CommonConfig, DecodingConfig, ToolConfig):
     """Options of `llmkit write-chats`."""
 
     examples: ClassVar[str] = """
@@ -87,8 +88,6 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, ToolConfig):
         metavar="TOKENS|MONEY@IN,OUT",
         free=True,
     )
-    device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
-    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
     concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
     timeout: float = option(
         120, "Longest wait for a server's reply.", group="Servers", unit="duration", above=0, free=True
@@ -161,6 +160,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
     from llmkit.writing.selection import Selection, parse_budget
     from llmkit.writing.writer import Writer
 
+    budget = None if config.budget is None else parse_budget(config.budget)
     bad = BadRecords(config.max_bad, config.quiet)
     source, inputs_hash = _source(config, bad)
     with ExitStack() as stack:
@@ -195,7 +195,6 @@ def run(config: WriteChatsConfig) -> Summary | None:
         keeper = Keeper(config.not_in, config.fail_below, sandbox=config.sandbox != "none", quiet=config.quiet)
         stack.callback(keeper.close)
         wanted = config.conversations or (None if config.answer else DEFAULT)
-        budget = None if config.budget is None else parse_budget(config.budget)
         selection = Selection(writer, keeper, judge, state, wanted=wanted, budget=budget, quiet=config.quiet)
         selection.write()
 
@@ -210,7 +209,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
 def _save(
     config: WriteChatsConfig, selection: Selection, names: Mapping[str, Any], figures: Mapping[str, Any], started: float
 ) -> Summary:
-    """Write the conversations, the pairs and the manifest."""
+    """Write the conversations and the pairs, each with a manifest."""
     functions, out = selection.writer.sampler.tools, config.out or "-"
     schemas = [] if functions is None else [tool for tool in functions.schemas if tool["function"]["name"] not in TOOLS]
     pairs, write_pair = None, None
@@ -232,15 +231,16 @@ def _save(
     if pairs is not None and (alike := len(selection.indices) - pairs):
         say(f"--pairs: none of {counted(alike, 'conversation')}, whose answers do not differ in worth", config.quiet)
     results = {"conversations": len(selection.indices), "drafts": selection.decided, "pairs": pairs}
-    if Path(out).is_file():
-        inputs = [*input_files([path for path in (config.guide, config.topics) if path], text=True)]
-        inputs += [*input_files([*config.seeds, *config.answer]), *input_files(config.documents, text=True)]
-        parents = [path for path in (config.writer, config.judge) if path and Path(path).is_dir()]
+    inputs = [*input_files([path for path in (config.guide, config.topics) if path], text=True)]
+    inputs += [*input_files([*config.seeds, *config.answer]), *input_files(config.documents, text=True)]
+    inputs += input_files(config.not_in)
+    parents = [path for path in (config.writer, config.judge) if path and Path(path).is_dir()]
+    for path in [path for path in (config.pairs, out) if path and Path(path).is_file()]:
         write_manifest(
-            out,
+            path,
             "write-chats",
             as_options(config),
-            inputs=[*inputs, *input_files(config.not_in)],
+            inputs=inputs,
             parents=parents,
             results={**results, **figures},
             not_in=config.not_in,
@@ -284,6 +284,8 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float]]
         raise UserError("--samples: expected --judge, or --answer with answers to check, which tell good from bad")
     if config.resume and out == "-":
         raise UserError("--resume: expected --out, beside which a killed run has left its state")
+    if config.pairs == "-":
+        raise UserError("--pairs: expected a file, found -; stdout has the conversations, or the summary")
     shares = _parse_mix(config)
     input_files([*config.seeds, *config.answer, *config.not_in])
     input_files(config.documents, text=True)
@@ -375,6 +377,7 @@ def _sampler(config: WriteChatsConfig) -> AbstractContextManager[Sampler]:
         Sampling(config.temperature),
         flag="--writer",
         device=config.device,
+        dtype=config.dtype,
         slots=config.batch_size,
         tools=None if config.dry_run else config,
         concurrency=config.concurrency,
@@ -394,6 +397,7 @@ def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | No
             guide,
             seed=config.seed,
             device=config.device,
+            dtype=config.dtype,
             concurrency=config.concurrency,
             timeout=config.timeout,
         )

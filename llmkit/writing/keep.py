@@ -89,14 +89,17 @@ class Keeper:
 
         scores  of a judge, higher is better; empty where it said nothing that could be read, None without a judge
         """
+        return self.decide(draft, self.check(draft), scores)
+
+    def decide(self, draft: Draft, reason: str | None, scores: Mapping[str, float] | None = None) -> str | None:
+        """Return what `reason` does, for a draft of which `check` has been asked already."""
         started = thread_time()
-        reason = self.check(draft)
         if reason is None and scores is not None:
             low = [name for name, score in scores.items() if self._fail_below is not None and score < self._fail_below]
             reason = f"judge: {low[0]}" if low else None if scores else "judge: unreadable"
         reason = reason or self.duplicate(draft)
         self.recall(draft, reason)
-        self.funnel.spend({reason.partition(":")[0] if reason else STEPS[-1]: thread_time() - started})
+        self._spend(reason, started)
         return reason
 
     def recall(self, draft: Draft, reason: str | None = None) -> None:
@@ -117,7 +120,13 @@ class Keeper:
         self._prompts[_asked(draft)] = draft.kind, draft.topic
 
     def check(self, draft: Draft) -> str | None:
-        """Return what is wrong with a draft by itself, so that no judge need read it; counts nothing."""
+        """Return what is wrong with a draft by itself, so that no judge need read it; counts nothing but its time."""
+        started = thread_time()
+        reason = self._fault(draft)
+        self._spend(reason, started)
+        return reason
+
+    def _fault(self, draft: Draft) -> str | None:
         if reason := _form(draft):
             return reason
         replies = [split_thoughts(message.text)[1].strip() for message in draft.messages if message.role == "assistant"]
@@ -145,10 +154,10 @@ class Keeper:
     def figures(self) -> dict[str, Any]:
         """Return the funnel and how diverse the kept drafts are.
 
-        prompts, by_kind, by_topic  numbers of distinct prompts
+        prompts, by_kind, by_topic  numbers of distinct prompts; some have no kind or topic
         nearest_similarity          mean similarity of a draft to the one most like it, estimated; None below two
         """
-        kinds, topics = (Counter(pair[side] for pair in self._prompts.values()) for side in (0, 1))
+        kinds, topics = (Counter(pair[side] for pair in self._prompts.values() if pair[side]) for side in (0, 1))
         kept = len(self._features)
         nearest = round(float(self._nearest[:kept].mean()), 4) if kept > 1 else None
         return {
@@ -176,6 +185,10 @@ class Keeper:
             if similarity >= SIMILAR and jaccard(replies, answered) >= REPLIES:
                 return "duplicate: exact" if similarity == 1 else "duplicate: near"
         return None
+
+    def _spend(self, reason: str | None, started: float) -> None:
+        """Count the thread's time for the step that a draft got to."""
+        self.funnel.spend({reason.partition(":")[0] if reason else STEPS[-1]: thread_time() - started})
 
     def _similarity(self, row: np.ndarray) -> np.ndarray:
         """Estimate the Jaccard similarity of a signature (112,) to each kept draft's: (kept,)."""

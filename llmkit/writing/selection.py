@@ -119,6 +119,10 @@ class Selection:
             run_all(self.writer.sampler, self._programs(), self._ended, shared=shared, make=make)
             while self._written:
                 self._decide(wait=True)
+        if not self.indices:
+            self.state.remove()  # there is nothing to go on with
+            drafts = f"{counted(self.decided, 'draft')} of {self.writer.sampler.name}"
+            raise UserError(f"--writer: none of {drafts} is kept: {self._reasons()}; take another, or other prompts")
 
     def _lacks(self) -> int:
         """How many more are to be kept."""
@@ -220,11 +224,8 @@ class Selection:
         )
         worst = wrong if good and wrong is not None else worst
         values = None if (score := scores[best]) is None else dict(score.values)
-        reason = self.writer.source.fault(versions[best]) if faults[best] is None else None
-        if reason is None:
-            reason = self._keeper.reason(versions[best], values)
-        else:
-            self._keeper.recall(versions[best], reason)
+        fault = faults[best] or self.writer.source.fault(versions[best])
+        reason = self._keeper.decide(versions[best], fault, values)
         why = {} if score is None else {"why": dict(score.reasons or {})}
         return {"reason": reason, "best": best, "worst": worst if reason is None else None, "scores": values, **why}
 
@@ -243,12 +244,15 @@ class Selection:
         self._progress.advance(drafts=self.decided)
 
     def _stopped(self) -> UserError:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.most_common(4))
-        refusal = getattr(self.writer.sampler, "refusal", "")
         return UserError(
             f"--writer: the last {USELESS} drafts of {self.writer.sampler.name} were dropped; of all "
-            f"{self.decided:,}: {reasons}{f'; {refusal}' if refusal else ''}; the same command with --resume goes on"
+            f"{self.decided:,}: {self._reasons()}; the same command with --resume goes on"
         )
+
+    def _reasons(self) -> str:
+        """The commonest reasons with their counts, and what the server has refused last."""
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.most_common(4))
+        return "; ".join(filter(None, [counts, getattr(self.writer.sampler, "refusal", "")]))
 
     def describe(self) -> Iterator[str]:
         """Describe what became of the drafts, in lines."""

@@ -165,6 +165,17 @@ def test_a_judge_chooses_and_fails(place, server, capsys):
     assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
 
+def test_pairs_have_a_manifest_and_a_report(place, server, capsys):
+    server.answer = lambda prompt, seed: f"It is {seed % 3 or int(re.search(r'[0-9]+', prompt)[0]) * 2}."
+    words = ("--answer", "prompts.jsonl", "--samples", 6, "--pairs", "prefs.jsonl")
+    assert write_chats(server, *words) == 0
+    assert json.loads(capsys.readouterr().out)["diversity"]["by_topic"] == 0  # as no prompt names one
+    manifest = json.loads((place / "prefs.jsonl.manifest.json").read_text())
+    assert manifest["stage"] == "write-chats" and manifest["results"]["pairs"] == len(lines(place / "prefs.jsonl")) > 0
+    assert run_command_line(["report", "prefs.jsonl", "-o", "report.md"]) == 0
+    assert "write-chats" in (place / "report.md").read_text()
+
+
 def test_steps_stand_before_answers_in_a_set_share(place, server, capsys):
     def thinks(prompt, seed):
         said = chat_writer(prompt, seed)
@@ -303,6 +314,15 @@ def test_a_useless_writer_is_stopped_with_the_counts(place, server, capsys, answ
     assert write_chats(server, *TOPICS, "-n", 5, "--resume") == 0
 
 
+def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
+    server.answer = lambda prompt, seed: "It is 5."
+    assert write_chats(server, "--answer", "prompts.jsonl", "--samples", 2, "--pairs", "prefs.jsonl") == 2
+    said = capsys.readouterr()
+    assert "--writer: none of 9 drafts of openai:#tiny is kept: wrong: answer 9; take another" in said.err
+    assert said.err.count("\n") == 1 and said.out == "" and not list(place.glob("*.jsonl.*"))
+    assert not (place / "chats.jsonl").exists() and not (place / "prefs.jsonl").exists()
+
+
 # ---- bad input
 
 
@@ -322,6 +342,7 @@ def test_a_useless_writer_is_stopped_with_the_counts(place, server, capsys, answ
         ([], "expected one of --topics, --seeds, --documents and --answer, found none"),
         ([*TOPICS, "--seeds", "seeds.jsonl"], "found --topics and --seeds"),
         ([*TOPICS, "--pairs", "p.jsonl"], "--pairs: expected --samples 2 or more"),
+        (["--answer", "prompts.jsonl", "--samples", "2", "--pairs", "-"], "--pairs: expected a file, found -"),
         ([*TOPICS, "--samples", "2"], "--samples: expected --judge, or --answer"),
         ([*TOPICS, "--fail-below", "2"], "--fail-below: expected --judge"),
         ([*TOPICS, "--mix", "thinking=2"], "--mix: expected NAME=SHARE"),

@@ -11,6 +11,7 @@ from chat_server import ChatServer
 from chat_writer import sentence
 
 from llmkit.cli import run_command_line
+from llmkit.rewards.verifiers import VerifierReward
 from tests.helpers.jsonl import lines, write
 
 ITEM = "Which of these rivers is the longest that ends in the Black Sea?"
@@ -82,6 +83,16 @@ def test_what_is_planted_is_dropped_with_its_reason(place, capsys, one_retry):
     funnels = [[{**row, "seconds": 0} for row in result["funnel"]] for result in results]
     assert funnels[0] == funnels[1] and funnels[0][0]["in"] == 71 and funnels[0][-1]["kept"] == 30
     assert results[0]["diversity"] == results[1]["diversity"] and results[0]["diversity"]["prompts"] == 30
+
+
+def test_unit_tests_of_a_draft_run_once(place, monkeypatch):
+    write(place / "prompts.jsonl", *({"prompt": f"Say {n}", "answer": str(n)} for n in range(3)))
+    checked = []
+    monkeypatch.setattr(VerifierReward, "score", lambda self, attempts: checked.extend(attempts) or [1.0])
+    with ChatServer(lambda prompt, seed: f"It is {prompt}.") as server:
+        command = ["write-chats", "--guide", "guide.md", "--writer", server.spec, "--answer", "prompts.jsonl"]
+        assert run_command_line([*command, "--samples", "2", "-o", "chats.jsonl"]) == 0
+    assert len(checked) == 6
 
 
 def test_pairs_without_a_difference_are_counted(place, capsys):
