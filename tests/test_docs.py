@@ -96,6 +96,7 @@ NOT_RUN = {
     r"llama-cli": "a program of another project",
     r"pythia-160m/": "a folder of another family; tests/stages/test_transformers_backend.py runs such",
     r"--peer-python peers/": "a peer's virtual environment",
+    r"benchmarks/serve\.py chat/ --long": "minutes, of a model with a longer context than the small world's",
     r"llmkit write-chats ": "what a tiny model writes is dropped; tests/stages/test_write_chats.py has better ones",
     r"llmkit serve ": "goes on until it is stopped; tests/serving/ has servers",
     r"hf://": "a network; tests/io/test_hub.py has a hub of its own",
