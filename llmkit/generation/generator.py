@@ -32,7 +32,7 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
 from llmkit.generation.decode import Decoder, Prefix, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest
-from llmkit.generation.prefixes import PrefixCache
+from llmkit.generation.prefixes import KEPT_BYTES, PrefixCache
 from llmkit.generation.requests import Completion, OnCall, OnDone, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.sequence import CALL, RunningSequence
 from llmkit.generation.tool_calls import Functions, ToolUse, unavailable_notes
@@ -191,7 +191,7 @@ class Generator:
         caches = quantity(self.slots * config.max_position_embeddings * a_token)
         yield (
             f"memory: {quantity(config.parameter_count * packed)}B of weights{loading}, and up to {caches}B of keys "
-            f"and values for {counted(self.slots, 'sequence')}"
+            f"and values for {counted(self.slots, 'sequence')} and {quantity(KEPT_BYTES)}B for beginnings of prompts"
         )
 
     def describe(self) -> Iterator[str]:

@@ -111,6 +111,7 @@ def test_a_dry_run_says_what_would_be_done(folder, llmkit):
     done = llmkit("sample", folder, "-p", "a", "--top-k", "5", "--dry-run")
     assert (done.returncode, done.stdout) == (0, "")
     assert "parameters" in done.stderr and "top_k 5" in done.stderr and "float32 on c" in done.stderr
+    assert "MB for beginnings of prompts" in done.stderr
 
 
 def test_temperature_zero_and_stop_strings_and_limits_are_heard(folder, tmp_path):
