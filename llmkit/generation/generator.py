@@ -163,10 +163,14 @@ class Generator:
             while more:
                 with self.computing():
                     more = pool.advance()
-                for index, samples in finished(pool.done):
+                whole = list(finished(pool.done))
+                for index, samples in whole:
                     if on_done is not None:
                         on_done(index, samples)
                     yield samples
+                if not whole:
+                    with self.computing():
+                        pool.wait()
         finally:
             pool.close()
 
@@ -214,10 +218,7 @@ class Generator:
 
 
 class Pool:
-    """Sequences under way: in slots, with a tool, or done; with nothing else to run, a tool is awaited `poll` seconds.
-
-    A request that is None says that none waits now.
-    """
+    """Sequences under way: in slots, with a tool, or done. A request that is None says that none waits now."""
 
     def __init__(
         self,
@@ -225,9 +226,8 @@ class Pool:
         requests: Iterable[Request | None],
         on_text: OnText | None,
         on_call: OnCall | None,
-        poll: float | None = None,
     ) -> None:
-        self._of, self._decoder, self._poll = generator, generator.decoder, poll
+        self._of, self._decoder = generator, generator.decoder
         self._on_text, self._on_call = on_text, on_call
         self.running: list[RunningSequence] = []  # slot i holds running[i]
         self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
@@ -239,14 +239,10 @@ class Pool:
 
     def advance(self) -> bool:
         """Fill the slots that are free and take a step; False after the last one."""
-        slots = self._of.slots
-        may_begin = self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots
-        if self._calls and not self.running and not may_begin:
-            wait(self._calls, self._poll, FIRST_COMPLETED)
-        while len(self.running) < slots:
+        while len(self.running) < self._of.slots:
             if (answered := next((call for call in self._calls if call.done()), None)) is not None:
                 entry = self._resume(*self._calls.pop(answered), answered.result())
-            elif self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots:
+            elif self.may_begin:
                 try:
                     entry = next(self._fresh)
                 except StopIteration:
@@ -270,10 +266,21 @@ class Pool:
                 if self.running[slot].index == index:
                     self._vacate(slot)
 
+    def wait(self) -> None:
+        """Wait for a tool, if nothing else is under way."""
+        if not self.busy and self._calls:
+            wait(self._calls, return_when=FIRST_COMPLETED)
+
+    @property
+    def may_begin(self) -> bool:
+        """True if there is room for a prompt."""
+        slots = self._of.slots
+        return self._more and len(self.done) < OPEN_REQUESTS * slots and len(self._calls) < slots
+
     @property
     def busy(self) -> bool:
         """True if a sequence or a prompt waits for a step."""
-        return bool(self.running) or self._prefilling
+        return bool(self.running) or (self._prefilling and self.may_begin)
 
     @property
     def idle(self) -> bool:

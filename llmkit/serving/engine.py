@@ -89,11 +89,11 @@ class _Worker:
 
     def reset(self) -> None:
         self.jobs: dict[int, Job] = {}
-        self.pool = Pool(self.generator, self._arrivals(), self._take_text, self._take_call, TOOL_POLL)
+        self.pool = Pool(self.generator, self._arrivals(), self._take_text, self._take_call)
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting) or self.pool.busy
+        return self.pool.busy or (bool(self.waiting) and self.pool.may_begin)
 
     def step(self) -> None:
         """Start jobs in free slots, and generate a token of each sequence."""
@@ -235,9 +235,7 @@ class Engine:
 
     def _work(self) -> None:
         while self._receive():
-            for worker in self._workers.values():
-                if not worker.busy and worker.pool.idle:
-                    continue
+            for worker in [one for one in self._workers.values() if one.waiting or not one.pool.idle]:
                 try:
                     worker.step()
                 except UserError as error:  # NaN among the weights, or a user's function that fails

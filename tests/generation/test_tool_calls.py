@@ -13,7 +13,7 @@ from tiny import END, certain, make_model, save_tokenizer
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, Part, message
-from llmkit.generation.generator import Generator
+from llmkit.generation.generator import Generator, Pool
 from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Request
 from llmkit.generation.tool_calls import ToolUse
@@ -277,6 +277,24 @@ class Slow:
         with self._lock:
             self.running -= 1
         return ToolResult(f"{tool} {len(text)} {text[:5]}", failed=len(text) % 2 == 0)
+
+
+def test_a_tool_is_waited_for_while_no_request_is_there(tokenizer, calculator, monkeypatch):
+    steps, done = [], []
+    real_advance, real_run = Pool.advance, calculator.run
+    monkeypatch.setattr(Pool, "advance", lambda pool: steps.append(0) or real_advance(pool))
+    monkeypatch.setattr(calculator, "run", lambda *call: time.sleep(0.2) or real_run(*call))
+
+    def requests():
+        yield Request([END], max_tokens=100)
+        while not done:
+            yield None
+
+    tools = ToolUse(calculator, tokenizer, 8, 512)
+    generator = Generator(caller(tokenizer, "a", "1+2", "b"), tokenizer, Sampling(0.0), tools=tools)
+    ((completion,),) = generator.complete(requests(), on_done=lambda index, samples: done.append(samples))
+    assert completion.text == "ab" and len(completion.tool_calls) == 1
+    assert len(steps) <= len(completion.token_ids) + 3  # 0.2 s would be thousands
 
 
 def test_a_text_is_the_same_in_any_company_whatever_the_timing_of_tools(tokenizer):
