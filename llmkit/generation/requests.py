@@ -66,7 +66,8 @@ class Completion:
     token_ids           all tokens, the end token, those of a stop string, calls and results among them
     finish_reason       "stop" after an end token or stop string, "length" after `max_tokens` or the context's end,
                         "tool_limit" after a call too many, "no_tool" after one of a tool that is not there (in chats),
-                        "tool_calls" after calls that whoever asked has to run
+                        "tool_calls" after calls that whoever asked has to run, "error" where the parser of a
+                        constraint met its limits
     logprobs            of each token, natural: under softmax(logits / temperature), at temperature 0
                         softmax(logits), over the model's whole vocabulary; 0 where not sampled
     truncated_logprobs  under the distribution drawn from, after top-k, top-p and min-p; 0 where not sampled

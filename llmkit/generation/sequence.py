@@ -77,8 +77,8 @@ class RunningSequence:
     def take(self, token: int, logprob: float, truncated: float) -> str | None:
         """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
         self.append(token, logprob, truncated)
-        if self.constraint is not None:
-            self.constraint.take(token)
+        if self.constraint is not None and not self.constraint.take(token):
+            return self.finish("error")
         ended, tools, open_call = token in self.end_ids, self.tools, self.call
         if tools is not None and open_call is None and token in tools.others:
             tools.unavailable_calls[tools.others[token]] += 1

@@ -31,6 +31,7 @@ from llmkit.generation.requests import Completion, Request
 from llmkit.serving.protocol import ApiError
 
 TOOL_POLL = 0.005  # seconds between looks at running tools while there is nothing to compute
+BEYOND_LIMITS = "'response_format': llguidance has met its limits; expected a schema with fewer alternatives (anyOf)"
 SCORE_POSITIONS = 256  # of a prompt whose logits, V each, are in memory at a time
 
 
@@ -105,7 +106,8 @@ class _Worker:
             job.completions = [completion for completion in self.pool.done.pop(index) if completion is not None]
             for sample, completion in enumerate(job.completions):
                 self._send(job, sample, completion)
-            self._outbox.append((job, None))
+            is_cut = any(completion.finish_reason == "error" for completion in job.completions)
+            self._outbox.append((job, ApiError(BEYOND_LIMITS, "response_format") if is_cut else None))
 
     def fail(self, reason: str) -> None:
         """Fail the running jobs; the waiting ones begin in a new pool."""

@@ -25,9 +25,9 @@ class JsonConstraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, count=self._size, bitorder="little").astype(bool)
 
-    def take(self, token: int) -> None:
-        """Append an allowed token."""
-        self._matcher.consume_token(token)
+    def take(self, token: int) -> bool:
+        """Append an allowed token; False beyond the limits of the parser, which then allows the end alone."""
+        return self._matcher.consume_token(token)
 
 
 class JsonSchemas:
@@ -41,7 +41,7 @@ class JsonSchemas:
         try:
             from llguidance import LLTokenizer
 
-            self._tokens = LLTokenizer(tokenizer.path.read_text(), n_vocab=self._size, eos_token=sorted(end_ids))
+            self._tokens = LLTokenizer(tokenizer.path.read_text("utf-8"), n_vocab=self._size, eos_token=sorted(end_ids))
         except ImportError:
             raise UserError("JSON schemas need the package llguidance; pip install 'llmkit[serve]'") from None
         except ValueError as error:

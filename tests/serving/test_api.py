@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import openai
 import pytest
 import tiny
 from served import Server, served
@@ -157,6 +158,16 @@ def test_an_answer_is_a_json_object_or_cut_off_within_one(server: Server) -> Non
         assert choice.message.content.startswith("{")
         if choice.finish_reason == "stop":
             assert isinstance(json.loads(choice.message.content), dict)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_beyond_the_limits_of_its_parser_cuts_no_answer_off(server: Server, stream: bool) -> None:
+    objects = [
+        {"type": "object", "properties": {f"a{n}": {"type": "string"} for n in range(size)}} for size in range(60)
+    ]
+    request = {"model": "chat", "messages": MESSAGES, "response_format": json_schema({"anyOf": objects})}
+    with pytest.raises(openai.APIError, match="llguidance has met its limits"):
+        list(server.client.chat.completions.create(**request, stream=stream, extra_body={"top_k": 1}))
 
 
 def test_models_health_and_metrics(server: Server) -> None:
