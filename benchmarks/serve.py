@@ -147,12 +147,12 @@ def main() -> None:
     if options.long is not None:
         command = [sys.executable, "-m", "llmkit", "serve", options.model, "--port", str(PORTS[0])]
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
-            wait_for(urls[0], process)
-            runs = [
-                asyncio.run(long_prompts(urls[0], options.long, options.tokens, number))
-                for number in range(options.rounds)
-            ]
-            process.terminate()
+            try:
+                wait_for(urls[0], process)
+                rounds = range(options.rounds)
+                runs = [asyncio.run(long_prompts(urls[0], options.long, options.tokens, number)) for number in rounds]
+            finally:
+                process.terminate()
         for name in runs[0]:
             print(f"| {name}, ms | {1000 * statistics.median(run[name] for run in runs):.0f} |")
         return
