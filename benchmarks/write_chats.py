@@ -127,8 +127,8 @@ def figures(url: str, command: list[str], broken: float = 0.0) -> dict[str, floa
     if ran.returncode:
         raise SystemExit(f"{' '.join(command)[:200]}: {(ran.stdout + ran.stderr)[-2000:]}")
     with urllib.request.urlopen(f"{url}/figures") as reply:
-        told = json.load(reply)
-    return {"requests": told["requests"], "requests a second": told["requests"] / told["seconds"]}
+        counts = json.load(reply)
+    return {"requests": counts["requests"], "requests a second": counts["requests"] / counts["seconds"]}
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def main() -> None:
             finally:
                 server.kill()
         for name, each in rounds.items():
-            rates = [one["requests a second"] for one in each]
+            rates = [figure["requests a second"] for figure in each]
             print(
                 f"{name:24} {statistics.median(rates):7.1f} requests a second ({min(rates):.1f} to {max(rates):.1f}), "
                 f"{each[-1]['requests']:.0f} requests"

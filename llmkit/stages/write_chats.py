@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 SOURCES = ("topics", "seeds", "documents", "answer")
 DEFAULT = 100  # conversations
 MOST_PASSAGES = 20_000  # of --documents
-MIXED = ("guide", "system", "thinking", "tools", "refusals")
 HASHED = 16  # digits of a hash
 
 
@@ -312,6 +311,8 @@ def _check_finished(config: WriteChatsConfig, out: str) -> None:
 
 
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
+    from llmkit.writing.writer import SHARES
+
     shares = {}
     for pair in (pair.strip() for text in config.mix for pair in text.split(",")):
         name, _, share = pair.partition("=")
@@ -319,8 +320,8 @@ def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
             shares[name] = float(share)
         except ValueError:
             shares[name] = -1.0
-        if name not in MIXED or not 0 <= shares[name] <= 1:
-            raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(MIXED)}, found {pair!r}")
+        if name not in SHARES or not 0 <= shares[name] <= 1:
+            raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(SHARES)}, found {pair!r}")
         if name == "tools" and not config.tools:
             raise UserError("--mix tools: expected --tools beside it")
     return shares

@@ -79,19 +79,19 @@ class Judge:
         turns = [json.dumps(as_record(draft.messages), ensure_ascii=False, indent=1) for draft in drafts]
         prompts = ([PROMPT.format(guide=self._guide.strip(), conversation=text)] for text in turns)
         scores = [
-            Scores() if isinstance(made, Missing) else made
-            for _, (made,) in self._model.ask(enumerate(prompts), read_scores)
+            Scores() if isinstance(reply, Missing) else reply
+            for _, (reply,) in self._model.ask(enumerate(prompts), read_scores)
         ]
         # below zero are judgements that could not be read, before the first that could
-        self._judged = 1 if self._judged > 0 or any(made.values for made in scores) else self._judged - len(scores)
+        self._judged = 1 if self._judged > 0 or any(score.values for score in scores) else self._judged - len(scores)
         if self._judged <= -PATIENCE:
             unread, context = self._model.unread, self._model.sampler.context
-            found = (
+            reply = (
                 f"{shortened(unread)!r}" if unread is not None else f"prompts longer than its context, {context} tokens"
             )
             raise UserError(
                 f"--judge: none of {counted(-self._judged, 'judgement')} of {self.name} could be read, expected JSON "
-                f"with {', '.join(ASPECTS)}, found {found}; take another judge"
+                f"with {', '.join(ASPECTS)}, found {reply}; take another judge"
             )
         return scores
 

@@ -110,8 +110,8 @@ class Keeper:
         self.funnel.count(None, None)
         number, (whole, replies) = len(self._features), _features_of(draft)
         if number == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-            self._nearest = np.concatenate([self._nearest, np.zeros_like(self._nearest)])
+            both = self._rows, self._nearest
+            self._rows, self._nearest = (np.concatenate([array, np.zeros_like(array)]) for array in both)
         self._rows[number] = minhash(whole)
         similar = self._similarity(self._rows[number])
         self._nearest[:number] = np.maximum(self._nearest[:number], similar)
@@ -132,9 +132,9 @@ class Keeper:
         replies = [split_thoughts(message.text)[1].strip() for message in draft.messages if message.role == "assistant"]
         if any(Split(message.text).word_count > MOST_WORDS for message in draft.messages):
             return f"length: over {MOST_WORDS:,} words"
-        said = re.sub(r"```.*?(?:```|\Z)", "", "\n\n".join(replies), flags=re.DOTALL)
-        if draft.language and Split(said).word_count >= TELLING:
-            language, score = identify(said)
+        prose = re.sub(r"```.*?(?:```|\Z)", "", "\n\n".join(replies), flags=re.DOTALL)
+        if draft.language and Split(prose).word_count >= TELLING:
+            language, score = identify(prose)
             if score >= SURE_OF_PASSAGE and language != draft.language:
                 return f"language: {language}"
         long = [reply for reply in replies if Split(reply).word_count >= TELLING]
@@ -158,8 +158,8 @@ class Keeper:
         nearest_similarity          mean similarity of a draft to the one most like it, estimated; None below two
         """
         kinds, topics = (Counter(pair[side] for pair in self._prompts.values() if pair[side]) for side in (0, 1))
-        kept = len(self._features)
-        nearest = round(float(self._nearest[:kept].mean()), 4) if kept > 1 else None
+        count = len(self._features)
+        nearest = round(float(self._nearest[:count].mean()), 4) if count > 1 else None
         return {
             "funnel": self.funnel.as_json(),
             "diversity": {
@@ -206,9 +206,9 @@ def features(messages: Sequence[Message]) -> np.ndarray:
             continue
         text = " ".join(part.text for part in message.parts if part.kind != RESULT)
         pieces = split_words(unicodedata.normalize("NFC", text).casefold())
-        said = [word for word in pieces if word[0].isalnum() or OPERATORS & set(word)]
-        hashes.update(zlib.crc32(word.encode()) for word in said if word not in ALL_SMALL)
-        hashes.update(zlib.crc32(f"{first} {second}".encode()) for first, second in pairwise(said))
+        words = [word for word in pieces if word[0].isalnum() or OPERATORS & set(word)]
+        hashes.update(zlib.crc32(word.encode()) for word in words if word not in ALL_SMALL)
+        hashes.update(zlib.crc32(f"{first} {second}".encode()) for first, second in pairwise(words))
     return np.array(sorted(hashes) or [0], np.uint32)
 
 
@@ -224,8 +224,8 @@ def _features_of(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
 
 def _asked(draft: Draft) -> str:
     """All that is said to the assistant, without case and the number of spaces."""
-    said = "\n".join(message.text for message in draft.messages if message.role != "assistant")
-    return " ".join(unicodedata.normalize("NFC", said).casefold().split())
+    text = "\n".join(message.text for message in draft.messages if message.role != "assistant")
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def _form(draft: Draft) -> str | None:

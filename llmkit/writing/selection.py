@@ -161,10 +161,12 @@ class Selection:
         self.state.add(f"draft {name}", {"draft": value.as_state(), "spent": self.spent})
         self._written[name] = value
         self._decide()
-        if self._budget is not None and self._lacks() and self._budget.is_spent(self.spent[1], self.spent[2]):
+        is_done = not self._lacks() or self.decided == self.writer.source.count
+        if self._budget is not None and not is_done and self._budget.is_spent(self.spent[1], self.spent[2]):
+            ends = f", or ends with -n {len(self.indices)}" if self.indices else ""
             raise UserError(
                 f"--budget {self._budget.text}: spent after {counted(len(self.indices), 'conversation')}; the same "
-                f"command with --resume goes on with a higher one, or ends with -n {len(self.indices)}"
+                f"command with --resume goes on with a higher one{ends}"
             )
 
     def _decide(self, wait: bool = False) -> None:

@@ -294,6 +294,16 @@ def test_a_budget_ends_the_run_which_goes_on_or_writes_what_there_is(place, serv
     assert summary["tokens"]["in"] >= 2500
 
 
+def test_a_budget_that_the_last_prompt_spends_is_enough(place, server, capsys):
+    write(place / "prompts.jsonl", {"prompt": "What is 1 + 1?", "answer": "2"}, {"prompt": "What is 2?", "answer": "2"})
+    server.answer = lambda prompt, seed: "It is 2."
+    words = ("--answer", "prompts.jsonl", "--concurrency", 1)
+    assert write_chats(server, *words, "--budget", 200) == 0
+    server.answer = lambda prompt, seed: ""
+    assert write_chats(server, *words, "--budget", 1, out="none.jsonl") == 2
+    assert "--resume goes on with a higher one\n" in capsys.readouterr().err  # as nothing is kept to end with
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
