@@ -31,7 +31,7 @@ from llmkit.generation.requests import Completion, Request
 from llmkit.serving.protocol import ApiError
 
 TOOL_POLL = 0.005  # seconds between looks at running tools while there is nothing to compute
-BEYOND_LIMITS = "'response_format': llguidance has met its limits; expected a schema with fewer alternatives (anyOf)"
+BEYOND_LIMITS = "'response_format': llguidance has met its limits; expected fewer alternatives or simpler patterns"
 SCORE_POSITIONS = 256  # of a prompt whose logits, V each, are in memory at a time
 
 

@@ -27,7 +27,7 @@ class JsonConstraint:
 
     def take(self, token: int) -> bool:
         """Append an allowed token; False beyond the limits of the parser, which then allows the end alone."""
-        return self._matcher.consume_token(token)
+        return self._matcher.consume_token(token) and not self._matcher.is_error()
 
 
 class JsonSchemas:

@@ -160,12 +160,13 @@ def test_an_answer_is_a_json_object_or_cut_off_within_one(server: Server) -> Non
             assert isinstance(json.loads(choice.message.content), dict)
 
 
+OBJECTS = [{"type": "object", "properties": {f"a{n}": {"type": "string"} for n in range(size)}} for size in range(60)]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_schema_beyond_the_limits_of_its_parser_cuts_no_answer_off(server: Server, stream: bool) -> None:
-    objects = [
-        {"type": "object", "properties": {f"a{n}": {"type": "string"} for n in range(size)}} for size in range(60)
-    ]
-    request = {"model": "chat", "messages": MESSAGES, "response_format": json_schema({"anyOf": objects})}
+@pytest.mark.parametrize("schema", [{"anyOf": OBJECTS}, {"type": "string", "pattern": "^(?:a?){400}a{400}$"}])
+def test_a_schema_beyond_the_limits_of_its_parser_cuts_nothing_off(server: Server, schema: dict, stream: bool) -> None:
+    request = {"model": "chat", "messages": MESSAGES, "response_format": json_schema(schema)}
     with pytest.raises(openai.APIError, match="llguidance has met its limits"):
         list(server.client.chat.completions.create(**request, stream=stream, extra_body={"top_k": 1}))
 
