@@ -46,7 +46,7 @@ def differences(model_folder: str, data: str, loss: str, python: str, folder: Pa
     from llmkit.model.folder import load_model
     from llmkit.model.weights import export_state_dict
     from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
-    from llmkit.reward_model.preferences import PreferenceLoss, Reference
+    from llmkit.reward_model.preferences import PreferenceLoss, sequence_logprobs, with_references
     from llmkit.training.finetuning import load_unchanged
     from llmkit.training.preferences import Objective
 
@@ -70,7 +70,7 @@ def differences(model_folder: str, data: str, loss: str, python: str, folder: Pa
     tuning = load_unchanged(model_folder, torch.device("cpu"), torch.float32)
     objective = Objective.of(loss, **settings)
     if objective.needs_reference:
-        source = Reference(tuning, "float32", None, quiet=True).compared(source)
+        source = with_references(source, sequence_logprobs(source.candidates, tuning.model, tuning.pad_id, quiet=True))
     model, of_loss = tuning.model, PreferenceLoss(objective)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     apart_loss = apart_gradient = 0.0

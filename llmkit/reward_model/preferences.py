@@ -1,7 +1,7 @@
 """A policy tuned on comparisons: what its answers' log-probabilities are, now and under its reference, and their loss.
 
     source = policy_comparisons(comparisons, "dpo", context)
-    source = Reference(tuning, "float32", Path("runs"), quiet=False).compared(source)
+    source = Reference(tuning, "float32", Path("runs"), quiet=False).compare(source)
     batch = packed_comparisons([source.candidates[:2]], 512, pad)
     PreferenceLoss(Objective.of("dpo"))(model, batch).total.backward()
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,35 +60,36 @@ class Answers(NamedTuple):
     tokens: int
 
 
+@dataclass(frozen=True)
 class PreferenceLoss:
     """The summed loss of some rows of comparisons, and their number, with kto of answers, as the trainer wants it."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    objective: Objective
 
     def __call__(self, model: Any, batch: ComparisonRows) -> Summed:
         objective = self.objective
         # FSDP wants all processes to compute as often
-        parts = [
-            answer_logprobs(model, rows) for rows in ([batch] if is_sharded(model.embed_tokens) else batch.by_size())
-        ]
+        rows = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
+        parts = [answer_logprobs(model, some) for some in rows]
         logprobs, references, lengths, ranks, margins = (
             torch.cat([getattr(part, name) for part in parts]) for name in Answers._fields[:5]
         )
         if objective.loss == "kto":
             each, rewards, divergence = kto_losses(objective, logprobs, references, ranks)
-            pairs = (ranks.unsqueeze(2) == 1) & (ranks.unsqueeze(1) == 2)
-            count = int(((ranks == 1) | (ranks == 2)).sum())
-            extra = {"kl": divergence, "estimates": 1.0}
+            chosen, rejected = ranks == 1, ranks == 2
+            pairs = chosen.unsqueeze(2) & rejected.unsqueeze(1)
+            count, extra = int((chosen | rejected).sum()), {"kl": divergence, "estimates": 1.0}
         else:
             each, rewards, pairs = pair_losses(objective, logprobs, references, lengths, ranks, margins)
+            chosen = ranks == ranks.amin(1, keepdim=True)
+            rejected = ranks.isfinite() & ~chosen
             count, extra = len(each), {}
         total = each.sum()
         if objective.sft_weight:
             nll = torch.stack([part.nll for part in parts]).sum()
             total = total + objective.sft_weight * float(batch.shares[0]) * nll
             extra = {"nll": float(nll.detach()), "tokens": float(sum(part.tokens for part in parts))}
-        return Summed(total, count, {**sums_of(rewards, lengths, ranks, pairs), **extra})
+        return Summed(total, count, {**sums_of(rewards, lengths, chosen, rejected, pairs), **extra})
 
 
 def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
@@ -145,7 +147,7 @@ def read_preferences(
 
     def prepared(source: Comparisons, digest: str) -> tuple[Comparisons, str]:
         source = policy_comparisons(source, objective.loss, context)
-        return source if reference is None else reference.compared(source), digest
+        return source if reference is None else reference.compare(source), digest
 
     texts: list[str] = []
     held_out = []
@@ -177,20 +179,20 @@ def policy_comparisons(source: Comparisons, loss: str, context: int) -> Comparis
     kept: list[Candidates] = []
     counts: Counter[str] = Counter()
     for candidates in source.candidates:
-        candidates = _with_shared_header(candidates)
         ranks = candidates.ranks
         if not all(mask.any() for mask in candidates.trained[1:]):
             counts["left out: an answer without a token to learn"] += 1
-        elif loss != "kto" and len(set(ranks)) < 2:
+            continue
+        if len(ranks) > 1 and len(set(ranks)) < 2:
             counts["left out: equal ranks"] += 1
-        else:
-            kept.append(candidates)
-            if loss == "kto":
-                best = min(ranks) if len(ranks) > 1 else 1
-                kept[-1] = replace(candidates, ranks=tuple(1 if rank == best else 2 for rank in ranks))
-            elif loss == "orpo":
-                prompt = np.arange(len(candidates.prompt)) > 0
-                kept[-1] = replace(candidates, trained=(prompt, *candidates.trained[1:]))
+            continue
+        candidates = _with_shared_header(candidates)
+        if loss == "kto":
+            candidates = replace(candidates, ranks=tuple(min(rank, 2) for rank in ranks))
+        elif loss == "orpo":
+            prompt = np.arange(len(candidates.prompt)) > 0
+            candidates = replace(candidates, trained=(prompt, *candidates.trained[1:]))
+        kept.append(candidates)
     if counts:
         say(f"{source.name}: {', '.join(f'{reason} {count}' for reason, count in counts.items())}")
     if not kept:
@@ -202,20 +204,15 @@ def policy_comparisons(source: Comparisons, loss: str, context: int) -> Comparis
 
 
 def _with_shared_header(candidates: Candidates) -> Candidates:
-    first, *others = candidates.answers
-    most = min(int(mask.argmax()) if mask.any() else len(mask) for mask in candidates.trained[1:])
-    same = np.ones(most, bool)
-    for answer in others:
-        same &= first[:most] == answer[:most]
-    shared = most if same.all() else int(same.argmin())
+    first, most = candidates.answers[0], min(int(mask.argmax()) for mask in candidates.trained[1:])
+    same = np.all([answer[:most] == first[:most] for answer in candidates.answers], 0)
+    shared = int(np.append(same, False).argmin())
+    prompt, *trained = candidates.trained
     return replace(
         candidates,
         prompt=np.concatenate([candidates.prompt, first[:shared]]),
         answers=tuple(answer[shared:] for answer in candidates.answers),
-        trained=(
-            np.concatenate([candidates.trained[0], np.zeros(shared, bool)]),
-            *(mask[shared:] for mask in candidates.trained[1:]),
-        ),
+        trained=(np.append(prompt, np.zeros(shared, bool)), *(mask[shared:] for mask in trained)),
     )
 
 
@@ -259,41 +256,35 @@ class Reference:
 
     precision  that it computes in
     folder     where its log-probabilities are kept, in files named by a hash of the model's files, of what they are of
-               and of the precision; None: nowhere
+               and of the precision
     """
 
-    def __init__(self, tuning: Tuning, precision: str, folder: Path | None, quiet: bool) -> None:
+    def __init__(self, tuning: Tuning, precision: str, folder: Path, quiet: bool) -> None:
         self._model, self._pad, self._folder, self._quiet = tuning.model, tuning.pad_id, folder, quiet
         self._digest = sha256(f"{precision} {tuning.model.config.backend}".encode())
-        for path in sorted(local_folder(tuning.folder, weights=True).iterdir()) if folder is not None else ():
+        for path in sorted(local_folder(tuning.folder, weights=True).iterdir()):
             if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
                 self._digest.update(f"{path.name} {file_sha256(path)}".encode())
 
-    def compared(self, source: Comparisons) -> Comparisons:
+    def compare(self, source: Comparisons) -> Comparisons:
         """The comparisons with the log-probabilities of their answers: those that an earlier run has left, or computed
         here, where each process has its share, and left for later ones."""
-        sizes = [len(candidates.answers) for candidates in source.candidates]
-        path = self._path(source) if self._folder is not None else None
-        values = world().broadcast(_read_references(path, sum(sizes)) if path is not None and world().leads else None)
+        path = self._path(source)
+        count = sum(len(candidates.answers) for candidates in source.candidates)
+        values = world().broadcast(_read_references(path, count) if world().leads else None)
         if values is None:
-            first, stop = world().share(len(sizes))
-            own = _reference_logprobs(source.candidates[first:stop], self._model, self._pad, self._quiet)
+            first, stop = world().share(len(source))
+            own = sequence_logprobs(source.candidates[first:stop], self._model, self._pad, self._quiet)
             values = [value for part in world().gather(own) for value in part]
-            if path is not None and world().leads:
+            if world().leads:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path) as handle:
                     save_file({"logprobs": np.array(values, np.float32)}, handle.name, {"name": path.name})
         else:
             say(f"{source.name}: log-probabilities of the reference from {path}", self._quiet)
-        ends = np.cumsum(sizes)
-        known = [
-            replace(candidates, references=tuple(values[end - size : end]))
-            for candidates, size, end in zip(source.candidates, sizes, ends.tolist(), strict=True)
-        ]
-        return Comparisons(source.name, known, source.counts)
+        return with_references(source, values)
 
     def _path(self, source: Comparisons) -> Path:
-        assert self._folder is not None
         digest = self._digest.copy()
         for candidates in source.candidates:
             for ids in (candidates.prompt, *candidates.answers, *candidates.trained[1:]):
@@ -317,8 +308,16 @@ def _read_references(path: Path, count: int) -> list[float] | None:
     return None
 
 
+def with_references(source: Comparisons, logprobs: Sequence[float]) -> Comparisons:
+    """The comparisons with the log-probabilities of their answers, one after another, under a reference."""
+    given = iter(logprobs)
+    compared = [replace(one, references=tuple(islice(given, len(one.answers)))) for one in source.candidates]
+    return Comparisons(source.name, compared, source.counts)
+
+
 @torch.no_grad()
-def _reference_logprobs(candidates: Sequence[Candidates], model: Any, pad: int, quiet: bool) -> list[float]:
+def sequence_logprobs(candidates: Sequence[Candidates], model: Any, pad: int, quiet: bool) -> list[float]:
+    """Log-probabilities of the answers, one after another."""
     values: list[Sequence[float]] = [()] * len(candidates)
     with Progress("reference", unit="comparisons", total=len(candidates), quiet=quiet) as progress:
         for batch, places in _batches(candidates, pad):

@@ -33,10 +33,10 @@ WITH_REFERENCE = ("dpo", "ipo", "kto")
 LOSSES = (*WITH_REFERENCE, "orpo", "simpo")
 BETA = {"simpo": 2.0}  # else 0.1, as the papers and TRL have it
 MISMATCHED = 0.0  # rank of an answer that belongs to another prompt, by which kto estimates the divergence
-NAMES = {
+SUMS = (
     *("pairs", "right", "tokens", "nll", "estimates", "kl"),
-    *(f"{name}{side}" for name in ("", "reward_", "length_") for side in ("chosen", "rejected")),
-}
+    *("chosen", "reward_chosen", "length_chosen", "rejected", "reward_rejected", "length_rejected"),
+)
 LARGEST_LOGPROB = -1e-7  # of a token in the mean: the odds of a certain answer would be infinite
 
 
@@ -145,16 +145,11 @@ def kto_losses(
 
 
 @torch.no_grad()
-def sums_of(rewards: Tensor, lengths: Tensor, ranks: Tensor, pairs: Tensor) -> dict[str, float]:
-    """Sums over the answers (N, K) and pairs (N, K, K) of some comparisons, for `figures_of`."""
-    there = ranks.isfinite() & (ranks != MISMATCHED)
-    chosen = ranks == torch.where(there, ranks, torch.inf).amin(1, keepdim=True)
-    if not pairs.any():  # verdicts on single answers
-        chosen = ranks == 1
-    sides = {"chosen": there & chosen, "rejected": there & ~chosen}
+def sums_of(rewards: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor, pairs: Tensor) -> dict[str, float]:
+    """Sums over the answers (N, K) of either side and pairs (N, K, K) of some comparisons, for `figures_of`."""
     differences = (rewards.unsqueeze(2) - rewards.unsqueeze(1))[pairs]
     sums = {"pairs": float(len(differences)), "right": float((differences > 0).sum() + 0.5 * (differences == 0).sum())}
-    for name, side in sides.items():
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
         sums[name] = float(side.sum())
         sums[f"reward_{name}"], sums[f"length_{name}"] = float(rewards[side].sum()), float(lengths[side].sum())
     return sums
@@ -169,9 +164,8 @@ def figures_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     answer has the higher reward; `length_chosen` and `length_rejected` in tokens; `nll` of the best answers, in nats a
     token, where that is trained; `kl` in nats an answer, with kto.
     """
-    names = sorted(NAMES)
-    values = world().sum(*(sum(part.get(name, 0.0) for part in parts) for name in names))
-    sums = dict(zip(names, values, strict=True))
+    values = world().sum(*(sum(part.get(name, 0.0) for part in parts) for name in SUMS))
+    sums = dict(zip(SUMS, values, strict=True))
     figures: dict[str, float] = {}
     for side in ("chosen", "rejected"):
         for name in (f"reward_{side}", f"length_{side}") if sums[side] else ():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from tiny import make_model
 
 from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
-from llmkit.reward_model.preferences import PreferenceLoss, Reference, policy_comparisons
+from llmkit.reward_model.preferences import PreferenceLoss, policy_comparisons, sequence_logprobs, with_references
 from llmkit.training.loss import rows_of
 from llmkit.training.preferences import LOSSES, Objective, figures_of
 
@@ -45,7 +44,7 @@ def comparisons() -> list[Candidates]:
 
 
 def compared(source: Comparisons, model) -> Comparisons:
-    return Reference(SimpleNamespace(model=model, pad_id=0), "float32", None, True).compared(source)
+    return with_references(source, sequence_logprobs(source.candidates, model, 0, quiet=True))
 
 
 def logprobs(model, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
@@ -150,6 +149,17 @@ def test_the_margin_of_a_pair_lowers_its_difference(models):
         losses.append(float(loss.total.detach()))
     (logit,) = [np.log(1 / (np.exp(losses[1]) - 1))]
     assert losses[0] == pytest.approx(np.log1p(np.exp(2.0 - logit)), rel=1e-4)
+
+
+def test_a_verdict_beside_a_pair_is_of_its_own_side(models):
+    pair, other = comparisons()[:2]
+    verdict = replace(other, answers=other.answers[:1], ranks=(2,), trained=other.trained[:2])
+    source = policy_comparisons(Comparisons("some", [pair, verdict]), "kto", 512)
+    source = compared(source, models[1])
+    summed = PreferenceLoss(Objective.of("kto"))(models[0], packed_comparisons([source.candidates], 64, 0))
+    figures, lengths = figures_of([summed.figures]), [mask.sum() for mask in (*pair.trained[1:], verdict.trained[1])]
+    assert summed.targets == 3 and figures["length_chosen"] == lengths[0]
+    assert figures["length_rejected"] == np.mean(lengths[1:])
 
 
 def test_figures_of_a_step(models):
