@@ -40,6 +40,8 @@ STAGES = {
     "pretrain": "docs.jsonl:0.7 val.jsonl:0.3 --phase 0.5:docs=0.4,val=0.6 --val val.jsonl --tokenizer tok --depth 1 "
     f"--hidden-size 64 --eval-every 4 --sample-every 6 {ROWS} {OFTEN} -o out",
     "sft": f"base --data chats.jsonl --val chats.jsonl --eval-every 4 {ROWS} {OFTEN} -o out",
+    "sft-preferences": "chat --data prefs.jsonl --loss dpo --val prefs.jsonl --eval-every 4 --gold length "
+    f"{ROWS} {OFTEN} -o out",
     "train-reward": f"chat --data prefs.jsonl --lora-rank 4 --quantize nf4 --dtype float32 {OFTEN} -o out",
     "rl": f"chat --data problems.jsonl --reward format:(?s).*e.* --group 4 --batch-size 2 "
     f"--max-tokens 6 {OFTEN} -o out",
@@ -54,7 +56,7 @@ AT_ADDRESSES = {
     f"--only {CHOSEN} --rejects s3://bucket/out.rejects.jsonl -o s3://bucket/out.jsonl.gz",
     "sample": "chat --jsonl s3://inputs/prompts.jsonl -n 2 --batch-size 4 --max-tokens 24 -o s3://bucket/out.jsonl",
 }
-REMOTE = "-at-addresses"
+REMOTE, PREFERENCES = "-at-addresses", "-preferences"
 STAGES |= {f"{stage}{REMOTE}": words for stage, words in AT_ADDRESSES.items()}
 STARTS_ANEW = ("train-bpe",)  # has no --resume: a killed run is begun again
 
@@ -94,7 +96,7 @@ def start(stage: str, place: Path, inputs: Path) -> int:
             os.symlink(path, place / path.name)
     more = ["--force"] if stage in STARTS_ANEW else ["--resume"]
     words = STAGES[stage].replace("WEB/", os.environ.get("WEB", "")).split()
-    return forked([stage.removesuffix(REMOTE), *words, "--quiet", *more], place, "log")
+    return forked([stage.removesuffix(REMOTE).removesuffix(PREFERENCES), *words, "--quiet", *more], place, "log")
 
 
 def forked(words: list[str], place: Path, log: str) -> int:
