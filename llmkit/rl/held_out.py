@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from llmkit.errors import UserError
 from llmkit.formats.conversations import message, said_in
 from llmkit.formats.preferences import Comparison
 from llmkit.formats.problems import Problem
@@ -18,6 +19,7 @@ from llmkit.generation.requests import Request
 from llmkit.io.records import Row
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Weighted
+from llmkit.rewards.reward import ModelReward
 from llmkit.rl.evaluation import HELD_OUT_GROUP, gold_figures, gold_rewards
 from llmkit.rl.policy import OwnPolicy
 from llmkit.rl.policy_loss import reference_logprobs
@@ -27,6 +29,7 @@ from llmkit.training.finetuning import Tuning
 
 PROMPTS = 64  # at most: a standard error of the mean length of an eighth of its deviation
 LONGEST_ANSWER = 512  # tokens, where the context has room
+JUDGED_SHARE = 4  # of a judge's context: for a byte that is no UTF-8 it sees U+FFFD, three tokens for one
 
 
 class HeldOutAnswers:
@@ -56,7 +59,7 @@ class HeldOutAnswers:
 
         `val_length` in tokens, `val_cut` (the share cut at the longest), with a reference `val_kl` in nats an answer,
         and with a gold reward `val_gold` and its standard error. Raises UserError for prompts that the reward cannot
-        judge. All processes call the function together.
+        judge, and for a reward without any. All processes call the function together.
         """
         problems = []
         for weighted in gold:
@@ -68,9 +71,17 @@ class HeldOutAnswers:
             ids = tuning.chat.encode(messages, prompt=True).token_ids.tolist()
             if 2 * len(ids) < tuning.context:
                 problems.append(EncodedProblem(problem, ids))
+        if not problems and gold:
+            raise UserError(
+                f"--gold {gold[0].reward.name}: expected prompts in --val of less than half the context of "
+                f"{tuning.context} tokens, found none"
+            )
         if not problems:
             return None
         longest = min(LONGEST_ANSWER, tuning.context - max(len(one.prompt_ids) for one in problems))
+        for weighted in gold:
+            if isinstance(weighted.reward, ModelReward):
+                longest = min(longest, weighted.reward.context // JUDGED_SHARE)
         policy = OwnPolicy(tuning.model, tuning.tokenizer, (), tuning.folder, None)
 
         def figures() -> dict[str, float]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from llmkit.data.batches import Mixture, Source
     from llmkit.data.examples import DataFile, Examples
     from llmkit.rewards import Weighted
+    from llmkit.rl.monitor import Watch
     from llmkit.tokenizer.chat import ChatFormat
     from llmkit.training.finetuning import KeepBest, Tuning
     from llmkit.training.loss import Loss
@@ -139,7 +140,7 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures that the command prints; with --patience, `val_loss` is that of `kept_step`, the saved parameters."""
+    """Figures that the command prints; with `kept_step`, those behind `val_` are of that, the saved parameters."""
 
     path: str
     steps: int
@@ -150,8 +151,10 @@ class Summary:
     seconds: float
     val_loss: float | None = None
     val_accuracy: float | None = None  # of a loss of preferences: held-out pairs in order
+    val_gold: float | None = None
     tasks: dict[str, float] | None = None  # the last scores of --evaluate
     kept_step: int | None = None
+    stopped: str | None = None  # by --stop-on-hack, in words
     bad_records: int = 0
     not_used: dict[str, int] | None = None
     contaminated: int | None = None  # conversations left out by --not-in
@@ -167,6 +170,7 @@ def run(config: SftConfig) -> Summary | None:
         return Summary(**results)
     from llmkit.crawl.filters.contamination import Findings
     from llmkit.evaluation.in_training import TaskScores
+    from llmkit.rl.monitor import Watch
     from llmkit.training.distributed import whole_model
     from llmkit.training.finetuning import KeepBest, answer, load_for_tuning
 
@@ -179,8 +183,7 @@ def run(config: SftConfig) -> Summary | None:
 
     # build
     mixture = _mixture(config, lessons, tuning)
-    steps = _total_steps(config, mixture)
-    warmup_steps = (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
+    steps, warmup_steps = _horizon(config, mixture)
     micro_rows = config.micro_batch_size or max(1, MICRO_BATCH_TOKENS // lessons.row_tokens)
     _say_plan(config, mixture, steps, warmup_steps, tuning)
     if config.dry_run:
@@ -189,6 +192,7 @@ def run(config: SftConfig) -> Summary | None:
     run.begin({"the data": lessons.digests})
     trainer = _trainer(run, tuning, lessons, mixture, steps, warmup_steps, micro_rows)
     best = KeepBest(run.work, trainer.optimizer)
+    watch = Watch(trainer, rows=read_metrics(run.work / METRICS), proxy="val_margin")
 
     # train
     with closing(lessons), run.training(trainer):
@@ -196,7 +200,7 @@ def run(config: SftConfig) -> Summary | None:
             mixture.prefetch(trainer.step),
             total_steps=steps,
             seconds=run.seconds_left(config.time_budget),
-            evaluate=tasks.beside(_validation(config, lessons, mixture, trainer, best), tuning.model),
+            evaluate=tasks.beside(_validation(config, lessons, mixture, trainer, best, watch), tuning.model),
             evaluate_first=lessons.answers is not None,
             sample=lambda: answer(tuning, whole_model(tuning.model), config.prompt, ANSWER_TOKENS),
             figures=lambda step: lessons.figures(trainer.figures[-1]),
@@ -208,7 +212,7 @@ def run(config: SftConfig) -> Summary | None:
         return None
     results = {
         **{name: value for name, value in trainer.results().items() if name in Summary.__annotations__},
-        **_kept(config, run.work, best.step),
+        **_kept(config, run.work, best.step, watch.stopped),
         "trained_parameters": tuning.trained_parameters,
         "epochs": {source.examples.name: round(epochs, 3) for source, epochs in mixture.epochs(trainer.step)},
         **({"contaminated": findings.documents} if config.not_in else {}),
@@ -286,20 +290,18 @@ def _trainer(
 
 
 def _validation(
-    config: SftConfig, lessons: Lessons, mixture: Mixture, trainer: Trainer, best: KeepBest
+    config: SftConfig, lessons: Lessons, mixture: Mixture, trainer: Trainer, best: KeepBest, watch: Watch
 ) -> Callable[[], dict[str, float]] | None:
-    """Return a function that evaluates the model on the held-out examples, and with --patience may stop the run."""
+    """Return a function that evaluates the model on the held-out examples, and may stop the run."""
     if not lessons.held_out:
         return None
     from llmkit.data.batches import PackedEvaluation
     from llmkit.reward_model.preferences import held_out_figures
-    from llmkit.rl.monitor import Watch
     from llmkit.training.finetuning import EarlyStop
     from llmkit.training.loss import masked_loss
 
     rows, length, pad = trainer.settings.micro_batch_rows, mixture.sequence_length, mixture.pad
     early = EarlyStop(trainer, best, config.patience) if config.patience is not None else None
-    watch = Watch(trainer, rows=read_metrics(trainer.folder / METRICS), proxy="val_margin")
 
     def validate() -> dict[str, float]:
         if config.loss in PREFERENCE_LOSSES:
@@ -339,13 +341,16 @@ def _rehearse(
     say(f"about {sum(memory) / 1e9:.2f} GB of memory{whole}", config.quiet)
 
 
-def _kept(config: SftConfig, work: Path, step: int | None) -> dict[str, float]:
-    """Return `val_loss` and `kept_step` of the best parameters, for the summary; nothing without --patience."""
+def _kept(config: SftConfig, work: Path, step: int | None, stopped: str | None) -> dict[str, Any]:
+    """Return `kept_step` and the figures of the best parameters, for the summary; nothing where the last are saved."""
     if step is None:
         return {}
-    loss = round(last_figures(read_metrics(work / METRICS), step).get("val_loss", math.nan), 4)
-    say(f"kept the parameters of step {step}, the best: val_loss {loss:.4f}", config.quiet)
-    return {"val_loss": loss, "kept_step": step}
+    figures = last_figures(read_metrics(work / METRICS), step)
+    names = [name for name in Summary.__annotations__ if name.startswith("val_") and name in figures]
+    values = {name: round(figures[name], 4) for name in names}
+    by = "val_gold" if config.gold else "val_loss"
+    say(f"kept the parameters of step {step}, the best: {by} {values[by]:.4f}", config.quiet)
+    return {**values, "kept_step": step, **({"stopped": stopped} if stopped else {})}
 
 
 # ---- what is asked for
@@ -421,11 +426,12 @@ def _mixture(config: SftConfig, lessons: Lessons, tuning: Tuning) -> Mixture:
     return Mixture(lessons.sources, row_tokens, rows, tuning.pad_id, config.seed, lessons.pack)
 
 
-def _total_steps(config: SftConfig, mixture: Mixture) -> int | None:
-    """The steps of the run; None under a time budget."""
-    if config.time_budget is not None:
-        return None
-    return config.max_steps or mixture.steps_for(config.tokens or _epochs(config) * mixture.inputs)
+def _horizon(config: SftConfig, mixture: Mixture) -> tuple[int | None, int]:
+    """The steps of the run, None under a time budget, and those of its warmup."""
+    steps = None
+    if config.time_budget is None:
+        steps = config.max_steps or mixture.steps_for(config.tokens or _epochs(config) * mixture.inputs)
+    return steps, (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
 
 
 # ---- data

@@ -7,10 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from tiny import make_model, save_folder
+from tiny import make_model, save_assistant, save_folder
 
 from llmkit.errors import Interrupted, UserError
 from llmkit.io.metrics import read_metrics
+from llmkit.model.folder import load_model
+from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.reward_model.preferences import PreferenceLoss
 from llmkit.stages.sft import SftConfig, run
 from tests.helpers.jsonl import write
@@ -129,9 +131,26 @@ def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, 
     options = {"val": (str(held_out),), "gold": f"py:{tmp_path / 'gold.py'}:gold", "eval_every": 2}
     summary = tuned(base, data, tmp_path / "policy", "simpo", max_steps=30, stop_on_hack=True, **options)
     assert summary["steps"] == 4 and summary["kept_step"] == 0  # two evaluations lower than the first
+    assert summary["stopped"].startswith("the reward is gamed") and summary["val_gold"] == 1.0
     assert "the reward is gamed" in capfd.readouterr().err
     rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_gold" in row]
     assert [row["val_gold"] for row in rows] == [1.0, 0.0, 0.0]
+    assert summary["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=1e-4)  # of the saved parameters
+
+
+def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path):
+    val = write(tmp_path / "val.jsonl", *({**row, "prompt": "Tell " * 90} for row in pairs(5, seed=2)))
+    options = {"val": (str(val),), "gold": "length"}
+    assert "less than half the context" in refusal(base, data, tmp_path / "policy", "simpo", **options)
+
+
+def test_answers_fit_a_judge_of_a_smaller_context(data, held_out, tmp_path):
+    base, judge = save_assistant(tmp_path / "base"), save_assistant(tmp_path / "judge", context=64)
+    save_reward_model(RewardModel.of(load_model(judge)), judge, None)
+    options = {"val": (str(held_out),), "gold": f"rm:{judge}", "eval_every": 2, "max_steps": 2}
+    summary = tuned(base, data, tmp_path / "policy", "simpo", **options)
+    rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_gold" in row]
+    assert len(rows) == 2 and all(row["val_length"] <= 16 for row in rows) and summary["val_gold"] is not None
 
 
 # ---- the reference
@@ -221,7 +240,8 @@ def test_pairs_without_a_difference_are_counted(base, tmp_path, capfd):
     tuned(base, data, tmp_path / "policy", "dpo", quiet=False)
     said = capfd.readouterr().err
     assert "skipped: chosen equals rejected 1" in said and "equal ranks 1" in said
-    assert "nothing to learn from" in refusal(base, write(tmp_path / "ties.jsonl", tie), tmp_path / "other", "ipo")
+    for loss in ("ipo", "kto"):
+        assert "nothing to learn from" in refusal(base, write(tmp_path / "ties.jsonl", tie), tmp_path / "other", loss)
     assert "nothing to learn from" in refusal(base, write(tmp_path / "same.jsonl", same), tmp_path / "other", "ipo")
 
 
