@@ -7,7 +7,7 @@ B batch, H query heads, K key-value heads, T queries, S keys, D head size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -107,7 +107,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(query, key, value, *output, lo, hi)
 
 
-def _backward(ctx, grad, _, backward=backward_operator):
+def _backward(ctx, grad, _, backward: Callable = backward_operator):
     if grad is None:
         return (None,) * 7
     return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
