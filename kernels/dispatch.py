@@ -144,7 +144,9 @@ def _choose_mode(interpret: bool) -> None:
     if interpret and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
     if interpret != (os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")):
-        raise UserError("LLMKIT_KERNELS: triton is loaded in another mode already; start a process for each")
+        advice = "set TRITON_INTERPRET=1 too" if interpret else "start a process without TRITON_INTERPRET"
+        chosen = os.environ.get("LLMKIT_KERNELS") or "auto"
+        raise UserError(f"LLMKIT_KERNELS={chosen}: Triton was imported before, in its other mode; {advice}")
 
 
 if os.environ.get("LLMKIT_KERNELS") == "interpret":

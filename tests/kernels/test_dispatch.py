@@ -47,15 +47,22 @@ def test_the_kernels_import_no_triton():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-def test_a_process_has_one_mode_of_triton():
-    code = """
-import os, triton
-os.environ["LLMKIT_KERNELS"] = "interpret"
-from llmkit.kernels.dispatch import triton_module
-triton_module("launch")
-"""
-    environment = {"PATH": "", "LLMKIT_KERNELS": ""}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    if "No module named 'triton'" in run.stderr:
-        pytest.skip("triton is not installed")
-    assert "UserError: LLMKIT_KERNELS: triton is loaded in another mode already" in run.stderr
+@pytest.mark.parametrize(
+    ("environment", "first", "message"),
+    [
+        ({"LLMKIT_KERNELS": "interpret"}, "import triton", "interpret: Triton was imported before, in its other mode; "
+         "set TRITON_INTERPRET=1 too"),
+        ({"LLMKIT_KERNELS": "interpret", "TRITON_INTERPRET": "1"}, "import triton", None),
+        ({"LLMKIT_KERNELS": "interpret"}, "", None),
+        ({"TRITON_INTERPRET": "1"}, "import triton", "auto: Triton was imported before, in its other mode; start a "
+         "process without TRITON_INTERPRET"),
+    ],
+)  # fmt: skip
+def test_a_process_has_one_mode_of_triton(environment, first, message):
+    pytest.importorskip("triton")
+    code = f"{first}\nfrom llmkit.kernels.dispatch import triton_module; print(triton_module('launch').interpreting())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""} | environment)
+    if message is None:
+        assert run.stdout == "True\n", run.stderr
+    else:
+        assert run.stderr.splitlines()[-1] == f"llmkit.errors.UserError: LLMKIT_KERNELS={message}"
