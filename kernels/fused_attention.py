@@ -115,7 +115,6 @@ def _backward(ctx, grad, _, backward: Callable = backward_operator):
 
 attention_operator.register_autograd(_backward, setup_context=_save)
 
-
 _attention_eagerly = eager_function("Attention", _attention, _save, partial(_backward, backward=_attention_backward))
 
 

@@ -8,6 +8,7 @@ nodes as much as in products.
 B batch, T tokens, C hidden, H query heads, K key-value heads, D head size, F intermediate size, N = B * T.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -147,7 +148,24 @@ class _SwiGLUMLP(torch.autograd.Function):
         return grad_x, matmul_tn(grad_both, x_NC) if need_gate_up else None, grad_down
 
 
+VECTORS = 32  # numbers that torch activates at once: two vectors of AVX-512
+ONE_THREAD = 16384  # numbers up to which torch computes GELU on one thread (SiLU: 32,768)
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def activate_rows(activate: Callable[[Tensor], Tensor], x_NF: Tensor) -> Tensor:
+    """`activate(x_NF)`, one of ACTIVATIONS, with the bits that each row has alone: float32 on CPU, (N, F) to (N, F).
+
+    torch computes whole vectors, and by functions with other last bits the numbers that remain: at the end of rows,
+    which lie one behind the other, and at the end of a thread's share, wherever that is.
+    """
+    rows, width = x_NF.shape
+    if width % VECTORS:
+        x_NF = F.pad(x_NF, (0, -width % VECTORS))
+    elif rows * width <= ONE_THREAD:
+        return activate(x_NF)
+    shares = x_NF.split(max(1, ONE_THREAD // x_NF.shape[1]))
+    return torch.cat([activate(share) for share in shares])[:, :width].contiguous()
 
 
 def feed_forward(

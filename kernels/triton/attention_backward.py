@@ -185,10 +185,8 @@ def attention_grad_key_value(
                 grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_rows, delta_rows, every, 0, every,
                 tl.cdiv(whole - every, BLOCK_M), queries, score_scale, BLOCK_M, CAUSAL, HAS_LO, PRECISION, False,
             )  # fmt: skip
-    grad_k_base, grad_v_base = (
-        grad_k_ptr + b * stride_dkb + h * stride_dkh,
-        grad_v_ptr + b * stride_dvb + h * stride_dvh,
-    )
+    grad_k_base = grad_k_ptr + b * stride_dkb + h * stride_dkh
+    grad_v_base = grad_v_ptr + b * stride_dvb + h * stride_dvh
     store_tile(grad_k_base, grad_k * scale, n0, keys, size, stride_dks, BLOCK_N, BLOCK_D)
     store_tile(grad_v_base, grad_v, n0, keys, size, stride_dvs, BLOCK_N, BLOCK_D)
 

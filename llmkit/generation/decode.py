@@ -13,6 +13,7 @@ float32 on a CPU, and with int8 weights, a row's logits are the same bits whatev
 - attention is a batched product over (row, head), not torch's flash kernel: that one has a scratch buffer per
   thread, whose alignment changes MKL's last bit, so that a row depends on the thread it falls to (2 threads,
   4 heads of 64: rows 0 and 16 of equal content differ by an ulp);
+- SiLU and GELU, whose last bit depends on a number's place in memory, are given whole vectors (`activate_rows`);
 - the positions that are looked at are rounded up and masked: sums over exact zeros at the end change nothing, as
   long as the steps of summation stay the same. Values are therefore summed in blocks of 256 positions.
 
@@ -44,7 +45,7 @@ from llmkit.io.progress import say
 from llmkit.kernels.attention import attention_decode, attention_mask, scaled_dot_product_attention
 from llmkit.kernels.dispatch import backend
 from llmkit.kernels.linear import can_pack, packed_linear
-from llmkit.kernels.projections import ACTIVATIONS
+from llmkit.kernels.projections import ACTIVATIONS, activate_rows
 from llmkit.model.devices import Weights, narrow_linear
 from llmkit.model.transformer import MATRICES, Layer, Transformer, normalize, rotary_tables
 
@@ -221,6 +222,9 @@ class Decoder:
         self._positions, self._final_bias = model.embed_positions, model.norm_bias
         self._embedding_scale = model.embedding_scales[self.dtype]
         self._product = _product(model.head_weight, None, weights)
+        self._activate = self._activate_rows = ACTIVATIONS[self.config.activation]
+        if self.dtype == torch.float32 and self.device.type == "cpu":
+            self._activate_rows = partial(activate_rows, self._activate)
         self._scale = self.config.attention_scale
         self._eps = torch.tensor(self.config.rms_norm_eps, device=self.device)
         self._fused = backend(self.device.type) != "torch"
@@ -311,7 +315,7 @@ class Decoder:
         turns = [torch.view_as_complex(table(past + new, self.device)) for table in self._tables]
         tokens_T, position_T = torch.tensor(token_ids, device=self.device), torch.arange(past, past + new)
         turn_N1D = [turn[past:].unsqueeze(1) for turn in turns]
-        return self._forward(tokens_T, position_T.to(self.device), turn_N1D, attend), keys, values
+        return self._forward(tokens_T, position_T.to(self.device), turn_N1D, attend, self._activate), keys, values
 
     def hold(self, slot: int, length: int) -> Prefix:
         """A copy of the first `length` positions of a slot, to go on from later."""
@@ -360,8 +364,7 @@ class Decoder:
         started, used, seen = time.perf_counter(), len(tokens), self._reach(max(positions) + 1)
         self._reserve(seen)
         rows = self._rows(used if self._graphs is None else min(rounded_rows(used), self._slots))
-        filler = [0] * (rows - used)
-        fed = [tokens + filler, positions + filler]
+        fed = [numbers + [0] * (rows - used) for numbers in (tokens, positions)]
         if self._graphs is None:
             # 0.95 of the time of no_grad for one row; what outlives the step was made outside
             with torch.inference_mode():
@@ -398,13 +401,12 @@ class Decoder:
             return _weighted_sum(torch.softmax(scores_XGS, -1), seen_values)
 
         turns = [turn.index_select(0, position_B).unsqueeze(1) for turn in self._turns]
-        return self._head(self._forward(token_B, position_B, turns, attend))
+        return self._head(self._forward(token_B, position_B, turns, attend, self._activate_rows))
 
-    def _forward(self, token_N: Tensor, position_N: Tensor, turns_N1D: list[Tensor], attend: _Attend) -> Tensor:
-        """The hidden states (N, hidden) of N tokens, turned by their layers' tables, who see what `attend` lets them
-        see."""
+    def _forward(self, token_N: Tensor, position_N: Tensor, turns_N1D: list[Tensor], attend: _Attend,
+                 activate: Callable[[Tensor], Tensor]) -> Tensor:  # fmt: skip
+        """The hidden states (N, hidden) of N tokens, turned by their layers' tables, that see what `attend` shows."""
         config, heads = self.config, self.config.num_attention_heads
-        activate = ACTIVATIONS[config.activation]
         rotated, rows, size = heads + config.num_key_value_heads, len(token_N), config.head_dim
         x_NC = F.embedding(token_N, self._embedding)
         if config.normalize_embedding:

@@ -116,6 +116,7 @@ def test_longrope_turns_all_positions_anew_beyond_its_first_context(tokenizer):
     [
         *((shape, packs, 1, "dense") for shape in SHAPES.values() for packs in (True, False)),
         (SHAPES["one head each, no norm"], True, 2, "dense"),
+        (SHAPES["gpt2"] | {"intermediate_size": 108}, True, 1, "dense"),  # rows end within a vector
         *((shape, True, 1, "int8") for shape in SHAPES.values()),
         ({"num_key_value_heads": 1}, True, 2, "int8"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmkit.kernels.linear import linear
-from llmkit.kernels.projections import feed_forward, qkv_rotary, qkv_rotary_reference
+from llmkit.kernels.projections import ACTIVATIONS, activate_rows, feed_forward, qkv_rotary, qkv_rotary_reference
 from llmkit.kernels.rowwise import add_rms_norm, rms_norm, rms_norm_reference, rotary
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -114,3 +114,16 @@ def test_frozen_weights_zeros_and_empty_batches():
     gate_up, down = normal(24, 16), normal(16, 12)
     feed_forward(linear(x, normal(16, 16)), gate_up, down).sum().backward()
     assert x.grad is not None and gate_up.grad is None and down.grad is None
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [108, 1376])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_activation_has_the_bits_of_its_row_alone(activation, width, threads):
+    torch.set_num_threads(threads)
+    gate_NF = torch.randn(160, 2 * width, generator=torch.Generator().manual_seed(0)).mul(3).chunk(2, -1)[0]
+    for x_NF in (gate_NF, gate_NF.contiguous()):  # beside the numbers that a gate multiplies, and by themselves
+        alone = torch.cat([activate_rows(ACTIVATIONS[activation], row) for row in x_NF.split(1)])
+        for rows in range(2, 160, 5):
+            assert torch.equal(activate_rows(ACTIVATIONS[activation], x_NF[:rows]), alone[:rows]), rows
+        torch.testing.assert_close(alone, ACTIVATIONS[activation](x_NF))
