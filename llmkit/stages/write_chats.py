@@ -148,7 +148,7 @@ class Summary:
 def run(config: WriteChatsConfig) -> Summary | None:
     """Load, write, save, summarise. Raises UserError for the user's mistakes."""
     started, out = time.monotonic(), config.out or "-"
-    guide, shares = _checked(config, out)
+    guide, shares, languages = _checked(config, out)
     if config.resume and Path(out).exists() and not Path(out + STATE).exists():
         _check_finished(config, out)
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
@@ -171,7 +171,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
             guide,
             seed=config.seed,
             shares=shares,
-            languages=config.language,
+            languages=languages,
             turns=config.turns,
             samples=config.samples,
             max_tokens=config.max_tokens,
@@ -259,8 +259,8 @@ def _save(
 # ---- what is asked for
 
 
-def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float]]:
-    """Check the options before any work; return the guide and the shares of --mix."""
+def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float], tuple[str, ...]]:
+    """Check the options before any work; return the guide, the shares of --mix, and the languages."""
     if config.guide is None:
         raise UserError("--guide: expected a file of labelling instructions, found none; see --help")
     given = [f"--{name}" for name in SOURCES if getattr(config, name)]
@@ -269,12 +269,16 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float]]
         raise UserError(f"expected one of --topics, --seeds, --documents and --answer, found {names}")
     if config.writer is None:
         raise UserError("--writer: expected a model's folder or openai:URL#NAME, found none")
-    if config.answer and config.turns > 1:
-        raise UserError("--turns: has no effect beside --answer, whose prompts are given")
-    if config.language:
+    if config.answer and (config.turns > 1 or config.language):
+        flag = "--turns" if config.turns > 1 else "--language"
+        raise UserError(f"{flag}: has no effect beside --answer, whose prompts are given")
+    if config.topics and config.columns:
+        raise UserError("--columns: has no effect beside --topics, whose lines have no fields")
+    languages = tuple(name.strip() for text in config.language for name in text.split(",") if name.strip())
+    if languages:
         from llmkit.text.language import check_languages
 
-        check_languages(config.language)
+        check_languages(languages, "without --language the writer chooses")
     if config.fail_below is not None and config.judge is None:
         raise UserError("--fail-below: expected --judge beside it, whose scores it is about")
     if config.pairs is not None and config.samples < 2:
@@ -299,7 +303,7 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float]]
         guide = read_text(handle, config.guide)
     if not guide.strip():
         raise UserError(f"{config.guide}: expected labelling instructions, found an empty file")
-    return guide, shares
+    return guide, shares, languages
 
 
 def _check_finished(config: WriteChatsConfig, out: str) -> None:

@@ -93,6 +93,12 @@ def test_the_same_lines_come_whatever_is_asked_at_the_same_time(place, server):
     assert not a.startswith((place / "d.jsonl").read_bytes())
 
 
+def test_each_conversation_has_one_of_the_languages(place, server):
+    assert write_chats(server, *TOPICS, "--language", "en, de", "--language", "fr", "-n", 9) == 0
+    wanted = [re.search(r"Language of the message: (.*)", body["messages"][0]["content"]) for body in server.requests]
+    assert {language[1] for language in wanted if language} == {"en", "de", "fr"}
+
+
 def test_seed_tasks_make_tasks_that_are_unlike_each_other(place, server, capsys):
     def parrot(prompt, seed):
         is_task = "Write another one" in prompt and seed % 3 == 0
@@ -358,7 +364,10 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
         ([*TOPICS, "--mix", "thinking=2"], "--mix: expected NAME=SHARE"),
         ([*TOPICS, "--mix", "tools=1"], "--mix tools: expected --tools"),
         ([*TOPICS, "--budget", "5@x"], "--budget: expected tokens, such as 2M, or money"),
-        ([*TOPICS, "--language", "xx"], "--language"),
+        ([*TOPICS, "--language", "en,xx"], "found 'xx'; "),
+        ([*TOPICS, "--language", "all"], "found 'all'; without --language the writer chooses"),
+        ([*TOPICS, "--columns", "text=x"], "--columns: has no effect beside --topics"),
+        (["--answer", "prompts.jsonl", "--language", "de"], "--language: has no effect beside --answer"),
         (["--answer", "prompts.jsonl", "--turns", "2"], "--turns: has no effect beside --answer"),
         ([*TOPICS, "--writer", "nowhere/"], "--writer: expected the folder of a model, or openai:"),
         ([*TOPICS, "--writer", "base"], "base"),
