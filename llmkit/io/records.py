@@ -294,6 +294,6 @@ class BadRecords:
         seen = tally.good + tally.bad
         if tally.bad > (max(1, self._share * seen) if self._share is not None else self._count):
             raise UserError(
-                f"{tally.first}; {tally.bad} of {counted(seen, 'record')} of {tally.name} cannot be used, more than "
+                f"{tally.first}; {tally.bad:,} of {counted(seen, 'record')} of {tally.name} cannot be used, more than "
                 f"--max-bad {self._most} allows"
             )

@@ -243,7 +243,7 @@ def _answer(problem: Problem) -> str:
     if problem.answer is None:
         actual = "null" if "answer" in problem.record else sorted(problem.record)
         expected = f"expected field 'answer' for the verifier, found {actual}"
-        raise UserError(f"{problem.where}: {expected}; add one, or use another --reward")
+        raise UserError(f"{problem.where}: {expected}; add one, or use another reward")
     return problem.answer
 
 

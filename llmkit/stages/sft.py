@@ -93,8 +93,8 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
     )
     on_long: str = option(
         "truncate",
-        "Treatment of conversations longer than the context; truncate ends them after the last turn that fits. "
-        "Documents are always split.",
+        "Treatment of what is longer than the context; truncate ends conversations after a turn that fits, and takes "
+        "the beginning of a comparison's prompt. Documents are always split.",
         group="Data",
         choices=("truncate", "drop", "split", "error"),
     )
@@ -391,8 +391,9 @@ def _check_loss(config: SftConfig) -> None:
     }
     for name, losses in used_by.items():
         if getattr(config, name) not in (None, ()) and config.loss not in losses:
-            expected = f"expected --loss {', '.join(losses[:-1])} or {losses[-1]}" if losses[1:] else "--loss simpo"
-            raise UserError(f"--{name.replace('_', '-')}: {expected}, found {config.loss}, which has no use for it")
+            those = f"{', '.join(losses[:-1])} or {losses[-1]}" if losses[1:] else losses[0]
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: expected --loss {those}, found {config.loss}, which has no use for it")
     if config.gold and (not config.val or config.patience):
         raise UserError("--gold: expected --val, prompts to answer, and no --patience, which chooses by the loss")
     if config.stop_on_hack and not (config.gold and config.eval_every):

@@ -152,7 +152,7 @@ def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chat
     results = json.loads((tmp_path / "chat" / "manifest.json").read_text())["results"]
     assert (results["kept_step"], results["val_loss"]) == (kept, round(losses[kept], 4))
     assert f"| val_loss | {round(losses[kept], 4)} |" in (tmp_path / "chat" / "README.md").read_text()
-    assert f"kept the parameters of step {kept}, the best" in done.stderr
+    assert f"kept the parameters of step {kept}, the best: val_loss {losses[kept]:.4f}" in done.stderr
 
 
 # ---- adapters

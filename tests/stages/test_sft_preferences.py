@@ -128,11 +128,12 @@ def test_the_answers_of_the_policy_are_measured(base, data, held_out, tmp_path):
 
 def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, capfd):
     (tmp_path / "gold.py").write_text(GOLD)
-    options = {"val": (str(held_out),), "gold": f"py:{tmp_path / 'gold.py'}:gold", "eval_every": 2}
+    options = {"val": (str(held_out),), "gold": f"py:{tmp_path / 'gold.py'}:gold", "eval_every": 2, "quiet": False}
     summary = tuned(base, data, tmp_path / "policy", "simpo", max_steps=30, stop_on_hack=True, **options)
     assert summary["steps"] == 4 and summary["kept_step"] == 0  # two evaluations lower than the first
     assert summary["stopped"].startswith("the reward is gamed") and summary["val_gold"] == 1.0
-    assert "the reward is gamed" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "the reward is gamed" in said and "kept the parameters of step 0, the best: val_gold 1.0000" in said
     rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_gold" in row]
     assert [row["val_gold"] for row in rows] == [1.0, 0.0, 0.0]
     assert summary["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=1e-4)  # of the saved parameters
@@ -229,7 +230,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, data, held_out, tmp_pat
     ],
 )
 def test_an_option_without_use_is_refused(base, data, tmp_path, loss, options, flag):
-    assert refusal(base, data, tmp_path / "policy", loss, **options).startswith(flag)
+    message = refusal(base, data, tmp_path / "policy", loss, **options)
+    assert message.startswith(flag) and (": expected " in message or ": needs " in message)
     assert not list(tmp_path.iterdir())
 
 
