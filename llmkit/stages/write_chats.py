@@ -73,11 +73,13 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, DecodingConfig, ToolConfig):
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl -o chat/"
 
     guide: str | None = option(None, "Labelling instructions, as text.", metavar="FILE", reads=True)
-    topics: str | None = option(None, "Topics to write about, one a line.", metavar="FILE", reads=True)
+    topics: tuple[str, ...] = option((), "Topics to write about, one a line; repeatable.", metavar="FILE", reads=True)
     seeds: tuple[str, ...] = option((), "Tasks that new ones are modelled on; repeatable.", metavar="FILE", reads=True)
     documents: tuple[str, ...] = option((), "Documents to ask about; repeatable.", metavar="FILE", reads=True)
     answer: tuple[str, ...] = option((), "Prompts to answer; repeatable.", metavar="FILE", reads=True)
-    writer: str | None = option(None, "Model that writes both sides.", metavar="MODEL|openai:URL#NAME", reads=True)
+    writer: str | None = option(
+        None, "Model that writes both sides.", metavar="MODEL|openai:URL#NAME", reads=True, free=True
+    )
     conversations: int | None = option(
         None, "Conversations to keep [100; of --answer: all].", short="-n", unit="count", at_least=1, free=True
     )
@@ -114,6 +116,7 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, DecodingConfig, ToolConfig):
         group="Keep",
         metavar="MODEL|openai:URL#NAME",
         reads=True,
+        free=True,
     )
     fail_below: float | None = option(None, "Least score of the judge.", group="Keep")
     not_in: tuple[str, ...] = option(
@@ -228,10 +231,11 @@ def _save(
                 write_pair({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
                 pairs = (pairs or 0) + 1
     if pairs is not None and (alike := len(selection.indices) - pairs):
-        say(f"--pairs: none of {counted(alike, 'conversation')}, whose answers do not differ in worth", config.quiet)
+        total = counted(len(selection.indices), "conversation")
+        say(f"{alike:,} of {total} gave no pair: the answers are equally good, or one alone is kept", config.quiet)
     results = {"conversations": len(selection.indices), "drafts": selection.decided, "pairs": pairs}
-    inputs = [*input_files([path for path in (config.guide, config.topics) if path], text=True)]
-    inputs += [*input_files([*config.seeds, *config.answer]), *input_files(config.documents, text=True)]
+    inputs = input_files([str(config.guide), *config.topics, *config.documents], text=True)
+    inputs += input_files([*config.seeds, *config.answer])
     inputs += input_files(config.not_in)
     parents = [path for path in (config.writer, config.judge) if path and Path(path).is_dir()]
     for path in [path for path in (config.pairs, out) if path and Path(path).is_file()]:
@@ -291,7 +295,7 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float],
         raise UserError("--pairs: expected a file, found -; stdout has the conversations, or the summary")
     shares = _parse_mix(config)
     input_files([*config.seeds, *config.answer, *config.not_in])
-    input_files(config.documents, text=True)
+    input_files([*config.topics, *config.documents], text=True)
     outputs = [path for path in (out, config.pairs) if path not in (None, "-")]
     if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
         raise UserError(f"--pairs: expected another file than --out, found {config.pairs} twice")
@@ -309,9 +313,15 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float],
 def _check_finished(config: WriteChatsConfig, out: str) -> None:
     """Raise UserError where a finished run had other options, or another -n."""
     check_finished(out, config)
-    former = ((read_manifest(out) or {}).get("options") or {}).get("conversations")
-    if former != config.conversations:
-        raise UserError(f"{out}: finished with -n {former or 'all'}; another -n starts again with --force")
+    former = (read_manifest(out) or {}).get("options") or {}
+    if former.get("conversations") != config.conversations:
+        raise UserError(
+            f"{out}: finished with -n {former.get('conversations') or 'all'}; another -n starts again with --force"
+        )
+    for name in ("writer", "judge"):  # of a server the model counts: its address may change
+        before, now = former.get(name), getattr(config, name)
+        if (before or "").rpartition("#")[2] != (now or "").rpartition("#")[2]:
+            raise UserError(f"{out}: finished with --{name} {before or 'none'}; another starts again with --force")
 
 
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
@@ -337,12 +347,14 @@ def _source(config: WriteChatsConfig, bad: BadRecords) -> tuple[Source, str]:
     from llmkit.writing.sources import Documents, Prompts, Seeds, Topics
 
     columns = parse_columns(config.columns)
-    if config.topics is not None:
-        with open_input(config.topics) as handle:
-            lines = read_text(handle, config.topics).splitlines()
+    if config.topics:
+        lines: list[str] = []
+        for file in input_files(config.topics, text=True):
+            with open_input(file) as handle:
+                lines += read_text(handle, file).splitlines()
         topics = list(dict.fromkeys(topic for line in lines if (topic := " ".join(line.split()))))[: config.limit]
         if not topics:
-            raise UserError(f"{config.topics}: expected topics, one a line, found none")
+            raise UserError(f"{names_of(config.topics)}: expected topics, one a line, found none")
         return Topics(topics), _hash(topics)
     if config.seeds:
         tasks = list(dict.fromkeys(read_jsonl(input_files(config.seeds), config.limit, _first_message, bad, columns)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.formats.conversations import Message, as_record, read_messages
-from llmkit.io.records import ANSWERS, PROMPT_FIELDS, THOUGHTS, Row, with_made
+from llmkit.io.records import PROMPT_FIELDS, THOUGHTS, Row, with_made
 
 # InstructGPT's kinds of task and their percentages of its prompts (Ouyang et al. 2022, arXiv 2203.02155, table 1)
 KINDS = {
@@ -26,6 +26,7 @@ KINDS = {
     "closed QA": 2.6,
     "extraction": 1.9,
 }
+SAID = ("completion", "response", "output")  # of a record: what the new answer takes the place of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Draft:
 
     def as_line(self, **made: Any) -> dict[str, Any]:
         """Write a line of the output, which `sft` reads; `made` are further fields, such as the writer and scores."""
-        gone = (*PROMPT_FIELDS, *ANSWERS, *THOUGHTS)
+        gone = (*PROMPT_FIELDS, *THOUGHTS, *SAID)
         rest = {name: value for name, value in self.record.items() if name not in gone}
         fields = {"messages": as_record(self.messages), "topic": self.topic, "kind": self.kind, **made}
         return with_made(rest, {**fields, "seed": self.seed})

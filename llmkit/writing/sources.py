@@ -44,7 +44,8 @@ class Topics(Source):
         grown, use = divmod(turn, SUBTOPICS * USES)
         subtopics = yield f"subtopics {number} {grown}"
         people = yield f"people {number}"
-        topic = f"{self._topics[number]} > {subtopics[use % len(subtopics)]}"
+        topic, subtopic = self._topics[number], subtopics[use % len(subtopics)]
+        topic = topic if subtopic == topic else f"{topic} > {subtopic}"  # the same where the writer names none
         person = plan.chance.choice(people)
         task = prompts.OPENING.format(person=person, topic=topic, wanted=prompts.WANTED[plan.kind])
         return Opening((message("user", (yield from _first_message(writer, task, plan))),), person, topic=topic)

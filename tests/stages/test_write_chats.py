@@ -99,6 +99,17 @@ def test_each_conversation_has_one_of_the_languages(place, server):
     assert {language[1] for language in wanted if language} == {"en", "de", "fr"}
 
 
+def test_topics_are_those_of_all_files_that_a_pattern_names(place, server):
+    (place / "more.txt").write_text("Chess\n")
+    answer = server.answer
+    server.answer = lambda prompt, seed: "" if "List 20" in prompt else answer(prompt, seed)
+    assert write_chats(server, "--topics", "[mt]o*.txt", "-n", 4) == 0
+    # the topic stands alone, as the writer names no subtopics
+    assert {row["topic"] for row in lines(place / "chats.jsonl")} == {"Chess", "The sea", "Cooking", "Music"}
+    manifest = json.loads((place / "chats.jsonl.manifest.json").read_text())
+    assert [one["path"] for one in manifest["inputs"]] == ["guide.md", "more.txt", "topics.txt"]
+
+
 def test_seed_tasks_make_tasks_that_are_unlike_each_other(place, server, capsys):
     def parrot(prompt, seed):
         is_task = "Write another one" in prompt and seed % 3 == 0
@@ -282,9 +293,18 @@ def test_a_resumed_run_has_the_same_options(place, server, capsys, one_retry):
     server.dies_after = None
     assert write_chats(server, *TOPICS, "-n", 30, "--resume", "--turns", 2) == 2
     assert "--turns was 1 and is now 2" in capsys.readouterr().err
+    other = server.spec.replace("#tiny", "#other")
+    assert write_chats(server, *TOPICS, "-n", 30, "--resume", writer=other) == 2
+    assert "the model was openai:#tiny and is now openai:#other" in capsys.readouterr().err
     Path("guide.md").write_text("Be rude.")
     assert write_chats(server, *TOPICS, "-n", 30, "--resume") == 2
     assert "the guide was" in capsys.readouterr().err
+    Path("guide.md").write_text(GUIDE)
+    with ChatServer(chat_writer) as moved:  # at another port
+        assert moved.spec != server.spec and write_chats(moved, *TOPICS, "-n", 30, "--resume") == 0
+        assert write_chats(server, *TOPICS, "-n", 30, "--resume") == 0  # is finished
+    assert write_chats(server, *TOPICS, "-n", 30, "--resume", writer=other) == 2
+    assert "finished with --writer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("budget", ["4k", "0.3@100,50"])
@@ -352,6 +372,7 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
         ),
         (["--topics", "empty.txt"], "empty.txt: expected topics, one a line, found none"),
         (["--topics", "none.txt"], "none.txt"),
+        (["--topics", "none*.txt"], "none*.txt: expected files of such names, found none"),
         (["--seeds", "empty.txt"], "empty.txt: expected tasks, found none"),
         (["--documents", "empty.txt"], "found none"),
         (["--answer", "empty.txt"], "empty.txt: expected prompts, found none"),

@@ -24,13 +24,14 @@ def test_a_draft_comes_back_from_its_state(draft):
 
 
 def test_a_line_is_what_sft_reads_and_keeps_what_was_given():
-    record = {"id": "a7", "question": "2+2?", "answer": "4", "scores": 1}
+    record = {"id": "a7", "question": "2+2?", "answer": "4", "verifier": "math", "output": "Four.", "scores": 1}
     draft = Draft(1, DRAFTS[1].messages, kind="closed QA", topic="sums", seed=9, record=record)
     line = draft.as_line(guide="9f86", writer="tiny", scores={"helpful": 5})
     conversation = read_conversation(Row(line, "chats.jsonl", 1))
     assert conversation.messages == draft.messages and conversation.losses == ()
     assert (line["id"], line["topic"], line["kind"], line["seed"]) == ("a7", "sums", "closed QA", 9)
-    assert "question" not in line and line["given"] == {"scores": 1}
+    assert (line["answer"], line["verifier"]) == ("4", "math") and not {"question", "output"} & set(line)
+    assert line["given"] == {"scores": 1}
 
 
 def test_each_version_has_one_of_the_answers():
