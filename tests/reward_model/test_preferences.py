@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from tiny import make_model
 
-from llmkit.reward_model.comparisons import Candidates, Comparisons, packed_comparisons
-from llmkit.reward_model.preferences import PreferenceLoss, policy_comparisons, sequence_logprobs, with_references
+from llmkit.reward_model.comparisons import Candidates, Comparisons, evaluation_rows, packed_comparisons
+from llmkit.reward_model.head import row_length
+from llmkit.reward_model.preferences import (
+    PreferenceLoss,
+    answer_logprobs,
+    policy_comparisons,
+    sequence_logprobs,
+    with_references,
+)
 from llmkit.training.loss import rows_of
 from llmkit.training.preferences import LOSSES, Objective, figures_of
 
@@ -175,3 +182,15 @@ def test_figures_of_a_step(models):
     lengths = [[len(ids) for ids in one.answers] for one in source.candidates]
     assert figures["length_chosen"] == np.mean([two[0] for two in lengths])
     assert figures["length_rejected"] == np.mean([two[1] for two in lengths])
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_reference_in_bfloat16_is_rounded_as_the_policy(held_out):
+    model = make_model(spread=0.5).bfloat16()
+    source = Comparisons("made", comparisons())
+    source = with_references(source, sequence_logprobs(source.candidates, model, 0, quiet=True, held_out=held_out))
+    ((rows, _),) = evaluation_rows(source.candidates, 4096, row_length(source.sizes), 0)
+    with torch.set_grad_enabled(not held_out):
+        answers = answer_logprobs(model, rows)
+    assert torch.equal(answers.logprobs, answers.references)
+    assert all(parameter.requires_grad for parameter in model.parameters())
