@@ -179,6 +179,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
             samples=config.samples,
             max_tokens=config.max_tokens,
         )
+        _check_context(writer, shares)
         if config.dry_run:
             for line in [*sampler.plan(), *_first_request(writer)]:
                 say(line, config.quiet)
@@ -423,11 +424,28 @@ def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | No
 
 def _first_request(writer: Writer) -> Iterator[str]:
     """Show what the writer would be asked first, for --dry-run."""
-    request = next(writer.write(0))
-    request = next(writer.source.make(writer, request)) if isinstance(request, str) else request
-    assert not isinstance(request, str)
-    for message in request.messages:
+    for message in writer.first_request(0).messages:
         yield f"{message.role}: {message.text}"
+
+
+def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:
+    """Raise UserError where no first request of a draft fits a folder's context: every draft would be dropped."""
+    from llmkit.writing.selection import USELESS
+
+    sampler, shortest = writer.sampler, None
+    if sampler.context is None:
+        return
+    for index in range(min(writer.source.count or USELESS, USELESS)):
+        request = writer.first_request(index)
+        length = len(sampler.encode(request.messages, request.tools))
+        if length < sampler.context:
+            return
+        shortest = min(length, shortest or length)
+    without = ", or --mix guide=0, which leaves it out" if writer.source.is_given and shares.get("guide", 1) else ""
+    raise UserError(
+        f"--writer {sampler.name}: expected room for the guide and a prompt, {shortest:,} tokens at least, found a "
+        f"context of {sampler.context:,}; take a writer with a longer one, or a shorter guide{without}"
+    )
 
 
 def _hash(value: Any) -> str:

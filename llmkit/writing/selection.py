@@ -20,7 +20,7 @@ from llmkit.writing.draft import Draft, read_draft
 from llmkit.writing.judge import Judge, Scores, best_and_worst
 from llmkit.writing.keep import Keeper
 from llmkit.writing.scheduler import Program, run_all
-from llmkit.writing.writer import Writer
+from llmkit.writing.writer import TOO_LONG, Writer
 
 WINDOW = 256  # drafts that are begun before the first of them is decided on; later ones may have examples of earlier
 JUDGED = 32  # drafts that the judge is given at a time
@@ -246,9 +246,11 @@ class Selection:
         self._progress.advance(drafts=self.decided)
 
     def _stopped(self) -> UserError:
+        is_too_long = self.dropped.most_common(1)[0][0] == f"form: {TOO_LONG}"
+        advice = "take a writer with a longer one" if is_too_long else "the same command with --resume goes on"
         return UserError(
             f"--writer: the last {USELESS} drafts of {self.writer.sampler.name} were dropped; of all "
-            f"{self.decided:,}: {self._reasons()}; the same command with --resume goes on"
+            f"{self.decided:,}: {self._reasons()}; {advice}"
         )
 
     def _reasons(self) -> str:

@@ -26,6 +26,7 @@ from llmkit.writing.scheduler import Ask, Program
 SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
 ENDED = {"length": "cut answer", "tool_limit": "too many calls of tools", REFUSED: "refused by the server"}
 UNKNOWN_TOOL = "call of a tool that is not there"
+TOO_LONG = "longer than the context"
 TRIES = 3  # of a request to a server whose reply is empty or broken, with one seed: another reply may come
 
 
@@ -148,6 +149,13 @@ class Writer:
             return replace(draft, fault=str(fault))
         return replace(draft, messages=messages, others=others)
 
+    def first_request(self, index: int) -> Ask:
+        """Return what is asked first for a draft, or for what it shares with others."""
+        ask = next(self.write(index))
+        ask = next(self.source.make(self, ask)) if isinstance(ask, str) else ask
+        assert isinstance(ask, Ask)
+        return ask
+
     def _converse(self, plan: Plan, opening: Opening) -> Program[tuple[tuple[Message, ...], tuple[Message, ...]]]:
         messages = opening.messages
         if "system" in plan.has:
@@ -203,7 +211,7 @@ class Writer:
         for _ in range(self._tries):
             completions: list[Completion] = yield ask
             if not completions:
-                raise Fault("longer than the context")
+                raise Fault(TOO_LONG)
             if any(each.text.strip() or each.tool_calls for each in completions):
                 break
         return completions

@@ -359,6 +359,29 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
     assert not (place / "chats.jsonl").exists() and not (place / "prefs.jsonl").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "plan"])
+@pytest.mark.parametrize(
+    ("source", "ends"),
+    [(TOPICS, "a shorter guide\n"), (("--answer", "prompts.jsonl"), "--mix guide=0, which leaves it out\n")],
+    ids=["topics", "answer"],
+)
+def test_a_guide_longer_than_the_context_is_refused_at_once(place, capsys, source, ends, more):
+    folder = save_assistant(place / "small", "It's 8.", context=64)
+    Path("guide.md").write_text(GUIDE * 3)
+    assert write_chats(None, *source, *more, writer=str(folder)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(ends) and not list(place.glob("chats.jsonl*"))
+    assert re.search(
+        r"room for the guide and a prompt, [1-9]\d\d tokens at least, found a context of 64; take a writer", said
+    )
+
+
+def test_a_long_guide_may_stay_out_of_the_context(place):
+    folder = save_assistant(place / "small", "It's 8.", context=64)
+    Path("guide.md").write_text(GUIDE * 3)
+    assert write_chats(None, "--answer", "prompts.jsonl", "--mix", "guide=0", writer=str(folder)) == 0
+
+
 # ---- bad input
 
 
