@@ -152,8 +152,8 @@ class Writer:
     def first_request(self, index: int) -> Ask:
         """Return what is asked first for a draft, or for what it shares with others."""
         ask = next(self.write(index))
-        ask = next(self.source.make(self, ask)) if isinstance(ask, str) else ask
-        assert isinstance(ask, Ask)
+        while isinstance(ask, str):  # later subtopics ask for those before them
+            ask = next(self.source.make(self, ask))
         return ask
 
     def _converse(self, plan: Plan, opening: Opening) -> Program[tuple[tuple[Message, ...], tuple[Message, ...]]]:

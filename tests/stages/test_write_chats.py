@@ -368,6 +368,7 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
 def test_a_guide_longer_than_the_context_is_refused_at_once(place, capsys, source, ends, more):
     folder = save_assistant(place / "small", "It's 8.", context=64)
     Path("guide.md").write_text(GUIDE * 3)
+    Path("topics.txt").write_text("The sea")  # whose subtopics are asked for more than once
     assert write_chats(None, *source, *more, writer=str(folder)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.endswith(ends) and not list(place.glob("chats.jsonl*"))
