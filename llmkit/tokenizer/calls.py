@@ -232,7 +232,7 @@ _DEEPSEEK = _first(
     _named(r"([\w.-]+)<\uff5ctool▁sep\uff5c>\s*(\{.*\})"),
 )
 _KIMI = _named(r"functions\.([\w.-]+):\d+\s*<\|tool_call_argument_begin\|>\s*(\{.*\})")
-_HARMONY = _named(r"functions\.([\w.-]+)[^{]*<\|message\|>\s*(\{.*\})")
+_HARMONY = _named(r"functions\.([\w.-]+)(?![\w.-])[^{]*<\|message\|>\s*(\{.*\})")
 TAGGED = replace(  # ours, too
     _between("<tool_call>", "</tool_call>", _first(_json_calls, _XML)),
     writing=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
