@@ -443,8 +443,8 @@ def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:
         shortest = min(length, shortest or length)
     without = ", or --mix guide=0, which leaves it out" if writer.source.is_given and shares.get("guide", 1) else ""
     raise UserError(
-        f"--writer {sampler.name}: expected room for the guide and a prompt, {shortest:,} tokens at least, found a "
-        f"context of {sampler.context:,}; take a writer with a longer one, or a shorter guide{without}"
+        f"--writer {sampler.name}: expected room for the guide and a prompt, at least {counted(shortest, 'token')}, "
+        f"found a context of {sampler.context:,}; take a writer with a longer one, or a shorter guide{without}"
     )
 
 

@@ -373,7 +373,7 @@ def test_a_guide_longer_than_the_context_is_refused_at_once(place, capsys, sourc
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.endswith(ends) and not list(place.glob("chats.jsonl*"))
     assert re.search(
-        r"room for the guide and a prompt, [1-9]\d\d tokens at least, found a context of 64; take a writer", said
+        r"room for the guide and a prompt, at least [1-9]\d\d tokens, found a context of 64; take a writer", said
     )
 
 
