@@ -31,7 +31,18 @@ from llmkit.formats.conversations import (
 )
 from llmkit.formats.questions import placed
 from llmkit.io.progress import counted
-from llmkit.io.records import ANSWERS, CHOSEN, PROMPT_FIRST, SYSTEM, Row, fields_of, first_of, kind_of, not_used
+from llmkit.io.records import (
+    ANSWERS,
+    CHOSEN,
+    COMPARED,
+    PROMPT_FIRST,
+    SYSTEM,
+    Row,
+    fields_of,
+    first_of,
+    kind_of,
+    not_used,
+)
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
@@ -90,10 +101,12 @@ def read_verdict(row: Row) -> Comparison | str:
     """Read a comparison, or one answer with a `label`, of rank 1 if it is desirable and 2 if not. Raises UserError."""
     value = row.value
     if not any(value.get(name) is not None for name in VERDICTS) or {"chosen", "rejected", "ranking"} & value.keys():
+        if not value.keys() & {*COMPARED}:
+            raise UserError(f"expected an answer and its 'label', {EXPECTED}, found {fields_of(value)}")
         return read_comparison(row)
     conversation = read_conversation(row)
-    if unclear := [loss for loss in conversation.losses if loss.startswith(tuple(f"'{name}'" for name in VERDICTS))]:
-        raise UserError(f"expected a label of true or false, found {unclear[0]}")
+    if unclear := next((name for name in VERDICTS if f"{name!r} not used" in conversation.losses), None):
+        raise UserError(f"expected a {unclear!r} of true or false, found {value[unclear]!r:.40}")
     messages = conversation.messages
     start = max((number for number, turn in enumerate(messages, 1) if turn.role != "assistant"), default=0)
     if start == len(messages):

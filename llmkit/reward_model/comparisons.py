@@ -92,6 +92,11 @@ class Comparisons:
         """Tokens of rows that all of them take, each once."""
         return int(self.sizes.sum())
 
+    @property
+    def reasons(self) -> str:
+        """What became of those that are not here as they were read, with counts, for messages."""
+        return ", ".join(f"{key} {count}" for key, count in self.counts.items() if key != "read")
+
     def split(self, fraction: float, seed: int) -> tuple[Comparisons, Comparisons]:
         """Those to learn from, and about a `fraction` of the prompts, drawn by the seed, with all their comparisons.
 
@@ -220,13 +225,13 @@ def read_comparisons(
                 source.candidates.append(replace(fitting, number=len(source.candidates)))
             progress.advance(len(chunk))
     bad.report_all()
-    others = ", ".join(f"{key} {count}" for key, count in source.counts.items() if key != "read")
     records = counted(source.counts["read"], "record")
+    room = f"; answers have to fit the context of {context} tokens" if source.counts["dropped: too long"] else ""
     if not source.candidates:
-        raise UserError(f"{source.name}: nothing to learn from in {records} ({others or 'it is empty'})")
-    others = f", {others}" if others else ""
+        raise UserError(f"{source.name}: nothing to learn from in {records} ({source.reasons or 'it is empty'}){room}")
+    others = f", {source.reasons}" if source.reasons else ""
     tokens = quantity(source.inputs)
-    say(f"{source.name}: {records}{others}; {counted(len(source), 'comparison')}, {tokens} tokens", quiet)
+    say(f"{source.name}: {records}{others}; {counted(len(source), 'comparison')}, {tokens} tokens{room}", quiet)
     return source, digest.hexdigest()
 
 
@@ -241,7 +246,7 @@ def fitted(candidates: Candidates, context: int, on_long: str, where: str, count
     if on_long == "error":
         raise UserError(
             f"{where}: {candidates.longest} tokens are more than the context of {context}; "
-            "shorten it, or choose --on-long truncate or drop"
+            f"shorten it, or choose --on-long {'truncate or ' if excess < len(candidates.prompt) else ''}drop"
         )
     if on_long == "drop" or excess >= len(candidates.prompt):
         counts["dropped: too long"] += 1

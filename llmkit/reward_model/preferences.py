@@ -164,7 +164,8 @@ def read_preferences(
     ]
     if objective.loss == "kto":
         ranks = [rank for source, _ in every for candidates in source.candidates for rank in candidates.ranks]
-        objective = objective.balanced(ranks.count(1), ranks.count(2))
+        reasons = ", ".join(source.reasons for source, _ in every if source.reasons)
+        objective = objective.balanced(ranks.count(1), ranks.count(2), reasons)
     row_tokens = row_length(np.concatenate([source.sizes for source, _ in every]))
     return Learnt(sources, held_out, [digest for _, digest in every], row_tokens, objective)
 
@@ -194,9 +195,10 @@ def policy_comparisons(source: Comparisons, loss: str, context: int) -> Comparis
             candidates = replace(candidates, trained=(prompt, *candidates.trained[1:]))
         kept.append(candidates)
     if counts:
-        say(f"{source.name}: {', '.join(f'{reason} {count}' for reason, count in counts.items())}")
+        source = Comparisons(source.name, kept, source.counts + counts)
+        say(f"{source.name}: {source.reasons}; {counted(len(kept), 'comparison')} in use")
     if not kept:
-        raise UserError(f"{source.name}: nothing to learn from: no comparison has a better and a worse answer")
+        raise UserError(f"{source.name}: nothing to learn from: no better and worse answers ({source.reasons})")
     if loss == "kto":
         kept = _with_mismatched(kept, source.name, context)
     numbered = [replace(candidates, number=number) for number, candidates in enumerate(kept)]
@@ -320,17 +322,13 @@ def with_references(source: Comparisons, logprobs: Sequence[float]) -> Compariso
 def sequence_logprobs(
     candidates: Sequence[Candidates], model: Any, pad: int, quiet: bool, *, held_out: bool = False
 ) -> list[float]:
-    """Log-probabilities of the answers, one after another, rounded as those of `held_out_figures` or of training.
-
-    On a CPU the forward with gradients rounds bfloat16 otherwise: by .15 nats an answer (standard deviation).
-    """
+    """Log-probabilities of the answers, one after another, rounded as by `held_out_figures`, or as in training."""
     values: list[Sequence[float]] = [()] * len(candidates)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # with gradients, of which frozen parameters keep nothing, a CPU rounds bfloat16 otherwise: .15 nats an answer
+    trained = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter.requires_grad]
     progress = Progress("reference", unit="comparisons", total=len(candidates), quiet=quiet)
     with progress, torch.set_grad_enabled(not held_out):
         model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)  # so that nothing is kept for a backward
         for batch, places in _batches(candidates, pad):
             batch = batch._replace(numbers=np.where(batch.numbers < 0, 0, batch.numbers))  # all of M, in order
             sums = answer_logprobs(model, batch).logprobs.view(batch.ranks.shape).tolist()

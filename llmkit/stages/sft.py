@@ -93,8 +93,8 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
     )
     on_long: str = option(
         "truncate",
-        "Treatment of what is longer than the context; truncate ends conversations after a turn that fits, and takes "
-        "the beginning of a comparison's prompt. Documents are always split.",
+        "Treatment of what is longer than the context; truncate cuts conversations after a turn that fits, and "
+        "prompts of comparisons at their beginning. Documents are always split.",
         group="Data",
         choices=("truncate", "drop", "split", "error"),
     )

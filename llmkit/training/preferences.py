@@ -81,15 +81,15 @@ class Objective:
         """True if the loss compares the policy with what it was."""
         return self.loss in WITH_REFERENCE
 
-    def balanced(self, desirable: int, undesirable: int) -> Objective:
+    def balanced(self, desirable: int, undesirable: int, left_out: str = "") -> Objective:
         """Weigh the desirable answers, of this number, as much as the others: KTO's paper, section 4.3, has 1 to 4/3.
 
-        Raises UserError where there are none of one kind.
+        Raises UserError, with what was `left_out` before, where there are none of one kind.
         """
         if not (desirable and undesirable):
             raise UserError(
-                f"--loss kto: expected desirable and undesirable answers, found {desirable} and {undesirable}; add "
-                "answers of the other label"
+                f"--loss kto: expected desirable and undesirable answers, found {desirable} and {undesirable}"
+                f"{f' ({left_out})' if left_out else ''}; add answers of the other label"
             )
         return replace(self, desirable=max(1.0, undesirable / desirable), undesirable=max(1.0, desirable / undesirable))
 

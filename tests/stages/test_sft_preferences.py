@@ -241,7 +241,7 @@ def test_pairs_without_a_difference_are_counted(base, tmp_path, capfd):
     data = write(tmp_path / "prefs.jsonl", same, tie, *pairs(20, seed=0))
     tuned(base, data, tmp_path / "policy", "dpo", quiet=False)
     said = capfd.readouterr().err
-    assert "skipped: chosen equals rejected 1" in said and "equal ranks 1" in said
+    assert "skipped: chosen equals rejected 1" in said and "equal ranks 1; 20 comparisons in use" in said
     for loss in ("ipo", "kto"):
         assert "nothing to learn from" in refusal(base, write(tmp_path / "ties.jsonl", tie), tmp_path / "other", loss)
     assert "nothing to learn from" in refusal(base, write(tmp_path / "same.jsonl", same), tmp_path / "other", "ipo")
@@ -255,7 +255,16 @@ def test_answers_longer_than_the_context(base, tmp_path, capfd):
         tuned(base, data, tmp_path / loss, loss, quiet=False)
         said = capfd.readouterr().err
         assert "dropped: too long 1" in said and "prompt cut at its beginning 1" in said
-    assert "prefs.jsonl:1" in refusal(base, data, tmp_path / "other", "dpo", on_long="error")
+        assert "answers have to fit the context of 512 tokens" in said
+    refused = refusal(base, data, tmp_path / "other", "dpo", on_long="error")
+    assert "prefs.jsonl:1" in refused and refused.endswith("choose --on-long drop")  # cutting the prompt is no help
+    only = write(tmp_path / "long.jsonl", long)
+    assert "(dropped: too long 1); answers have to fit the context of 512" in refusal(
+        base, only, tmp_path / "other", "dpo"
+    )
+    thumb = {"prompt": "Tell 1", "completion": "sea " * 300, "label": False}
+    thumbs_up = write(tmp_path / "thumbs.jsonl", thumb, *thumbs(30, seed=0, label=True))
+    assert "30 and 0 (dropped: too long 1); add" in refusal(base, thumbs_up, tmp_path / "other", "kto")
 
 
 @pytest.mark.parametrize(("label", "counts"), [(True, "30 and 0"), (False, "0 and 30")])
@@ -277,5 +286,9 @@ def test_an_empty_file_and_a_record_that_is_none(base, tmp_path):
         base, data, tmp_path / "policy", "dpo", max_bad="0"
     )
     unclear = write(tmp_path / "unclear.jsonl", {"prompt": "a", "completion": "b", "label": "perhaps"})
-    assert "label" in refusal(base, unclear, tmp_path / "policy", "kto", max_bad="0")
+    assert "'label' of true or false, found 'perhaps'" in refusal(
+        base, unclear, tmp_path / "policy", "kto", max_bad="0"
+    )
+    bare = write(tmp_path / "bare.jsonl", {"prompt": "a", "completion": "b"})
+    assert "expected an answer and its 'label', " in refusal(base, bare, tmp_path / "policy", "kto", max_bad="0")
     assert not (tmp_path / "policy").exists()
