@@ -118,8 +118,9 @@ class ServedModel:
         if wanted.type == "text":
             return [prompt]
         offered = body.tools and body.tool_choice != "none"
-        if offered or prompt.thinking:
+        if offered or prompt.thinking or body.continue_final_message:
             other = "'tools'" if offered else "thoughts; see 'chat_template_kwargs'"
+            other = "'continue_final_message'" if body.continue_final_message else other
             raise ApiError(f"'response_format': expected no {other} beside {wanted.type}", "response_format")
         with _api_errors("response_format"):
             schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}

@@ -339,6 +339,8 @@ def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
             raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(SHARES)}, found {pair!r}")
         if name == "tools" and not config.tools:
             raise UserError("--mix tools: expected --tools beside it")
+        if name in ("system", "refusals") and config.answer:
+            raise UserError(f"--mix {name}: has no effect beside --answer, whose prompts are given")
     return shares
 
 
@@ -370,9 +372,14 @@ def _source(config: WriteChatsConfig, bad: BadRecords) -> tuple[Source, str]:
         if not passages:
             raise UserError(f"{names_of(config.documents)}: expected documents with text to ask about, found none")
         return Documents(passages), _hash([passage.text for passage in passages])
+    from llmkit.rewards.verifiers import check_name
+
     problems = list(read_jsonl(input_files(config.answer), config.limit, read_problem, bad, columns))
     if not problems:
         raise UserError(f"{names_of(config.answer)}: expected prompts, found none")
+    for problem in problems:
+        if problem.verifier is not None:  # else it is known after the first draft
+            check_name(problem.verifier, f"{problem.where}, 'verifier'")
     return Prompts(problems), _hash([problem.record for problem in problems])
 
 

@@ -200,6 +200,17 @@ TEXT = {"model": "base", "prompt": "a", "max_tokens": 2}
         ({**CHAT, "response_format": json_schema({"type": "objekt"})}, "response_format", 400),
         ({**CHAT, "response_format": json_schema({"$ref": "https://a.example/b"})}, "response_format", 400),
         ({**TEXT, "response_format": {"type": "json_object"}}, "response_format", 400),
+        (
+            {
+                **CHAT,
+                "messages": [*MESSAGES, {"role": "assistant", "content": "{"}],
+                "response_format": {"type": "json_object"},
+                "continue_final_message": True,
+                "add_generation_prompt": False,
+            },
+            "response_format",
+            400,
+        ),
         ({**CHAT, "frequency_penalty": 0.5}, "frequency_penalty", 400),
         ({**CHAT, "stream": True, "stream_options": {"every": 2}}, "stream_options", 400),
         ({**CHAT, "no_such_field": 0}, "no_such_field", 400),

@@ -414,6 +414,8 @@ def test_a_long_guide_may_stay_out_of_the_context(place):
         ([*TOPICS, "--columns", "text=x"], "--columns: has no effect beside --topics"),
         (["--answer", "prompts.jsonl", "--language", "de"], "--language: has no effect beside --answer"),
         (["--answer", "prompts.jsonl", "--turns", "2"], "--turns: has no effect beside --answer"),
+        (["--answer", "prompts.jsonl", "--mix", "system=1"], "--mix system: has no effect beside --answer"),
+        (["--answer", "maths.jsonl"], "maths.jsonl:1, 'verifier': expected a verifier among"),
         ([*TOPICS, "--writer", "nowhere/"], "--writer: expected the folder of a model, or openai:"),
         ([*TOPICS, "--writer", "base"], "base"),
         ([*TOPICS, "--writer", "openai:http://127.0.0.1:1/v1#m"], "--writer http://127.0.0.1:1/v1: cannot be reached"),
@@ -422,6 +424,7 @@ def test_a_long_guide_may_stay_out_of_the_context(place):
 )
 def test_bad_input_is_one_line(place, server, capsys, one_retry, words, message):
     Path("empty.txt").write_text("\n")
+    Path("maths.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4", "verifier": "maths"}\n')
     save_folder(place / "base")
     assert write_chats(server, *words) == 2
     said = capsys.readouterr()
