@@ -146,4 +146,5 @@ def test_the_reader_fills_in_what_rows_say(monkeypatch):
     table = goals(rows)
     assert "533.3 TFLOP/s, 1.33x SDPA flash |" in table and "401.2 TFLOP/s |" in table
     assert table.count("| open |") == goals([]).count("| open |") - 2
+    assert goals([*rows, {"stage": "machine", "smoke": "a CPU"}]) == goals([])
     assert "| 62% |" in tables(rows) and "| 1.33 |" in tables(rows)  # 500 of 800, and the best peer's time over ours
