@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def records() -> list[dict]:
 
 def make_trainer():
     """The trainer of the loss, in float32, on one thread, its batches in the order of the file."""
-    folder = "/tmp/trl-preferences"
+    folder = tempfile.mkdtemp(prefix="trl-")
     common = {
         "output_dir": folder,
         "per_device_train_batch_size": arguments.batch,

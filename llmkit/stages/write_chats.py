@@ -439,19 +439,19 @@ def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:
     """Raise UserError where no first request of a draft fits a folder's context: every draft would be dropped."""
     from llmkit.writing.selection import USELESS
 
-    sampler, shortest = writer.sampler, None
+    sampler, lengths = writer.sampler, list[int]()
     if sampler.context is None:
         return
     for index in range(min(writer.source.count or USELESS, USELESS)):
         request = writer.first_request(index)
-        length = len(sampler.encode(request.messages, request.tools))
-        if length < sampler.context:
+        lengths.append(len(sampler.encode(request.messages, request.tools)))
+        if lengths[-1] < sampler.context:
             return
-        shortest = min(length, shortest or length)
     without = ", or --mix guide=0, which leaves it out" if writer.source.is_given and shares.get("guide", 1) else ""
     raise UserError(
-        f"--writer {sampler.name}: expected room for the guide and a prompt, at least {counted(shortest, 'token')}, "
-        f"found a context of {sampler.context:,}; take a writer with a longer one, or a shorter guide{without}"
+        f"--writer {sampler.name}: expected room for the guide and a prompt, at least "
+        f"{counted(min(lengths), 'token')}, found a context of {sampler.context:,}; take a "
+        f"writer with a longer one, or a shorter guide{without}"
     )
 
 
