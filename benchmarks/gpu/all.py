@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -163,8 +163,9 @@ class Run:
 
 def _site(out: Path, wheels: list[Path]) -> Path:
     """A folder for PYTHONPATH: the package as an installation has it, `kernels/` in it, and the wheels unpacked."""
-    site = Path(tempfile.mkdtemp(prefix="site-", dir=out))
-    (site / "llmkit").mkdir()
+    site = out / "site"
+    shutil.rmtree(site, ignore_errors=True)  # of a run before
+    (site / "llmkit").mkdir(parents=True)
     for path in [*(ROOT / "llmkit").iterdir(), ROOT / "kernels"]:
         if path.name != "__pycache__":
             (site / "llmkit" / path.name).symlink_to(path)
