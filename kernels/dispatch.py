@@ -97,7 +97,7 @@ def in_one_dtype(operation: str, **tensors: Tensor) -> list[Tensor]:
     Raises TypeError by name where their dtypes differ: copies made unasked would cost more than the operation.
     """
     values = list(tensors.values())
-    if torch.is_autocast_enabled(kind := values[0].device.type):
+    if (kind := values[0].device.type) != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         values = [x if x.dtype == torch.float64 else x.to(dtype) for x in values]
     if any(x.dtype != values[0].dtype for x in values):

@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1540),
     "crawl": (4640, 5120),
     "data": (1100, 1640),
-    "generation": (2250, 3960),
+    "generation": (2250, 3970),
     "training": (2500, 3460),
     "reward_model": (800, 1185),
     "probing": (970, 1040),

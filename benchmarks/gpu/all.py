@@ -180,13 +180,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480, help="time for all [480]")
     parser.add_argument("--processes", type=int, default=14, help="processes that compile and test [14]")
     parser.add_argument("--wheel", type=Path, action="append", default=[], help="a package to bring along; repeatable")
-    parser.add_argument("-o", "--out", type=Path, default=RESULTS.parent, help=f"folder [{RESULTS.parent}]")
+    parser.add_argument("-o", "--out", type=Path, help=f"folder [{RESULTS.parent}]")
     options = parser.parse_args()
     import torch
 
     if not options.smoke and not torch.cuda.is_available():
         print("all.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
         return 2
+    options.out = options.out or RESULTS.parent / ("smoke" if options.smoke else ".")
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(options)
     run.tiles.write_text("{}\n")

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from report import tables
-from rows import RESULTS, Rows
+from rows import RESULTS, Rows, results
 
 # layers, hidden, intermediate, heads, vocabulary, prompt
 MODELS = {
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64])
     parser.add_argument("--new", type=int, default=64, help="tokens made in a round [64]")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help=f"file of the rows [{RESULTS}]")
+    parser.add_argument("-o", "--out", type=Path, help=f"file of the rows [{RESULTS}]")
     options = parser.parse_args()
     if options.smoke:  # before torch, which may import triton
         os.environ |= {"LLMKIT_KERNELS": "interpret", "TRITON_INTERPRET": "1"}
@@ -65,7 +65,7 @@ def main() -> int:
         print("generation.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
         return 2
     device = "cpu" if options.smoke else "cuda"
-    file, rows = Rows(options.out), []
+    file, rows = Rows(options.out or results(options.smoke)), []
     with torch.inference_mode():
         bandwidth = Clock(device).ceilings()["TB/s"]
         for name in options.model:

@@ -21,13 +21,13 @@ import time
 import warnings
 from pathlib import Path
 
-from rows import RESULTS, Rows
+from rows import RESULTS, Rows, results
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, in the interpreter")
-    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help=f"file of the rows [{RESULTS}]")
+    parser.add_argument("-o", "--out", type=Path, help=f"file of the rows [{RESULTS}]")
     parser.add_argument("--only", nargs="*", metavar="KIND", help="cases whose kind begins so: attention, loss, ...")
     parser.add_argument("--who", nargs="*", metavar="NAME", default=[], help="contenders whose name begins so")
     parser.add_argument("--tiles", type=Path, help="file of the chosen tiles [the one that the dispatch reads]")
@@ -59,10 +59,10 @@ def main() -> int:
     started = time.monotonic()
     late = lambda share=1.0: time.monotonic() - started > share * options.seconds  # noqa: E731
     clock, makers, shapes = Clock(device), Makers(device), SMOKE if options.smoke else FULL
-    file, rows = Rows(options.out), []
+    file, rows = Rows(options.out or results(options.smoke)), []
     rows.append(file.add(stage="machine", **machine(options.smoke), **clock.ceilings()))
     if not options.no_tune:
-        usual = options.out.with_name("tiles.json") if options.smoke else triton_module("tiles").TUNED
+        usual = file.path.with_name("tiles.json") if options.smoke else triton_module("tiles").TUNED
         path = (options.tiles or usual).resolve()
         candidates = SMOKE_CANDIDATES if options.smoke else CANDIDATES
         # half of the time at most, where cases follow

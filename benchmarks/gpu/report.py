@@ -30,9 +30,9 @@ def tables(rows: Sequence[Row]) -> str:
     for row in rows:
         stages.setdefault(row["stage"], []).append(row)
     machines = stages.get("machine", [])
-    lines = [SMOKE, ""] if any("smoke" in row for row in machines) else []
+    lines = [SMOKE, ""] if machines and "smoke" in machines[-1] else []
     if machines:
-        lines += [", ".join(f"{name} {_text(value)}" for name, value in machines[0].items() if name != "stage"), ""]
+        lines += [", ".join(f"{name} {_text(value)}" for name, value in machines[-1].items() if name != "stage"), ""]
     for stage, columns in COLUMNS.items():
         if stage in stages:
             lines += [*_table(columns, [_with_ratios(row, machines, stages[stage]) for row in stages[stage]]), ""]
@@ -47,7 +47,7 @@ def _with_ratios(row: Row, machines: Sequence[Row], beside: Sequence[Row]) -> Ro
     for name in ("forward", "both"):
         if f"{name}_ms" not in row:
             continue
-        if machines and (ceiling := machines[0].get(row["unit"])):
+        if machines and (ceiling := machines[-1].get(row["unit"])):
             row = row | {"share": row[f"{name}_rate"] / ceiling}
         if row["who"] == OURS and (times := [x[f"{name}_ms"] for x in peers if f"{name}_ms" in x]):
             row = row | {f"{name}_ratio": min(times) / row[f"{name}_ms"]}

@@ -9,6 +9,11 @@ from pathlib import Path
 RESULTS = Path("build/gpu/results.jsonl")
 
 
+def results(smoke: bool) -> Path:
+    """Where rows go by themselves; those of a smoke run never among measurements."""
+    return RESULTS.with_name("smoke.jsonl") if smoke else RESULTS
+
+
 class Rows:
     """Appends rows to a file that other processes append to, too."""
 

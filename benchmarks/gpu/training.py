@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from report import tables
-from rows import RESULTS, Rows
+from rows import RESULTS, Rows, results
 
 # Data sheets, dense bf16, TFLOP/s
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "MI300X": 1307.4}
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="*", choices=["triton", "torch"], default=["triton", "torch"])
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after 3 that are not [10]")
     parser.add_argument("--seconds", type=float, default=280, help="end a run after so long [280]")
-    parser.add_argument("-o", "--out", type=Path, default=RESULTS, help=f"file of the rows [{RESULTS}]")
+    parser.add_argument("-o", "--out", type=Path, help=f"file of the rows [{RESULTS}]")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -59,7 +59,7 @@ def main() -> int:
     models = ["smoke"] if options.smoke else options.model
     kernels = [{"triton": "interpret"}.get(name, name) if options.smoke else name for name in options.kernels]
     steps = 1 if options.smoke else options.steps
-    file, rows = Rows(options.out), []
+    file, rows = Rows(options.out or results(options.smoke)), []
     for model in models:
         for kernel in kernels:
             rows.append(file.add(**run(model, kernel, steps, options.seconds)))

@@ -37,8 +37,9 @@ class PrefixCache:
                 start = 0 if prefix is None else len(prefix)
                 new = token_ids[start:end]
                 prefix = decoder.prefill(new) if prefix is None else decoder.extend(prefix, new)
-                piece = self._pieces[name] = _tail(prefix, start)
-                self._bytes += piece.nbytes
+                piece, old = _tail(prefix, start), self._pieces.get(name)  # that of a request beside this one
+                self._bytes += piece.nbytes - (0 if old is None else old.nbytes)
+                self._pieces[name] = piece
                 yield prefix
         finally:
             for name in filter(self._pieces.__contains__, names[::-1]):  # the first is the last to go

@@ -313,9 +313,10 @@ class ServedSampler:
 def _input(call: Mapping[str, str]) -> str:
     """The input of the tool that a server's model calls, whose arguments are JSON; as they are where that is broken."""
     try:
-        return input_of(Call(call["name"], dict(json.loads(call["arguments"]))))
-    except (ValueError, TypeError):
-        return call["arguments"]
+        arguments = json.loads(call["arguments"])
+    except ValueError:
+        arguments = None
+    return input_of(Call(call["name"], arguments)) if isinstance(arguments, dict) else call["arguments"]
 
 
 def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool, thinking: bool | None) -> dict[str, Any]:

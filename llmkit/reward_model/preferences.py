@@ -146,7 +146,7 @@ def read_preferences(
     """Read files of preferences by `read_comparisons` with its options, and compare them with the reference."""
 
     def prepared(source: Comparisons, digest: str, held_out: bool = False) -> tuple[Comparisons, str]:
-        source = policy_comparisons(source, objective.loss, context)
+        source = policy_comparisons(source, objective.loss, context, quiet)
         return source if reference is None else reference.compare(source, held_out=held_out), digest
 
     texts: list[str] = []
@@ -170,12 +170,12 @@ def read_preferences(
     return Learnt(sources, held_out, [digest for _, digest in every], row_tokens, objective)
 
 
-def policy_comparisons(source: Comparisons, loss: str, context: int) -> Comparisons:
+def policy_comparisons(source: Comparisons, loss: str, context: int, quiet: bool = False) -> Comparisons:
     """What a loss can learn from: what all answers begin with, such as the header of a turn, goes to the prompt.
 
     Comparisons without a better and a worse answer are left out and counted. For kto the best answers are desirable,
     the others not, and each prompt gets an answer that belongs to another one, cut to the context, of the rank
-    `MISMATCHED`. Raises UserError where nothing is left, and for kto where all labels are the same.
+    `MISMATCHED`. Raises UserError where nothing is left, and for kto where all answers are to one prompt.
     """
     kept: list[Candidates] = []
     counts: Counter[str] = Counter()
@@ -196,7 +196,7 @@ def policy_comparisons(source: Comparisons, loss: str, context: int) -> Comparis
         kept.append(candidates)
     if counts:
         source = Comparisons(source.name, kept, source.counts + counts)
-        say(f"{source.name}: {source.reasons}; {counted(len(kept), 'comparison')} in use")
+        say(f"{source.name}: {source.reasons}; {counted(len(kept), 'comparison')} in use", quiet)
     if not kept:
         raise UserError(f"{source.name}: nothing to learn from: no better and worse answers ({source.reasons})")
     if loss == "kto":

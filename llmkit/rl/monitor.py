@@ -94,7 +94,7 @@ class HackWatch:
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = (), proxy: str = "val_reward") -> None:
         self._best: Mapping[str, float] | None = None
-        self._suspicious, self._proxy = 0, proxy
+        self._suspicious, self.proxy = 0, proxy
         for row in rows:
             if {"val_gold", "val_gold_se", proxy} <= row.keys():
                 self.note(row)
@@ -106,12 +106,12 @@ class HackWatch:
             self._best, self._suspicious = scores, 0
             return None
         noise = self.ERRORS * math.hypot(best["val_gold_se"], scores["val_gold_se"])
-        falls = best["val_gold"] - scores["val_gold"] > noise and scores[self._proxy] >= best[self._proxy]
+        falls = best["val_gold"] - scores["val_gold"] > noise and scores[self.proxy] >= best[self.proxy]
         self._suspicious = self._suspicious + 1 if falls else 0
         if self._suspicious < 2:
             return None
         return (
-            f"the reward is gamed: it has gone from {best[self._proxy]:.3g} to {scores[self._proxy]:.3g} on held-out "
+            f"the reward is gamed: it has gone from {best[self.proxy]:.3g} to {scores[self.proxy]:.3g} on held-out "
             f"problems, and the gold one from {best['val_gold']:.3g} to {scores['val_gold']:.3g}"
         )
 
@@ -152,7 +152,7 @@ class Watch:
 
     def note_evaluation(self, scores: Mapping[str, float], stop_on_hack: bool) -> None:
         """See an evaluation; where the reward is gamed, stop the run or say so once."""
-        gamed = self._hack.note(scores) if "val_gold" in scores else None
+        gamed = self._hack.note(scores) if {"val_gold", self._hack.proxy} <= scores.keys() else None
         if gamed and stop_on_hack:
             self._stop(gamed)
         elif gamed and not self._warned:

@@ -301,14 +301,15 @@ def _validation(
     from llmkit.training.loss import masked_loss
 
     rows, length, pad = trainer.settings.micro_batch_rows, mixture.sequence_length, mixture.pad
+    compares = config.loss in PREFERENCE_LOSSES
+    batches = [PackedEvaluation(examples, length, rows, pad) for examples in lessons.held_out if not compares]
     early = EarlyStop(trainer, best, config.patience) if config.patience is not None else None
 
     def validate() -> dict[str, float]:
-        if config.loss in PREFERENCE_LOSSES:
+        if compares:
             scores = held_out_figures(trainer.model, lessons.held_out, lessons.loss, pad)
             scores |= lessons.answers() if lessons.answers is not None else {}
         else:
-            batches = (PackedEvaluation(examples, length, rows, pad) for examples in lessons.held_out)
             scores = masked_loss(trainer.model, chain.from_iterable(batches), config.quiet)
         if early is not None:
             early.note(scores)
@@ -334,6 +335,7 @@ def _rehearse(
         every = [source.examples for source in mixture.sources]
         shown = [answers_of(one, SHOWN) for one in every] if config.loss in PREFERENCE_LOSSES else every
         show_examples(shown, tuning.tokenizer, SHOWN)
+    lessons.close()
     rows = min(micro_rows, mixture.batch_size)
     seconds = batch_seconds(tuning.model, lessons.loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
     memory = tuning.training_memory(rows * mixture.sequence_length)
@@ -433,9 +435,6 @@ def _horizon(config: SftConfig, mixture: Mixture) -> tuple[int | None, int]:
     if config.time_budget is None:
         steps = config.max_steps or mixture.steps_for(config.tokens or _epochs(config) * mixture.inputs)
     return steps, (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
-
-
-# ---- data
 
 
 def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, context: int, run: Run) -> Lessons:

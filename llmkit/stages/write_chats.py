@@ -328,6 +328,8 @@ def _check_finished(config: WriteChatsConfig, out: str) -> None:
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
     from llmkit.writing.writer import SHARES
 
+    if config.documents and config.language:
+        raise UserError("--language: has no effect beside --documents, whose questions are in their language")
     shares = {}
     for pair in (pair.strip() for text in config.mix for pair in text.split(",")):
         name, _, share = pair.partition("=")
@@ -339,8 +341,11 @@ def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
             raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(SHARES)}, found {pair!r}")
         if name == "tools" and not config.tools:
             raise UserError("--mix tools: expected --tools beside it")
-        if name in ("system", "refusals") and config.answer:
-            raise UserError(f"--mix {name}: has no effect beside --answer, whose prompts are given")
+        if (name in ("system", "refusals") and config.answer) or (name == "refusals" and config.documents):
+            given = (
+                "--answer, whose prompts are given" if config.answer else "--documents, which answer their questions"
+            )
+            raise UserError(f"--mix {name}: has no effect beside {given}")
     return shares
 
 

@@ -30,7 +30,6 @@ from llmkit.errors import UserError
 from llmkit.training.distributed import world
 
 WITH_REFERENCE = ("dpo", "ipo", "kto")
-LOSSES = (*WITH_REFERENCE, "orpo", "simpo")
 BETA = {"simpo": 2.0}  # else 0.1, as the papers and TRL have it
 MISMATCHED = 0.0  # rank of an answer that belongs to another prompt, by which kto estimates the divergence
 SUMS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# What the person wants, by kind of task; "{holds}" kinds are about a text that the message itself holds
+# What the person wants, by kind of task
 WANTED = {
     "generation": "a text of some form to be written",
     "open QA": "a question that general knowledge answers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmkit.rl.monitor import CollapseGuard, HackWatch, difference_beyond
+from llmkit.rl.monitor import CollapseGuard, HackWatch, Watch, difference_beyond
 
 
 def test_a_difference_above_the_bound_is_told():
@@ -91,3 +91,10 @@ def test_luck_is_no_gaming_and_a_slow_fall_is():
 def test_what_is_not_gaming(then):
     watch = HackWatch([look(0.4, 0.5)])
     assert not any(watch.note(row) for row in then)
+
+
+def test_an_evaluation_without_what_is_trained_on_is_not_judged():
+    watch = Watch(None, proxy="val_margin")  # margins need answers of both sides
+    for gold in (1.0, 0.0, 0.0):
+        watch.note_evaluation({"val_gold": gold, "val_gold_se": 0.01}, stop_on_hack=True)
+    assert watch.stopped is None

@@ -415,6 +415,8 @@ def test_a_long_guide_may_stay_out_of_the_context(place):
         (["--answer", "prompts.jsonl", "--language", "de"], "--language: has no effect beside --answer"),
         (["--answer", "prompts.jsonl", "--turns", "2"], "--turns: has no effect beside --answer"),
         (["--answer", "prompts.jsonl", "--mix", "system=1"], "--mix system: has no effect beside --answer"),
+        (["--documents", "seeds.jsonl", "--mix", "refusals=1"], "--mix refusals: has no effect beside --documents"),
+        (["--documents", "seeds.jsonl", "--language", "de"], "--language: has no effect beside --documents"),
         (["--answer", "maths.jsonl"], "maths.jsonl:1, 'verifier': expected a verifier among"),
         ([*TOPICS, "--writer", "nowhere/"], "--writer: expected the folder of a model, or openai:"),
         ([*TOPICS, "--writer", "base"], "base"),
