@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmkit.kernels.attention import Branching, Packing, scaled_dot_product_attention
 from llmkit.kernels.cross_entropy import linear_cross_entropy
+from llmkit.kernels.dispatch import backend
 from llmkit.kernels.fused_attention import document_starts
 from llmkit.kernels.linear import linear
 from llmkit.kernels.logprobs import linear_logprobs
@@ -350,7 +351,8 @@ class Transformer(nn.Module):
             turns = [table(x_BTC.shape[1], x_BTC.device, x_BTC.dtype) for table in self._tables]
             if isinstance(doc_ids, Tensor) and not torch.compiler.is_compiling():
                 doc_ids = Packing(doc_ids)
-                if self._compiled_layers:  # a graph of one layer would compute them in each
+                # a graph of one layer would compute them in each; torch's attention asks for none
+                if self._compiled_layers and backend(x_BTC.device.type) != "torch":
                     for window in set(config.layer_windows or [None]):
                         doc_ids.bounds(window)
         if self.embed_positions is not None:

@@ -109,6 +109,16 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-7), name
 
 
+@torch.no_grad()
+def test_compiled_layers_ask_for_no_bounds_of_documents_where_torch_attends(monkeypatch):
+    model, ids = shaken(small(layer_windows=(None, 5))), tokens(2, 20)
+    expected = model(ids, doc_ids=ids // 30)
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    monkeypatch.setattr("llmkit.kernels.attention.Packing.bounds", None)
+    model.compile_layers()
+    assert torch.equal(model(ids, doc_ids=ids // 30), expected)
+
+
 def test_initialisation_depends_on_the_seed_alone():
     first, again, other = (Transformer(small(), seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
