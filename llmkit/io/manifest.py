@@ -12,7 +12,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from fnmatch import fnmatch
@@ -80,39 +80,32 @@ def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """The SHA-256 that identifies a manifest: of its own run, without its ancestors."""
-
-    def bare(item: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in item.items() if name != "manifest" or "manifest_sha256" not in item}
-
-    own = _with_sources(manifest, bare)
-    return hashlib.sha256(orjson.dumps(own, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return hashlib.sha256(orjson.dumps(flattened(manifest)[0], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """A manifest whose parents and inputs name theirs by digest alone, and all its ancestors' by digest, likewise."""
     ancestors: dict[str, dict[str, Any]] = {}
-    waiting: list[tuple[str, Mapping[str, Any]]] = [("", manifest)]
-    while waiting:
-        digest, current = waiting.pop()
-        if digest in ancestors:
-            continue
-        within: list[tuple[str, Mapping[str, Any]]] = []
 
-        def named(item: Mapping[str, Any], within: list[tuple[str, Mapping[str, Any]]] = within) -> dict[str, Any]:
-            rest = {name: value for name, value in item.items() if name not in ("manifest", "manifest_sha256")}
-            whole, known = item.get("manifest"), item.get("manifest_sha256")
-            if isinstance(whole, dict):
-                # the oldest manifests name no digests, and are digested with all that is within them
-                known = known or manifest_digest(whole)
-                within.append((str(known), whole))
-            return {**rest, "manifest_sha256": str(known)} if known else rest
+    def named(item: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in item.items() if name not in ("manifest", "manifest_sha256")}
+        digest = item.get("manifest_sha256")
+        if isinstance(item.get("manifest"), dict):
+            whole, above = flattened(item["manifest"])
+            digest = manifest_digest(whole)
+            for name, other in {digest: whole, **above}.items():
+                ancestors.setdefault(name, other)
+        return {**rest, "manifest_sha256": str(digest)} if digest else rest
 
-        ancestors[digest] = _with_sources(current, named)
-        listed = current.get("ancestors")
-        if isinstance(listed, dict):
-            within += [(name, other) for name, other in listed.items() if isinstance(other, dict)]
-        waiting += reversed(within)
-    return ancestors.pop(""), ancestors
+    own = {name: value for name, value in manifest.items() if name != "ancestors"}
+    for kind in SOURCES:
+        if isinstance(own.get(kind), list):
+            own[kind] = [named(item) if isinstance(item, dict) else item for item in own[kind]]
+    listed = manifest.get("ancestors")
+    for digest, other in listed.items() if isinstance(listed, dict) else ():
+        if isinstance(other, dict):
+            ancestors.setdefault(digest, flattened(other)[0])
+    return own, ancestors
 
 
 def training_files(model: str) -> tuple[list[str], list[str]]:
@@ -153,15 +146,6 @@ def _is_unchanged(item: Mapping[str, Any]) -> bool:
             return size_and_version(path) == (item.get("bytes"), item.get("version"))
         return os.path.getsize(path) == item.get("bytes") and file_sha256(path) == item.get("sha256")
     return False
-
-
-def _with_sources(manifest: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
-    """A copy of a manifest without its ancestors, each of its parents and inputs changed."""
-    changed = {name: value for name, value in manifest.items() if name != "ancestors"}
-    for kind in SOURCES:
-        if isinstance(manifest.get(kind), list):
-            changed[kind] = [change(item) if isinstance(item, dict) else item for item in manifest[kind]]
-    return changed
 
 
 # ---- writing
