@@ -164,23 +164,17 @@ def _make_parents(path: str | os.PathLike[str]) -> list[str]:
     return missing
 
 
-def _never_through_a_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def create(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
     """Open a new file for writing in the place of what stands there, be it a link that somebody else has planted."""
     with suppress(OSError):
         os.unlink(path)
-    encoding = None if "b" in mode else "utf-8"
-    return open(
-        path, mode, encoding=encoding, opener=lambda name, flags: _never_through_a_link(name, flags | os.O_EXCL)
-    )
+    return open(path, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
 
 
 def _lock(path: str, lock: str) -> IO[bytes] | None:
+    no_link = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
     try:
-        handle = open(lock, "a+b", buffering=0, opener=_never_through_a_link)  # noqa: SIM115
+        handle = open(lock, "a+b", buffering=0, opener=no_link)  # noqa: SIM115
     except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
         if error.errno == errno.ELOOP:
             raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another --out") from None

@@ -177,9 +177,16 @@ def open_input(path: str, columns: Mapping[str, str] = {}, fields: Sequence[str]
 @contextmanager
 def open_packed(path: str) -> Iterator[io.BufferedReader]:
     """Open a file, or stdin for `-`, as the bytes that it holds; errors are those of `open_input`."""
+    global _stdin_taken
     try:
         if path == "-":
-            yield _take_stdin()
+            if sys.stdin is None:
+                raise UserError("stdin: closed; name a file instead of '-'")
+            if sys.stdin is _stdin_taken:
+                raise UserError(STDIN_ONCE)
+            _stdin_taken = sys.stdin
+            stdin: Any = sys.stdin.buffer
+            yield stdin if hasattr(stdin, "peek") else io.BufferedReader(stdin)
         elif is_remote(path):
             with open_remote(path) as remote:
                 file = cast(Any, remote.raw)
@@ -208,17 +215,6 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
         if error.filename != path:
             raise
         raise _unreadable(path, error.errno) from error
-
-
-def _take_stdin() -> io.BufferedReader:
-    global _stdin_taken
-    if sys.stdin is None:
-        raise UserError("stdin: closed; name a file instead of '-'")
-    if sys.stdin is _stdin_taken:
-        raise UserError(STDIN_ONCE)
-    _stdin_taken = sys.stdin
-    raw: Any = sys.stdin.buffer
-    return raw if hasattr(raw, "peek") else io.BufferedReader(raw)
 
 
 def check_no_archive(handle: io.BufferedReader, path: str) -> None:

@@ -80,7 +80,8 @@ def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """The SHA-256 that identifies a manifest: of its own run, without its ancestors."""
-    return hashlib.sha256(orjson.dumps(flattened(manifest)[0], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    own, _ = flattened({**manifest, "ancestors": None})
+    return hashlib.sha256(orjson.dumps(own, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

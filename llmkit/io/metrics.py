@@ -40,7 +40,8 @@ class MetricsLog:
         if launch().leads:
             cut_torn_line(self.handle)
         for row in read_metrics(path) if self.mirrors else ():
-            self._copy(row)
+            for mirror in self.mirrors:
+                mirror.write(row)
 
     def write(self, row: Mapping[str, Any]) -> None:
         try:
@@ -48,9 +49,6 @@ class MetricsLog:
         except OSError as error:
             error.filename = str(self.path)  # which the write of an open file does not know
             raise
-        self._copy(row)
-
-    def _copy(self, row: Mapping[str, Any]) -> None:
         for mirror in self.mirrors:
             mirror.write(row)
 
@@ -126,12 +124,11 @@ def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
 
 def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], TensorBoard | WeightsAndBiases]]:
     """Return functions that open the copies that the options ask for, of a run in a folder."""
-    trackers: list[Callable[[], TensorBoard | WeightsAndBiases]] = []
-    if "tensorboard" in options.log_to:
-        trackers.append(partial(TensorBoard, folder))
-    if "wandb" in options.log_to:
-        trackers.append(partial(WeightsAndBiases, folder, as_options(options), options.quiet))
-    return trackers
+    makers = {
+        "tensorboard": partial(TensorBoard, folder),
+        "wandb": partial(WeightsAndBiases, folder, as_options(options), options.quiet),
+    }
+    return [makers[name] for name in dict.fromkeys(options.log_to)]
 
 
 class TensorBoard:

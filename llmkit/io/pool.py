@@ -26,7 +26,6 @@ from threading import Lock, Thread
 from typing import Any
 
 from llmkit.errors import LlmkitError, UserError
-from llmkit.io.ranks import interrupts_held
 
 AHEAD = 2  # items in flight for each process, so that a slow item does not leave the others idle
 Work = Callable[[Any], Iterable[Any]]  # on one item; None, after the last, asks for what is left
@@ -179,10 +178,14 @@ class Worker:
         errors = subprocess.DEVNULL if self._alone else None
         seen = {name: value for name, value in os.environ.items() if name in SEEN or not self._alone}
         command, environment = [sys.executable, "-c", CHILD], {**seen, **ONE_THREAD}
-        with interrupts_held():
+        # Ctrl-C is held back meanwhile: the child never sees it, not even in its imports, for we end it
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
             )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         self._owner = os.getpid()
         weakref.finalize(self, _end, self.process, self._owner)
         assert self.process.stdin

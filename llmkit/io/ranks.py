@@ -6,9 +6,7 @@ Source: the variables of https://docs.pytorch.org/docs/stable/elastic/run.html
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,13 +62,3 @@ def available_cores() -> int:
 def launch() -> Launch:
     """This process."""
     return read_launch(os.environ)
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while a process is started, which then never sees it, not even in its imports: we end it."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
