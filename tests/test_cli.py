@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -294,25 +295,27 @@ def test_a_shell_completes_commands_options_and_choices() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--no-such-option"], "no such option: --no-such-option"),
-        (["--seed", "x"], "--seed: expected a whole number, found 'x'"),
-        (["--config", "missing.toml"], "missing.toml: cannot read the config file"),
-        (["--config", "unknown.toml"], "unknown.toml: unknown key 'no_such_option'"),
-        (["no such file", "-o", "out"], ""),
-    ],
-)
-def test_every_command_names_the_mistake(llmkit, tmp_path: Path, name: str, arguments: list[str], words: str) -> None:
-    (tmp_path / "unknown.toml").write_text("no_such_option = 1")
-    assert words in mistake(llmkit(name, *arguments, cwd=tmp_path))
-    assert os.listdir(tmp_path) == ["unknown.toml"]
+def test_every_command_names_the_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("unknown.toml").write_text("no_such_option = 1")
+    for typed, words in (
+        ("--no-such-option", "no such option: --no-such-option"),
+        ("--seed x", "--seed: expected a whole number, found 'x'"),
+        ("--config missing.toml", "missing.toml: cannot read the config file"),
+        ("--config unknown.toml", "unknown.toml: unknown key 'no_such_option'"),
+        ("nothing-here -o out", None),
+    ):
+        with pytest.raises(UserError, match=words and re.escape(words)) as caught:
+            cli.parse([name, *typed.split()])()  # pyright: ignore[reportCallIssue]
+        assert "\n" not in str(caught.value)
+    assert os.listdir() == ["unknown.toml"]
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "sample"])
-def test_every_command_that_reads_documents_gives_help_at_a_terminal(on_terminal, name: str) -> None:
-    assert f"Usage: llmkit {name}" in on_terminal(sys.executable, "-m", "llmkit", name)
+def test_every_command_that_reads_documents_gives_help_at_a_terminal(monkeypatch, capsys, name: str) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert cli.parse([name]) == 2
+    assert f"Usage: llmkit {name}" in capsys.readouterr().err
 
 
 # ---- what is read stays
