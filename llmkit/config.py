@@ -83,6 +83,12 @@ DROPPED = {
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
     "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
+    "epochs": ("RlConfig", "--max-steps or --time-budget; without them a run is one pass over the problems"),
+    "max_tool_calls": ("RlConfig", "8 calls per attempt are fixed"),
+    "micro_batch_size": ("RlConfig", "8,192 tokens are computed at a time, fewer where memory runs out"),
+    "sample_every": ("RlConfig", "rollouts.jsonl has every attempt"),
+    "warmup_steps": ("RlConfig", "a twentieth of the run is fixed, 10 steps or a quarter of it at least"),
+    "weight_decay": ("RlConfig", "attempts are learnt without weight decay"),
     "tensorboard wandb": ("TrainingConfig", "--log-to tensorboard or wandb"),
 }
 

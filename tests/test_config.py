@@ -245,7 +245,7 @@ def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, 
     assert resolve(Config, {}, str(toml)) == config
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "train-reward", "rl"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "train-reward"])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

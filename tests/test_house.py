@@ -71,7 +71,7 @@ OPTIONS = {
     "probe-knowledge": 31,
     "write-chats": 38,
     "train-reward": 36,
-    "rl": 52,
+    "rl": 46,
     "sample": 37,
     "serve": 21,
     "evaluate": 33,

@@ -22,7 +22,6 @@ from llmkit.rl.rollouts import Rollout, rewards_of
 
 KL_COEF = 0.05  # against a reward model
 STEPS = 300  # against a reward model: beyond a few hundred it is gamed
-EPOCHS = 1.0
 WARMUP_STEPS = 10  # at least: Adam's first steps go by signs alone, and cost a model two thirds of its success
 SMALLEST_DEVIATION = 1e-6  # of rewards; below it, all are equal
 LENGTH_BUFFER = 0.2  # share of the longest attempt over which a penalty grows to 1: DAPO's 4,096 of 20,480
@@ -44,23 +43,17 @@ def choose_horizon(
     problems: int,
     batch_size: int,
     max_steps: int | None,
-    epochs: float | None,
     time_budget: float | None,
-    warmup_steps: int | None,
     kl_coef: float | None,
 ) -> Horizon:
-    """Fill in options that are None. With a reward model, defaults are a KL penalty and a fixed number of steps."""
+    """Fill in options that are None: one pass over the problems, or with a reward model `STEPS` and a KL penalty."""
     with_model = any(isinstance(weighted.reward, ModelReward) for weighted in rewards)
     if kl_coef is None:
         kl_coef = KL_COEF if with_model else 0.0
-    steps = max_steps or ceil((epochs or EPOCHS) * problems / batch_size)
-    if max_steps is None and epochs is None and with_model:
-        steps = STEPS
     if time_budget is not None:
-        steps = None
-    if warmup_steps is None:
-        warmup_steps = WARMUP_STEPS if steps is None else max(min(WARMUP_STEPS, steps // 4), steps // 20)
-    return Horizon(steps, warmup_steps, kl_coef)
+        return Horizon(None, WARMUP_STEPS, kl_coef)
+    steps = max_steps or (STEPS if with_model else ceil(problems / batch_size))
+    return Horizon(steps, max(min(WARMUP_STEPS, steps // 4), steps // 20), kl_coef)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,6 @@ class RolloutLog:
 
     def __init__(self, path: Path) -> None:
         self.path, self._note = path, path.parent / "state" / "rollouts.json"
-        self._example = ""
         self._size, self._digest = 0, blake2b(digest_size=16)
 
     def trim(self, steps: int) -> int:
@@ -209,14 +208,8 @@ class RolloutLog:
         self._note.parent.mkdir(exist_ok=True)
         write_sealed(self._note, {"bytes": self._size, "checksum": self._digest.hexdigest()})
 
-    def example(self) -> str:
-        """Return the first attempt of the last step, for a look at a run."""
-        return self._example
-
     def write(self, rollouts: Sequence[Rollout]) -> None:
         """Add the attempts of a step; the first process does."""
-        first = rollouts[0]
-        self._example = f"{first.problem.prompt} -> {first.completion.text} ({first.reward:g})"
         if not world().leads:
             return
         lines = b"".join(dump_json(rollout.record()) + b"\n" for rollout in rollouts)

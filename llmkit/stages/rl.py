@@ -93,11 +93,16 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
     )
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 
-    epochs: float | None = option(None, "Passes over the problems [1].", group="Horizon", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
-    concurrency: int = 64  # no option: a server queues what is more than it computes at once
-    compile: str = "off"  # of the trainer's options: rows differ in length from step to step, and it was never tried
+    # no options: what other stages may set is fixed here
+    concurrency: int = 64  # a server queues what is more than it computes at once
+    compile: str = "off"  # rows differ in length from step to step, and it was never tried
+    micro_batch_size: None = None
+    sample_every: None = None  # rollouts.jsonl has every attempt
+    warmup_steps: None = None
+    weight_decay: float = 0.0
+    max_tool_calls: int = 8
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
@@ -192,14 +197,7 @@ class Learner:
             report_overlap(self.problems, self.held_out, config.quiet)
         self.algorithm = ALGORITHMS[config.algo]
         self.horizon = choose_horizon(
-            self.rewards,
-            len(self.problems),
-            config.batch_size,
-            config.max_steps,
-            config.epochs,
-            config.time_budget,
-            config.warmup_steps,
-            config.kl_coef,
+            self.rewards, len(self.problems), config.batch_size, config.max_steps, config.time_budget, config.kl_coef
         )
         compared = self.horizon.kl_coef or config.max_kl is not None
         self.reference = reference_of(tuning.model, frozen=config.lora_rank is not None) if compared else None
@@ -217,11 +215,10 @@ class Learner:
     def _check_plan(self) -> None:
         """Say what will be done. Raises UserError where the memory does not hold it."""
         from llmkit.model.devices import check_batch_memory
-        from llmkit.training.optimizer import warn_of_long_warmup
 
         config, horizon, tokens = self.config, self.horizon, self.max_tokens
         attempts = config.batch_size * config.group
-        self.tuning.check_memory(min(config.micro_batch_size or 1, attempts) * tokens)
+        self.tuning.check_memory(tokens, "lower --max-tokens")
         check_batch_memory(attempts * tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
         length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
         parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in self.rewards)
@@ -234,7 +231,6 @@ class Learner:
         if config.batch_size > len(self.problems):
             more = f"--batch-size {config.batch_size}: more than the {counted(len(self.problems), 'problem')}"
             say(f"{more}, so a step repeats some", config.quiet)
-        warn_of_long_warmup(horizon.warmup_steps, horizon.steps, config.quiet)
 
     def learn(self) -> None:
         """Make attempts and train on them, until the horizon or until there is a reason to stop."""
@@ -251,7 +247,6 @@ class Learner:
             seconds=run.seconds_left(config.time_budget),
             evaluate=self.tasks.beside(validate, self.tuning.model),
             evaluate_first=True,
-            sample=self.log.example,
         )
         compared, share_prompts = self.reference is not None, run.device.type == "cpu"  # with a mask for torch alone
         with run.training(trainer), session:
@@ -302,12 +297,12 @@ class Learner:
         config, run, tuning = self.config, self.run, self.tuning
         run.begin({"the data": digest(self.problems), "what is in --val": digest(self.held_out)})
         self.optimizer = tuning.build_optimizer(
-            config.learning_rate, config.weight_decay, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
+            config.learning_rate, weight_decay=0.0, anchor=LEARNING_RATE, lora_anchor=LORA_LEARNING_RATE
         )
         settings = TrainerSettings(
-            config.micro_batch_size or MICRO_BATCH_TOKENS,
+            MICRO_BATCH_TOKENS,
             updates_per_batch=config.updates,
-            micro_batch_tokens=None if config.micro_batch_size else MICRO_BATCH_TOKENS,
+            micro_batch_tokens=MICRO_BATCH_TOKENS,
             memory_advice="lower --max-tokens",
             spike_nats=float("inf"),  # this loss does not measure progress
             shown="reward",

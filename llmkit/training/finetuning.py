@@ -158,14 +158,14 @@ class Tuning:
             parameter.requires_grad_(True)
         return tuning
 
-    def check_memory(self, micro_batch_tokens: int) -> None:
-        """Raise UserError where the parameters and a micro-batch do not fit into the memory of the device."""
+    def check_memory(self, micro_batch_tokens: int, advice: str = "lower --micro-batch-size") -> None:
+        """Raise UserError, with `advice`, where parameters and a micro-batch do not fit into the device's memory."""
         divided = 1 if self.adapter else world().size
         state, activations = self.training_memory(micro_batch_tokens, divided)
         smaller = "take --lora-rank 16, or a smaller model"
         if self.adapter:
             smaller = "take a smaller model" if is_quantized(self.model) else "take --quantize nf4, or a smaller model"
-        check_memory({smaller: state, "lower --micro-batch-size": activations}, self.device)
+        check_memory({smaller: state, advice: activations}, self.device)
 
     def training_memory(self, micro_batch_tokens: float, devices: int = 1) -> tuple[float, float]:
         """Estimate the bytes of training, as `plan.training_memory` does."""

@@ -203,8 +203,10 @@ class Trainer:
                     raise
                 self.optimizer.discard()
                 if world().size > 1:  # the others go on with more rows at a time
+                    settings = self.settings
+                    smaller = settings.memory_advice if settings.micro_batch_tokens else "lower --micro-batch-size"
                     raise UserError(
-                        f"memory runs out with {counted(at_once, 'row')} at a time; lower --micro-batch-size, or use "
+                        f"memory runs out with {counted(at_once, 'row')} at a time; {smaller}, or use "
                         "--activation-checkpointing"
                     ) from error
                 if at_once == 1:

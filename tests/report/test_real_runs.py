@@ -42,8 +42,7 @@ def made(llmkit, tmp_path_factory) -> Path:
         "probe-knowledge chat/ --questions q.jsonl -n 2 --max-tokens 4 --balance none -o taught.jsonl --report p.jsonl",
         "train-reward chat/ --data prefs.jsonl --max-steps 3 --eval-every 2 -o judge/",
         "rl chat/ --data problems.jsonl --val problems.jsonl --limit 8 --eval-every 2 --reward rm:judge/ "
-        "--reward length:-0.1 --gold verifier --group 4 --batch-size 4 --max-tokens 4 --max-steps 3 "
-        "--sample-every 1 -o policy/",
+        "--reward length:-0.1 --gold verifier --group 4 --batch-size 4 --max-tokens 4 --max-steps 3 -o policy/",
         "sample policy/ --jsonl asks.jsonl --max-tokens 4 -o said.jsonl",
     ):
         done = llmkit(*command.split(), "--quiet", cwd=place)

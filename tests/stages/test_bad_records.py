@@ -223,7 +223,7 @@ def test_characters_outside_the_vocabulary_are_counted_and_not_learnt(letters, t
         assert "4 trained on" in shown and shown.count("6 trained on") == 2  # " ok" and the end of the turn
 
 
-@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward", "rl"])
+@pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward"])
 def test_a_warm_up_longer_than_the_run_is_told(folders, tmp_path, capsys, command):
     given = write(tmp_path / "d.jsonl", *[GOOD[command]] * 20)
     for steps, told in ((40, True), (1, False)):

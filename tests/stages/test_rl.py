@@ -20,12 +20,12 @@ from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.tokenizer.encoding import load_tokenizer
 from tests.helpers.jsonl import lines, write
 
-QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003", "--warmup-steps", "2"]
+QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-rate", "0.003"]
 
 
 def train(model: Path, problems: Path, out: Path, **options):
     """In this process, which has torch already."""
-    quick = {"group": 8, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.003, "warmup_steps": 2, "max_steps": 2}
+    quick = {"group": 8, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.003, "max_steps": 2}
     return run(RlConfig(model=str(model), data=(str(problems),), out=str(out), **quick | options))
 
 
@@ -116,7 +116,7 @@ def test_the_folder_has_its_curves(policy):
         {"algo": "gspo"},
         {"algo": "rloo", "kl_coef": 0.1},
         {"algo": "reinforce++", "kl_coef": 0.1},
-        {"algo": "reinforce++", "group": 1, "batch_size": 32, "warmup_steps": 0},
+        {"algo": "reinforce++", "group": 1, "batch_size": 32},
         {"algo": "dr-grpo", "kl_coef": 0.1, "lora_rank": 4},
         {"algo": "rloo", "kl_coef": 0.1, "lora_rank": 4, "quantize": "int8"},
         {"reward": ("verifier", "length:-0.1"), "temperature": 0.8},
@@ -141,7 +141,7 @@ def scripted(coin: Path, folder: Path, worth: str, **options):
         f"    return ({worth})[sample]\n"
     )
     reward = (f"py:{folder / 'score.py'}:reward",)
-    train(coin, problems, folder / "p", reward=reward, **{"max_steps": 1, "warmup_steps": 0} | options)
+    train(coin, problems, folder / "p", reward=reward, **{"max_steps": 1} | options)
     (step,) = [row for row in lines(folder / "p" / "metrics.jsonl") if "reward" in row]
     return step, lines(folder / "p" / "rollouts.jsonl")
 
@@ -342,7 +342,7 @@ MISTAKES = [
     ({"tools": ("py:{tool}:look",), "max_tokens": 600}, "tokens, with --tools' definitions"),
     ({"gold": "length"}, "--gold: needs --val"),
     ({"val": ("{problems}",), "gold": "verifier"}, "not trained on"),
-    ({"epochs": 1.0}, "expected one way to say"),
+    ({"time_budget": 1.0}, "expected one way to say"),
     ({"model": "{base}", "system": "Be kind."}, "is a base model, which knows no turns"),
     ({"reward": ("rm:{judge}",)}, "expected the vocabulary of"),
     ({"val": ("{problems}",), "gold": "spread:{judge}"}, "expected a reward model of several heads, found one"),

@@ -12,7 +12,7 @@ from llmkit.errors import UserError
 from llmkit.stages.rl import RlConfig, run
 from tests.helpers.jsonl import lines, write
 
-QUICK = {"group": 4, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.01, "warmup_steps": 0, "max_steps": 3}
+QUICK = {"group": 4, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.01, "max_steps": 3}
 pytestmark = pytest.mark.usefixtures("one_retry")
 SERVED = {"timeout": 120.0, "quiet": True}
 
