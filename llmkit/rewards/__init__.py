@@ -60,33 +60,32 @@ def parse_rewards(
             from llmkit.rewards.verifiers import VerifierReward, check_name
 
             forced = check_name(rest, f"{flag} {text}") if mark else None
-            build = partial(VerifierReward, forced, sandbox=sandbox != "none", seconds=timeout)
+            build = partial(VerifierReward, forced, flag, sandbox=sandbox != "none", seconds=timeout)
         elif spec in ("length", "length=answer"):
             from llmkit.rewards.constraints import LengthReward
 
-            build = partial(LengthReward, spec != "length")
+            build = partial(LengthReward, spec, flag)
         elif mark != ":" or not rest:
             raise UserError(f"{flag} {text or repr(text)}: expected {EXPECTED}")
         elif kind in ("rm", "spread"):
             if not is_remote(rest) and not Path(rest).is_dir():
                 actual = "a file" if Path(rest).exists() else "nothing"
                 raise UserError(f"{flag} {text}: expected a reward model's folder, found {actual}")
-            build = partial(ModelReward, rest, device, dtype, kind == "spread")
+            build = partial(ModelReward, rest, device, dtype, kind == "spread", flag)
         elif kind == "cmd":
             from llmkit.rewards.user_rewards import CommandReward, split_command
 
-            split_command(rest)
-            build = partial(CommandReward, rest, batch_timeout)
+            build = partial(CommandReward, rest, split_command(rest, flag), batch_timeout, flag)
         elif kind == "py":
             from llmkit.rewards.user_rewards import FunctionReward
 
             check_spelling(spec, f"{flag} {text}")
-            build = partial(FunctionReward, spec)
+            build = partial(FunctionReward, spec, flag)
         elif kind == "format":
             from llmkit.rewards.constraints import FormatReward, compiled
 
-            compiled(rest, f"--reward {spec}")
-            build = partial(FormatReward, rest)
+            compiled(rest, f"{flag} {spec}")
+            build = partial(FormatReward, rest, flag)
         else:
             raise UserError(f"{flag} {text}: expected {EXPECTED}")
         builders[spec] = build, weight

@@ -25,19 +25,12 @@ BACKTRACKS = 1_000_000  # of a pattern in a schema
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
-@lru_cache(1024)
-def _compiled(pattern: str) -> Any:
-    import regex
-
-    return regex.compile(pattern)
-
-
 def compiled(pattern: str, where: str) -> Any:
-    """A pattern of the `regex` package. Raises UserError for one that it does not know."""
+    """A pattern of the `regex` package, which keeps the last 500. Raises UserError for one that it does not know."""
     import regex
 
     try:
-        return _compiled(pattern)
+        return regex.compile(pattern)
     except (regex.error, RecursionError, MemoryError, OverflowError) as error:
         raise UserError(f"{where}: expected a regular expression, found {shown(pattern)}: {error}") from None
 
@@ -56,9 +49,9 @@ class FormatReward(Reward):
     White space around the completion does not count. A dot takes line breaks only with (?s).
     """
 
-    def __init__(self, pattern: str) -> None:
-        self.name = f"format:{pattern}"
-        self._pattern = compiled(pattern, f"--reward {self.name}")
+    def __init__(self, pattern: str, flag: str = "--reward") -> None:
+        super().__init__(f"format:{pattern}", flag)
+        self._pattern = compiled(pattern, self.where)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """1.0 or 0.0 for each attempt."""
@@ -72,13 +65,11 @@ class LengthReward(Reward):
     `length=answer` counts the tokens of what follows the thoughts.
     """
 
-    def __init__(self, of_answer: bool) -> None:
-        self.name = "length=answer" if of_answer else "length"
-        self._of_answer, self._tokenizer = of_answer, None
+    _tokenizer: Tokenizer | None = None
 
     def check_policy(self, tokenizer: Tokenizer) -> None:
         """Count by the policy's tokenizer."""
-        self._tokenizer = tokenizer if self._of_answer else None
+        self._tokenizer = tokenizer if self.name == "length=answer" else None
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
         """Sampled tokens over those that could have been."""

@@ -41,11 +41,14 @@ class Reward:
     """A way to judge attempts.
 
     name      its key in logs, such as "verifier" or "rm:judge/"
+    where     the option that it comes from, with its name, for errors
     verifies  whether 1 means right and 0 wrong
     """
 
-    name: str
     verifies = False
+
+    def __init__(self, name: str, flag: str = "--reward") -> None:
+        self.name, self.where = name, f"{flag} {name}"
 
     def check(self, problem: Problem) -> None:
         """Raise UserError where this problem cannot be judged; asked of every problem before training."""
@@ -101,21 +104,24 @@ class ModelReward(Reward):
             (Coste et al. 2023, arXiv 2310.02743, take it for the uncertainty of a judge)
     """
 
-    def __init__(self, folder: str, device: str = "auto", dtype: str = "auto", spread: bool = False) -> None:
+    def __init__(
+        self, folder: str, device: str = "auto", dtype: str = "auto", spread: bool = False, flag: str = "--reward"
+    ) -> None:
         from llmkit.model.devices import choose_device, choose_dtype
         from llmkit.reward_model.head import load_reward_model
         from llmkit.reward_model.scoring import Scorer
         from llmkit.tokenizer.encoding import load_tokenizer
         from llmkit.tokenizer.templates import chat_format
 
-        self.name, self.folder, self._spread = f"{'spread' if spread else 'rm'}:{folder}", folder, spread
+        super().__init__(f"{'spread' if spread else 'rm'}:{folder}", flag)
+        self.folder, self._spread = folder, spread
         processor = choose_device(device)
         self.tokenizer = load_tokenizer(folder)
         model = load_reward_model(folder, dtype=choose_dtype(dtype, processor), device=processor)
         self.tokenizer.check_fits(model.config.vocab_size)
         if spread and len(model.score) < 2:
             raise UserError(
-                f"--reward {self.name}: expected a reward model of several heads, found one; train it with "
+                f"{self.where}: expected a reward model of several heads, found one; train it with "
                 "llmkit train-reward --ensemble 4"
             )
         chat = chat_format(self.tokenizer)
@@ -126,7 +132,7 @@ class ModelReward(Reward):
         """Raise UserError where the policy's tokens are not the reward model's."""
         if not self.tokenizer.same_vocabulary(tokenizer):
             raise UserError(
-                f"--reward {self.name}: expected the vocabulary of {tokenizer.path.parent} "
+                f"{self.where}: expected the vocabulary of {tokenizer.path.parent} "
                 f"({tokenizer.vocab_size} tokens), found another ({self.tokenizer.vocab_size}); train the judge from it"
             )
 
@@ -145,11 +151,11 @@ class ModelReward(Reward):
         for attempt, record in zip(attempts, records, strict=True):
             if record["reward"] is None:
                 raise UserError(
-                    f"--reward {self.name}: expected completions that fit its context of {self.context} tokens, found "
-                    f"one of {attempt.token_count}; lower --max-tokens"
+                    f"{self.where}: expected completions that fit its context of {self.context} tokens, found one of "
+                    f"{attempt.token_count}; lower --max-tokens"
                 )
         rewards = [-record["reward_std"] if self._spread else record["reward"] for record in records]
-        return finite(rewards, f"--reward {self.name}")
+        return finite(rewards, self.where)
 
     def close(self) -> None:
         """Let the model go."""

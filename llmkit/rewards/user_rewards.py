@@ -48,9 +48,9 @@ def record_of(attempt: Attempt) -> dict[str, Any]:
 class CommandReward(Reward):
     """`cmd:COMMAND`: a process for each batch, which must answer within `seconds`."""
 
-    def __init__(self, command: str, seconds: float) -> None:
-        self.name, self.seconds = f"cmd:{command}", seconds
-        self._words = split_command(command)
+    def __init__(self, command: str, words: list[str], seconds: float, flag: str) -> None:
+        super().__init__(f"cmd:{command}", flag)
+        self._words, self.seconds = words, seconds
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """Return the numbers that the command printed. Raises UserError where it fails, hangs or prints otherwise."""
@@ -61,7 +61,7 @@ class CommandReward(Reward):
             lines.pop()
         if len(lines) != len(attempts):
             raise self._miscounted(len(attempts), str(len(lines)))
-        return finite([self._number(line, number) for number, line in enumerate(lines, 1)], f"--reward {self.name}")
+        return finite([self._number(line, number) for number, line in enumerate(lines, 1)], self.where)
 
     def _run(self, attempts: Sequence[Attempt]) -> bytes:
         data = b"".join(dump_json(record_of(attempt)) + b"\n" for attempt in attempts)
@@ -71,15 +71,15 @@ class CommandReward(Reward):
             if ended > len(attempts) or (ended == len(attempts) and last.strip()):
                 raise self._miscounted(len(attempts), "more")
             if len(last) > LONGEST_LINE:
-                where = f"--reward {self.name}: line {ended + 1}"
-                raise UserError(f"{where}: expected at most {LONGEST_LINE} bytes, found more")
+                expected = f"expected at most {LONGEST_LINE} bytes, found more"
+                raise UserError(f"{self.where}: line {ended + 1}: {expected}")
             return False
 
         pipe = subprocess.PIPE
         try:
             process = subprocess.Popen(self._words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            raise UserError(f"--reward {self.name}: expected a command that runs: {error.strerror}") from None
+            raise UserError(f"{self.where}: expected a command that runs: {error.strerror}") from None
         with process:
             try:
                 out, err, ending = exchange(process, data, self.seconds, check_size)
@@ -87,7 +87,7 @@ class CommandReward(Reward):
                 last_words = f": {lines[0].strip()[:300]}" if lines else ""
                 if ending == "timeout":
                     late = f"no answer within {counted(self.seconds, 'second')}{last_words}"
-                    raise UserError(f"--reward {self.name}: {late}")
+                    raise UserError(f"{self.where}: {late}")
             except BaseException:
                 try:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -97,14 +97,14 @@ class CommandReward(Reward):
         if process.returncode:
             code = process.returncode
             ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            raise UserError(f"--reward {self.name}: expected exit status 0, found {ended}{last_words}")
+            raise UserError(f"{self.where}: expected exit status 0, found {ended}{last_words}")
         return out
 
     def _miscounted(self, lines: int, actual: str) -> UserError:
-        return UserError(f"--reward {self.name}: expected {counted(lines, 'line')}, one a completion, found {actual}")
+        return UserError(f"{self.where}: expected {counted(lines, 'line')}, one a completion, found {actual}")
 
     def _number(self, line: bytes, number: int) -> float | None:
-        expected = f'--reward {self.name}: line {number}: expected a number or {{"reward": number}}, found'
+        expected = f'{self.where}: line {number}: expected a number or {{"reward": number}}, found'
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:  # NaN is no JSON either
@@ -117,43 +117,41 @@ class CommandReward(Reward):
         return float(value)
 
 
-def split_command(command: str) -> list[str]:
+def split_command(command: str, flag: str) -> list[str]:
     """The words of a command. Raises UserError where its program cannot be run."""
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UserError(f"--reward cmd:{command}: expected a command: {error}") from None
+        raise UserError(f"{flag} cmd:{command}: expected a command: {error}") from None
     if not words:
-        raise UserError("--reward cmd: expected a command, such as cmd:./score.py")
+        raise UserError(f"{flag} cmd: expected a command, such as cmd:./score.py")
     if shutil.which(words[0]) is None:
         actual = "a file that is not executable; chmod +x it" if os.path.isfile(words[0]) else "none of that name"
-        raise UserError(f"--reward cmd:{command}: expected a program {words[0]!r}, found {actual}")
+        raise UserError(f"{flag} cmd:{command}: expected a program {words[0]!r}, found {actual}")
     return words
 
 
 class FunctionReward(Reward):
     """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
 
-    def __init__(self, spec: str) -> None:
-        self.name = spec
-        self._function = UserFunction(spec, f"--reward {spec}")
+    def __init__(self, spec: str, flag: str) -> None:
+        super().__init__(spec, flag)
+        self._function = UserFunction(spec, self.where)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """Call the function on each attempt. Raises UserError if it raises, with the problem, file and line."""
-        return finite([self._call(attempt) for attempt in attempts], f"--reward {self.name}")
+        return finite([self._call(attempt) for attempt in attempts], self.where)
 
     def _call(self, attempt: Attempt) -> float | None:
         value = self._function(record_of(attempt), attempt.problem.where)
         if value is None:
             return None
         if not isinstance(value, Real):
-            raise UserError(
-                f"--reward {self.name}: expected a number, found {kind_of(value)} for {attempt.problem.where}"
-            )
+            raise UserError(f"{self.where}: expected a number, found {kind_of(value)} for {attempt.problem.where}")
         try:
             return float(value)
         except Exception as error:  # 10**400, or a number of the user's own class
             raise UserError(
-                f"--reward {self.name}: expected a finite number, found one that is no float "
-                f"({type(error).__name__}) for {attempt.problem.where}"
+                f"{self.where}: expected a finite number, found one that is no float ({type(error).__name__}) for "
+                f"{attempt.problem.where}"
             ) from None

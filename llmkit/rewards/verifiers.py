@@ -186,8 +186,10 @@ class VerifierReward(Reward):
 
     verifies = True
 
-    def __init__(self, forced: str | None = None, *, sandbox: bool = True, seconds: float = 10.0) -> None:
-        self.name = "verifier" if forced is None else f"verifier={forced}"
+    def __init__(
+        self, forced: str | None = None, flag: str = "--reward", *, sandbox: bool = True, seconds: float = 10.0
+    ) -> None:
+        super().__init__("verifier" if forced is None else f"verifier={forced}", flag)
         self._forced = forced
         self._tests, self._latex, self._schema = CodeTests(sandbox, seconds), LatexComparer(), SchemaVerifier()
         in_processes = {

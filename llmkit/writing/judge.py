@@ -100,7 +100,7 @@ class RewardJudge(Judge):
     """Scores the last reply by the reward model in a folder, without a guide."""
 
     def __init__(self, folder: str, device: str, dtype: str) -> None:
-        self._reward = ModelReward(folder, device, dtype)
+        self._reward = ModelReward(folder, device, dtype, flag="--judge")
         self.name, self.identity = folder, {"the judge": fingerprint(local_folder(folder, weights=True))}
         self.usage = None
 

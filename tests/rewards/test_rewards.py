@@ -311,8 +311,9 @@ def test_the_spread_is_minus_the_deviation_over_the_heads(judge: Path, tmp_path:
 
 
 def test_a_completion_that_the_judge_cannot_read_is_told_of(judge: Path):
-    with pytest.raises(UserError, match="context of 60 tokens, found one of 99; lower --max-tokens"):
-        scores(f"rm:{judge}", attempt("4" * 99, token_count=99), device="cpu")
+    for flag in ("--reward", "--gold"):
+        with pytest.raises(UserError, match=f"^{flag} rm:.* context of 60 tokens, found one of 99; lower --max-tokens"):
+            scores(f"rm:{judge}", attempt("4" * 99, token_count=99), device="cpu", flag=flag)
     long = read_problem(Row({"prompt": "2 + 2? " * 99, "answer": "4"}, "p.jsonl", 2))
     assert len(scores(f"rm:{judge}", attempt("4", long), device="cpu")) == 1
 

@@ -37,10 +37,10 @@ def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
 
 def test_figures_of_groups():
     class Verifier(Reward):
-        name, verifies = "verifier", True
+        verifies = True
 
     groups = [[attempt([1], [2], reward=1.0), attempt([1], [2, 3])], [attempt([1], [2]), attempt([1], [2])]]
-    figures = describe(groups, [Weighted(Verifier(), 1.0)])
+    figures = describe(groups, [Weighted(Verifier("verifier"), 1.0)])
     assert figures["reward"] == figures["success"] == figures["reward/verifier"] == 0.25
     assert figures["pass_at_group"] == 0.5 and figures["length"] == 1.25 and np.isfinite(list(figures.values())).all()
 
