@@ -157,12 +157,7 @@ FAMILIES = {
     "gemma3_text": Family(
         architecture="Gemma3",
         scorer="Gemma3Text",
-        choices={
-            "activation": "gelu_tanh",
-            "post_norms": True,
-            "qk_norm": True,
-            "scale_embedding": True,
-        },
+        choices={"activation": "gelu_tanh", "post_norms": True, "qk_norm": True, "scale_embedding": True},
         options={
             **BIASES,
             "query_pre_attn_scalar": "query_pre_attn_scalar",

@@ -182,31 +182,25 @@ def save_tensors(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config)
-    shards = _shards(sizes, max_shard_size)
-    if len(shards) == 1:
-        write_tensors(folder / WEIGHTS, {key: tensor_of(key) for key in shards[0]})
-        stale = [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]
-    else:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, shard in zip(names, shards, strict=True):
-            write_tensors(folder / name, {key: tensor_of(key) for key in shard})
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-        stale = [folder / WEIGHTS, *set(folder.glob("model-*-of-*.safetensors")).difference(folder / n for n in names)]
-    for path in stale:  # of an earlier save in the other form; a loader must not find both
-        path.unlink(missing_ok=True)
-
-
-def _shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
-    for name, more in sizes.items():
+    for key, more in sizes.items():
         if size and size + more > max_shard_size:
             shards.append([])
             size = 0
-        shards[-1].append(name)
+        shards[-1].append(key)
         size += more
-    return shards
+    several = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = several if len(shards) > 1 else [WEIGHTS]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, {key: tensor_of(key) for key in shard})
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        names.append(INDEX)
+    for path in (folder / WEIGHTS, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        if path.name not in names:  # of an earlier save in the other form; a loader must not find both
+            path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

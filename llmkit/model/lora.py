@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -110,12 +110,6 @@ class _Rows(nn.Module):
         return weight.to(self.rows.dtype).index_copy(0, cast("Tensor", self.token_ids), self.rows)
 
 
-def _drawing(seed: int, device: torch.device, dtype: torch.dtype) -> Callable[[tuple[int, int], float], Tensor]:
-    """What draws matrices uniformly within a bound, from one generator."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda shape, bound: torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound).to(device, dtype)
-
-
 class _Matrix(NamedTuple):
     """A parameter that gets adapters: its inputs, the rows of the matrices that it stacks, and who of these is adapted.
 
@@ -158,8 +152,12 @@ class LoraAdapter:
                 f"--lora-rank: expected at most {max(sides, default=0)}, the smaller side of the matrices that get an "
                 f"adapter, found {rank}; --lora-rank none trains all parameters"
             )
-        dtype = dtype or model.embed_tokens.dtype
-        draw = _drawing(seed, model.embed_tokens.device, dtype)
+        device, dtype = model.embed_tokens.device, dtype or model.embed_tokens.dtype
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(shape: tuple[int, int], bound: float) -> Tensor:
+            return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound).to(device, dtype)
+
         model.requires_grad_(False)
         self._low_rank: dict[str, tuple[_LowRankSum, str]] = {}
         for matrix in matrices:
@@ -257,8 +255,7 @@ class LoraAdapter:
         config, target = self.model.config, path.split(".")[-1]
         if kind == "down" or target not in ("q", "k", "qkv") or config.learned_positions:
             return value
-        rotated = sum(config.stacked_rows["qkv"][:2]) if target == "qkv" else len(value)
-        return torch.cat([pairs_apart(value[:rotated], config), value[rotated:]])
+        return pairs_apart(value, config, sum(config.stacked_rows["qkv"][:2]) if target == "qkv" else len(value))
 
     def _peft_modules(self) -> dict[str, Any]:
         names = [self._module(f"layers.0.{target}").split(".")[-1] for target in self.targets]

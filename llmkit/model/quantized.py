@@ -1,6 +1,7 @@
 """Frozen matrices of a layer in 4 or 8 bits, dequantized whenever they are multiplied.
 
-    quantize_layer(layer, "nf4", torch.bfloat16)
+    with quantized_when_filled(layer, "nf4", torch.bfloat16, "cpu"):
+        layer.qkv.copy_(weight)                      # and so on
     layer.qkv                                        # bfloat16, of its shape, for as long as somebody holds it
 
 Blocks of 64 numbers of a matrix, row after row, share a float32 scale, the largest magnitude among them.
@@ -28,7 +29,6 @@ from torch.nn.utils import parametrize
 from llmkit.model.transformer import MATRICES, Layer, Transformer
 
 BLOCK = 64  # numbers
-BITS = {"nf4": 4, "int8": 8}  # of a number, its share of a scale not counted
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -84,8 +84,14 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return codes[:, ::2] << 4 | codes[:, 1::2], scales
 
 
-def quantize_layer(layer: Layer, kind: str, dtype: torch.dtype) -> None:
-    """Quantize the matrices of a layer, to be dequantized to `dtype`, and convert its other parameters to that."""
+@contextmanager
+def quantized_when_filled(layer: Layer, kind: str, dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
+    """Give a layer of device meta memory in float32, to be filled in this context.
+
+    At its end the matrices are quantized, to be dequantized to `dtype`, and the other parameters converted to that.
+    """
+    layer.float().to_empty(device=device)
+    yield
     for name, parameter in list(layer.named_parameters(recurse=False)):
         if name not in MATRICES:
             parameter.data = parameter.data.to(dtype)
@@ -95,15 +101,6 @@ def quantize_layer(layer: Layer, kind: str, dtype: torch.dtype) -> None:
         parametrize.register_parametrization(layer, name, Quantized(parameter.shape, scales, dtype), unsafe=True)
 
 
-@contextmanager
-def quantized_when_filled(layer: Layer, kind: str, dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
-    """Give a layer of device meta memory in float32, to be filled in this context, and quantize it at the end."""
-    layer.float().to_empty(device=device)
-    yield
-    quantize_layer(layer, kind, dtype)
-
-
 def is_quantized(model: Transformer) -> bool:
     """True if the matrices of the layers are quantized."""
-    layers = cast("list[nn.Module]", model.layers[:1])
-    return any(isinstance(module, Quantized) for layer in layers for module in layer.modules())
+    return any(isinstance(module, Quantized) for module in model.modules())

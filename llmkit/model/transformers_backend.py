@@ -359,22 +359,13 @@ class TransformersModel(Transformer):
         if not any(map(parametrize.is_parametrized, self.module.modules())):
             return self
         model = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
-        for owner in list(model.module.modules()):
-            if parametrize.is_parametrized(owner):  # torch's own way to leave them would set the shared tensors
-                values = {name: getattr(owner, name) for name in owner.parametrizations}  # type: ignore[union-attr]
-                owner.__class__ = parametrize.type_before_parametrizations(owner)
-                del owner.parametrizations
-                for name, value in values.items():
-                    owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        _merge_adapters(model.module)
         return model
 
     @torch.no_grad()
     def save(self, folder: Path, dtype: torch.dtype, max_shard_size: int = 5 * 10**9) -> None:
         """Write configuration and weights as transformers has them. Adapters are merged into these: train no more."""
-        for owner in list(self.module.modules()):
-            if parametrize.is_parametrized(owner):
-                for name in list(owner.parametrizations):  # type: ignore[arg-type]
-                    parametrize.remove_parametrizations(owner, name, leave_parametrized=True)
+        _merge_adapters(self.module)
         self.module.tie_weights()
         module = self.module if self.embed_tokens.dtype == dtype else self.module.to(dtype)
         ends = list(self.config.eos_token_ids)
@@ -438,6 +429,17 @@ class TransformersReward(TransformersModel):
 
     def _head_scale(self) -> float:
         return 1.0  # hidden states are taken as they are
+
+
+def _merge_adapters(module: nn.Module) -> None:
+    """Put sums in place of parameters with adapters; torch's own way would write into tensors that a copy shares."""
+    for owner in list(module.modules()):
+        if parametrize.is_parametrized(owner):
+            values = {name: getattr(owner, name) for name in owner.parametrizations}  # type: ignore[union-attr]
+            owner.__class__ = parametrize.type_before_parametrizations(owner)
+            del owner.parametrizations
+            for name, value in values.items():
+                owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _close(actual: Tensor, expected: Tensor, near: float) -> bool:

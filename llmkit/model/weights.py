@@ -6,6 +6,7 @@ a head are neighbours here, (2i, 2i + 1), and half of what is rotated apart ther
 tensors on the way out, exactly.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -81,28 +82,16 @@ def _layer_tensors(config: ModelConfig) -> list[StockTensor]:
     rotated = 0 if config.learned_positions else sum(config.stacked_rows["qkv"][:2])
     tensors = []
     for attribute, modules in stacked_modules(config).items():
-        matrix = shapes[attribute]
+        inputs = shapes[attribute][1:]  # none of a norm
+        transposed = family.transposed and bool(inputs)
+        offset = family.gain_offset if attribute.endswith("_norm") else 0.0
+        turned = {"qkv": rotated, "q_norm": math.inf, "k_norm": math.inf}.get(attribute, 0)
         first = 0
         for module, size in modules:
-            pairs = 0
-            if attribute in ("qkv", "q_norm", "k_norm"):
-                turned = size if attribute != "qkv" else rotated
-                pairs = max(0, min(size, turned - first))
-            transposed = family.transposed and len(matrix) == 2
-            shape = (size, *matrix[1:])
-            offset = family.gain_offset if attribute.endswith("_norm") else 0.0
-            tensors.append(
-                StockTensor(
-                    f"{module}.weight",
-                    shape[::-1] if transposed else shape,
-                    None,
-                    attribute,
-                    first,
-                    pairs,
-                    transposed,
-                    offset,
-                )
-            )
+            pairs = int(max(0, min(size, turned - first)))
+            shape = (*inputs, size) if transposed else (size, *inputs)
+            weight = StockTensor(f"{module}.weight", shape, None, attribute, first, pairs, transposed, offset)
+            tensors.append(weight)
             if (bias := f"{attribute}_bias") in shapes:
                 tensors.append(StockTensor(f"{module}.bias", (size,), None, bias, first, pairs))
             first += size
@@ -131,20 +120,12 @@ def stock_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in stock_tensors(config)}
 
 
-def pairs_apart(rows: Tensor, config: ModelConfig) -> Tensor:
-    """Rows (H * D, ...) from neighbouring pairs to Hugging Face's order."""
-    heads = rows.unflatten(0, (-1, config.head_dim))
+def pairs_apart(rows: Tensor, config: ModelConfig, count: int, *, back: bool = False) -> Tensor:
+    """The first `count` of rows (H * D, ...) from neighbouring pairs to Hugging Face's order, or `back`; the others."""
+    heads = rows[:count].unflatten(0, (-1, config.head_dim))
     turned = config.rotary_dim or config.head_dim
-    apart = heads[:, :turned].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([apart, heads[:, turned:]], 1).view(rows.shape)
-
-
-def pairs_together(rows: Tensor, config: ModelConfig) -> Tensor:
-    """Rows (H * D, ...) from Hugging Face's order to neighbouring pairs."""
-    heads = rows.unflatten(0, (-1, config.head_dim))
-    turned = config.rotary_dim or config.head_dim
-    together = heads[:, :turned].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([together, heads[:, turned:]], 1).view(rows.shape)
+    apart = heads[:, :turned].unflatten(1, (2, -1) if back else (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([torch.cat([apart, heads[:, turned:]], 1).flatten(0, 1), rows[count:]])
 
 
 def export_state_dict(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -169,7 +150,7 @@ def export_tensor(model: Transformer, tensor: StockTensor, dtype: torch.dtype) -
     elif tensor.attribute in ("out", "down") and scales is not None:
         value = value * scales.to("cpu", wide)[int(tensor.attribute == "down")]
     if tensor.pairs:
-        value = torch.cat([pairs_apart(value[: tensor.pairs], config), value[tensor.pairs :]])
+        value = pairs_apart(value, config, tensor.pairs)
     if tensor.offset:
         value = value - tensor.offset
     if tensor.transposed:
@@ -196,8 +177,7 @@ def import_state_dict(
                 if tensor.transposed:
                     value = value.T
                 if tensor.pairs:
-                    turned = pairs_together(value[: tensor.pairs], model.config)
-                    value = torch.cat([turned, value[tensor.pairs :]])
+                    value = pairs_apart(value, model.config, tensor.pairs, back=True)
                 if tensor.offset:
                     value = value.to(torch.float32) + tensor.offset
                 parameter[tensor.rows].copy_(value)
