@@ -4,17 +4,22 @@ Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from llmkit.errors import UserError
+from llmkit.errors import UserError, naming
 from llmkit.io.foreign import integer, number, shown, switch
 from llmkit.io.progress import counted
-from llmkit.model.families import FAMILIES, PLAIN, Family
+from llmkit.model.families import FAMILIES, Family
 from llmkit.model.rope import Rope, RopeScaling, rope_to_hf, ropes_from_hf, scaling_from_dict
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}  # and their names there
+
+
+def _choice(usual: Any) -> Any:
+    """Declare a field in which families differ, with the choice of most."""
+    return field(default=usual, metadata={"usual": usual})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +57,28 @@ class ModelConfig:
     rotary_dim: int | None = None
     sliding_rope: Rope | None = None
     no_rope_layers: tuple[int, ...] = ()
-    learned_positions: bool = False
+    learned_positions: bool = _choice(False)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # on the query, key and value projections
-    attention_out_bias: bool = False
-    mlp_bias: bool = False
-    gated_mlp: bool = True
-    activation: str = "silu"  # or gelu_tanh
-    pre_norms: bool = True
-    post_norms: bool = False
-    layer_norm: bool = False
-    qk_norm: bool = True
-    qk_norm_whole: bool = False
+    attention_bias: bool = _choice(False)  # on the query, key and value projections
+    attention_out_bias: bool = _choice(False)
+    mlp_bias: bool = _choice(False)
+    gated_mlp: bool = _choice(True)
+    activation: str = _choice("silu")  # or gelu_tanh
+    pre_norms: bool = _choice(True)
+    post_norms: bool = _choice(False)
+    layer_norm: bool = _choice(False)
+    qk_norm: bool = _choice(True)
+    qk_norm_whole: bool = _choice(False)
     layer_windows: tuple[int | None, ...] | None = None
-    scale_embedding: bool = False  # by the root of the hidden size
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    attention_multiplier: float | None = None
-    query_pre_attn_scalar: float | None = None
-    logits_scaling: float = 1.0  # divides the logits
-    attention_softcap: float | None = None  # c of c * tanh(score / c)
-    logits_softcap: float | None = None
+    scale_embedding: bool = _choice(False)  # by the root of the hidden size
+    embedding_multiplier: float = _choice(1.0)
+    residual_multiplier: float = _choice(1.0)
+    attention_multiplier: float | None = _choice(None)
+    query_pre_attn_scalar: float | None = _choice(None)
+    logits_scaling: float = _choice(1.0)  # divides the logits
+    attention_softcap: float | None = _choice(None)  # c of c * tanh(score / c)
+    logits_softcap: float | None = _choice(None)
     model_type: str = "qwen3"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -220,16 +225,14 @@ class ModelConfig:
         """The `config.json` of the exported model, as transformers writes it, readable by releases 4 and 5."""
         config, family, ends = self.folded(), FAMILIES[self.model_type], self.eos_token_id
         main = Rope(self.rope_theta, self.rope_scaling, self.rotary_dim)
-        activation = family.names.get("activation", "hidden_act")
-        assert activation is not None
+        activation = family.key("activation")
         sizes = (*SIZES, "num_key_value_heads", "head_dim", "activation", "max_position_embeddings", "rms_norm_eps")
         written = {name: getattr(config, name) for name in sizes}
         written["activation"] = family.defaults.get(activation, ACTIVATIONS[self.activation][0])
-        names = {"activation": activation, **family.names}
         out: dict[str, Any] = {
             "architectures": [family.architecture + family.head],
             "model_type": config.model_type,
-            **{key: value for name, value in written.items() if (key := names.get(name, name)) is not None},
+            **{key: value for name, value in written.items() if (key := family.key(name))},
             **rope_to_hf(main, config.sliding_rope or main, config.head_dim, family),
             "tie_word_embeddings": config.tie_word_embeddings,
             **dict.fromkeys(family.dropouts, 0.0),
@@ -266,7 +269,7 @@ class ModelConfig:
                 + otherwise
             )
         values = {**family.defaults, **values}
-        names = {name: family.names.get(name) or name for name in SIZES}
+        names = {name: family.key(name) for name in SIZES}
         if family.mlp_ratio and values.get(names["intermediate_size"]) is None:
             hidden = integer(values, names["hidden_size"], where, 0, at_most=_WIDEST)
             values[names["intermediate_size"]] = family.mlp_ratio * hidden or None
@@ -275,7 +278,7 @@ class ModelConfig:
         sizes = {name: integer(values, names[name], where, at_most=most) for name, most in SIZES.items()}
         heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
         activation = family.choices.get("activation", PLAIN["activation"])
-        key = family.names.get("activation") or "hidden_act"
+        key = family.key("activation")
         if values.get(key, ACTIVATIONS[activation][0]) not in ACTIVATIONS[activation]:
             raise UserError(
                 f"{where}: expected {key} {ACTIVATIONS[activation][0]!r}, which {model_type} has, "
@@ -284,24 +287,22 @@ class ModelConfig:
         for key, value in family.refused.items():
             if values.get(key, value) not in (value, None):
                 raise UserError(f"{where}: expected {key} {value}, which alone is computed, found {shown(values[key])}")
-        values = {name: one for name, one in values.items() if family.names.get(name, name) is not None}
+        values = {name: one for name, one in values.items() if family.key(name)}
         own_width = family.defaults.get("head_dim") or max(1, sizes["hidden_size"] // heads)
         head_dim = integer(values, "head_dim", where, own_width, at_most=_WIDEST)
         chosen = {**PLAIN, **family.choices}
         for name, key in family.options.items():
             read = switch if isinstance(PLAIN[name], bool) else number
             chosen[name] = PLAIN[name] if values.get(key) is None else read(values, key, where)
-        try:
+        with naming(where):
             return cls(
                 **sizes,
                 **chosen,
                 num_key_value_heads=integer(values, "num_key_value_heads", where, heads, at_most=_WIDEST),
                 head_dim=head_dim,
-                max_position_embeddings=integer(
-                    values, family.names.get("max_position_embeddings") or "max_position_embeddings", where, 2048
-                ),
+                max_position_embeddings=integer(values, family.key("max_position_embeddings"), where, 2048),
                 **ropes_from_hf(values, family, head_dim, where),
-                rms_norm_eps=number(values, family.names.get("rms_norm_eps") or "rms_norm_eps", where, 1e-6),
+                rms_norm_eps=number(values, family.key("rms_norm_eps"), where, 1e-6),
                 tie_word_embeddings=switch(values, "tie_word_embeddings", where),
                 layer_windows=_windows_from_hf(values, family, layers, where),
                 no_rope_layers=_no_rope_from_hf(values, family, layers, where),
@@ -309,10 +310,9 @@ class ModelConfig:
                 bos_token_id=_token_id(values, "bos_token_id", where),
                 eos_token_id=token_ids(values, "eos_token_id", where),
             )
-        except UserError as error:
-            raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
+PLAIN = {one.name: one.metadata["usual"] for one in fields(ModelConfig) if one.metadata} | {"qk_norm": False}
 _WIDEST = 2**24
 # the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
 SIZES = {

@@ -39,28 +39,6 @@ GEMMA_DEFAULTS = {
 GEMMA_LAYER = {**LLAMA_LAYER, **POST_NORMS, "mlp_norm": ("pre_feedforward_layernorm",)}
 OLMO_LAYER = {**LLAMA_LAYER, **POST_NORMS}  # which has no norms before
 LLAMA_TABLES = {"embed_tokens": "embed_tokens", "norm": "norm"}
-# fields of ModelConfig in which families differ, and the choice of most
-PLAIN: Mapping[str, Any] = {
-    "activation": "silu",
-    "gated_mlp": True,
-    "mlp_bias": False,
-    "attention_bias": False,
-    "attention_out_bias": False,
-    "qk_norm": False,
-    "qk_norm_whole": False,
-    "pre_norms": True,
-    "post_norms": False,
-    "layer_norm": False,
-    "learned_positions": False,
-    "scale_embedding": False,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": None,
-    "query_pre_attn_scalar": None,
-    "logits_scaling": 1.0,
-    "attention_softcap": None,
-    "logits_softcap": None,
-}
 BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
 
 
@@ -74,7 +52,7 @@ class Family:
     choices       fields of ModelConfig that every member has, where they are not the plain ones
     options       fields of ModelConfig in which members differ, and their names in config.json
     refused       what a config.json may ask for and we do not compute: name, and the value that we do
-    names         names in config.json of fields that are called otherwise there; None for those that it lacks
+    names         names in config.json of fields that are called otherwise there; "" for those that it lacks
     defaults      values where config.json is silent, by its names
     windows       which layers have `sliding_window`: none, "all", by `layer_types`, or by these if `use_sliding_window`
     window_every  where config.json has no `layer_types`, every such layer sees everything
@@ -97,7 +75,7 @@ class Family:
     choices: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, Any] = field(default_factory=dict)
-    names: Mapping[str, str | None] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     windows: Literal["all", "layers", "switch"] | None = None
     window_every: int | None = None
@@ -112,6 +90,10 @@ class Family:
     layer: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: LLAMA_LAYER)
     transposed: bool = False
     gain_offset: float = 0.0
+
+    def key(self, name: str) -> str:
+        """The name in config.json of a field of ModelConfig; "" where there is none."""
+        return self.names.get(name, "hidden_act" if name == "activation" else name)
 
 
 FAMILIES = {
@@ -197,12 +179,12 @@ FAMILIES = {
             "intermediate_size": "n_inner",
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
-            "num_key_value_heads": None,
-            "head_dim": None,
+            "num_key_value_heads": "",
+            "head_dim": "",
             "activation": "activation_function",
             "max_position_embeddings": "n_positions",
             "rms_norm_eps": "layer_norm_epsilon",
-            "rope_theta": None,
+            "rope_theta": "",
         },
         defaults={
             "activation_function": "gelu_new",

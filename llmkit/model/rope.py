@@ -76,7 +76,7 @@ def ropes_from_hf(values: dict[str, Any], family: Family, head_dim: int, where: 
 
     Where a file has `rope_scaling` and `rope_parameters`, version 5 lets the former win.
     """
-    if family.names.get("rope_theta", "rope_theta") is None:
+    if not family.key("rope_theta"):
         return {}
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     parameters = values.get(name) or {}
@@ -183,7 +183,7 @@ def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[s
 
     `local` is the rotation of the layers with a window.
     """
-    if family.names.get("rope_theta", "rope_theta") is None:
+    if not family.key("rope_theta"):
         return {}
     scaling = _scaling_to_hf(main.scaling)
     out: dict[str, Any] = {"rope_theta": main.theta, "rope_scaling": scaling}
