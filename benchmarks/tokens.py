@@ -142,7 +142,7 @@ def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, 
     stopped = time.process_time(), time.perf_counter()
     peak = peak_megabytes()  # before all tokens are held for the comparison, as no run does
     if backend not in (None, tokenizer.backend):
-        raise SystemExit(f"{backend}: {tokenizer.passed_over}")
+        raise SystemExit(f"{backend}: not installed, or it does not give the ids of tokenizers")
     tokens = np.concatenate([shard.tokens for shard in shards._shards])
     return (started, stopped), peak, tokens, tokenizer.backend
 

@@ -24,7 +24,6 @@ from llmkit.tokenizer.encoding import EnclosedText, Tokenizer, load_tokenizer
 from llmkit.tokenizer.folder import END_OF_TEXT, SPECIALS, write_template
 
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
-LOSSES = ("assistant", "answer", "last", "all")
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 ENCODED_AT_ONCE = 4096  # texts
 # about the functions that may be called, as chat_template.jinja has it
@@ -121,8 +120,6 @@ class ChatFormat:
 
         A record of plain text becomes a document: its beginning token, its text and its end, all of it trained on.
         """
-        if loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
         shown = map(with_definitions, conversations)
         listed = [(conversation, self._turns(conversation, loss)) for conversation in shown]
         texts = [piece for _, turns in listed for turn in turns for piece, _ in turn if isinstance(piece, tuple)]

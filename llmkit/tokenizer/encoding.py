@@ -63,7 +63,6 @@ class Tokenizer:
     template_values  variables that the template is given beside messages, such as enable_thinking
     sha256           of the bytes of tokenizer.json
     backend          the library that encodes batches: `tokenizers` until a faster one has proved its ids on a batch
-    passed_over      why each faster library is not taken
     """
 
     def __init__(self, path: Path, data: bytes, config: dict[str, Any], chat_template: str | None) -> None:
@@ -78,7 +77,7 @@ class Tokenizer:
         self.path, self.config, self.chat_template = path, config, chat_template
         self.template_values: dict[str, Any] = {}
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._data, self._encode_batch, self.backend, self.passed_over = data, None, "tokenizers", dict[str, str]()
+        self._data, self._encode_batch, self.backend = data, None, "tokenizers"
         added = spec.get("added_tokens") or []
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._stripping = {token["content"] for token in added if any(token.get(flag) for flag in _FLAGS[:3])}
@@ -142,7 +141,7 @@ class Tokenizer:
     def choose_backend(self, documents: Sequence[str], only: str | None = None) -> None:
         """Choose the fastest library, or `only` the one named, that proves its ids on these documents."""
         texts = proof_texts(documents, list(self._added)[:64])
-        self.backend, self._encode_batch, self.passed_over = fastest_proven(self._data, self._reference, texts, only)
+        self.backend, self._encode_batch = fastest_proven(self._data, self._reference, texts, only)
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, with nothing added. Special tokens written in it are plain text."""

@@ -23,7 +23,7 @@ import numpy as np
 from llmkit.errors import UserError, naming
 from llmkit.formats.conversations import ARGUMENT, CALL, RESULT, Conversation, Definitions, Message, Part, message
 from llmkit.tokenizer.calls import FORMS, Call, CallForm, form_of, response_form
-from llmkit.tokenizer.chat import LOSSES, ChatFormat, Encoded, has_own_template
+from llmkit.tokenizer.chat import ChatFormat, Encoded, has_own_template
 from llmkit.tokenizer.encoding import RESERVED, THOUGHTS, Tokenizer
 from llmkit.tokenizer.template_worker import TemplateFault, renderer
 
@@ -159,8 +159,6 @@ class TemplateFormat(ChatFormat):
 
     def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
         """As `ChatFormat.encode_many`."""
-        if loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {LOSSES}, found {loss!r}")
         encoded = []
         for conversation in conversations:
             with naming(conversation.where):
