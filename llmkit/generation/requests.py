@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmkit.formats.conversations import Part
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.tool_calls import Functions
-    from llmkit.tokenizer.json_schema import JsonConstraint
+    from llmkit.tokenizer.encoding import JsonConstraint
 
 _THOUGHTS = re.compile(r"<think>(.*?)(?:</think>\n*|\Z)", re.DOTALL)
 Prompt = Sequence[Any]  # token ids; where a server makes them text to continue, or messages to answer

@@ -10,8 +10,7 @@ import numpy as np
 from llmkit.generation.next_token import uniforms
 from llmkit.generation.requests import Completion, OnText, Request, StopMatcher
 from llmkit.generation.tool_calls import BROKEN, ToolUse
-from llmkit.tokenizer.encoding import DecodeStream, Tokenizer
-from llmkit.tokenizer.json_schema import JsonConstraint
+from llmkit.tokenizer.encoding import DecodeStream, JsonConstraint, Tokenizer
 
 DRAWS = 128  # random numbers made at a time
 CALL = "call"  # in place of a finish reason: the sequence waits for a tool

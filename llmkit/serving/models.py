@@ -23,7 +23,7 @@ from llmkit.io.records import THOUGHTS, Row
 from llmkit.serving.engine import Job
 from llmkit.serving.protocol import ApiError, ChatBody, CompletionBody, ConversationBody
 from llmkit.tokenizer.chat import ChatFormat, Encoded
-from llmkit.tokenizer.json_schema import JsonConstraint, JsonSchemas
+from llmkit.tokenizer.encoding import JsonConstraint, JsonSchemas
 from llmkit.tokenizer.templates import chat_format, choose_thinking
 from llmkit.tools.toolbox import Toolbox
 
