@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from llmkit.config import MICRO_BATCH_TOKENS
 from llmkit.errors import UserError
 from llmkit.io.jsonl import open_output
-from llmkit.io.progress import counted, duration, quantity, say
+from llmkit.io.progress import counted, duration, quantity
 from llmkit.rewards import Weighted, judge
 from llmkit.rl.algorithms import Algorithm, is_informative, penalise_length, teaches
 from llmkit.rl.policy_loss import PolicyLoss
@@ -91,11 +91,12 @@ def nothing_to_learn(groups: Groups, rewards: Sequence[Weighted], algorithm: Alg
 
 def costs(groups: Groups, algorithm: Algorithm, spent: Mapping[str, float]) -> dict[str, float]:
     """How many groups were sampled and how many teach nothing, the tokens, and the seconds of sampling and judging."""
+    tokens = sum(rollout.token_count for group in groups for rollout in group)
     return {
         "groups": len(groups),
         "groups_without_signal": sum(not teaches(algorithm, group) for group in groups),
-        "sampled_tokens": int(spent["tokens"]),
-        "sampled_tokens_per_second": round(spent["tokens"] / max(spent["sampling"], 1e-9), 1),
+        "sampled_tokens": tokens,
+        "sampled_tokens_per_second": round(tokens / max(spent["sampling"], 1e-9), 1),
         "sampling_seconds": round(spent["sampling"], 3),
         "judging_seconds": round(spent["judging"], 3),
     }
@@ -122,8 +123,8 @@ def gold_figures(rewards: Sequence[float], groups: int, name: str) -> dict[str, 
     return {"val_gold": round(float(means.mean()), 5), "val_gold_se": round(error, 5)}
 
 
-def disagreements(rollouts: Sequence[Rollout], gold: Sequence[float], count: int = 20) -> list[dict[str, Any]]:
-    """The attempts that the rewards think most of in comparison with the gold one.
+def write_disagreements(folder: Path, rollouts: Sequence[Rollout], gold: Sequence[float], count: int = 20) -> None:
+    """Write disagreements.jsonl: the attempts that the rewards think most of in comparison with the gold one.
 
     Both are measured in deviations from their means, and the records are ordered by the difference.
     """
@@ -134,20 +135,11 @@ def disagreements(rollouts: Sequence[Rollout], gold: Sequence[float], count: int
 
     difference = standardised([rollout.reward for rollout in rollouts]) - standardised(gold)
     order = np.argsort(-difference, kind="stable")[:count]  # NaN, what one could not judge, comes last
-    records = []
-    for i in order[~np.isnan(difference[order])].tolist():
-        record = rollouts[i].record()
-        brief = {name: record[name] for name in ("prompt", "completion", "reward", "rewards", "finish_reason")}
-        records.append({**brief, "gold": gold[i], "difference": round(float(difference[i]), 3)})
-    return records
-
-
-def write_disagreements(folder: Path, rollouts: Sequence[Rollout], gold: Sequence[float]) -> None:
-    """Write disagreements.jsonl, where a gold reward was watched."""
-    if gold:
-        with open_output(str(folder / "disagreements.jsonl"), force=True) as write:
-            for record in disagreements(rollouts, gold):
-                write(record)
+    with open_output(str(folder / "disagreements.jsonl"), force=True) as write:
+        for i in order[~np.isnan(difference[order])].tolist():
+            record = rollouts[i].record()
+            brief = {name: record[name] for name in ("prompt", "completion", "reward", "rewards", "finish_reason")}
+            write({**brief, "gold": gold[i], "difference": round(float(difference[i]), 3)})
 
 
 def rehearse(
@@ -159,9 +151,8 @@ def rehearse(
     sampling_seconds: float,
     updates: int,
     steps: int | None,
-    quiet: bool,
-) -> None:
-    """Compute the gradient of a step, and change nothing; say, for --dry-run, what came of it and what a run takes.
+) -> Iterator[str]:
+    """Compute the gradient of a step, and change nothing; lines for --dry-run: what came of it, what a run takes.
 
     sampling_seconds: of its attempts, judging them included
     """
@@ -187,12 +178,10 @@ def rehearse(
     informative = sum(is_informative(rewards_of(group)) for group in compared)
     seconds = sampling_seconds + training_seconds
     whole = "" if steps is None else f", {duration(steps * seconds)} or more for {counted(steps, 'step')}"
-    lines = [
-        f"a step tried: mean reward {figures['reward']:.3g}, length {figures['length']:.1f} tokens, "
-        f"{figures['cut']:.0%} cut{solved}",
-        f"{informative} of {counted(len(compared), 'group')} tell attempts apart",
+    lengths = f"length {figures['length']:.1f} tokens, {figures['cut']:.0%} cut"
+    yield f"a step tried: mean reward {figures['reward']:.3g}, {lengths}{solved}"
+    yield f"{informative} of {counted(len(compared), 'group')} tell attempts apart"
+    yield (
         f"about {memory / 1e9:.2f} GB of memory for training; a step takes {sampling_seconds:.1f} s of sampling and "
-        f"judging and {training_seconds:.1f} s of training on {quantity(batch.tokens)} tokens{whole}",
-    ]
-    for line in lines:
-        say(line, quiet)
+        f"judging and {training_seconds:.1f} s of training on {quantity(batch.tokens)} tokens{whole}"
+    )

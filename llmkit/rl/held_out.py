@@ -15,7 +15,6 @@ from llmkit.errors import UserError
 from llmkit.formats.conversations import message, said_in
 from llmkit.formats.preferences import Comparison
 from llmkit.formats.problems import Problem
-from llmkit.generation.requests import Request
 from llmkit.io.records import Row
 from llmkit.model.transformer import Transformer
 from llmkit.rewards import Weighted
@@ -24,7 +23,7 @@ from llmkit.rl.evaluation import HELD_OUT_GROUP, gold_figures, gold_rewards
 from llmkit.rl.policy import OwnPolicy
 from llmkit.rl.policy_loss import reference_logprobs
 from llmkit.rl.problems import EncodedProblem
-from llmkit.rl.rollouts import Rollout, as_group, map_shares
+from llmkit.rl.rollouts import sample_attempts
 from llmkit.training.finetuning import Tuning
 
 PROMPTS = 64  # at most: a standard error of the mean length of an eighth of its deviation
@@ -85,12 +84,8 @@ class HeldOutAnswers:
         policy = OwnPolicy(tuning.model, tuning.tokenizer, (), tuning.folder, None)
 
         def figures() -> dict[str, float]:
-            sampler, numbered = policy.sampler(1.0), list(enumerate(problems, HELD_OUT_GROUP))
-            requests = [Request(one.prompt_ids, 1, longest, seed, number) for number, one in numbered]
-            sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
-            answers: list[Rollout] = []
-            for (number, one), completions in zip(numbered, sampled, strict=True):
-                answers += as_group(one, number, completions, 0, None)
+            groups = sample_attempts(problems, policy.sampler(1.0), 1, longest, seed, HELD_OUT_GROUP)
+            answers = [answer for group in groups for answer in group]
             scores = {
                 "val_length": float(np.mean([answer.token_count for answer in answers])),
                 "val_cut": float(np.mean([answer.completion.finish_reason == "length" for answer in answers])),

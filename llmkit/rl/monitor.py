@@ -22,18 +22,6 @@ KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothi
 MOST_DIFFERENCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.05, "a server": 0.05}
 
 
-def difference_beyond(figures: Mapping[str, float], bound: float) -> str | None:
-    """Say that the sampler's log-probabilities are not the trainer's, which biases the loss; None within `bound`
-    nats a token in the mean."""
-    gap = figures["logprob_difference"]
-    if gap <= bound:
-        return None
-    return (
-        f"sampler and trainer disagree: their log-probabilities differ by {gap:.2g} nats a token in the mean, where at "
-        f"most {bound:g} is expected"
-    )
-
-
 class CollapseGuard:
     """Tells when the rewards of training have fallen beyond noise.
 
@@ -141,10 +129,14 @@ class Watch:
 
     def note_step(self, figures: Mapping[str, float]) -> None:
         """See the figures of a step. Raises SavedError, after a checkpoint, where sampler and trainer disagree."""
-        if apart := difference_beyond(figures, self._difference):
+        gap = figures["logprob_difference"]
+        if not gap <= self._difference:  # NaN, too: the loss would be biased
             self._trainer.save(wait=True)
-            folder = self._trainer.checkpoints.folder
-            raise SavedError(f"{apart}; saved in {folder}; begin again with --dtype float32, or without --engine")
+            raise SavedError(
+                f"sampler and trainer disagree: their log-probabilities differ by {gap:.2g} nats a token in the mean, "
+                f"where at most {self._difference:g} is expected; saved in {self._trainer.checkpoints.folder}; begin "
+                "again with --dtype float32, or without --engine"
+            )
         if self._kl is not None and figures["kl_per_attempt"] > self._kl:
             self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
         if collapsed := self._collapse.note(figures):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -23,14 +24,15 @@ from llmkit.data.batches import IGNORED, best_fit
 from llmkit.errors import SharedError, UserError
 from llmkit.formats.conversations import Message, Part, as_record, message
 from llmkit.formats.problems import Problem
-from llmkit.generation.requests import Completion, split_thoughts
+from llmkit.generation.requests import Completion, Request, split_thoughts
+from llmkit.generation.sampler import Sampler
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.files import BLOCK, check_file
 from llmkit.io.foreign import integer
 from llmkit.io.jsonl import dump_json
 from llmkit.io.metrics import trim_metrics
 from llmkit.io.resume import read_sealed, write_sealed
-from llmkit.rewards import Attempt
+from llmkit.rewards import Attempt, Weighted, judge
 from llmkit.rl.problems import EncodedProblem
 from llmkit.training.distributed import world
 
@@ -143,26 +145,46 @@ def map_shares(items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> li
     return [result for part in gathered for result in part]
 
 
-def as_group(
-    encoded: EncodedProblem, number: int, completions: Sequence[Completion], step: int, tools: ToolUse | None
-) -> list[Rollout]:
-    """The attempts at a problem. Raises UserError where there are none, for want of room."""
-    if not completions:
-        raise UserError(f"{encoded.problem.where}: the prompt is longer than the context of the server's model")
-    group, tools = [], encoded.tools or tools
-    for sample, completion in enumerate(completions):
-        parts: tuple[Part, ...] = ()
-        if tools is not None and completion.tool_calls:
-            parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
-        group.append(Rollout(encoded.problem, encoded.prompt_ids, completion, step, number, sample, parts=parts))
-    return group
+def sample_attempts(
+    problems: Sequence[EncodedProblem],
+    sampler: Sampler,
+    group: int,
+    max_tokens: int,
+    seed: int,
+    first: int,
+    step: int = 0,
+    tools: ToolUse | None = None,
+) -> list[list[Rollout]]:
+    """Sample a group of attempts at each problem, numbered from `first`; each process samples its share of them.
+
+    Random numbers are those of a group and a sample, whoever draws them. Raises UserError for a prompt without room.
+    """
+    requests = [
+        Request(asked.prompt_ids, group, max_tokens, seed, number, asked.problem.where, tools=asked.tools)
+        for number, asked in enumerate(problems, first)
+    ]
+    groups: list[list[Rollout]] = []
+    sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
+    for number, (asked, completions) in enumerate(zip(problems, sampled, strict=True), first):
+        if not completions:
+            raise UserError(f"{asked.problem.where}: the prompt is longer than the context of the server's model")
+        groups.append([])
+        offered = asked.tools or tools
+        for sample, completion in enumerate(completions):
+            parts: tuple[Part, ...] = ()
+            if offered is not None and completion.tool_calls:
+                parts = offered.parts(completion.token_ids, completion.sampled, completion.tool_calls)
+            groups[-1].append(Rollout(asked.problem, asked.prompt_ids, completion, step, number, sample, parts=parts))
+    return groups
 
 
-def set_rewards(rollouts: Sequence[Rollout], judged: Sequence[tuple[dict[str, float | None], float | None]]) -> None:
-    """Give every attempt its rewards and their total; one without a total has no part in the loss."""
-    for rollout, (rewards, reward) in zip(rollouts, judged, strict=True):
-        rollout.rewards, rollout.judged = rewards, reward is not None
-        rollout.trained, rollout.reward = rollout.judged, math.nan if reward is None else reward
+def set_rewards(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> None:
+    """Have every attempt judged: its rewards, and their total, without which it has no part in the loss."""
+    attempts = [rollout.as_attempt(max_tokens) for rollout in rollouts]
+    judged = map_shares(attempts, partial(judge, weighted=rewards))
+    for rollout, (by_name, total) in zip(rollouts, judged, strict=True):
+        rollout.rewards, rollout.judged = by_name, total is not None
+        rollout.trained, rollout.reward = rollout.judged, math.nan if total is None else total
 
 
 def rewards_of(rollouts: Iterable[Rollout]) -> list[float]:

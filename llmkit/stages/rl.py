@@ -31,7 +31,6 @@ from llmkit.io.run_folder import check_model_folder
 
 if TYPE_CHECKING:
     from llmkit.generation.sampler import Sampler
-    from llmkit.rewards import Weighted
     from llmkit.rl.problems import EncodedProblem
     from llmkit.rl.rollouts import Rollout
     from llmkit.training.run import Run
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
 # of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
+CONCURRENCY = 64  # requests; a server queues what is more than it computes at once
 ATTEMPT_BYTES = 100  # a token of an attempt: id and log-probabilities, as Python has them
 RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
 
@@ -96,7 +96,7 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
     # no options: what other stages may set is fixed here
-    concurrency: int = 64  # a server queues what is more than it computes at once
+    concurrency: int = CONCURRENCY
     compile: str = "off"  # rows differ in length from step to step, and it was never tried
     micro_batch_size: None = None
     sample_every: None = None  # rollouts.jsonl has every attempt
@@ -151,7 +151,7 @@ class Learner:
 
     group  number of the next group of attempts
     ended  says in words why there is nothing more to learn
-    spent  tokens sampled, and seconds of sampling and judging, in this step
+    spent  seconds of sampling and judging in this step
     """
 
     def __init__(self, config: RlConfig, run: Run) -> None:
@@ -172,7 +172,7 @@ class Learner:
         run.join()
         if config.is_served and run.world.size > 1:
             raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
-        self.rewards, self.gold = _rewards(config, stack)  # whose names are looked at before the model is read
+        self._load_rewards(stack)  # whose names are looked at before the model is read
         tuning = load_policy(model, config.system, run.device, run.dtype, config.quantize, config.backend, config.quiet)
         choose_thinking(tuning.tokenizer, config.thinking)
         self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=tuning.is_assistant)
@@ -191,9 +191,8 @@ class Learner:
         self.problems, self.max_tokens = read(data, rewards=self.rewards, max_tokens=config.max_tokens)
         self.held_out: list[EncodedProblem] = []
         if config.val:
-            self.held_out, _ = read(
-                input_files(config.val), rewards=[*self.rewards, *self.gold], max_tokens=self.max_tokens
-            )
+            both = [*self.rewards, *self.gold]
+            self.held_out, _ = read(input_files(config.val), rewards=both, max_tokens=self.max_tokens)
             report_overlap(self.problems, self.held_out, config.quiet)
         self.algorithm = ALGORITHMS[config.algo]
         self.horizon = choose_horizon(
@@ -205,12 +204,24 @@ class Learner:
         self._check_plan()
         self.policy = OwnPolicy(tuning.model, tuning.tokenizer, config.stop, model, self.tools)
         if config.is_served:
-            folder = run.work / "served"
-            served = ServedPolicy(
-                config.engine, tuning, config.timeout, config.concurrency, config.stop, folder, self.write_policy
-            )
-            self.policy = self.policy if config.dry_run else stack.enter_context(closing(served))
+            served, folder = config.engine, run.work / "served"
+            policy = ServedPolicy(served, tuning, config.timeout, CONCURRENCY, config.stop, folder, self.write_policy)
+            self.policy = self.policy if config.dry_run else stack.enter_context(closing(policy))
         self.loss = PolicyLoss(self.algorithm, config.temperature, self.horizon.kl_coef, self.reference is not None)
+
+    def _load_rewards(self, stack: ExitStack) -> None:
+        from llmkit.rewards import parse_rewards
+
+        config = self.config
+        parse = partial(
+            parse_rewards, sandbox=config.sandbox, timeout=config.tool_timeout, device=config.device, dtype=config.dtype
+        )
+        self.rewards = parse(config.reward)
+        self.gold = parse([config.gold] if config.gold else [], flag="--gold")
+        for weighted in (*self.rewards, *self.gold):
+            stack.callback(weighted.reward.close)
+        if {weighted.reward.name for weighted in self.rewards} & {weighted.reward.name for weighted in self.gold}:
+            raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
 
     def _check_plan(self) -> None:
         """Say what will be done. Raises UserError where the memory does not hold it."""
@@ -221,16 +232,16 @@ class Learner:
         self.tuning.check_memory(tokens, "lower --max-tokens")
         check_batch_memory(attempts * tokens, "lower --batch-size or --group", ATTEMPT_BYTES)
         length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
-        parts = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in self.rewards)
+        total = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in self.rewards)
         say(
             f"{length} of {counted(config.batch_size, 'problem')} of {len(self.problems):,}, "
-            f"{counted(config.group, 'attempt')} at each, of {tokens} tokens at most; reward: {parts}; {config.algo}, "
+            f"{counted(config.group, 'attempt')} at each, of {tokens} tokens at most; reward: {total}; {config.algo}, "
             f"KL weight {horizon.kl_coef:g}; {quantity(self.tuning.trained_parameters)} parameters are trained",
             config.quiet,
         )
         if config.batch_size > len(self.problems):
-            more = f"--batch-size {config.batch_size}: more than the {counted(len(self.problems), 'problem')}"
-            say(f"{more}, so a step repeats some", config.quiet)
+            known = counted(len(self.problems), "problem")
+            say(f"--batch-size {config.batch_size}: more than the {known}, so a step repeats some", config.quiet)
 
     def learn(self) -> None:
         """Make attempts and train on them, until the horizon or until there is a reason to stop."""
@@ -283,7 +294,6 @@ class Learner:
                     self.best.keep(trainer.step)
                 trainer.end_step(metrics | figures)  # evaluates where it is time to
         self.policy.close()
-        self._end()
 
     def _begin(self) -> Trainer:
         """Begin the folder, or go on with it: the trainer, the log of attempts and the guards."""
@@ -312,8 +322,6 @@ class Learner:
         difference = MOST_DIFFERENCE["a server" if self.config.is_served else str(run.dtype)]
         self.watch = Watch(trainer, difference, config.max_kl, read_metrics(run.work / METRICS))
         self.best, self.log = KeepBest(run.work, self.optimizer), RolloutLog(run.work / ROLLOUTS)
-        self.evaluated: list[Rollout] = []
-        self.gold_rewards: list[float] = []  # of the last evaluation
         self.group = self.log.trim(trainer.step)
         return trainer
 
@@ -352,74 +360,45 @@ class Learner:
     def attempt(
         self, problems: Sequence[EncodedProblem], sampler: Sampler, group: int, *, step: int, first: int
     ) -> list[list[Rollout]]:
-        """Sample a group of attempts at each problem, numbered from `first`, and have them rewarded.
-
-        Random numbers are those of a group and a sample, whoever draws them. Raises UserError where a reward fails.
-        """
-        from llmkit.generation.requests import Request
-        from llmkit.rewards import judge
-        from llmkit.rl.rollouts import as_group, map_shares, set_rewards
+        """Sample a group of attempts at each problem, numbered from `first`, and have them rewarded."""
+        from llmkit.rl.rollouts import sample_attempts, set_rewards
 
         started = time.monotonic()
-        length, seed = self.max_tokens, self.config.seed
-        requests = [
-            Request(asked.prompt_ids, group, length, seed, number, asked.problem.where, tools=asked.tools)
-            for number, asked in enumerate(problems, first)
-        ]
-        sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
-        groups = [
-            as_group(encoded, number, completions, step, self.tools)
-            for number, (encoded, completions) in enumerate(zip(problems, sampled, strict=True), first)
-        ]
-        rollouts = [rollout for group in groups for rollout in group]
-        self.spent["tokens"] += sum(rollout.token_count for rollout in rollouts)
-        self.spent["sampling"] += time.monotonic() - started
-
-        started = time.monotonic()
-        attempts = [rollout.as_attempt(self.max_tokens) for rollout in rollouts]
-        set_rewards(rollouts, map_shares(attempts, partial(judge, weighted=self.rewards)))
-        self.spent["judging"] += time.monotonic() - started
+        groups = sample_attempts(problems, sampler, group, self.max_tokens, self.config.seed, first, step, self.tools)
+        sampled = time.monotonic()
+        set_rewards([rollout for group in groups for rollout in group], self.rewards, self.max_tokens)
+        self.spent["sampling"] += sampled - started
+        self.spent["judging"] += time.monotonic() - sampled
         return groups
 
     def evaluate(self) -> dict[str, float]:
         """Try the held-out problems: `val_reward` and others of `describe`; with --gold `val_gold`, `val_gold_se`."""
-        from llmkit.rl.evaluation import HELD_OUT_GROUP, describe, gold_figures, gold_rewards
+        from llmkit.rl.evaluation import HELD_OUT_GROUP, describe, gold_figures, gold_rewards, write_disagreements
 
         samples = self.config.eval_samples
         sampler = self.policy.sampler(self.config.temperature if samples > 1 else 0.0)
         groups = self.attempt(self.held_out, sampler, samples, step=0, first=HELD_OUT_GROUP)
-        self.evaluated = [rollout for group in groups for rollout in group]
         scores = {f"val_{name}": value for name, value in describe(groups, self.rewards).items()}
         if self.gold:
-            self.gold_rewards = gold_rewards(self.evaluated, self.gold[0], self.max_tokens)
-            scores |= gold_figures(self.gold_rewards, len(groups), self.gold[0].reward.name)
+            rollouts = [rollout for group in groups for rollout in group]
+            golden = gold_rewards(rollouts, self.gold[0], self.max_tokens)
+            scores |= gold_figures(golden, len(groups), self.gold[0].reward.name)
+            if self.run.world.leads:
+                write_disagreements(self.run.work, rollouts, golden)
         self.watch.note_evaluation(scores, self.config.stop_on_hack)
         self.best.offer(self.trainer.step, scores["val_gold" if self.gold else "val_reward"])
         return scores
-
-    def _end(self) -> None:
-        """Say why the loop has ended. Raises UserError where no step was made."""
-        from llmkit.generation.tool_calls import unavailable_notes
-
-        if self.trainer.step == 0:
-            self.run.abandon()
-            raise UserError(self.ended or "no step was made")
-        for line in unavailable_notes(self.run.world.gather(self.tools.unavailable_calls if self.tools else {})):
-            say(line, self.config.quiet)
-        if self.ended:
-            say(f"stopping after step {self.trainer.step}: {self.ended}")
-        if not self.held_out and not self.watch.has_collapsed:
-            self.best.forget()
 
     def rehearse(self) -> None:
         """Try one step, for --dry-run: where the policy stands, and what a step takes; nothing is changed."""
         from llmkit.rl.evaluation import rehearse
 
-        config, started = self.config, time.monotonic()
+        config, rewards, tokens, steps = self.config, self.rewards, self.max_tokens, self.horizon.steps
         some, sampler = self.problems[: config.batch_size], self.policy.sampler(config.temperature)
         groups = self.attempt(some, sampler, config.group, step=0, first=0)
-        seconds, updates, steps = time.monotonic() - started, config.updates, self.horizon.steps
-        rehearse(groups, self.rewards, self.tuning, self.loss, self.max_tokens, seconds, updates, steps, config.quiet)
+        seconds = sum(self.spent.values())
+        for line in rehearse(groups, rewards, self.tuning, self.loss, tokens, seconds, config.updates, steps):
+            say(line, config.quiet)
 
     def write_policy(self, folder: Path) -> None:
         """Write the policy as it is now, in the precision that it is trained in."""
@@ -429,20 +408,29 @@ class Learner:
         save_tuned(self.tuning, self.optimizer.masters(), folder, write=partial(save_model, dtype=self.run.dtype))
 
     def save(self) -> Summary | None:
-        """Write the folder, in the first process; the best parameters where they are known, else the last."""
+        """Say why the loop has ended, and write the folder, in the first process: the best parameters, else the last.
+
+        Raises UserError where no step was made.
+        """
+        from llmkit.generation.tool_calls import unavailable_notes
         from llmkit.rewards.reward import ModelReward
-        from llmkit.rl.evaluation import CURVES, write_disagreements
+        from llmkit.rl.evaluation import CURVES
         from llmkit.training.finetuning import save_tuned
 
-        config, values = self.config, self.best.values()
-        if not self.run.world.leads:
+        config, run = self.config, self.run
+        if self.trainer.step == 0:
+            run.abandon()
+            raise UserError(self.ended or "no step was made")
+        for line in unavailable_notes(run.world.gather(self.tools.unavailable_calls if self.tools else {})):
+            say(line, config.quiet)
+        if self.ended:
+            say(f"stopping after step {self.trainer.step}: {self.ended}")
+        if not self.held_out and not self.watch.has_collapsed:
+            self.best.forget()
+        write = partial(save_tuned, self.tuning, self.best.values())
+        if not run.world.leads:
             return None
-
-        def write(folder: Path) -> None:
-            write_disagreements(folder, self.evaluated, self.gold_rewards)
-            save_tuned(self.tuning, values, folder)
-
-        figures = last_figures(read_metrics(self.run.work / METRICS), self.best.step)
+        figures = last_figures(read_metrics(run.work / METRICS), self.best.step)
         results = {
             "steps": self.trainer.step,
             "attempts": self.group * config.group,
@@ -454,7 +442,7 @@ class Learner:
         inputs = [path for path in input_files([*config.data, *config.val]) if path != "-"]
         judges = [one.reward.folder for one in (*self.rewards, *self.gold) if isinstance(one.reward, ModelReward)]
         parents = [str(config.model), *judges]
-        return Summary(**self.run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
+        return Summary(**run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
 
 
 def _check(config: RlConfig) -> None:
@@ -473,18 +461,3 @@ def _check(config: RlConfig) -> None:
     from llmkit.rl.algorithms import check_group  # brings numpy, which --help does without
 
     check_group(config.algo, config.group, config.batch_size)
-
-
-def _rewards(config: RlConfig, stack: ExitStack) -> tuple[list[Weighted], list[Weighted]]:
-    """The rewards of training, and that which is watched."""
-    from llmkit.rewards import parse_rewards
-
-    parse = partial(
-        parse_rewards, sandbox=config.sandbox, timeout=config.tool_timeout, device=config.device, dtype=config.dtype
-    )
-    rewards, gold = parse(config.reward), parse([config.gold], flag="--gold") if config.gold else []
-    for weighted in (*rewards, *gold):
-        stack.callback(weighted.reward.close)
-    if {weighted.reward.name for weighted in rewards} & {weighted.reward.name for weighted in gold}:
-        raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
-    return rewards, gold

@@ -9,8 +9,9 @@ import pytest
 from attempts import attempt
 
 from llmkit.rewards import Reward, Weighted, judge, parse_rewards
-from llmkit.rl.evaluation import describe, disagreements, gold_figures
+from llmkit.rl.evaluation import describe, gold_figures, write_disagreements
 from llmkit.rl.monitor import Watch
+from tests.helpers.jsonl import lines
 
 # rewards of attempts of 2, 4, 6 and 8 tokens
 ROLLOUTS = [
@@ -29,8 +30,9 @@ def test_the_gold_reward_has_its_weight():
     assert figures["val_gold_se"] == pytest.approx(0.3125**0.5 / 2, abs=1e-4)
 
 
-def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not():
-    shown = disagreements(ROLLOUTS, judged_by("length:-1"), 2)
+def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not(tmp_path):
+    write_disagreements(tmp_path, ROLLOUTS, judged_by("length:-1"), 2)
+    shown = lines(tmp_path / "disagreements.jsonl")
     assert [(row["reward"], row["gold"]) for row in shown] == [(0.8, -0.75), (0.5, -1)]  # 1.17 and 1.10 deviations
     assert shown[0]["difference"] > shown[1]["difference"] > 0
 

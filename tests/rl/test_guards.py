@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 
-from llmkit.rl.monitor import CollapseGuard, HackWatch, Watch, difference_beyond
+from llmkit.errors import UserError
+from llmkit.rl.monitor import CollapseGuard, HackWatch, Watch
 
 
 def test_a_difference_above_the_bound_is_told():
-    assert difference_beyond({"logprob_difference": 1e-4}, 1e-3) is None
+    watch = Watch(MagicMock(), 1e-3)
+    watch.note_step({"logprob_difference": 1e-4, "reward": 0.0})
     for found in (2e-3, float("nan")):
-        assert "at most 0.001 is expected" in str(difference_beyond({"logprob_difference": found}, 1e-3))
+        with pytest.raises(UserError, match=r"at most 0\.001 is expected; saved in"):
+            watch.note_step({"logprob_difference": found, "reward": 0.0})
 
 
 def steps(rewards):
