@@ -24,14 +24,15 @@ LONG_QUERY_BLOCK = 256  # 1.15x as fast as 128 at 1,024
 LONGEST_KEPT = 512  # tokens up to which probabilities are kept for backward
 LONGEST_DENSE_MASK = 1024  # tokens of packed bfloat16; beyond it no T x T mask is ever built
 # The same of float32, for torch's flash kernel computes what the mask hides: document by document takes 0.47x the time
-# at 4 rows of 512 tokens and 19 documents, 0.13x at 2 of 1,024 and 207, 1.2x at 32 of 128 and 89.
+# at 4 rows of 512 tokens and 19 documents, 0.13x at 2 of 1,024 and 207, 1.2x at 32 of 128 and 89. So it is where
+# documents branch: 0.27x at 2 of 512 and 16.
 LONGEST_FLASH_MASK = 128
 
 
 class Branching:
     """Mask of keys for each query where documents branch: computed once a batch, used by every layer.
 
-    doc_ids (B, T)       equal numbers are one document
+    doc_ids (B, T)       equal neighbours are one document
     branch_ids (B, T)    0 on what all branches of a document share, 1, 2, ... on each of them
     position_ids (B, T)  of each token in its branch: a branch goes on where the shared part ends
 
@@ -42,6 +43,7 @@ class Branching:
     def __init__(self, doc_ids: Tensor, branch_ids: Tensor, position_ids: Tensor) -> None:
         self.doc_ids, self.branch_ids, self.position_ids = doc_ids, branch_ids, position_ids
         self._masks: dict[int | None, Tensor] = {}
+        self.documents: Packing | None = Packing(doc_ids)
 
     @cached_property
     def _seen(self) -> Tensor:
@@ -215,19 +217,21 @@ def attention_mask(queries: int, keys: int, doc_ids: Tensor | None, window: int 
     return seen
 
 
-def _attention_by_segments(query, key, value, scale, packing: Packing, window) -> Tensor:
-    """Each document by itself: exact, and no mask of more than one document.
+def _attention_by_segments(query, key, value, scale, packing: Packing, window, mask: Tensor | None = None) -> Tensor:
+    """Each document by itself: exact, and no scores of two documents. A `mask` (B, 1, T, T) replaces the causal one.
 
     Rows and documents are split off by one step each, whose backward is one concatenation: that of a slice fills a
     tensor of the whole with zeros.
     """
-    length = query.shape[2]
+    inputs = zip(packing.segments, *(x.unbind(0) for x in (query, key, value)), strict=True)
+    details = {"is_causal": mask is None, "scale": scale, "enable_gqa": True, "window": window}
     rows = []
-    for begins, *row in zip(packing.segments, *(x.unbind(0) for x in (query, key, value)), strict=True):
-        sizes = [end - start for start, end in zip(begins, [*begins[1:], length], strict=True)]
-        documents = zip(*(x.unsqueeze(0).split(sizes, 2) for x in row), strict=True)
-        details = {"is_causal": True, "scale": scale, "enable_gqa": True, "window": window}
-        rows.append(torch.cat([scaled_dot_product_attention(*document, **details) for document in documents], 2))
+    for number, (begins, *row) in enumerate(inputs):
+        spans = list(zip(begins, [*begins[1:], query.shape[2]], strict=True))
+        documents = zip(*(x.unsqueeze(0).split([end - start for start, end in spans], 2) for x in row), strict=True)
+        seen = [None if mask is None else mask[number, 0, start:end, start:end] for start, end in spans]
+        outputs = [scaled_dot_product_attention(*x, part, **details) for x, part in zip(documents, seen, strict=True)]
+        rows.append(torch.cat(outputs, 2))
     return torch.cat(rows)
 
 
@@ -282,20 +286,27 @@ def _fused_attention(query, key, value, is_causal, scale, doc_ids, window) -> Te
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    doc_ids: "Tensor | Packing | None" = None, window: int | None = None, softcap: float | None = None,
+    doc_ids: "Tensor | Packing | Branching | None" = None, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention with torch's names and order, and packed documents and sliding windows besides.
 
-    query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` of them, a
-    query sees its own document only; with `window` only the last `window` positions, itself among them. Both need
-    `is_causal` and T = S. `attn_mask` and `dropout_p` are torch's own business; with one of the two additions they
-    raise NotImplementedError by name. With a `softcap` c scores are c * tanh(score / c), all of them held.
+    query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` or
+    `Branching` of them, a query sees its own document only; with `window` only the last `window` positions, itself
+    among them. Both need `is_causal` and T = S. `attn_mask` and `dropout_p` are torch's own business; with one of the
+    two additions they raise NotImplementedError by name. With a `softcap` c scores are c * tanh(score / c), all of
+    them held.
 
     The output has the dtype of the inputs, which is one (TypeError), or autocast's; softmax is taken in float32. It is
     differentiable once, in reverse: second and forward-mode derivatives raise, but where torch computes them.
     """
     query, key, value = in_one_dtype("scaled_dot_product_attention", query=query, key=key, value=value)
     length, keys = query.shape[2], key.shape[2]
+    if isinstance(doc_ids, Branching):
+        documents, attn_mask = doc_ids.documents, doc_ids.mask(window)
+        is_causal, doc_ids, window = False, None, None
+        eager = query.device.type == "cpu" and softcap is None and not torch.compiler.is_compiling()
+        if eager and documents is not None and length > LONGEST_FLASH_MASK and not documents.is_single:
+            return _attention_by_segments(query, key, value, scale, documents, window, attn_mask)
     if doc_ids is not None and doc_ids.shape != (query.shape[0], length):
         raise ValueError(f"doc_ids: expected shape {(query.shape[0], length)}, found {tuple(doc_ids.shape)}")
     if softcap is not None:

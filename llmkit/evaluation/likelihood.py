@@ -233,6 +233,7 @@ class _Trees(Branching):
 
     def __init__(self, ends: Tensor, depths: Tensor) -> None:
         super().__init__(ends, ends, depths)
+        self.documents = None  # subtrees end within one
 
     @cached_property
     def _seen(self) -> Tensor:

@@ -200,18 +200,10 @@ class Layer(nn.Module):
             q_gain=self.q_norm, k_gain=self.k_norm,
             eps=config.rms_norm_eps if config.qk_norm else None, whole=config.qk_norm_whole,
         )  # fmt: skip
-        scale = config.attention_scale
-        gqa = heads != kv_heads
-        if isinstance(doc_ids, Branching):
-            attended_BHTD = scaled_dot_product_attention(
-                query_BHTD, key_BKTD, value_BKTD, doc_ids.mask(self.window), scale=scale, enable_gqa=gqa,
-                softcap=config.attention_softcap,
-            )  # fmt: skip
-        else:
-            attended_BHTD = scaled_dot_product_attention(
-                query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=scale, enable_gqa=gqa,
-                doc_ids=doc_ids, window=self.window, softcap=config.attention_softcap,
-            )  # fmt: skip
+        attended_BHTD = scaled_dot_product_attention(
+            query_BHTD, key_BKTD, value_BKTD, is_causal=True, scale=config.attention_scale,
+            enable_gqa=heads != kv_heads, doc_ids=doc_ids, window=self.window, softcap=config.attention_softcap,
+        )  # fmt: skip
         return attended_BHTD.transpose(1, 2).reshape(batch, length, heads * config.head_dim)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmkit.kernels.attention import Packing, attention_mask, scaled_dot_product_attention
+from llmkit.kernels.attention import Branching, Packing, attention_mask, scaled_dot_product_attention
 
 from llmkit.kernels import attention
 
@@ -53,6 +53,28 @@ def test_packed_documents_match_naive_attention(dtype, length, window):
     generator = torch.Generator().manual_seed(0)
     doc_ids = (torch.rand(2, length, generator=generator) < 0.05).cumsum(1)
     check(dtype, length, 4, 2, 16, doc_ids, window)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("sizes", [(200,), (9, 61, 1, 129)])  # one document of a row, and several
+def test_branches_of_documents_match_naive_attention(sizes, window):
+    generator = torch.Generator().manual_seed(0)
+    ids = [[], [], []]
+    for document, size in enumerate(sizes):
+        prompt, first = size // 3, size // 2  # one answer up to `first`, another behind it
+        ids[0] += [document] * size
+        ids[1] += [0] * prompt + [1] * (first - prompt) + [2] * (size - first)
+        ids[2] += [*range(first), *range(prompt, prompt + size - first)]
+    branching = Branching(*torch.tensor(ids).unsqueeze(1).expand(3, 2, -1))
+    tensors = [torch.randn(2, heads, len(ids[0]), 16, generator=generator) for heads in (4, 2, 2)]
+    exact, ours = ([x.clone().to(dtype).requires_grad_() for x in tensors] for dtype in (torch.float64, torch.float32))
+    expected = naive(*exact, branching.mask(window), 0.25)
+    found = scaled_dot_product_attention(*ours, is_causal=True, enable_gqa=True, doc_ids=branching, window=window)
+    for output in (expected, found):
+        output.square().sum().backward()
+    assert relative_error(found, expected) < TOLERANCE[torch.float32]
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert relative_error(mine.grad, theirs.grad) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
