@@ -106,7 +106,7 @@ class Duplicates:
         # each pair once, however many bands it shares; 2^32 rows of 2^32 documents fit
         row, other = np.divmod(np.unique((row << 32) | firsts[row, column]), 1 << 32)
         mine, theirs = signatures[row], self._rows.take(other)
-        alike = similarity(mine, theirs)
+        alike = shared(mine["minima"], theirs["minima"])
         exact = (mine["exact"] == theirs["exact"]).all(1)
         alike[exact] = 1.0
         exact &= self._exact
@@ -171,20 +171,15 @@ def signatures(texts: Sequence[str], bands: int = BANDS, rows: int = ROWS) -> np
 
 
 def minhash(hashes: np.ndarray) -> np.ndarray:
-    """8 bits of the minimum of a set of hashes (n,) uint32 in each permutation, for `similarity`: (112,) uint8."""
+    """8 bits of the minimum of a set of hashes (n,) uint32 in each permutation, for `shared`: (112,) uint8."""
     return _short(_minima(hashes, BANDS * ROWS))
 
 
-def similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The estimated Jaccard similarity of signatures, pair by pair: (n,) float64.
-
-    Unbiased; its standard deviation is sqrt(s (1 - s) / 112), .047 at .5. Of disjoint documents it may be negative.
-    """
-    return shared(some["minima"], others["minima"])
-
-
 def shared(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Estimate the Jaccard similarity of sets by their `minhash`: (n, 112) and (n, 112), or (112,) -> (n,) float64."""
+    """Estimate the Jaccard similarity of sets by their `minhash`: (n, 112) and (n, 112), or (112,) -> (n,) float64.
+
+    Unbiased; its standard deviation is sqrt(s (1 - s) / 112), .047 at .5. Of disjoint sets it may be negative.
+    """
     equal = (some == others).sum(1, dtype=np.uint16) / some.shape[-1]
     return (equal - CHANCE) / (1 - CHANCE)
 

@@ -18,9 +18,9 @@ from llmkit.crawl.dedup.duplicates import (
     Duplicates,
     Repeat,
     keys,
+    shared,
     signature_type,
     signatures,
-    similarity,
 )
 
 Words = list[str]
@@ -108,7 +108,7 @@ def test_the_rule_is_the_one_that_is_written_down(seed: int) -> None:
     roots: list[int] = []
     for number, own in enumerate(keys(found).tolist()):
         others = {first.setdefault(key, number) for key in own} - {number}
-        score = {other: float(similarity(found[[number]], found[[other]])[0]) for other in others}
+        score = {other: float(shared(*found["minima"][[[number], [other]]])[0]) for other in others}
         exact = [other for other in others if (found["exact"][other] == found["exact"][number]).all()]
         near = [other for other in others if score[other] >= THRESHOLD]
         best = min(exact, default=min(near, key=lambda other: (-score[other], other), default=number))
@@ -145,7 +145,7 @@ def test_the_estimate_of_the_similarity_is_unbiased() -> None:
     first = [document(rng, 300) for _ in range(200)]
     second = [edited(words, rng.uniform(0, 0.2), rng) for words in first]
     true = np.array([jaccard(*pair) for pair in zip(first, second, strict=True)])
-    errors = similarity(signatures(joined(first)), signatures(joined(second))) - true
+    errors = shared(signatures(joined(first))["minima"], signatures(joined(second))["minima"]) - true
     assert abs(errors.mean()) < 4 * 0.047 / 200**0.5
     assert np.abs(errors).max() < 0.2
 
