@@ -6,9 +6,7 @@ adults, takes 46 MB. Of 10^13 addresses that are not in a list of a million, abo
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from llmkit.errors import UserError
+from llmkit.io.jsonl import open_input
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,13 +186,8 @@ def _plain_domain(token: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except OSError as error:
-        raise UserError(f"{path}: expected a blocklist that can be read: {error.strerror or error}") from error
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged or cut gzip data: {str(error).lower()}") from error
+    with open_input(str(path)) as handle:
+        data = handle.read()
     if b"\0" in data:
         raise UserError(f"{path}: expected a text of domains, found binary data")
     return data.decode("utf-8", "replace").splitlines()

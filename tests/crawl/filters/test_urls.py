@@ -87,7 +87,7 @@ def test_what_is_no_list_is_an_error_with_its_place(tmp_path: Path) -> None:
         ("prose", "prose:2: expected one domain or URL"),
         ("cut.gz", "cut.gz: damaged or cut gzip"),
         ("picture", "found binary data"),
-        ("missing", "missing: expected a blocklist that can be read"),
+        ("missing", "missing: expected a file that can be read"),
         ("empty", "empty: expected a blocklist, a folder that holds"),
     ):
         with pytest.raises(UserError, match=message) as error:
