@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -53,9 +53,8 @@ def parts_of(
     on_bad, columns: as in `Reader`; with Ray, what it would be told is in the part alone.
     versions: gets size and version of each file at an address that was read, but for Ray
     """
-    whole: deque[tuple[str, list[str]]] = deque()  # files at addresses that were read to their end, and their batches
     reader_of = partial(Reader, on_bad=on_bad, columns=columns)
-    works: Iterable[Any] = _batches(inputs, state, whole, reader_of, {} if versions is None else versions)
+    works: Iterable[Any] = _batches(inputs, state, reader_of, {} if versions is None else versions)
     pool: Any = in_order
     if engine == "ray":
         from llmkit.crawl import on_ray
@@ -81,7 +80,6 @@ def parts_of(
         elif state is not None:
             state.add(work.key, parts[0].pack())
         yield work, parts[0]
-        _keep_whole(state, whole)
 
 
 class DoneBefore(NamedTuple):
@@ -94,13 +92,12 @@ class DoneBefore(NamedTuple):
 def _batches(
     inputs: Sequence[str],
     state: Kept | None,
-    whole: deque[tuple[str, list[str]]],
     reader_of: Callable[[Iterable[Source]], Reader],
     versions: Versions,
 ) -> Iterator[Batch | DoneBefore]:
     """Yield the batches of the input, those of a file at an address apart from others.
 
-    whole: gets the identity and the keys of each file at an address that was read to its end, for `state` to keep.
+    state: gets the keys of the batches of each file at an address that was read to its end.
     """
     resumed = bool(state)
     for at_address, group in groupby(sources(inputs), key=lambda source: is_remote(source.path)):
@@ -111,24 +108,18 @@ def _batches(
             versions[source.path] = None, ""
             with suppress(UserError):  # which the reader raises, too
                 versions[source.path] = size_and_version(source.path) if resumed else (None, "")
-            if state is not None and _identity(source.path, versions[source.path]) in state:
-                yield from map(DoneBefore, orjson.loads(state[_identity(source.path, versions[source.path])]))
+            identity = _identity(source.path, versions[source.path])
+            known = orjson.loads(state[identity]) if state is not None and identity in state else []
+            if state is not None and known and all(key in state for key in known):
+                yield from map(DoneBefore, known)
                 continue
             reader, keys = reader_of([source]), []
             for batch in batches(reader):
                 keys.append(batch.key)
                 yield batch
             versions[source.path] = reader.version
-            if (identity := _identity(source.path, reader.version)) and keys:
-                whole.append((identity, keys))
-                _keep_whole(state, whole)
-
-
-def _keep_whole(state: Kept | None, whole: deque[tuple[str, list[str]]]) -> None:
-    """Note the files whose last part has arrived."""
-    while state is not None and whole and whole[0][1][-1] in state:
-        identity, keys = whole.popleft()
-        state.add(identity, orjson.dumps(keys))
+            if state is not None and keys and (identity := _identity(source.path, reader.version)):
+                state.add(identity, orjson.dumps(keys))
 
 
 def _identity(address: str, of: tuple[int | None, str]) -> str:
