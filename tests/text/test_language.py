@@ -60,10 +60,6 @@ def test_capitals_and_odd_spaces_change_nothing(code: str, space: str, capitals:
     assert score > 0.65
 
 
-def test_only_the_beginning_is_read() -> None:
-    assert identify(SAMPLES["en"] * 100 + SAMPLES["de"] * 100_000) == identify(SAMPLES["en"] * 100)
-
-
 def test_without_the_second_model_it_is_fasttexts_word(monkeypatch: pytest.MonkeyPatch) -> None:
     assert identify(SAMPLES["zu"])[0] == "zu"
     monkeypatch.setitem(sys.modules, "pycld2", None)  # type: ignore[arg-type]
