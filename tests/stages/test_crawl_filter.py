@@ -123,18 +123,15 @@ def same(first: Path, second: Path) -> bool:
     return all((first / name).read_bytes() == (second / name).read_bytes() for name in ("docs.jsonl", "rejects.jsonl"))
 
 
-@pytest.mark.parametrize("workers", ["2", "4"])
-def test_the_same_bytes_with_any_number_of_workers(crawl, many, llmkit, tmp_path, workers):
+def test_the_same_bytes_with_any_number_of_workers(crawl, many, llmkit, tmp_path):
     assert len(lines(many / "docs.jsonl")) == 90
-    command = ["crawl-filter", crawl / "many.warc.gz", "--workers", workers, "-o", tmp_path / "docs.jsonl"]
+    command = ["crawl-filter", crawl / "many.warc.gz", "--workers", "3", "-o", tmp_path / "docs.jsonl"]
     done = llmkit(*command, "--rejects", tmp_path / "rejects.jsonl")
     assert done.returncode == 0, done.stderr
     assert same(many, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, many, llmkit, tmp_path, number):
     archive = crawl / "many.warc.gz"
     more = ["-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
@@ -162,20 +159,6 @@ def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, man
     assert not list(tmp_path.glob("*.partial*")) and not state.exists()
     again = llmkit("crawl-filter", archive, *more, "--resume")
     assert again.returncode == 2 and "exists already" in again.stderr
-
-
-def test_a_worker_that_is_killed_is_told_of_in_one_line(crawl, tmp_path):
-    command = [*LLMKIT, crawl / "many.warc.gz", "--workers", "2", "-o", tmp_path / "docs.jsonl", "--quiet"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        children: list[str] = []
-        while process.poll() is None and not children:
-            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-            children = found.stdout.split()
-        os.kill(int(children[0]), signal.SIGKILL)
-        told = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and told.count("\n") == 1
-    assert "many.warc.gz: " in told and "ended by SIGKILL; not enough memory?" in told
-    assert not (tmp_path / "docs.jsonl").exists()
 
 
 # ---- pipes
@@ -222,14 +205,9 @@ def test_warc_and_jsonl_together_are_one_input(crawl, filtered, llmkit, tmp_path
 
 
 def test_limit_counts_pages(crawl, many, llmkit):
-    outputs = {
-        workers: llmkit("crawl-filter", crawl / "many.warc.gz", "--limit", "100", "--workers", workers).stdout
-        for workers in ("1", "2")
-    }
-    assert outputs["1"] == outputs["2"]
-    assert outputs["1"].splitlines() == (many / "docs.jsonl").read_text().splitlines()
-    short = llmkit("crawl-filter", crawl / "many.warc.gz", "--limit", "7")
-    assert short.stdout.splitlines() == (many / "docs.jsonl").read_text().splitlines()[:7]
+    for workers in ("1", "2"):
+        short = llmkit("crawl-filter", crawl / "many.warc.gz", "--limit", "7", "--workers", workers)
+        assert short.stdout.splitlines() == (many / "docs.jsonl").read_text().splitlines()[:7]
 
 
 # ---- the recipe
@@ -341,11 +319,10 @@ def monsters() -> dict[str, bytes]:
     before, after = article.split("</article>")
     return {
         "one line": html("Line", [" ".join(prose(11))]).replace("\n", "").encode(),
-        "deep": (before + "<div>" * 100_000 + "deep" + "</div>" * 100_000 + after).encode(),
+        "deep": (before + "<div>" * 10_000 + "deep" + "</div>" * 10_000 + after).encode(),
         "bytes": bytes(range(256)) * 400,
         "mojibake": html("Straße", ["Die Fähre überquert täglich den Fluß."] * 9).encode().decode("cp1252").encode(),
         "wrong charset": html("Wrong", prose(12)).encode("utf-16"),
-        "big": (before + "<p>" + "word " * 2_000_000 + "</p>" + after).encode(),
         "fifty megabytes": (before + "<p>" + "word " * 10_000_000 + "</p>" + after).encode(),
         "empty": b"",
         "nul": article.replace("ferry", "fer\0ry").encode(),
@@ -387,6 +364,16 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
         (["in.jsonl", "--blocklist", "nowhere"], "nowhere"),
         (["in.jsonl", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
         (["in.jsonl", "--workers", "0"], "--workers: expected at least 1"),
+        *(
+            (["in.jsonl", "--only", "pii", flag, value], f"{flag}: needs the step {step}, which is not taken")
+            for flag, value, step in (
+                ("--not-in", "in.jsonl", "contamination"),
+                ("--classifier", "m.bin:good>=0.5", "classifier"),
+                ("--blocklist", "in.jsonl", "url"),
+                ("--language", "de", "language"),
+                ("--extractor", "fast", "extract"),
+            )
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -414,8 +401,7 @@ def test_a_bad_file_at_the_end_does_not_end_the_run(llmkit, tmp_path):
     assert f"skipped: {files[0]}:4: no_text" in done.stderr and f"{files[0]}:5: bad_json" in done.stderr
 
 
-@pytest.mark.parametrize("mend", ["leave out", "write"])
-def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_path, mend):
+def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_path):
     for name in "abc":
         write(tmp_path / f"{name}.jsonl", {"text": f"the {name}"})
     (tmp_path / "z.jsonl").write_bytes(b"")
@@ -423,14 +409,11 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     ended = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--strict")
     assert ended.returncode == 2 and "z.jsonl: no JSON lines: the file is empty" in ended.stderr
     assert f"the same command with --resume goes on ({tmp_path}/out.state)" in ended.stderr
-    if mend == "leave out":
-        (tmp_path / "z.jsonl").unlink()
-    else:
-        (tmp_path / "z.jsonl").write_text('{"text": "the last"}\n')
+    (tmp_path / "z.jsonl").write_text('{"text": "the last"}\n')
     done = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--resume")
     assert done.returncode == 0, done.stderr
     assert "2 parts of the work done already" in done.stderr
-    assert len(lines(tmp_path / "out")) == (3 if mend == "leave out" else 4)
+    assert len(lines(tmp_path / "out")) == 4
 
 
 def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
@@ -440,21 +423,20 @@ def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
     assert os.listdir(tmp_path) == ["x.jsonl"]  # no state either
 
 
-@pytest.mark.parametrize("out", ["docs/", "docs.jsonl"])
-def test_a_run_killed_before_its_manifest_is_an_unfinished_one(llmkit, tmp_path, monkeypatch, out):
+def test_a_run_killed_before_its_manifest_is_an_unfinished_one(llmkit, tmp_path, monkeypatch):
     """The output stands in its place already, and is not what is told of."""
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "one"}\n')
-    command = ("crawl-filter", "a.jsonl", "--only", "pii", "-o", out)
+    command = ("crawl-filter", "a.jsonl", "--only", "pii", "-o", "docs/")
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     start = f"import llmkit.stages.crawl_filter as stage, runpy; stage.write_manifest = lambda *_, **__: exec({kill!r})"
     code = f"{start}; runpy.run_module('llmkit', run_name='__main__')"
     killed = subprocess.run([sys.executable, "-c", code, *command[:]], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL and os.path.exists(out)
+    assert killed.returncode == -signal.SIGKILL and os.path.exists("docs")
     again = llmkit(*command)
     assert again.returncode == 2 and ".state: an unfinished run; --resume goes on with it" in again.stderr
     assert llmkit(*command, "--resume").returncode == 0
-    assert sorted(os.listdir()) == ["a.jsonl", out.rstrip("/"), out.rstrip("/") + ".manifest.json"]
+    assert sorted(os.listdir()) == ["a.jsonl", "docs", "docs.manifest.json"]
 
 
 def test_comments_of_a_list_are_passed_over(llmkit, tmp_path, monkeypatch):
@@ -466,23 +448,6 @@ def test_comments_of_a_list_are_passed_over(llmkit, tmp_path, monkeypatch):
     assert "skipped" not in done.stderr
     inputs = json.loads(Path("out.jsonl.manifest.json").read_text())["inputs"]
     assert [(item["path"], len(item["sha256"])) for item in inputs] == [("list", 64), ("a.jsonl", 64)]
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "step"),
-    [
-        ("--not-in", "a.jsonl", "contamination"),
-        ("--classifier", "m.bin:good>=0.5", "classifier"),
-        ("--blocklist", "a.jsonl", "url"),
-        ("--language", "de", "language"),
-        ("--extractor", "fast", "extract"),
-    ],
-)
-def test_a_flag_of_a_step_that_is_not_taken_is_refused(llmkit, tmp_path, monkeypatch, flag, value, step):
-    monkeypatch.chdir(tmp_path)
-    Path("a.jsonl").write_text('{"text": "one"}\n')
-    done = llmkit("crawl-filter", "a.jsonl", "--only", "pii", flag, value)
-    assert done.returncode == 2 and f"{flag}: needs the step {step}, which is not taken" in done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_named(llmkit):

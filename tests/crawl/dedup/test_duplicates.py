@@ -11,15 +11,12 @@ import pytest
 
 import llmkit.crawl.dedup.band_index as band_index
 from llmkit.crawl.dedup.duplicates import (
-    BANDS,
-    ROWS,
     SHINGLE,
     THRESHOLD,
     Duplicates,
     Repeat,
     keys,
     shared,
-    signature_type,
     signatures,
 )
 
@@ -140,16 +137,6 @@ def test_no_pair_below_half_is_joined() -> None:
     assert not any(repeats)
 
 
-def test_the_estimate_of_the_similarity_is_unbiased() -> None:
-    rng = random.Random(9)
-    first = [document(rng, 300) for _ in range(200)]
-    second = [edited(words, rng.uniform(0, 0.2), rng) for words in first]
-    true = np.array([jaccard(*pair) for pair in zip(first, second, strict=True)])
-    errors = shared(signatures(joined(first))["minima"], signatures(joined(second))["minima"]) - true
-    assert abs(errors.mean()) < 4 * 0.047 / 200**0.5
-    assert np.abs(errors).max() < 0.2
-
-
 # ---- the same, however it is done
 
 
@@ -178,38 +165,7 @@ def test_batches_of_any_size_spilled_or_in_memory_are_the_same(tmp_path, small_f
     assert list(tmp_path.iterdir()) == []  # the files have no name: not even a killed run leaves any
 
 
-def test_many_signatures_spilled_and_in_memory(tmp_path, small_files) -> None:
-    """Signatures as of documents that share bands at random, so that chains are long and runs are merged often."""
-    rng = np.random.default_rng(5)
-    found = np.zeros(1500, signature_type())
-    found["exact"] = rng.integers(0, 700, (1500, 1), np.uint64)
-    found["bands"] = (rng.integers(0, 200, (1500, BANDS), np.uint64) << np.uint64(40)) | np.arange(
-        BANDS, dtype=np.uint64
-    )
-    found["minima"] = rng.integers(0, 2, (1500, BANDS * ROWS), np.uint8)
-    asked = {"threshold": 0.5}
-    online = in_batches(found, (400,), Duplicates(**asked))
-    assert {repeat.kind for repeat in online if repeat} == {"exact", "near"}
-    assert in_batches(found, (13, 101), Duplicates(tmp_path, **asked)) == online
-
-
-def test_a_signature_depends_on_its_text_alone() -> None:
-    texts = joined(family(random.Random(1), 40))
-    together = signatures(texts)
-    assert all(signatures([text])[0] == one for text, one in zip(texts, together, strict=True))
-    assert (signatures(texts[::-1])[::-1] == together).all()
-
-
 # ---- who stays
-
-
-def test_the_earlier_one_stays_and_is_named() -> None:
-    rng = random.Random(2)
-    words = document(rng, 400)
-    copies = joined([words, edited(words, 0.005, rng), edited(words, 0.005, rng)])
-    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        repeats = Duplicates().seen(signatures([copies[number] for number in order]))
-        assert [repeat and repeat.index for repeat in repeats] == [None, 0, 0]
 
 
 def chain(links: int) -> list[Words]:
@@ -217,14 +173,6 @@ def chain(links: int) -> list[Words]:
     rng = random.Random(4)
     words = document(rng, 400 + 30 * links)
     return [words[30 * link : 30 * link + 400] for link in range(links)]
-
-
-def test_at_the_end_of_a_chain_stands_the_one_that_stays() -> None:
-    documents = chain(10)
-    assert jaccard(documents[0], documents[-1]) < 0.2
-    repeats = Duplicates().seen(signatures(joined(documents)))
-    assert [repeat and repeat.index for repeat in repeats] == [None] + [0] * 9
-    assert all(repeat.similarity > 0.7 for repeat in repeats[1:] if repeat)
 
 
 def test_each_dropped_document_names_its_twin_with_any_number_of_processes(tmp_path, llmkit) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmkit.crawl.extract.blocks import TAG_BITS, ElementKey, cut_blocks
-from llmkit.crawl.extract.features import NameWeights, block_features, name_words
+from llmkit.crawl.extract.blocks import cut_blocks
+from llmkit.crawl.extract.features import NameWeights, block_features
 from llmkit.crawl.extract.markup import MAX_DEPTH
 
 CONSENT = "<div id=onetrust-consent-sdk><div><p>We value your privacy</p><button>Accept</button></div></div>"
@@ -97,27 +97,6 @@ def test_a_formula_comes_once_and_in_its_line(formula: str) -> None:
     assert texts(f"<p>We know {formula} to be true.") == ["We know E=mc^2 to be true."]
 
 
-def test_a_block_knows_its_elements() -> None:
-    tree = cut_blocks(b'<title> A\n title </title><nav><a href=x>Home</a></nav><article class="post Body"><p>Text')
-    nav, paragraph = (tree.elements.tags[leaf] for leaf in tree.leaf)
-    assert tree.title == "A title"
-    assert nav & TAG_BITS["nav"] and not paragraph & TAG_BITS["nav"]
-    assert paragraph & TAG_BITS["article"] and paragraph & TAG_BITS["p"]
-    assert list(tree.link_chars) == [4, 0]
-    assert ElementKey("article", "post Body") in tree.elements.keys
-    body = 0
-    assert (tree.elements.first_block[body], tree.elements.end_block[body]) == (0, 2)
-    hidden = cut_blocks(b"<p aria-hidden=true>a<p>b")
-    assert [bool(hidden.elements.tags[leaf] & TAG_BITS["(hidden)"]) for leaf in hidden.leaf] == [True, False]
-
-
-def test_words_of_names() -> None:
-    assert name_words("postBody-12_XMLView") == ["post", "body", "xml", "view"]
-    assert name_words("post-body__item") == ["post", "body", "", "item"]
-    weights = NameWeights({"<p": 1.0, "post": 0.5, "nav": -2.0})
-    assert weights.of([ElementKey("p", "postBody nav"), ElementKey("my-tag", "unknown")]) == [-0.5, 0.0]
-
-
 def test_a_page_of_the_greatest_depth_is_cut() -> None:
     depth = MAX_DEPTH - 2
     tree = cut_blocks(b"<div>" * depth + b"deep" + b"</div>" * depth)
@@ -137,10 +116,3 @@ def test_features_do_not_depend_on_the_language() -> None:
         assert columns["stops"] == np.log1p(3)
         assert columns["commas"] >= np.log1p(3)
         assert columns["half_inside"]
-
-
-def test_all_features_are_finite_on_odd_text() -> None:
-    html = "<p>\U0001f600\U0001f600</p><p>\u200b</p><table><tr><td>-</table><h1>\u202e</h1><p>" + "ก" * 50
-    tree = cut_blocks(html.encode())
-    for name, values in block_features(tree, NameWeights({})).items():
-        assert np.isfinite(values).all(), name

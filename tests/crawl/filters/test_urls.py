@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.crawl.filters.urls import UrlFilter, UrlRules, split_url
+from llmkit.crawl.filters.urls import UrlFilter, UrlRules
 from llmkit.errors import UserError
 
 NOTHING = UrlRules(own_blocklist=False)
@@ -53,12 +53,6 @@ def ut1(tmp_path: Path) -> Path:
 def test_an_address_meets_the_list(ut1: Path, url: str | None, reason: str | None) -> None:
     filter = UrlFilter([ut1], NOTHING)
     assert filter.reason(url) == pickle.loads(pickle.dumps(filter)).reason(url) == reason
-
-
-def test_one_category_may_be_named(ut1: Path) -> None:
-    chosen = UrlFilter([ut1 / "malware"], NOTHING)
-    assert chosen.reason("http://casino.example/") == "blocked_domain:malware"
-    assert chosen.reason("http://slots.example/") is None
 
 
 def test_a_hosts_file_plain_or_gzipped(tmp_path: Path) -> None:
@@ -131,12 +125,6 @@ def test_words_alone_and_in_twos() -> None:
 )
 def test_our_own_list_is_careful(url: str, kind: str | None) -> None:
     assert UrlFilter().reason(url) == kind
-
-
-def test_the_parts_of_an_address() -> None:
-    assert split_url("http://[2001:DB8::1]:80/x") == ("2001:db8::1", "/x")
-    assert split_url("https://www.www.example/") == ("www.example", "/")
-    assert split_url("0x7f000001/") == ("127.0.0.1", "/")
 
 
 @pytest.mark.shared

@@ -156,20 +156,6 @@ def test_a_zstd_archive_may_bring_its_dictionary(tmp_path, pack):
     assert bodies(read(tmp_path / "x.warc.zst")) == [HTML % text for text in TEXTS]
 
 
-def test_one_bad_file_among_good_ones_is_a_record_that_is_skipped(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n')
-    (tmp_path / "b.warc.gz").write_bytes(b"")
-    (tmp_path / "c.pdf").write_bytes(b"%PDF-1.4")
-    (tmp_path / "d.jsonl").write_bytes(b'{"text": "d"}\n')
-    told: list[UserError] = []
-    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.warc.gz", "c.pdf", "gone.jsonl", "d.jsonl")]
-    records = read(*paths, on_bad=told.append)
-    assert [getattr(one, "reason", "page") for one in records] == ["page", *["bad_file"] * 3, "page"]
-    assert "b.warc.gz: no WARC records: the file is empty" in str(told[0]) and len(told) == 3
-    with pytest.raises(UserError, match="the file is empty"):
-        read(*paths)
-
-
 def test_a_zstd_bomb_comes_out_in_steps(tmp_path):
     block = ((131072 << 3) | 2).to_bytes(3, "little") + b"a"  # 128 kB of one byte in 4
     last = ((131072 << 3) | 3).to_bytes(3, "little") + b"a"
