@@ -189,7 +189,8 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
             _add_keys(writer, source, plan)
             kinds = {}
             for name, tensor in gguf_tensors(source.config).items():
-                shape = tensor.shape
+                transposed = isinstance(tensor, StockTensor) and tensor.transposed
+                shape = tuple(tensor.shape)[::-1] if transposed else tuple(tensor.shape)
                 kind = kinds[name] = _tensor_type(shape, plan.dtype)
                 # as gguf.quants gives it: bytes where numpy has no such type
                 stored = shape if kind in plain else quant_shape_to_byte_shape(shape, kind)
@@ -301,27 +302,17 @@ def _tensor_type(shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
     return wanted if fits else GGMLQuantizationType.F16
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of the file: of the folder's, or where `stock` is None factors of the frequencies."""
-
-    shape: tuple[int, ...]
-    stock: StockTensor | None
-
-
-def gguf_tensors(config: ModelConfig) -> dict[str, GgufTensor]:
-    """Map GGUF's name of every tensor of the file to what it is made of."""
+def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:
+    """Map GGUF's name of every tensor of the file to that of the folder, or to the factors of the frequencies."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     theirs = ARCHITECTURES[config.model_type]
     names = get_tensor_name_map(MODEL_ARCH[theirs.name.upper()], config.num_hidden_layers)
-    tensors = {}
-    for name in _rope_factors(config):
-        tensors[name] = GgufTensor(((config.rotary_dim or config.head_dim) // 2,), None)
+    tensors: dict[str, StockTensor | Tensor] = {**_rope_factors(config)}
     for stock in stock_tensors(config):
         found = names.get_name(stock.name, try_suffixes=(".weight", ".bias"))
         assert found is not None, f"gguf has no name for {stock.name}"
-        tensors[found] = GgufTensor(stock.shape[::-1] if stock.transposed else stock.shape, stock)
+        tensors[found] = stock
     if theirs.name == "olmo2" and config.tied_on_disk:  # which has no other way to say that the head is the embedding
         tensors["output.weight"] = tensors["token_embd.weight"]
     return tensors
@@ -343,11 +334,9 @@ def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
 
 def read_tensors(config: ModelConfig, tensors: SavedTensors) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, values in float32), one at a time, in the order of `gguf_tensors`."""
-    factors = _rope_factors(config)
-    for name, tensor in gguf_tensors(config).items():
-        stock = tensor.stock
-        if stock is None:
-            yield name, factors[name]
+    for name, stock in gguf_tensors(config).items():
+        if isinstance(stock, Tensor):
+            yield name, stock
             continue
         value = tensors.read(stock.name).to(torch.float32) + stock.offset
         value = value.T if stock.transposed else value

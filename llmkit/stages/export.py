@@ -136,9 +136,8 @@ def _export_gguf(config: ExportConfig, out: Path, source: Source, dtype: str) ->
     with Progress("write", total=source.parameters, unit="parameters", quiet=config.quiet) as progress:
         write_gguf(str(out), source, plan, progress.advance)
     results = {"parameters": source.parameters, "dtype": dtype, "notes": list(plan.notes)}
-    parents = [str(config.model)]
     try:
-        write_manifest(str(out), "export", as_options(config), inputs=(), parents=parents, results=results)
+        _write_manifest(config, out, results)
     except BaseException:
         remove(out)
         raise
