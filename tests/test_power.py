@@ -18,12 +18,12 @@ import pytest
 
 from llmkit.training.checkpoint import Checkpoints
 
-# Runs llmkit with a watch over its renames: all that gets a lasting name must be on the disk as it is then, and
+# Runs commands with a watch over their renames: all that gets a lasting name must be on the disk as it is then, and
 # nothing is deleted while a new name is not. What breaks that goes to the file WATCH.
 WATCHED = """
-import os, shutil, stat, sys
+import json, os, shutil, stat, sys
 from llmkit.io import files
-from llmkit.__main__ import main
+from llmkit.cli import run_command_line
 problems, synced, unsynced_names = open(os.environ["WATCH"], "w"), {}, set()
 
 def told(status):
@@ -61,11 +61,15 @@ def rmtree(place, *rest, original=shutil.rmtree, **named):
 os.fsync, shutil.rmtree = fsync, rmtree
 for owner, name in ((os, "replace"), (os, "rename"), (files, "_exchange")):
     watch(owner, name)
-sys.exit(main())
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["llmkit", *command]
+    if code := run_command_line(command):
+        sys.exit(code)
 """
 TEXT = "the old ship sailed past a green island while small birds sang over warm grey stones"
 WORDS = TEXT.split()
 TINY = ["--depth", "1", "--hidden-size", "64", "--sequence-length", "32", "--batch-tokens", "256", "--seed", "0"]
+TRAIN_BPE = ["train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "tok"]
 PRETRAIN = ["pretrain", "docs.jsonl", "--tokenizer", "tok", *TINY, "--max-steps", "4", "--save-every", "1"]
 SFT = ["sft", "base", "--data", "chats.jsonl", "--max-steps", "2", "--save-every", "1"]
 EXIT = 0x8004587D  # EXT4_IOC_SHUTDOWN, with 2: nothing that waits is written any more
@@ -78,26 +82,26 @@ def write_inputs(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
 
 
-def run(folder: Path, *arguments: str, program: tuple[str, ...] = ("-m", "llmkit")) -> None:
+def run(folder: Path, *commands: list[str]) -> None:
+    """Run commands in one process, watched."""
     environment = {**os.environ, "WATCH": str(folder / "watched"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program, *arguments]
+    command = [sys.executable, "-c", WATCHED, json.dumps(commands)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
 
 
 def test_what_gets_its_name_is_on_the_disk(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    commands = [
-        ["train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "tok"],
+    run(
+        tmp_path,
+        TRAIN_BPE,
         [*PRETRAIN, "-o", "base"],
         [*PRETRAIN, "-o", "base", "--force"],
         [*SFT, "-o", "chat"],
         ["sample", "base", "-p", "the", "--max-tokens", "4", "-o", "said.jsonl"],
         ["export", "base", "--format", "hf", "-o", "copy"],
-    ]
-    for command in commands:
-        run(tmp_path, *command, program=("-c", WATCHED))
-        assert (tmp_path / "watched").read_text() == "", command
+    )
+    assert (tmp_path / "watched").read_text() == ""
     weights = [path for path in tmp_path.rglob("*.safetensors") if path.is_file()]
     modes = {path.stat().st_mode & 0o777 for path in [*weights, tmp_path / "base" / "config.json"]}
     assert len(modes) == 1  # the umask's, where safetensors has one of its own
@@ -134,8 +138,7 @@ def back(disk: Path) -> None:
 
 def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) -> None:
     write_inputs(disk)
-    run(disk, "train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "tok")
-    run(disk, *PRETRAIN, "-o", "base")
+    run(disk, TRAIN_BPE, [*PRETRAIN, "-o", "base"])
     whole = {path.name: path.read_bytes() for path in sorted((disk / "base").iterdir()) if path.is_file()}
     tokenizer = (disk / "tok" / "tokenizer.json").read_bytes()
     for name in ("docs.jsonl", "chats.jsonl"):  # ours, not llmkit's
@@ -161,10 +164,10 @@ def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) ->
 
 def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    run(tmp_path, "train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "made/here/tok")  # parents are made
+    run(tmp_path, [*TRAIN_BPE[:-1], "made/here/tok"])  # parents are made
     os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")
     (tmp_path / "base").mkdir()  # an empty folder is taken
-    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "3000", "--resume", "-o", "base"]
+    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "150", "--resume", "-o", "base"]
     details = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, **details)
     until = time.monotonic() + 120

@@ -1,6 +1,6 @@
-"""Opens a model folder after each of many edits of one of its files, under limits, and prints a line about each.
+"""Opens a model folder after each of many edits of its files, one at a time, under limits; prints a line about each.
 
-    python odd_values.py FOLDER FILE [EVERY]
+    python odd_values.py FOLDER FILE:EVERY...     # every so many-th edit of each file
 
 Prints `outcome seconds megabytes edit`, the outcome `ok`, `UserError` or the name of what escaped. A file of its own,
 run as a program: a library may end the process.
@@ -96,10 +96,8 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def main(folder: Path, name: str, every: int) -> None:
+def try_all(folder: Path, name: str, every: int) -> None:
     whole = (folder / name).read_bytes()
-    open_all(folder, name)
-    limit_memory()
     for number, (edit, value) in enumerate(edits(json.loads(whole), name)):
         if number % every:
             continue
@@ -124,4 +122,10 @@ def main(folder: Path, name: str, every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+    place, *files = sys.argv[1:]
+    pairs = [file.split(":") for file in files]
+    for name, _ in pairs:
+        open_all(Path(place), name)
+    limit_memory()
+    for name, every in pairs:
+        try_all(Path(place), name, int(every))

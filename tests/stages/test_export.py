@@ -336,7 +336,7 @@ def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
 # ---- the command
 
 
-def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llmkit) -> None:
+def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llmkit, capsys) -> None:
     out = tmp_path / "chat.gguf"
     done = llmkit("export", chat, "--format", "gguf", "--dtype", "q8_0", "-o", out)
     assert done.returncode == 0, done.stderr
@@ -347,8 +347,8 @@ def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llm
     assert sorted(os.listdir(tmp_path)) == ["chat.gguf", "chat.gguf.manifest.json"]
     assert "exists already" in refused(chat, out)
     for form in ("gguf", "hf"):
-        dry = llmkit("export", chat, "--format", form, "--dtype", "bfloat16", "-o", tmp_path / "dry", "--dry-run")
-        assert (dry.returncode, dry.stdout) == (0, "") and "parameters of qwen3, float32; to " in dry.stderr
+        dry = ExportConfig(model=str(chat), format=form, dtype="bfloat16", out=str(tmp_path / "dry"), dry_run=True)
+        assert export.run(dry) is None and "parameters of qwen3, float32; to " in capsys.readouterr().err
     assert not (tmp_path / "dry").exists()
     assert export.run(ExportConfig(model=str(chat), format="gguf", out=str(out), force=True, quiet=True)) is not None
 

@@ -528,28 +528,28 @@ def test_what_is_no_run_is_told_in_one_line(pipeline, tmp_path, name, content, m
         assert len(notes) == 1 and message in notes[0]
 
 
-def test_the_command_line(pipeline, tmp_path, llmkit):
+def test_the_command_line(pipeline, tmp_path, llmkit, capsys):
     tok, out = pipeline[1], tmp_path / "r.html"
     done = llmkit("report", tok, "-o", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"path": str(out), "bytes": out.stat().st_size, "runs": 1, "notes": []}
-    again = llmkit("report", tok, "-o", out)
-    assert (again.returncode, again.stdout) == (2, "") and "exists already" in again.stderr
+    with pytest.raises(UserError, match="exists already"):
+        run(ReportConfig(runs=(str(tok),), out=str(out)))
     given = (str(pipeline[3]), str(pipeline[-1]))  # whose ancestors are told of alone
     summary = run(ReportConfig(runs=given, out=str(tmp_path / "two.html"), quiet=True))
     page = LexborHTMLParser((tmp_path / "two.html").read_text())
     assert summary is not None and summary.runs == 2 and text_of(page, ".lead").split()[:2] == ["2", "runs,"]
-    told = llmkit("report", tok, "--json")
-    assert told.returncode == 0 and json.loads(told.stdout) == figures_of([tok], tmp_path / "f.json")
-    dry = llmkit("report", tok, "-o", tmp_path / "n.html", "--dry-run")
-    assert (dry.returncode, dry.stdout) == (0, "") and "1 run and 0 files" in dry.stderr
-    assert not (tmp_path / "n.html").exists()
-    for arguments, message in (
-        (["report"], "RUN is missing"),
-        (["report", tok], "--out is required"),
-        (["report", tok, "-o", tmp_path, "--force"], "choose another --out"),
-        (["report", tmp_path / "f.json", "-o", tmp_path / "f.json", "--force"], "choose another --out"),
+    run(ReportConfig(runs=(str(tok),), json=True))
+    assert json.loads(capsys.readouterr().out) == figures_of([tok], tmp_path / "f.json")
+    assert run(ReportConfig(runs=(str(tok),), out=str(tmp_path / "n.html"), dry_run=True)) is None
+    assert "1 run and 0 files" in capsys.readouterr().err and not (tmp_path / "n.html").exists()
+    run(ReportConfig(runs=(str(tok),), out="-", quiet=True))
+    assert capsys.readouterr().out.startswith("<!doctype html>")
+    for options, message in (
+        ({"runs": ()}, "RUN is missing"),
+        ({}, "--out is required"),
+        ({"out": str(tmp_path), "force": True}, "choose another --out"),
+        ({"runs": (str(tmp_path / "f.json"),), "out": str(tmp_path / "f.json"), "force": True}, "choose another --out"),
     ):
-        done = llmkit(*arguments)
-        assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
-    assert llmkit("report", tok, "-o", "-").stdout.startswith("<!doctype html>")
+        with pytest.raises(UserError, match=message):
+            run(ReportConfig(**{"runs": (str(tok),), **options}))
