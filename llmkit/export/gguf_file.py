@@ -26,7 +26,7 @@ from llmkit.io.progress import counted
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, SavedTensors
 from llmkit.model.transformer import rotary_frequencies
-from llmkit.model.weights import StockTensor, pairs_together, stock_tensors
+from llmkit.model.weights import StockTensor, pairs_apart, stock_tensors
 from llmkit.tokenizer.encoding import load_tokenizer
 
 if TYPE_CHECKING:
@@ -341,5 +341,5 @@ def read_tensors(config: ModelConfig, tensors: SavedTensors) -> Iterator[tuple[s
         value = tensors.read(stock.name).to(torch.float32) + stock.offset
         value = value.T if stock.transposed else value
         if stock.pairs and ARCHITECTURES[config.model_type].neighbours:
-            value = pairs_together(value, config)
+            value = pairs_apart(value, config, stock.pairs, back=True)
         yield name, value.contiguous()
