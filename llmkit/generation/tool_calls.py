@@ -59,6 +59,10 @@ class Functions:
         other.schemas, other.own = (*self.schemas, *definitions), frozenset(names)
         return other
 
+    def none(self) -> Functions:
+        """Return no functions, for a request that offers none; calls in its completion stay text."""
+        return Functions(Toolbox.parse(()), self.max_calls) if self.toolbox.names else self
+
     def are_left(self, calls: Sequence[tuple[str, str]]) -> bool:
         """True if these calls are for whoever made the request to run."""
         return not self.toolbox.names or not self.own.isdisjoint(name for name, _ in calls)
@@ -127,6 +131,10 @@ class ToolUse(Functions):
         other.ends = self.ends | {name: self._tokens[name][1] for name in ours}
         other.others = {token: name for token, name in self.others.items() if name not in ours}
         return other
+
+    def none(self) -> ToolUse:
+        """See `Functions`."""
+        return ToolUse(Toolbox.parse(()), self._tokenizer, chat=self._chat) if self.toolbox.names else self
 
     def open_call(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
         """Return the tool of a call that a prompt begins and does not end, and its input so far; None without one."""

@@ -58,6 +58,8 @@ STRAY = re.compile(
     re.MULTILINE,
 )
 
+Features = tuple[np.ndarray, np.ndarray]  # of a conversation, and of the replies in it
+
 
 class Keeper:
     """Decides about drafts in the order of their index, and counts what became of them.
@@ -80,7 +82,7 @@ class Keeper:
         self._fail_below = fail_below
         self._verifier = VerifierReward(sandbox=sandbox)
         self.funnel = Funnel(STEPS)
-        self._features: list[tuple[np.ndarray, np.ndarray]] = []  # of a conversation, and of the replies in it
+        self._features: list[Features] = []
         self._rows, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)
         self._prompts: dict[str, tuple[str, str]] = {}  # kind and topic
 
@@ -97,18 +99,22 @@ class Keeper:
         if reason is None and scores is not None:
             low = [name for name, score in scores.items() if self._fail_below is not None and score < self._fail_below]
             reason = f"judge: {low[0]}" if low else None if scores else "judge: unreadable"
-        reason = reason or self.duplicate(draft)
-        self.recall(draft, reason)
+        compared = _features_of(draft) if reason is None else None
+        reason = reason or self.duplicate(draft, compared)
+        self.recall(draft, reason, compared)
         self._spend(reason, started)
         return reason
 
-    def recall(self, draft: Draft, reason: str | None = None) -> None:
-        """Count a draft and remember it if it was kept, as after `reason` in an earlier run."""
+    def recall(self, draft: Draft, reason: str | None = None, compared: Features | None = None) -> None:
+        """Count a draft and remember it if it was kept, as after `reason` in an earlier run.
+
+        compared  its features, where they are there already
+        """
         if reason is not None:
             step, _, what = reason.partition(": ")
             return self.funnel.count(step, what)
         self.funnel.count(None, None)
-        number, (whole, replies) = len(self._features), _features_of(draft)
+        number, (whole, replies) = len(self._features), compared or _features_of(draft)
         if number == len(self._rows):
             both = self._rows, self._nearest
             self._rows, self._nearest = (np.concatenate([array, np.zeros_like(array)]) for array in both)
@@ -174,11 +180,11 @@ class Keeper:
         """End the processes of verifiers."""
         self._verifier.close()
 
-    def duplicate(self, draft: Draft) -> str | None:
-        """Return of what kind a draft repeats one that is kept, or None."""
+    def duplicate(self, draft: Draft, compared: Features | None = None) -> str | None:
+        """Return of what kind a draft repeats one that is kept, or None; `compared` as in `recall`."""
         if _asked(draft) in self._prompts:
             return "duplicate: same prompt"
-        whole, replies = _features_of(draft)
+        whole, replies = compared or _features_of(draft)
         for number in np.flatnonzero(self._similarity(minhash(whole)) >= SIMILAR - DOUBT).tolist():
             other, answered = self._features[number]
             similarity = jaccard(whole, other)
@@ -218,7 +224,7 @@ def jaccard(some: np.ndarray, others: np.ndarray) -> float:
     return common / (len(some) + len(others) - common)
 
 
-def _features_of(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
+def _features_of(draft: Draft) -> Features:
     return features(draft.messages), features([turn for turn in draft.messages if turn.role == "assistant"])
 
 

@@ -16,8 +16,7 @@ from typing import Any
 from llmkit.formats.conversations import Message, Part, message
 from llmkit.generation.requests import REFUSED, Completion, split_thoughts
 from llmkit.generation.sampler import Sampler
-from llmkit.generation.tool_calls import Functions, ToolUse
-from llmkit.tools.toolbox import Toolbox
+from llmkit.generation.tool_calls import ToolUse
 from llmkit.writing import prompts
 from llmkit.writing.draft import KINDS, Draft
 from llmkit.writing.scheduler import Ask, Program
@@ -119,9 +118,8 @@ class Writer:
         self.sampler, self.source, self.guide = sampler, source, guide.strip()
         self._seed, self._shares, self._languages = seed, {**SHARES, **shares}, tuple(languages)
         self._turns, self._samples, self._max_tokens = turns, samples, max_tokens
-        is_served = sampler.tokenizer is None
-        self._no_tools = Functions(Toolbox.parse(())) if is_served else None  # a folder's tokens of calls stay
-        self._tries = TRIES if is_served else 1  # a folder says the same again
+        self._no_tools = None if sampler.tools is None else sampler.tools.none()
+        self._tries = TRIES if sampler.tokenizer is None else 1  # a folder says the same again
 
     def plan(self, index: int) -> Plan:
         """Draw what chance decides about a draft."""

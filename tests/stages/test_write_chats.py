@@ -248,6 +248,21 @@ def test_a_folder_writes_the_same_bytes_again(place, tmp_path_factory, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[0])["dropped"] == {"wrong: answer": 8}
 
 
+def test_a_share_of_conversations_with_a_folder_has_its_tools(place, capsys):
+    folder = save_assistant(place / "parrot", "It's 8.", context=2048)
+    Path("rain.py").write_text('def rain(city: str) -> str:\n    """Say how much it rains."""\n    return "much"\n')
+    tokens = {}
+    for name, words in {
+        "without": [],
+        "none": ["--tools", "py:rain.py:rain", "--mix", "tools=0"],
+        "some": ["--tools", "py:rain.py:rain", "--mix", "tools=0.5"],
+        "all": ["--tools", "py:rain.py:rain"],
+    }.items():
+        assert write_chats(None, "--answer", "prompts.jsonl", *words, writer=str(folder), out=f"{name}.jsonl") == 0
+        tokens[name] = json.loads(capsys.readouterr().out)["tokens"]["in"]
+    assert tokens["without"] == tokens["none"] < tokens["some"] < tokens["all"]
+
+
 # ---- faults, kills and budgets
 
 
