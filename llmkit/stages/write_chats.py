@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -166,7 +166,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
     bad = BadRecords(config.max_bad, config.quiet)
     source, inputs_hash = _source(config, bad)
     with ExitStack() as stack:
-        sampler = stack.enter_context(_sampler(config))
+        sampler = stack.enter_context(_sampler(config, "--writer", config.writer, config.temperature))
         _ = sampler.chat  # a base model says so now
         writer = Writer(
             sampler,
@@ -181,7 +181,8 @@ def run(config: WriteChatsConfig) -> Summary | None:
         )
         _check_context(writer, shares)
         if config.dry_run:
-            for line in [*sampler.plan(), *_first_request(writer)]:
+            asked = writer.first_request(0).messages
+            for line in [*sampler.plan(), *(f"{message.role}: {message.text}" for message in asked)]:
                 say(line, config.quiet)
             return None
         sampler.check()
@@ -398,46 +399,39 @@ def _first_message(row: Row) -> str:
     return text
 
 
-def _sampler(config: WriteChatsConfig) -> AbstractContextManager[Sampler]:
+def _sampler(
+    config: WriteChatsConfig, flag: str, source: str | None, temperature: float
+) -> AbstractContextManager[Sampler]:
+    """The writer, which has the tools, or the judge."""
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
 
     return open_sampler(
-        str(config.writer),
-        Sampling(config.temperature),
-        flag="--writer",
+        str(source),
+        Sampling(temperature),
+        flag=flag,
         device=config.device,
         dtype=config.dtype,
         slots=config.batch_size,
-        tools=None if config.dry_run else config,
+        tools=config if flag == "--writer" and not config.dry_run else None,
         concurrency=config.concurrency,
         timeout=config.timeout,
-        skip_refused=True,
+        skip_refused=flag == "--writer",
     )
 
 
 def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | None:
+    """A reward model's folder, or an assistant that reads the guide."""
     if config.judge is None:
         return None
-    from llmkit.writing.judge import open_judge
+    from llmkit.probing.judges import TEMPERATURE, ChatModel
+    from llmkit.writing.judge import Judge, RewardJudge
 
-    return stack.enter_context(
-        open_judge(
-            config.judge,
-            guide,
-            seed=config.seed,
-            device=config.device,
-            dtype=config.dtype,
-            concurrency=config.concurrency,
-            timeout=config.timeout,
-        )
-    )
-
-
-def _first_request(writer: Writer) -> Iterator[str]:
-    """Show what the writer would be asked first, for --dry-run."""
-    for message in writer.first_request(0).messages:
-        yield f"{message.role}: {message.text}"
+    described = Path(config.judge, "config.json")
+    if described.is_file() and "ForSequenceClassification" in described.read_text(errors="replace"):
+        return RewardJudge(config.judge, config.device, config.dtype)
+    sampler = stack.enter_context(_sampler(config, "--judge", config.judge, TEMPERATURE))
+    return Judge(ChatModel(sampler, config.seed), guide)
 
 
 def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:

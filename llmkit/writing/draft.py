@@ -13,19 +13,6 @@ from typing import Any
 from llmkit.formats.conversations import Message, as_record, read_messages
 from llmkit.io.records import PROMPT_FIELDS, THOUGHTS, Row, with_made
 
-# InstructGPT's kinds of task and their percentages of its prompts (Ouyang et al. 2022, arXiv 2203.02155, table 1)
-KINDS = {
-    "generation": 45.6,
-    "open QA": 12.4,
-    "brainstorming": 11.2,
-    "chat": 8.4,
-    "rewrite": 6.6,
-    "summarization": 4.2,
-    "classification": 3.5,
-    "other": 3.5,
-    "closed QA": 2.6,
-    "extraction": 1.9,
-}
 SAID = ("completion", "response", "output")  # of a record: what the new answer takes the place of
 
 
@@ -36,7 +23,7 @@ class Draft:
     index       of the draft: the same seed, index and replies make the same draft
     messages    end with the assistant's answer; empty where there is a `fault`
     others      further answers in the place of the last message
-    kind        of task, one of `KINDS`; empty where nobody knows
+    kind        of task, one of `prompts.KINDS`; empty where nobody knows
     topic       path in the tree of topics, or what the document or the record names
     language    in which it was to be written; None for any
     answer      short answer that a right one agrees with; None where there is none to check
@@ -67,7 +54,8 @@ class Draft:
 
     def versions(self) -> Iterator[Draft]:
         """Yield a draft for each answer: this one's, then the others."""
-        for last in (*self.messages[-1:], *self.others):
+        yield replace(self, others=())
+        for last in self.others:
             yield replace(self, messages=(*self.messages[:-1], last), others=())
 
     def as_line(self, **made: Any) -> dict[str, Any]:
@@ -79,19 +67,13 @@ class Draft:
 
     def as_state(self) -> dict[str, Any]:
         """Write all of it as JSON, for `read_draft`."""
-        values = {name: value for name, value in vars(self).items() if value not in (None, "", False, (), {})}
-        return values | {name: as_record(values[name]) for name in ("messages", "others") if name in values}
+        return {**vars(self), "messages": as_record(self.messages), "others": as_record(self.others)}
 
 
 def read_draft(state: Mapping[str, Any]) -> Draft:
     """Read what `Draft.as_state` wrote."""
     row = Row({}, "draft", 0)
-    messages, others = state.get("messages"), state.get("others", ())
-    return Draft(
-        **{
-            **state,
-            "index": state.get("index", 0),
-            "messages": () if messages is None else read_messages(row, messages),
-            "others": tuple(read_messages(row, [entry])[0] for entry in others),
-        }
+    messages, others = (
+        tuple(read_messages(row, [entry])[0] for entry in state[name]) for name in ("messages", "others")
     )
+    return Draft(**{**state, "messages": messages, "others": others})

@@ -1,7 +1,7 @@
 """Scores of drafts: helpful, truthful and harmless by the guide, from a chat model; or a reward model's reward.
 
-    with open_judge("openai:http://localhost:8000/v1#big", guide) as judge:
-        judge.scores(drafts)[0].values    # {"helpful": 4.0, "truthful": 5.0, "harmless": 5.0}
+    with open_sampler("openai:http://localhost:8000/v1#big", Sampling(TEMPERATURE)) as sampler:
+        Judge(ChatModel(sampler, seed=0), guide).scores(drafts)[0].values    # {"helpful": 4.0, "truthful": 5.0, ...}
 
 The three are those of InstructGPT's labelling instructions (Ouyang et al. 2022, arXiv 2203.02155, appendix B). A
 reply may say what it likes around its JSON; one without any that can be read is asked for again, once.
@@ -10,22 +10,18 @@ reply may say what it likes around its JSON; one without any that can be read is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import as_record
-from llmkit.generation.next_token import Sampling
 from llmkit.generation.requests import Usage
-from llmkit.generation.sampler import open_sampler
 from llmkit.generation.served_models import shortened
 from llmkit.io.hub import local_folder
 from llmkit.io.progress import counted
 from llmkit.io.records import Row
 from llmkit.io.resume import fingerprint
-from llmkit.probing.judges import TEMPERATURE, ChatModel, Missing
+from llmkit.probing.judges import ChatModel, Missing
 from llmkit.rewards.reward import ModelReward
 from llmkit.writing.draft import Draft
 
@@ -116,34 +112,6 @@ class RewardJudge(Judge):
         with torch.inference_mode():
             rewards = [record["reward"] for record in self._reward.scorer.score(rows)]
         return [Scores() if reward is None else Scores({"reward": reward}) for reward in rewards]
-
-
-@contextmanager
-def open_judge(
-    source: str,
-    guide: str,
-    *,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    concurrency: int = 8,
-    timeout: float = 120.0,
-) -> Iterator[Judge]:
-    """Open a reward model or a chat model in a folder, or `openai:URL#NAME`. Raises UserError for anything else."""
-    config = Path(source, "config.json")
-    if config.is_file() and "ForSequenceClassification" in config.read_text(errors="replace"):
-        yield RewardJudge(source, device, dtype)
-        return
-    with open_sampler(
-        source,
-        Sampling(TEMPERATURE),
-        flag="--judge",
-        device=device,
-        dtype=dtype,
-        concurrency=concurrency,
-        timeout=timeout,
-    ) as sampler:
-        yield Judge(ChatModel(sampler, seed), guide)
 
 
 def read_scores(reply: str) -> Scores | None:

@@ -1,8 +1,10 @@
 """Which drafts are kept: form, language, repetition, refusals, evaluations, verifiers, a judge's scores, duplicates.
 
     keeper = Keeper()
-    keeper.reason(Draft(0, (message("user", "2 + 2?"), message("assistant", "4"))))     # None: it is kept
-    keeper.reason(Draft(1, (message("user", "2 + 2 ?"), message("assistant", "4"))))    # "duplicate: exact"
+    draft = Draft(0, (message("user", "2 + 2?"), message("assistant", "4")))
+    keeper.decide(draft, keeper.check(draft))    # None: it is kept
+    draft = Draft(1, (message("user", "2 + 2 ?"), message("assistant", "4")))
+    keeper.decide(draft, keeper.check(draft))    # "duplicate: exact"
 
 A reason is a step of the funnel and what was wrong, `STEP: WHAT`. A draft is a duplicate of one that is kept if all
 that the person says in it is the same, or if the two share 70% of their words and pairs of neighbouring words, small
@@ -86,15 +88,12 @@ class Keeper:
         self._rows, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)
         self._prompts: dict[str, tuple[str, str]] = {}  # kind and topic
 
-    def reason(self, draft: Draft, scores: Mapping[str, float] | None = None) -> str | None:
+    def decide(self, draft: Draft, reason: str | None, scores: Mapping[str, float] | None = None) -> str | None:
         """Return why a draft is dropped, as STEP: WHAT, or None: it is kept, and no later one may repeat it.
 
+        reason  what `check` has found
         scores  of a judge, higher is better; empty where it said nothing that could be read, None without a judge
         """
-        return self.decide(draft, self.check(draft), scores)
-
-    def decide(self, draft: Draft, reason: str | None, scores: Mapping[str, float] | None = None) -> str | None:
-        """Return what `reason` does, for a draft of which `check` has been asked already."""
         started = thread_time()
         if reason is None and scores is not None:
             low = [name for name, score in scores.items() if self._fail_below is not None and score < self._fail_below]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 
-# What the person wants, by kind of task
-WANTED = {
-    "generation": "a text of some form to be written",
-    "open QA": "a question that general knowledge answers",
-    "brainstorming": "several ideas or suggestions",
-    "chat": "a conversation about it, as with a knowledgeable friend",
-    "rewrite": "a text to be changed in style, tone, language or form; the message holds the text",
-    "summarization": "a summary; the message holds the text",
-    "classification": "things to be sorted into classes; the message names the classes and holds the things",
-    "other": "anything but a text, an answer, ideas, a summary or a class: a plan, code, a correction, a calculation",
-    "closed QA": "a question about a text; the message holds the text, which has the answer",
-    "extraction": "facts to be taken out of a text; the message holds the text and says which",
+# InstructGPT's kinds of task: their percentages of its prompts (Ouyang et al. 2022, arXiv 2203.02155, table 1), and
+# what the person wants
+KINDS = {
+    "generation": (45.6, "a text of some form to be written"),
+    "open QA": (12.4, "a question that general knowledge answers"),
+    "brainstorming": (11.2, "several ideas or suggestions"),
+    "chat": (8.4, "a conversation about it, as with a knowledgeable friend"),
+    "rewrite": (6.6, "a text to be changed in style, tone, language or form; the message holds the text"),
+    "summarization": (4.2, "a summary; the message holds the text"),
+    "classification": (3.5, "things to be sorted into classes; the message names the classes and holds the things"),
+    "other": (
+        3.5,
+        "anything but a text, an answer, ideas, a summary or a class: a plan, code, a correction, a calculation",
+    ),
+    "closed QA": (2.6, "a question about a text; the message holds the text, which has the answer"),
+    "extraction": (1.9, "facts to be taken out of a text; the message holds the text and says which"),
 }
 GUIDED = """\
 These are the instructions by which an assistant is to answer:

@@ -39,15 +39,7 @@ class Ask:
 
 
 Program = Generator[Ask | str, Any, T]
-
-
-@dataclass
-class _Running:
-    """A program that has begun: `place` in the order in which they do."""
-
-    name: Any
-    program: Program[Any]
-    place: int
+Running = tuple[int, Any, Program[Any]]  # place in the order in which programs begin, name, program
 
 
 def run_all(
@@ -66,34 +58,35 @@ def run_all(
     shared    what was made before, by key
     make      the program of a key that is asked for, run once; its result goes to `on_result` under that key, too
     """
-    results, waiting = dict(shared or {}), dict[str, list[_Running]]()
-    ready: list[tuple[int, int, _Running, Request]] = []  # a heap
-    under_way: dict[int, _Running] = {}
+    results, waiting = dict(shared or {}), dict[str, list[Running]]()
+    ready: list[tuple[int, int, Running, Request]] = []  # a heap
+    under_way: dict[int, Running] = {}
     asked_before, begun = count_from(0), count_from(0)
 
-    def step(running: _Running, value: Any) -> None:
+    def step(running: Running, value: Any) -> None:
+        place, name, program = running
         try:
-            ask = running.program.send(value)
+            ask = program.send(value)
             while isinstance(ask, str) and ask in results:
-                ask = running.program.send(results[ask])
+                ask = program.send(results[ask])
         except StopIteration as end:
-            if running.name in waiting:
-                results[running.name] = end.value
-            on_result(running.name, end.value)
-            for other in waiting.pop(running.name, ()):
+            if name in waiting:
+                results[name] = end.value
+            on_result(name, end.value)
+            for other in waiting.pop(name, ()):
                 step(other, end.value)
             return
         if isinstance(ask, Ask):
-            prompt, where = sampler.encode(ask.messages, ask.tools), f"draft {running.name}"
+            prompt, where = sampler.encode(ask.messages, ask.tools), f"draft {name}"
             number = request_number(prompt)
             request = Request(prompt, ask.samples, ask.max_tokens, ask.seed, number, where, tools=ask.tools)
-            heappush(ready, (running.place, next(asked_before), running, request))
+            heappush(ready, (place, next(asked_before), running, request))
         elif ask in waiting:
             waiting[ask].append(running)
         else:
             waiting[ask] = [running]
             assert make is not None, ask
-            step(_Running(ask, make(ask), running.place), None)
+            step((place, ask, make(ask)), None)
 
     def requests() -> Iterator[Request | None]:
         index, more = 0, True
@@ -101,8 +94,7 @@ def run_all(
             while more and not ready and (entry := next(programs, ())) is not None:
                 more = entry != ()
                 if entry:
-                    name, program = entry
-                    step(_Running(name, program, next(begun)), None)
+                    step((next(begun), *entry), None)
             if ready:
                 _, _, under_way[index], request = heappop(ready)
                 index += 1

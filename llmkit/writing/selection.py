@@ -92,7 +92,7 @@ class Selection:
         self._before = [0, 0, 0]
         self._batch: tuple[list[tuple[list[Draft], list[str | None]]], Any] | None = None  # that the judge has
         self._judges = ThreadPool(1)  # a daemon: who interrupts the program does not wait for a server
-        self._judge_is_here = judge is not None and not judge.name.startswith(SCHEME)  # two models slow each other
+        self._waits = judge is None or not judge.name.startswith(SCHEME)  # two models on one machine slow each other
 
     @property
     def spent(self) -> list[int]:
@@ -113,7 +113,7 @@ class Selection:
         with self._progress:
             while self._lacks() and f"end {self.decided}" in self.state:
                 draft, end = self.draft(self.decided), self.end(self.decided)
-                self._count([*draft.versions()][end["best"]] if draft.messages else draft, end["reason"], recall=True)
+                self._count([*draft.versions()][end["best"]], end["reason"], recall=True)
             self._begun, self._useless = self.decided, 0
             make = partial(self.writer.source.make, self.writer)
             run_all(self.writer.sampler, self._programs(), self._ended, shared=shared, make=make)
@@ -174,43 +174,34 @@ class Selection:
 
         A judge behind a server works while others are written; with `wait` until its scores are there.
         """
-        if self._judge is None:
-            while (draft := self._written.get(self.decided)) is not None:
-                versions, faults = self._checked(draft)
-                self._end(versions, faults, [None] * len(versions))
-            return
         while True:
             if self._batch is None:
                 ready: list[Draft] = []
                 while (draft := self._written.get(self.decided + len(ready))) is not None:
                     ready.append(draft)
-                if not ready or len(ready) < min(JUDGED, self._begun - self.decided):
+                if not ready or (self._judge and len(ready) < min(JUDGED, self._begun - self.decided)):
                     return
-                checked = [self._checked(draft) for draft in ready]
-                pairs = [pair for versions, faults in checked for pair in zip(versions, faults, strict=True)]
+                versions = [[*draft.versions()] for draft in ready]
+                checked = [(some, [self._keeper.check(version) for version in some]) for some in versions]
+                pairs = [pair for some, faults in checked for pair in zip(some, faults, strict=True)]
                 good = [version for version, fault in pairs if fault is None]
-                self._batch = checked, self._judges.apply_async(self._judge.scores, (good,))
+                judged = self._judge.scores if self._judge else lambda drafts: [None] * len(drafts)
+                self._batch = checked, self._judges.apply_async(judged, (good,))
             checked, scores = self._batch
-            if not (wait or self._judge_is_here or scores.ready()):
+            if not (wait or self._waits or scores.ready()):
                 return
             given = iter(scores.get())
             self._batch = None
-            for versions, faults in checked:
-                self._end(versions, faults, [None if fault else next(given) for fault in faults])
-
-    def _checked(self, draft: Draft) -> tuple[list[Draft], list[str | None]]:
-        """The versions of a draft, and what is wrong with each."""
-        versions = [*draft.versions()] if draft.messages else [draft]
-        return versions, [self._keeper.check(version) for version in versions]
-
-    def _end(self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores | None]) -> None:
-        """Decide on a draft, and remember what became of it."""
-        end, index = self._choice(versions, faults, scores), versions[0].index
-        self._count(versions[end["best"]], end["reason"])
-        self.state.add(f"end {index}", end)
-        del self._written[index]
-        if self._useless >= USELESS:
-            raise self._stopped()
+            for some, faults in checked:
+                index, end = (
+                    some[0].index,
+                    self._choice(some, faults, [None if fault else next(given) for fault in faults]),
+                )
+                self._count(some[end["best"]], end["reason"])
+                self.state.add(f"end {index}", end)
+                del self._written[index]
+                if self._useless >= USELESS:
+                    raise self._stopped()
 
     def _choice(
         self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores | None]

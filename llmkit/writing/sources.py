@@ -40,15 +40,16 @@ class Topics(Source):
         self._topics = topics
 
     def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
-        turn, number = divmod(plan.index, len(self._topics))
+        turn, number = divmod(plan.draft.index, len(self._topics))
         grown, use = divmod(turn, SUBTOPICS * USES)
         subtopics = yield f"subtopics {number} {grown}"
         people = yield f"people {number}"
         topic, subtopic = self._topics[number], subtopics[use % len(subtopics)]
         topic = topic if subtopic == topic else f"{topic} > {subtopic}"  # the same where the writer names none
         person = plan.chance.choice(people)
-        task = prompts.OPENING.format(person=person, topic=topic, wanted=prompts.WANTED[plan.kind])
-        return Opening((message("user", (yield from _first_message(writer, task, plan))),), person, topic=topic)
+        task = prompts.OPENING.format(person=person, topic=topic, wanted=prompts.KINDS[plan.draft.kind][1])
+        text = yield from _first_message(writer, task, plan)
+        return Opening(replace(plan.draft, messages=(message("user", text),), topic=topic), person)
 
     def make(self, writer: Writer, key: str) -> Program[list[str]]:
         what, number, *grown = key.split()
@@ -62,7 +63,7 @@ class Topics(Source):
             task = prompts.SUBTOPICS.format(count=SUBTOPICS, topic=topic)
             task += prompts.NOT_THESE + "; ".join(known[-LISTED:]) if known else ""
         try:
-            return prompts.read_list((yield from writer.tell(task, writer.plan(0).seed))) or [topic]
+            return prompts.read_list((yield from writer.tell(task, writer.plan(0).draft.seed))) or [topic]
         except Fault:
             return ["somebody" if what == "people" else topic]
 
@@ -79,15 +80,15 @@ class Seeds(Source):
         self._seen = [encode_words(task) for task in tasks]
 
     def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
-        known = bisect_left(self._kept, (plan.index - self._lag, ""))
+        known = bisect_left(self._kept, (plan.draft.index - self._lag, ""))
         examples = plan.chance.sample(self._tasks, min(GIVEN, len(self._tasks)))
         examples += [self._kept[plan.chance.randrange(known)][1] for _ in range(MADE if known else 0)]
         listed = "\n\n".join(f"{number}. {text}" for number, text in enumerate(examples, 1))
-        task = prompts.NEW_TASK.format(examples=listed, wanted=prompts.WANTED[plan.kind])
+        task = prompts.NEW_TASK.format(examples=listed, wanted=prompts.KINDS[plan.draft.kind][1])
         text = yield from _first_message(writer, task, plan)
         if is_like(text, self._seen[: len(self._tasks) + known]):
             raise Fault(LIKE_ANOTHER)
-        return Opening((message("user", text),))
+        return Opening(replace(plan.draft, messages=(message("user", text),)))
 
     def fault(self, draft: Draft) -> str | None:
         """See `Source`."""
@@ -109,7 +110,7 @@ class Documents(Source):
         self._passages, self.count = passages, PER_PASSAGE * len(passages)
 
     def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
-        turn, number = divmod(plan.index, len(self._passages))
+        turn, number = divmod(plan.draft.index, len(self._passages))
         passage = self._passages[number]
         pairs = yield f"questions {number}"
         if turn >= len(pairs):
@@ -118,16 +119,15 @@ class Documents(Source):
         if reason := unfit(question, answer, passage.text):
             raise Fault(f"question: {reason}")
         closed = plan.chance.random() < 0.5
-        text = f"{passage.text}\n\n{question}" if closed else question
-        kind = "closed QA" if closed else "open QA"
-        opening = Opening((message("user", text),), topic=passage.name, kind=kind, answer=answer)
-        return opening if closed else replace(opening, passage=passage.text)
+        kind, text = ("closed QA", f"{passage.text}\n\n{question}") if closed else ("open QA", question)
+        draft = replace(plan.draft, messages=(message("user", text),), topic=passage.name, kind=kind, answer=answer)
+        return Opening(draft, passage=None if closed else passage.text)
 
     def make(self, writer: Writer, key: str) -> Program[list[Any]]:
         number = int(key.split()[1])
         task = WRITER_PROMPT.format(most=PER_PASSAGE, passage=self._passages[number].text)
         try:
-            return (read_pairs((yield from writer.tell(task, writer.plan(number).seed))) or [])[:PER_PASSAGE]
+            return (read_pairs((yield from writer.tell(task, writer.plan(number).draft.seed))) or [])[:PER_PASSAGE]
         except Fault:
             return []
 
@@ -141,10 +141,11 @@ class Prompts(Source):
         self._problems, self.count = problems, len(problems)
 
     def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
-        problem = self._problems[plan.index]
+        problem = self._problems[plan.draft.index]
         record, messages = problem.record, problem.messages or (message("user", problem.prompt),)
         topic, kind = (value if isinstance(value := record.get(name), str) else "" for name in ("topic", "kind"))
-        return Opening(messages, topic=topic, kind=kind, answer=problem.answer, record=record)
+        given = replace(plan.draft, messages=messages, topic=topic, kind=kind, answer=problem.answer, record=record)
+        return Opening(given)
         yield  # makes it a program
 
 
@@ -165,6 +166,6 @@ def encode_words(text: str) -> str:
 
 def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:
     """The person's first message, in the plan's language, perhaps one to be refused."""
-    task += prompts.IN_LANGUAGE.format(language=plan.language) if plan.language else ""
-    task += prompts.TO_REFUSE if "refusals" in plan.has else ""
-    return prompts.read_message((yield from writer.tell(task, plan.seed)))
+    task += prompts.IN_LANGUAGE.format(language=plan.draft.language) if plan.draft.language else ""
+    task += prompts.TO_REFUSE if plan.draft.refusal else ""
+    return prompts.read_message((yield from writer.tell(task, plan.draft.seed)))

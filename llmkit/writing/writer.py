@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from random import Random
 from typing import Any
@@ -18,7 +18,8 @@ from llmkit.generation.requests import REFUSED, Completion, split_thoughts
 from llmkit.generation.sampler import Sampler
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.writing import prompts
-from llmkit.writing.draft import KINDS, Draft
+from llmkit.writing.draft import Draft
+from llmkit.writing.prompts import KINDS
 from llmkit.writing.scheduler import Ask, Program
 
 # of conversations, where --mix says nothing; a writer that was taught without system messages needs no guide
@@ -35,12 +36,9 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What chance has decided about a draft: `turns` of the person, and which of `SHARES` it is among."""
+    """What chance has decided about a draft, without messages: `turns` of the person, which of `SHARES` it is among."""
 
-    index: int
-    seed: int
-    kind: str
-    language: str | None
+    draft: Draft
     turns: int
     has: frozenset[str]
     chance: Random
@@ -48,21 +46,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Opening:
-    """How a conversation begins.
+    """How a conversation begins: a draft whose messages end with the person's first.
 
-    messages  end with the person's first
     person    who talks, for the messages that follow
     passage   what the assistant is shown beside the messages
-    topic, kind, answer, record  of the draft; `kind` None leaves the plan's
     """
 
-    messages: tuple[Message, ...]
+    draft: Draft
     person: str = "somebody"
     passage: str | None = None
-    topic: str = ""
-    kind: str | None = None
-    answer: str | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source:
@@ -125,26 +117,26 @@ class Writer:
         """Draw what chance decides about a draft."""
         chance = Random(f"{self._seed} {index}")
         has = {name for name, share in self._shares.items() if chance.random() < share}
-        kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = chance.choices(list(KINDS), [percentage for percentage, _ in KINDS.values()])[0]
         language = chance.choice(self._languages) if self._languages else None
         turns = 1 + chance.randrange(self._turns)
         seed = int.from_bytes(blake2b(f"{self._seed} {index}".encode(), digest_size=4).digest(), "little") >> 1
         if self.source.is_given:
-            return Plan(index, seed, "", None, 1, frozenset(has - {"system", "refusals"}), chance)
-        return Plan(index, seed, kind, language, turns, frozenset(has), chance)
+            kind, language, turns, has = "", None, 1, has - {"system", "refusals"}
+        steps, refusal = "thinking" in has, "refusals" in has
+        draft = Draft(index, kind=kind, language=language, seed=seed, thinking=steps, refusal=refusal)
+        return Plan(draft, turns, frozenset(has), chance)
 
     def write(self, index: int) -> Program[Draft]:
         """The program of a draft."""
         plan = self.plan(index)
-        draft = Draft(index, kind=plan.kind, language=plan.language, seed=plan.seed)
-        draft = replace(draft, thinking="thinking" in plan.has, refusal="refusals" in plan.has)
+        draft = plan.draft
         try:
             opening = yield from self.source.open(self, plan)
-            kind = draft.kind if opening.kind is None else opening.kind
-            draft = replace(draft, topic=opening.topic, kind=kind, answer=opening.answer, record=opening.record)
+            draft = opening.draft
             messages, others = yield from self._converse(plan, opening)
         except Fault as fault:
-            return replace(draft, fault=str(fault))
+            return replace(draft, messages=(), fault=str(fault))
         return replace(draft, messages=messages, others=others)
 
     def first_request(self, index: int) -> Ask:
@@ -155,10 +147,10 @@ class Writer:
         return ask
 
     def _converse(self, plan: Plan, opening: Opening) -> Program[tuple[tuple[Message, ...], tuple[Message, ...]]]:
-        messages = opening.messages
+        draft, messages = opening.draft, opening.draft.messages
         if "system" in plan.has:
-            task = prompts.SYSTEM.format(topic=opening.topic or opening.person)
-            system = prompts.read_message((yield from self.tell(task, plan.seed)))
+            task = prompts.SYSTEM.format(topic=draft.topic or opening.person)
+            system = prompts.read_message((yield from self.tell(task, draft.seed)))
             messages = (message("system", system), *messages)
         tools = self.sampler.tools if "tools" in plan.has else self._no_tools
         for turn in range(plan.turns):
@@ -166,15 +158,15 @@ class Writer:
             instructions = self._instructions(plan, opening, messages)
             shown = (*([message("system", instructions)] if instructions else []), *_without_system(messages))
             samples = self._samples if last else 1
-            completions = yield from self.ask(Ask(shown, self._max_tokens, plan.seed, samples, tools))
-            answers = [self._answer(completion, "thinking" in plan.has) for completion in completions]
+            completions = yield from self.ask(Ask(shown, self._max_tokens, draft.seed, samples, tools))
+            answers = [self._answer(completion, draft.thinking) for completion in completions]
             good = [answer for answer in answers if isinstance(answer, Message)]
             if not good:
                 raise next(answer for answer in answers if isinstance(answer, Fault))
             messages = (*messages, good[0])
             if last:
                 return messages, tuple(good[1:])
-            ask = Ask(self._as_person(opening.person, messages), self._max_tokens, plan.seed + turn)
+            ask = Ask(self._as_person(opening.person, messages), self._max_tokens, draft.seed + turn)
             reply = _text_of((yield from self.ask(ask))[0])
             messages = (*messages, message("user", prompts.read_message(reply)))
         raise AssertionError("a conversation has a turn")
@@ -184,7 +176,7 @@ class Writer:
         guide = [self.guide] if "guide" in plan.has else []
         more = [messages[0].text] if messages[0].role == "system" else []
         more += [prompts.PASSAGE.format(passage=opening.passage)] if opening.passage else []
-        return "\n\n".join([*guide, *more, *([prompts.STEPS] if "thinking" in plan.has else [])])
+        return "\n\n".join([*guide, *more, *([prompts.STEPS] if plan.draft.thinking else [])])
 
     def _as_person(self, person: str, messages: Sequence[Message]) -> list[Message]:
         """A conversation as the person sees it, who has the assistant's place."""

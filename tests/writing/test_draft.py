@@ -6,7 +6,8 @@ import pytest
 
 from llmkit.formats.conversations import Message, Part, message, read_conversation
 from llmkit.io.records import Row
-from llmkit.writing.draft import KINDS, Draft, read_draft
+from llmkit.writing.draft import Draft, read_draft
+from llmkit.writing.prompts import KINDS
 
 CALLED = Message("assistant", (Part("calc", "2+2"), Part("result", "4"), Part("text", "It is 4.")))
 DRAFTS = [
@@ -41,4 +42,4 @@ def test_each_version_has_one_of_the_answers():
 
 
 def test_the_shares_of_the_kinds_are_those_of_the_paper():
-    assert sum(KINDS.values()) == pytest.approx(99.9) and len(KINDS) == 10
+    assert sum(percentage for percentage, _ in KINDS.values()) == pytest.approx(99.9) and len(KINDS) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 from chat_server import ChatServer
@@ -10,12 +11,21 @@ from tiny import make_model, save_assistant, save_tokenizer
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import message
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.sampler import open_sampler
+from llmkit.probing.judges import TEMPERATURE, ChatModel
 from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.tokenizer.chat import CHAT_SPECIALS
 from llmkit.writing.draft import Draft
-from llmkit.writing.judge import PATIENCE, Scores, best_and_worst, open_judge, read_scores
+from llmkit.writing.judge import PATIENCE, Judge, RewardJudge, Scores, best_and_worst, read_scores
 
 GUIDE = "Answer in a sentence. Never promise {anything}."
+
+
+@contextmanager
+def open_judge(source: str, seed: int = 0, **options):
+    with open_sampler(source, Sampling(TEMPERATURE), flag="--judge", device="cpu", timeout=5.0, **options) as sampler:
+        yield Judge(ChatModel(sampler, seed), GUIDE)
 
 
 def draft(answer: str, index: int = 0) -> Draft:
@@ -60,7 +70,7 @@ def test_a_judge_sees_guide_and_conversation_and_is_asked_again_once() -> None:
         seeds.update({seed} if "5 km" in prompt else ())
         return judgement(reasons={"truthful": "measured"}) if readable else "I like it."
 
-    with ChatServer(answer) as server, open_judge(server.spec, GUIDE, seed=7, concurrency=1, timeout=5.0) as judge:
+    with ChatServer(answer) as server, open_judge(server.spec, seed=7, concurrency=1) as judge:
         scores = judge.scores([draft("10 km."), draft("5 km.", 1), draft("Ignore this.", 2)])
         assert judge.usage is not None and judge.usage.requests == 5
     assert [score.values.get("helpful") for score in scores] == [4, 4, None]
@@ -71,12 +81,12 @@ def test_a_judge_sees_guide_and_conversation_and_is_asked_again_once() -> None:
 
 def test_a_judge_that_says_nothing_readable_is_given_up() -> None:
     drafts = [draft(f"{number} km.", number) for number in range(PATIENCE)]
-    with ChatServer(lambda prompt, seed: "Lovely!") as server, open_judge(server.spec, GUIDE, timeout=5.0) as judge:
+    with ChatServer(lambda prompt, seed: "Lovely!") as server, open_judge(server.spec) as judge:
         judge.scores(drafts[:-1])
         with pytest.raises(UserError, match=r"--judge: none of 20 judgements.*found 'Lovely!'"):
             judge.scores(drafts[:1])
     server = ChatServer(lambda prompt, seed: judgement() if "0 km" in prompt else "Lovely!")
-    with server, open_judge(server.spec, GUIDE, timeout=5.0) as judge:
+    with server, open_judge(server.spec) as judge:
         for _ in range(3):
             assert sum(bool(score.values) for score in judge.scores(drafts)) == 2
 
@@ -84,7 +94,7 @@ def test_a_judge_that_says_nothing_readable_is_given_up() -> None:
 def test_a_judge_whose_context_is_too_short_is_given_up(tmp_path) -> None:
     folder = save_assistant(tmp_path / "chat", "Fine", context=64)
     too_long = pytest.raises(UserError, match="found prompts longer than its context, 64 tokens; take another judge")
-    with open_judge(str(folder), GUIDE, device="cpu") as judge, too_long:
+    with open_judge(str(folder)) as judge, too_long:
         judge.scores([draft(f"{number} km.", number) for number in range(PATIENCE)])
 
 
@@ -94,23 +104,18 @@ def test_a_reward_model_scores_without_a_guide(tmp_path) -> None:
     save_tokenizer(folder, *CHAT_SPECIALS)
     save_reward_model(RewardModel.of(make_model(vocab_size=257 + len(CHAT_SPECIALS), context=64), seed=3), folder, None)
     drafts = [draft("Ten."), draft("Ten."), draft("Five or six of them."), draft("deep " * 80)]
-    with open_judge(str(folder), "", device="cpu") as judge:
-        scores = judge.scores(drafts)
-        assert judge.usage is None and judge.name == str(folder) and set(judge.identity) == {"the judge"}
+    judge = RewardJudge(str(folder), "cpu", "auto")
+    scores = judge.scores(drafts)
+    assert judge.usage is None and judge.name == str(folder) and set(judge.identity) == {"the judge"}
     assert scores[0] == scores[1] != scores[2] and list(scores[0].values) == ["reward"]
     assert scores[3] == Scores()  # longer than the context
 
 
 def test_a_folder_that_is_no_reward_model_is_asked(tmp_path) -> None:
     folder = save_assistant(tmp_path / "chat", "Fine", context=2048)
-    with open_judge(str(folder), GUIDE, device="cpu") as judge:
+    with open_judge(str(folder)) as judge:
         assert judge.scores([draft("Ten.")]) == [Scores()]
         assert judge.usage is not None and judge.usage.requests == 2  # asked again, once
-
-
-def test_a_judge_that_is_nowhere_is_a_mistake(tmp_path) -> None:
-    with pytest.raises(UserError, match="--judge: expected the folder of a model"), open_judge(str(tmp_path / "x"), ""):
-        pass
 
 
 @pytest.mark.parametrize(

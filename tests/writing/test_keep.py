@@ -27,6 +27,10 @@ def draft(*texts: str, index: int = 0, system: str | None = None, **fields) -> D
     return Draft(index, (*([message("system", system)] if system else []), *turns), **fields)
 
 
+def decided(keeper: Keeper, made: Draft, scores=None) -> str | None:
+    return keeper.decide(made, keeper.check(made), scores)
+
+
 @pytest.fixture
 def keeper():
     with_items = Keeper(fail_below=3)
@@ -71,7 +75,7 @@ def keeper():
     ],
 )
 def test_each_draft_has_its_reason(keeper: Keeper, made: Draft, scores, reason: str | None) -> None:
-    assert keeper.reason(made, scores) == reason
+    assert decided(keeper, made, scores) == reason
     dropped = {row["step"]: row["dropped"] for row in keeper.figures()["funnel"] if row["dropped"]}
     step, _, what = (reason or "").partition(": ")
     assert dropped == ({step: {what: 1}} if reason else {})
@@ -80,7 +84,7 @@ def test_each_draft_has_its_reason(keeper: Keeper, made: Draft, scores, reason: 
 
 
 def test_scores_are_kept_where_no_limit_is_set() -> None:
-    assert Keeper().reason(draft(*TIDES), {"helpful": 1}) is None
+    assert decided(Keeper(), draft(*TIDES), {"helpful": 1}) is None
 
 
 EDITED = {
@@ -97,9 +101,9 @@ EDITED = {
 
 @pytest.mark.parametrize("edit", EDITED)
 def test_planted_duplicates_are_found(keeper: Keeper, edit: str) -> None:
-    assert keeper.reason(draft("Why is the sky blue?", "Air scatters blue light most.")) is None
-    assert keeper.reason(draft(*TIDES, index=1)) is None
-    assert str(keeper.reason(draft(*EDITED[edit], index=2))).startswith("duplicate: ")
+    assert decided(keeper, draft("Why is the sky blue?", "Air scatters blue light most.")) is None
+    assert decided(keeper, draft(*TIDES, index=1)) is None
+    assert str(decided(keeper, draft(*EDITED[edit], index=2))).startswith("duplicate: ")
     assert [row["dropped"] for row in keeper.figures()["funnel"]][-1].keys() <= {"exact", "near", "same prompt"}
 
 
@@ -120,30 +124,30 @@ def test_filled_in_templates_are_no_duplicates(keeper: Keeper, texts: tuple[str,
         ("Translate to German: the blue car", "das blaue Auto"),
     ]
     for index, other in enumerate([*others, texts]):
-        assert keeper.reason(draft(*other, index=index)) is None
+        assert decided(keeper, draft(*other, index=index)) is None
 
 
 def test_questions_about_one_passage_are_no_duplicates(keeper: Keeper) -> None:
     passage = " ".join([*TIDES] * 2)
-    assert keeper.reason(draft(f"{passage}\n\nWhat pulls the water?", "The Moon.")) is None
-    assert keeper.reason(draft(f"{passage}\n\nWhen are tides highest?", "At new and full moon.", index=1)) is None
+    assert decided(keeper, draft(f"{passage}\n\nWhat pulls the water?", "The Moon.")) is None
+    assert decided(keeper, draft(f"{passage}\n\nWhen are tides highest?", "At new and full moon.", index=1)) is None
     assert (
-        keeper.reason(draft(f"{passage}\n\nWhat is it that pulls the water?", "The Moon.", index=2))
+        decided(keeper, draft(f"{passage}\n\nWhat is it that pulls the water?", "The Moon.", index=2))
         == "duplicate: near"
     )
 
 
 def test_the_first_of_a_thousand_is_remembered(keeper: Keeper) -> None:
     for number in range(1000):
-        assert keeper.reason(draft(f"What is {number} + {number}?", f"{2 * number}.", index=number)) is None
+        assert decided(keeper, draft(f"What is {number} + {number}?", f"{2 * number}.", index=number)) is None
     for number in (0, 300, 999):
         again = draft(f"What is {number} + {number} ?!", f"{2 * number}", index=1000)
-        assert keeper.reason(again) == "duplicate: exact"
+        assert decided(keeper, again) == "duplicate: exact"
 
 
 def test_dropped_drafts_may_be_said_again(keeper: Keeper) -> None:
-    assert keeper.reason(draft(*TIDES), {"helpful": 1}) == "judge: helpful"
-    assert keeper.reason(draft(*TIDES, index=1), {"helpful": 5}) is None
+    assert decided(keeper, draft(*TIDES), {"helpful": 1}) == "judge: helpful"
+    assert decided(keeper, draft(*TIDES, index=1), {"helpful": 5}) is None
 
 
 @pytest.mark.parametrize(
@@ -158,16 +162,16 @@ def test_evaluation_items_are_left_out(tmp_path, question: str, reason: str | No
     path = tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"question": TRUNCATED, "answer": "Baikal"}) + "\n")
     keeper = Keeper([str(path)], quiet=True)
-    assert keeper.reason(draft("Hello!", "Good morning.", f"Tell me. {question}", "It is a lake.")) == reason
+    assert decided(keeper, draft("Hello!", "Good morning.", f"Tell me. {question}", "It is a lake.")) == reason
 
 
 def test_a_resumed_keeper_decides_alike() -> None:
     drafts = [draft(f"What is {n % 40} + {n % 7}?", str(n % 40 + n % 7), index=n, kind="closed QA") for n in range(300)]
     whole, begun, resumed = Keeper(), Keeper(), Keeper()
-    reasons = [whole.reason(item) for item in drafts]
+    reasons = [decided(whole, item) for item in drafts]
     for item in drafts[:150]:
-        resumed.recall(item, begun.reason(item))
-    assert [resumed.reason(item) for item in drafts[150:]] == reasons[150:]
+        resumed.recall(item, decided(begun, item))
+    assert [decided(resumed, item) for item in drafts[150:]] == reasons[150:]
     assert reasons.count(None) > 20 and reasons.count("duplicate: same prompt") > 15
     without_seconds = [
         {name: [{**row, "seconds": 0} for row in of] if name == "funnel" else of for name, of in made.figures().items()}
@@ -179,13 +183,13 @@ def test_a_resumed_keeper_decides_alike() -> None:
 
 def test_diversity_counts_prompts_and_nearest_neighbours(keeper: Keeper) -> None:
     assert keeper.figures()["diversity"]["nearest_similarity"] is None
-    keeper.reason(draft(*TIDES, kind="open QA", topic="sea"))
-    keeper.reason(draft("Write a haiku.", "Rain on the slate roof", kind="generation", topic="poems"))
+    decided(keeper, draft(*TIDES, kind="open QA", topic="sea"))
+    decided(keeper, draft("Write a haiku.", "Rain on the slate roof", kind="generation", topic="poems"))
     apart = keeper.figures()["diversity"]
     assert apart["by_kind"] == {"open QA": 1, "generation": 1} and apart["by_topic"] == {"sea": 1, "poems": 1}
     assert apart["prompts"] == 2 and apart["nearest_similarity"] < 0.05
     halves = (TIDES[0], TIDES[1], "Does it reach rivers, too?", "A bore runs up the Severn on the highest springs.")
-    assert keeper.reason(draft(*halves, index=2, kind="open QA", topic="sea")) is None
+    assert decided(keeper, draft(*halves, index=2, kind="open QA", topic="sea")) is None
     assert keeper.figures()["diversity"]["by_kind"] == {"open QA": 2, "generation": 1}
     assert 0.2 < keeper.figures()["diversity"]["nearest_similarity"] < 0.5
 
