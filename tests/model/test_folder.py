@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from llmkit.errors import UserError
 from llmkit.generation.decode import Decoder
 from llmkit.model.config import ModelConfig
+from llmkit.model.families import FAMILIES as FAMILY_TABLE
 from llmkit.model.folder import load_config, load_model, save_model
 from llmkit.model.transformer import Transformer
+from llmkit.model.weights import export_state_dict
 
 
 @pytest.fixture
@@ -35,16 +37,29 @@ def edit_tensors(folder, change):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_logits_are_those_of_transformers_loaded_and_saved_again(name, tmp_path):
+def test_logits_and_gradients_are_those_of_transformers_loaded_and_saved_again(name, tmp_path):
     theirs = save(name, tmp_path / "theirs")
-    expected = theirs(tokens()).logits
+    expected = theirs(tokens(), labels=tokens())
     ours = load_model(tmp_path / "theirs")
-    assert (ours.logits(ours(tokens())) - expected).abs().max() < 1e-4
+    assert (ours.logits(ours(tokens())) - expected.logits).abs().max() < 1e-4
     save_model(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(again) is type(theirs)
-    assert (again(tokens()).logits - expected).abs().max() < 1e-4
+    assert (again(tokens()).logits - expected.logits).abs().max() < 1e-4
+    assert load_config(tmp_path / "ours") == ours.config
+    loss = ours.train().loss(tokens()[:, :-1], tokens()[:, 1:])
+    assert abs(loss - expected.loss) < 1e-5
+    loss.backward()
+    expected.loss.backward()
+    # a gradient goes through the same rearrangement as its parameter, for nothing but rows are moved
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(parameter.grad)
+    gradients, offset = export_state_dict(ours), FAMILY_TABLE[ours.config.model_type].gain_offset
+    for key, parameter in theirs.named_parameters():
+        gradient = gradients[key] + offset * key.endswith("norm.weight")
+        error = (gradient - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-4 or parameter.grad.norm() < 1e-5, key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -86,38 +101,31 @@ def test_sharded_folders_load_and_save(tmp_path):
     assert json.loads((tmp_path / "one" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-TIED = ("lm_head.weight", "model.embed_tokens.weight")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+OF_OLD = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
-@pytest.mark.parametrize("stored", TIED)
-@torch.no_grad()
-def test_a_tied_checkpoint_may_store_either_name(tmp_path, stored):
-    theirs = save("llama-tied", tmp_path)
-
-    def keep_one(tensors):
-        matrix = tensors.pop("model.embed_tokens.weight", None)
-        tensors[stored] = tensors.pop("lm_head.weight", matrix) if matrix is None else matrix
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)  # of old checkpoints, ignored
-
-    edit_tensors(tmp_path, keep_one)
-    ours = load_model(tmp_path)
-    assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
-    edit_tensors(tmp_path, lambda t: t.update({name: t[stored] + (name == stored) for name in TIED}))
-    with pytest.raises(UserError, match=r"lm_head.weight differ, but config.json has tie_word_embeddings true"):
-        load_model(tmp_path)
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 
 
-@torch.no_grad()
-def test_the_tensors_of_a_model_without_its_head_load(tmp_path):
+def without_prefix(tensors):
     """As they lie in openai-community/gpt2, whose masks are no weights."""
-    theirs = save("gpt2", tmp_path)
+    named = {name.removeprefix("transformer."): tensors.pop(name) for name in list(tensors)}
+    tensors.update(named, **{"h.0.attn.bias": torch.ones(1, 1, 64, 64)})
 
-    def strip(tensors):
-        for name in list(tensors):
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
-        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
 
-    edit_tensors(tmp_path, strip)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama-tied", lambda tensors: tensors.update({OF_OLD: torch.ones(6)})),
+        ("llama-tied", lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)})),
+        ("gpt2", without_prefix),
+    ],
+)
+@torch.no_grad()
+def test_checkpoints_of_other_forms_load(tmp_path, name, change):
+    theirs = save(name, tmp_path)
+    edit_tensors(tmp_path, change)
     ours = load_model(tmp_path)
     assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
 
@@ -152,24 +160,20 @@ def test_the_text_model_of_one_with_pictures_loads_and_is_saved_alone(tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"missing tensor model\.norm\.weight$"),
-        (lambda t: t.update({"model.extra": torch.ones(1)}), r"unexpected tensor model\.extra for model_type llama"),
+        (lambda t: t.pop(NORM), "missing tensor model.norm.weight$"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), "unexpected tensor model.extra for model_type llama"),
         (
-            lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(80, 47)}),
-            r"model\.layers\.1\.mlp\.up_proj\.weight: expected shape \[80, 48\], found \[80, 47\]; are",
+            lambda t: t.update({UP: torch.ones(80, 47)}),
+            r"up_proj.weight: expected shape \[80, 48\], found \[80, 47\]; are",
         ),
-        (
-            lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": t.pop("model.layers.0.mlp.up_proj.weight")}),
-            r"found the quantized tensor model\.layers\.0\.mlp\.up_proj\.qweight; take",
-        ),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
-            r"model\.norm\.weight: expected dtype .*, found I8",
-        ),
+        (lambda t: t.update({UP.replace("w", "qw"): t.pop(UP)}), "found the quantized tensor .*up_proj.qweight; take"),
+        (lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)}), "norm.weight: expected dtype .*, found I8"),
+        (lambda t: t.update({HEAD: t[EMBEDDING] + 1}), "differ, but config.json has tie_word_embeddings true"),
     ],
 )
 def test_a_folder_with_a_wrong_tensor_is_refused_by_name(folder, change, message):
     edit_tensors(folder, change)
+    edit_config(folder, tie_word_embeddings="tie" in message)
     with pytest.raises(UserError, match=message) as raised:
         load_model(folder)
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from families import save
-from safetensors.torch import load_file
 
 from llmkit.model.config import ModelConfig
 from llmkit.model.folder import load_model, save_model
@@ -65,32 +63,10 @@ def test_merged_it_is_the_model_that_was_trained(folder, targets):
     assert (before - base).abs().max() > 1e-3
     save_model(adapter.model, folder.parent / "merged")
     torch.testing.assert_close(logits(load_model(folder.parent / "merged")), before)
-
-
-def test_only_adapters_are_trained(folder):
-    adapter = trained(folder, ("q", "gate"))
-    base = dict(load_model(folder).named_parameters())
+    stayed = dict(load_model(folder).named_parameters())
     for name, parameter in adapter.model.named_parameters():
         plain = name.replace("parametrizations.", "").replace(".original", "")
-        if plain in base:
-            assert torch.equal(parameter, base[plain]) and parameter.grad is None
-
-
-def test_saved_as_peft_reads_it(folder, tmp_path):
-    """W + alpha / r * B A on the tensors of the base's own folder, by the names of PEFT, gives the merged folder."""
-    adapter = trained(folder, TARGETS)
-    adapter.save(tmp_path / "adapter", str(folder))
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and set(config["target_modules"]) >= {"q_proj", "down_proj"}
-    save_model(adapter.model, tmp_path / "merged")
-    base, merged = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "merged"))
-    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    scale = config["lora_alpha"] / config["r"]
-    names = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
-    assert len(names) == 14
-    for name in names:
-        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-        torch.testing.assert_close(base[f"{name}.weight"] + scale * b @ a, merged[f"{name}.weight"])
+        assert plain not in stayed or (torch.equal(parameter, stayed[plain]) and parameter.grad is None)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -120,7 +96,7 @@ def test_rows_of_tokens_are_trained_alone_and_merged(tmp_path, tied):
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in base.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3-window-and-part-of-the-head", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3-window-and-part-of-the-head", "gemma3"])
 def test_peft_puts_an_adapter_on_the_base_of_any_family(tmp_path, name):
     """Modules that are stacked in the checkpoint, stored as (in, out) or rotated in part get one adapter each."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")

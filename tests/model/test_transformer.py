@@ -1,15 +1,15 @@
 """The model itself: documents, cache, gradients, initialisation, checkpointing, compilation."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
 import torch
-from families import FAMILIES, make, save, tokens
+from families import save, tokens
 
 from llmkit.errors import UserError
 from llmkit.model.config import ModelConfig, RopeScaling
-from llmkit.model.families import FAMILIES as FAMILY_TABLE
 from llmkit.model.transformer import Transformer, grow_vocabulary
 
 
@@ -29,31 +29,6 @@ def shaken(config, dtype=torch.float32):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.to(dtype)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
-    from llmkit.model.folder import load_model
-    from llmkit.model.weights import export_state_dict
-
-    theirs = save(name, tmp_path)
-    ours = load_model(tmp_path).train()
-    ids = tokens()
-    loss = ours.loss(ids[:, :-1], ids[:, 1:])
-    expected = theirs(ids, labels=ids).loss
-    assert abs(loss - expected) < 1e-5
-    loss.backward()
-    expected.backward()
-    # a gradient goes through the same rearrangement as its parameter, for nothing but rows are moved
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.copy_(parameter.grad)
-    gradients = export_state_dict(ours)
-    offset = FAMILY_TABLE[ours.config.model_type].gain_offset
-    for parameter_name, parameter in theirs.named_parameters():
-        gradient = gradients[parameter_name] + offset * parameter_name.endswith("norm.weight")
-        error = (gradient - parameter.grad).norm() / parameter.grad.norm()
-        assert error < 1e-4 or parameter.grad.norm() < 1e-5, parameter_name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,24 +100,19 @@ def test_initialisation_depends_on_the_seed_alone():
     assert not torch.equal(first["embed_tokens"], other["embed_tokens"])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_first_loss_is_that_of_guessing(tied):
-    model, ids = Transformer(small(tie_word_embeddings=tied), seed=0), tokens()
-    loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
-    assert abs(loss - torch.tensor(97.0).log().item()) < 0.1
-
-
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_a_tiny_model_learns_a_batch_by_heart(tied, dtype):
     extras = dict(normalize_embedding=True, residual_scales=True, norm_gains=False)
     model, ids = Transformer(small(tie_word_embeddings=tied, **extras), seed=0).to(dtype), tokens(4, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    losses = []
     for _ in range(40):
         optimizer.zero_grad()
         loss = model.loss(ids[:, :-1], ids[:, 1:])
         loss.backward()
         optimizer.step()
-    assert loss < 0.5
+        losses.append(loss.item())
+    assert abs(losses[0] - math.log(97)) < 0.1 and losses[-1] < 0.5
 
 
 @pytest.mark.parametrize(
@@ -185,12 +155,6 @@ def test_configurations_survive_the_trip_through_a_dictionary():
     assert ModelConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
     with pytest.raises(UserError, match="unknown fields"):
         ModelConfig.from_dict(asdict(config) | {"dropout": 0.1})
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_configurations_survive_the_trip_through_hugging_face(name):
-    config = ModelConfig.from_hf(make(name).config.to_dict())
-    assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize(

@@ -258,12 +258,13 @@ def test_without_transformers_the_line_names_the_families_and_the_package(tmp_pa
         load_config(tmp_path, "auto")
 
 
-def test_experts_of_another_shape_and_integers_are_refused(tmp_path, monkeypatch):
+def test_weights_of_another_shape_or_kind_are_refused(tmp_path, monkeypatch):
     save("qwen3_moe", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.mlp.experts.0.down_proj.weight"
     for tensor, message in (
         (tensors[name][1:], "are config.json and weights"),
+        (tensors[name].to(torch.float8_e4m3fn), r"quantized tensor model.layers.0.*; take the model's folder"),
         (tensors[name].int(), r"down_proj.weight: expected dtype F64, .*, found I32; take the model's folder"),
     ):
         if not tensor.is_floating_point():  # its header says so
@@ -272,15 +273,6 @@ def test_experts_of_another_shape_and_integers_are_refused(tmp_path, monkeypatch
         with pytest.raises(UserError, match=message) as raised:
             load_model(tmp_path, backend="auto")
         assert "\n" not in str(raised.value)
-
-
-def test_quantized_weights_are_refused_by_their_kind(tmp_path):
-    save("bloom", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "transformer.h.0.mlp.dense_h_to_4h.weight"
-    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"quantized tensor transformer.h.0.*; take the model's folder"):
-        load_model(tmp_path, backend="auto")
 
 
 def test_the_command_says_once_that_transformers_runs_it(tmp_path, llmkit):

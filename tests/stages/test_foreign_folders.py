@@ -133,19 +133,6 @@ def test_an_adapter_has_the_rows_that_a_template_needs_where_the_base_ends_no_tu
     assert rows == (None if ends_turns else {"embed_tokens": [start, end], "lm_head": [start, end]})
 
 
-def test_an_adapter_of_modules_that_have_other_names_is_exported(tmp_path):
-    peft = pytest.importorskip("peft", reason="the package peft is not installed")
-    base = save_foreign(tmp_path / "base", "gpt2, tied")
-    data = pipeline.write(tmp_path / "chats.jsonl", [{"prompt": "Who?", "completion": "Ada."}] * 4)
-    out, details = tmp_path / "chat", {"lora_rank": 2, "keep_adapter": True, "max_steps": 1, "batch_tokens": 128}
-    sft.run(sft.SftConfig(model=str(base), data=(data,), out=str(out), dtype="float32", **details, **RUN))
-    place = tmp_path / "adapter"
-    export.run(export.ExportConfig(model=str(out), format="adapter", out=str(place), **RUN))
-    theirs, ours, ids = peft.AutoPeftModelForCausalLM.from_pretrained(place), load_model(out), torch.arange(40)[None]
-    with torch.no_grad():
-        assert (theirs(ids).logits[..., :320] - ours.logits(ours(ids))[..., :320]).abs().max() < 1e-3
-
-
 def test_train_reward_and_rl_train_it(foreign: Path) -> None:
     place = foreign.parent
     prefs = pipeline.write(

@@ -52,8 +52,10 @@ def test_stdin_to_a_folder_and_one_json_line(llmkit, corpus: Path, trained: Path
     assert manifest["stage"] == "train-bpe" and manifest["options"]["vocab_size"] == 320
 
 
-def test_the_report(trained: Path) -> None:
-    report = json.loads((trained / "report.json").read_text())
+def test_the_report(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "tok")
+    run(TrainBpeConfig(inputs=(str(corpus),), vocab_size=320, out=out, compare=(str(trained),), quiet=True))
+    report = json.loads((tmp_path / "tok/report.json").read_text())
     tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
     tokens = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in STORIES]
     sizes = [len(text.encode()) for text in STORIES]
@@ -62,6 +64,11 @@ def test_the_report(trained: Path) -> None:
     assert by_source == {"even": round(sum(sizes[::2]) / sum(tokens[::2]), 4), "odd": by_source["odd"]}
     assert report["round_trip"] == {"texts": len(STORIES), "lost": 0, "first_lost": []}
     used = {token for text in STORIES for token in tokenizer.encode(text, add_special_tokens=False).ids}
+    sample = report["sample"]
+    del sample["bytes"]
+    assert report["compared"] == {str(trained): {"vocab_size": 320, **sample}}
+    sizes = [entry["bytes"] for entry in report["longest_tokens"]]
+    assert len(sizes) == 20 and sizes == sorted(sizes, reverse=True)
     assert report["unused_tokens"]["count"] == len(set(range(256, 320 - len(SPECIALS))) - used)
 
 

@@ -118,21 +118,6 @@ def test_a_result_of_a_tool_becomes_the_tokens_that_are_trained_on(kind):
     assert ids[ids.index(start) + 1 : ids.index(end)] == chat.encode_result("Four. Yes")
 
 
-def test_openai_tool_calls_are_rendered_alike(chat, stranger):
-    calls = [{"function": {"name": "calc", "arguments": {"expression": "6*7"}}}]
-    others = [{"function": {"name": "weather", "arguments": {"city": "Zürich", "days": [1]}}}]
-    record = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "Wait.", "tool_calls": calls},
-        {"role": "tool", "content": "42"},
-        {"role": "assistant", "content": "", "tool_calls": others},
-        {"role": "tool", "content": "sunny"},
-        {"role": "assistant", "content": "Done."},
-    ]
-    ours = chat.encode(read_conversation(Row({"messages": record}, "x", 1)).messages)
-    assert ours.token_ids.tolist() == rendered(stranger, record)["input_ids"]
-
-
 def read_back(entry):
     """An assistant's message as `parse_response` has it: thoughts apart, the argument of our tools with their names."""
     thought, content = split_thoughts(entry["content"])
@@ -289,8 +274,3 @@ def test_a_tokenizer_without_the_tokens_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=r"found no <\|im_sep\|>; fine-tune"):
         ChatFormat(load_tokenizer(tmp_path))
-
-
-def test_a_tokenizer_that_has_them_is_kept(folder, tmp_path):
-    write_chat_tokenizer(load_tokenizer(folder), tmp_path)
-    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((folder / "tokenizer.json").read_text())

@@ -144,7 +144,10 @@ CHANGED = r"leaves messages out or changes them: turn \d|ends an answer with no 
         ]],
     ],
 )  # fmt: skip
-def test_a_template_that_cannot_be_used_is_one_line(tmp_path: Path, template: str, turns: list, words: str) -> None:
+def test_a_template_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch, template: str, turns: list, words: str
+) -> None:
+    monkeypatch.setattr("llmkit.tokenizer.template_worker.CPU_SECONDS", 1.0)
     tokenizer = load_tokenizer(save(tmp_path / "model", template))
     with pytest.raises(UserError, match=words) as raised:
         chat_format(tokenizer).encode(turns)
@@ -306,20 +309,6 @@ def test_thoughts_between_special_tokens_are_said_and_read(tmp_path: Path) -> No
     assert tokenizer.decode(ids, skip_specials=True).endswith("<think>Two</think>Four.")
     asked = chat.encode([message("user", "</think>")]).token_ids.tolist()
     assert tokenizer.specials["</think>"] not in asked  # what a user writes is text
-
-
-def test_the_functions_that_may_be_called_are_shown_to_a_template(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    template = "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>' }}{% endif %}" + SHOWN
-    folder = save(tmp_path, template)
-    tools = [{"type": "function", "function": {"name": "rain", "description": "Whether it rains."}}]
-    rows = [{"role": turn.role, "content": turn.text} for turn in messages(2)]
-    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(rows, tools=tools, return_dict=False)
-    chat = chat_format(load_tokenizer(folder))
-    (found,) = chat.encode_many([Conversation(tuple(messages(2)), tools=tuple(tools))])
-    assert found.token_ids.tolist() == theirs
-    assert chat._tokenizer.decode(found.token_ids[found.trained]).endswith("Four. \n<|im_end|>")
 
 
 @pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
