@@ -381,8 +381,8 @@ def parse_max_bad(text: str) -> tuple[float | None, int]:
     """
     try:
         if not text.endswith("%"):
-            return None, int(_convert(text, int, Option("", unit="count")))
-        share = _convert(text[:-1], float, Option("")) / 100
+            return None, int(convert(text, int, Option("", unit="count")))
+        share = convert(text[:-1], float, Option("")) / 100
         if 0 <= share <= 1:
             return (share, 1) if share else (None, 0)
     except ValueError:
@@ -419,7 +419,7 @@ def value_type(annotation: Any) -> tuple[type, bool, bool]:
     return annotation, False, False
 
 
-def _convert(value: Any, base: type, details: Option) -> Any:
+def convert(value: Any, base: type, details: Option) -> Any:
     """One value, from a flag or from TOML, as `base`; raises ValueError with what was expected."""
     if base is bool:
         if isinstance(value, bool):
@@ -495,7 +495,7 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
         converted = []
         for part in given if many and isinstance(given, (list, tuple)) else [given]:
             try:
-                value = _convert(part, base, option_of(item))
+                value = convert(part, base, option_of(item))
                 _check_range(value, option_of(item))
             except ValueError as error:
                 raise UserError(f"{source}: {error}, found {part!r}") from None

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from llmkit.config import read_toml, value_type
+from llmkit.config import Option, convert, read_toml, value_type
 from llmkit.crawl.filters.contamination import ContaminationRules
 from llmkit.crawl.filters.quality import C4, FineWebQuality, GopherQuality, GopherRepetition
 from llmkit.crawl.filters.urls import UrlRules
@@ -214,17 +213,13 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     base, optional, many = value_type(hint)
     if optional and value == "none":
         return None
-    if many:
-        if not isinstance(value, list) or not all(isinstance(part, base) for part in value):
-            raise UserError(f"{where}: expected a list of strings, found {value!r}")
-        return tuple(value)
-    if base is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    wrong = not isinstance(value, base) or (base is not bool and isinstance(value, bool))
-    if wrong or (base is float and not math.isfinite(value)):
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[base]
-        raise UserError(f"{where}: expected {expected + ' or none' * optional}, found {value!r}")
-    return value
+    if many and not isinstance(value, list):
+        raise UserError(f"{where}: expected a list of strings, found {value!r}")
+    try:
+        values = [convert(part, base, Option("")) for part in (value if many else [value])]
+    except ValueError as error:
+        raise UserError(f"{where}: {error}{' or none' * optional}, found {value!r}") from None
+    return tuple(values) if many else values[0]
 
 
 # ---- to TOML
