@@ -244,32 +244,26 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         raise UserError(f"--only and --skip: both name {both[0]}; drop it from one of them")
     steps = [step for step in check_steps(only, "--only") or recipe.steps if step not in check_steps(skip, "--skip")]
     recipe = replace(recipe, steps=tuple(steps))
-    for flag, value, step in (
-        ("--not-in", config.not_in, "contamination"),
-        ("--classifier", config.classifier, "classifier"),
-        ("--blocklist", config.blocklist, "url"),
-        ("--language", languages if languages != ("all",) else (), "language"),
-        ("--extractor", config.extractor, "extract"),
+    if languages == ("all",):
+        recipe, languages = recipe.changed("language", languages=()), ()
+    for flag, step, key, value in (
+        ("--not-in", "contamination", "files", tuple(input_files(config.not_in))),
+        ("--classifier", "classifier", "models", config.classifier),
+        ("--blocklist", "url", "blocklists", config.blocklist),
+        ("--language", "language", "languages", languages),
+        ("--extractor", "extract", "extractor", config.extractor),
     ):
         if value and step not in steps:
             raise UserError(f"{flag}: needs the step {step}, which is not taken; add it to --only, or leave out {flag}")
+        recipe = recipe.changed(step, **{key: value}) if value else recipe
     if languages:
-        languages = () if languages == ("all",) else languages
         check_languages(languages)
-        recipe = recipe.changed("language", languages=languages)
-    if config.extractor:
-        recipe = recipe.changed("extract", extractor=config.extractor)
     if away := next(filter(is_remote, config.blocklist), None):
         raise UserError(f"--blocklist {away}: expected a file of this machine, found an address; download it first")
-    if config.blocklist:
-        recipe = recipe.changed("url", blocklists=config.blocklist)
-    models = tuple(map(local_spec, config.classifier or recipe.classifier.models))
-    recipe = recipe.changed("classifier", models=models)
+    recipe = recipe.changed("classifier", models=tuple(map(local_spec, recipe.classifier.models)))
     for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
         Classifier(spec)  # one that cannot be loaded ends the run here
-    if config.not_in:
-        recipe = recipe.changed("contamination", files=tuple(input_files(config.not_in)))
-        _check_shell(config)
+    _check_shell(config)
     if config.on_match:
         if not recipe.contamination.files:
             raise UserError("--on-match: needs --not-in")
