@@ -191,13 +191,6 @@ def test_a_length_that_is_too_short_costs_no_other_record(tmp_path):
     assert [reason for _, reason, *_ in found].count("garbage") == 1
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_record_that_is_too_large_is_passed_over(tmp_path, name):
-    (tmp_path / name).write_bytes(archive(name, [b"one", b"x" * 2_000_000, b"two"]))
-    records = read(tmp_path / name, max_page_bytes=100_000)
-    assert [one[1] for one in records] == ["warcinfo", HTML % b"one", "too_large", HTML % b"two"]
-
-
 def test_memory_does_not_grow_with_a_record_that_is_too_large(tmp_path):
     tracemalloc = pytest.importorskip("tracemalloc")
     size = 200_000_000
