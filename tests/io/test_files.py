@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import stat
 import subprocess
@@ -14,7 +15,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from llmkit.errors import UserError
 from llmkit.io.files import (
@@ -69,6 +72,7 @@ def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder that llmkit wrote"):
         check_output(str(tmp_path / "mine"), force=True)
     check_output(str(tmp_path / "no" / "such"), force=False)
+    check_output(str(tmp_path / "tok_a.csv"), force=False)  # a folder may have any name
     (tmp_path / "empty").mkdir()
     check_output(str(tmp_path / "empty"), force=False)
     with pytest.raises(UserError, match=r"file/such: expected a folder at .*/file, found a file"):
@@ -139,39 +143,25 @@ def test_a_device_or_pipe_is_written_in_place(tmp_path: Path) -> None:
     assert got == [b'{"a":1}\n']
 
 
-SAVE_UNDER_A_LIMIT = """
-import resource, sys
-from pathlib import Path
-from llmkit.errors import UserError
-from llmkit.io.files import atomic_folder
-from llmkit.io.jsonl import open_output
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # what a full disk does, without one
-try:
-    if sys.argv[1] == "file":
-        with open_output(sys.argv[2], force=True) as put:
-            for _ in range(10_000):
-                put({"text": "x" * 100})
-    elif sys.argv[1] == "folder":
-        with atomic_folder(sys.argv[2], force=True) as folder:
-            (folder / "big").write_bytes(bytes(100_000))
-    else:
-        from safetensors.numpy import save_file
-        import numpy
-        with atomic_folder(sys.argv[2], force=True) as folder:
-            save_file({"a": numpy.zeros(100_000)}, folder / "big.safetensors")
-except UserError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "safetensors"])
 def test_no_space_leaves_the_former_output_whole(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     out.write_text("old") if kind == "file" else out.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", SAVE_UNDER_A_LIMIT, kind, str(out)], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == f"{out}: no space left there; make room and run it again\n", done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # what a full disk does, without one
+    try:
+        with pytest.raises(UserError, match=rf"^{out}: no space left there; make room and run it again$"):
+            if kind == "file":
+                with atomic_file(out) as handle:
+                    handle.write(bytes(100_000))
+            else:
+                with atomic_folder(out, force=True) as folder:
+                    if kind == "folder":
+                        (folder / "big").write_bytes(bytes(100_000))
+                    else:
+                        save_file({"a": np.zeros(100_000)}, folder / "big.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["out"]
     assert out.read_text() == "old" if kind == "file" else os.listdir(out) == []
 
@@ -233,7 +223,7 @@ def test_kill_9_while_saving_leaves_the_output_whole(tmp_path: Path) -> None:
     rng = random.Random(1)
     command = [sys.executable, "-c", SAVE_AGAIN_AND_AGAIN, str(tmp_path)]
     seen = set()
-    for _ in range(12):
+    for _ in range(6):
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
@@ -251,9 +241,3 @@ def test_kill_9_while_saving_leaves_the_output_whole(tmp_path: Path) -> None:
             assert len(turns) == 200
             assert all(row == turns[0] for row in turns)
     assert len(seen) > 1  # it was killed at different moments
-
-
-def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
-    check_output(str(tmp_path / "tok_a.csv"), force=False)
-    with pytest.raises(UserError, match=r"a\.csv: \.csv is not written"):
-        check_output(str(tmp_path / "a.csv"), force=False, is_file=True)

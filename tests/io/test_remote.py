@@ -26,7 +26,7 @@ from llmkit.io.remote import matching, open_remote
 from llmkit.io.resume import Kept
 from llmkit.stages.crawl_filter import CrawlFilterConfig, run
 from tests.helpers.file_server import FileServer, file_server
-from tests.helpers.object_store import ObjectStore, object_store
+from tests.helpers.object_store import ObjectStore
 from tests.helpers.web import Record, html, mixed_pages, prose, write_warc
 
 DATA = random.Random(0).randbytes(3_000_000)
@@ -255,28 +255,18 @@ def test_the_same_bytes_come_from_disk_from_the_web_and_from_a_bucket(
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[ObjectStore]:
-    """An S3 server that has read.bin and two tables in a bucket that is not public."""
-    pytest.importorskip("moto.server")
-    with object_store() as store:
-        for name, data in {
-            "read.bin": DATA,
-            "t/a.jsonl": LINES,
-            "t/u/b.jsonl": LINES,
-            **{f"model/{name}": data for name, data in MODEL.items()},
-        }.items():
-            store.client().put_object(Bucket="bucket", Key=name, Body=data)
-        yield store
+def object_server(object_server: ObjectStore) -> ObjectStore:
+    """A server that has read.bin, two tables and a model in its bucket."""
+    files = {"read.bin": DATA, "t/a.jsonl": LINES, "t/u/b.jsonl": LINES}
+    for name, data in (files | {f"model/{name}": data for name, data in MODEL.items()}).items():
+        object_server.client().put_object(Bucket="bucket", Key=name, Body=data)
+    return object_server
 
 
 @pytest.fixture
-def bucket(running: ObjectStore, monkeypatch) -> ObjectStore:
-    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
+def bucket(bucket: ObjectStore, monkeypatch) -> ObjectStore:
     monkeypatch.setattr(remote, "BLOCK", 1 << 20)
-    for name, value in running.environment().items():
-        monkeypatch.setenv(name, value)
-    return running
+    return bucket
 
 
 def test_a_bucket_is_read_in_blocks(bucket: ObjectStore) -> None:

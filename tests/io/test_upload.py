@@ -9,43 +9,29 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llmkit.config import resolve
 from llmkit.errors import GateError, Interrupted, UserError
-from llmkit.io import remote
 from llmkit.io.jsonl import input_files, open_output, read_jsonl
 from llmkit.io.remote import is_named, upload
 from llmkit.stages import crawl_filter, evaluate, train_bpe
-from tests.helpers.object_store import ObjectStore, empty_bucket, object_store
+from tests.helpers.object_store import ObjectStore, empty_bucket
 from tests.helpers.tiny import make_model, save_folder
 from tests.helpers.web import Record, html, prose, write_warc
 
 ROWS = [{"text": f"Text {number}, by ann@example.com.", "id": number} for number in range(50)]
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[ObjectStore]:
-    pytest.importorskip("moto.server")
-    with object_store() as store:
-        yield store
-
-
 @pytest.fixture
-def store(running: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+def store(bucket: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """An empty bucket, and a current folder with docs.jsonl alone."""
-    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
-    for name, value in running.environment().items():
-        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    running.refuse = lambda method, path: None
-    empty_bucket(running.address)
+    empty_bucket(bucket.address)
     Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return running
+    return bucket
 
 
 def crawl(out: str = "s3://bucket/a/out.jsonl", **options) -> crawl_filter.Summary | None:
