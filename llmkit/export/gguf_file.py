@@ -303,12 +303,20 @@ def _tensor_type(shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
 
 
 def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:
-    """Map GGUF's name of every tensor of the file to that of the folder, or to the factors of the frequencies."""
+    """Map GGUF's name of every tensor of the file to that of the folder, or to divisors of the frequencies."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     theirs = ARCHITECTURES[config.model_type]
     names = get_tensor_name_map(MODEL_ARCH[theirs.name.upper()], config.num_hidden_layers)
-    tensors: dict[str, StockTensor | Tensor] = {**_rope_factors(config)}
+    tensors: dict[str, StockTensor | Tensor] = {}
+    scaling, channels = config.rope_scaling, config.rotary_dim or config.head_dim
+    if scaling is not None and scaling.rope_type == "llama3":
+        plain = rotary_frequencies(channels, config.rope_theta)
+        scaled = rotary_frequencies(channels, config.rope_theta, scaling)
+        tensors["rope_freqs.weight"] = (plain / scaled).float()
+    elif scaling is not None and scaling.rope_type == "longrope":
+        tensors["rope_factors_long.weight"] = torch.tensor(scaling.long_factor)
+        tensors["rope_factors_short.weight"] = torch.tensor(scaling.short_factor)
     for stock in stock_tensors(config):
         found = names.get_name(stock.name, try_suffixes=(".weight", ".bias"))
         assert found is not None, f"gguf has no name for {stock.name}"
@@ -316,20 +324,6 @@ def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:
     if theirs.name == "olmo2" and config.tied_on_disk:  # which has no other way to say that the head is the embedding
         tensors["output.weight"] = tensors["token_embd.weight"]
     return tensors
-
-
-def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
-    """Divisors of the frequencies, by name, in float32."""
-    scaling, channels, theta = config.rope_scaling, config.rotary_dim or config.head_dim, config.rope_theta
-    if scaling is None or scaling.rope_type not in ("llama3", "longrope"):
-        return {}
-    plain = rotary_frequencies(channels, theta)
-    if scaling.rope_type == "llama3":
-        return {"rope_freqs.weight": (plain / rotary_frequencies(channels, theta, scaling)).float()}
-    return {
-        "rope_factors_long.weight": torch.tensor(scaling.long_factor),
-        "rope_factors_short.weight": torch.tensor(scaling.short_factor),
-    }
 
 
 def read_tensors(config: ModelConfig, tensors: SavedTensors) -> Iterator[tuple[str, Tensor]]:

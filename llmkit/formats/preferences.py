@@ -163,10 +163,13 @@ def _split(row: Row, lost: list[str]) -> tuple[Messages, list[Messages], tuple[s
     name = next((name for name in SYSTEM if value.get(name)), None)
     system = () if name is None else _messages(row, name, value[name], "system")
     used = SYSTEM if system else ()
-    if texts := _continuations(value["chosen"], value["rejected"]):
-        start, *answers = texts
-        prompt = (*system, *_messages(row, "prompt", start, "user"))
-        return prompt, [_messages(row, "chosen", text, "assistant") for text in answers], used
+    texts = [value[name] for name in SIDES]
+    if all(isinstance(text, str) and not TURN.search(text) for text in texts):
+        # as TRL's implicit prompt, up to a word that both have
+        end = WORD_END.search(commonprefix(texts))  # noqa: RUF071  (of characters, as it should be)
+        if end:
+            prompt = (*system, *_messages(row, "prompt", texts[0][: end.start()], "user"))
+            return prompt, [_messages(row, "chosen", text[end.start() :], "assistant") for text in texts], used
     first, second = (
         _transcript(row, name, value[name])
         if isinstance(value[name], str)
@@ -211,14 +214,6 @@ def _completions(row: Row, lost: list[str] | None = None) -> list[Messages]:
         instead = len(values) if isinstance(values, list) else kind_of(values)
         raise UserError(f"expected 'completions' to be a list of answers, found {instead}")
     return [_messages(row, "completions", value, "assistant", lost) for value in values]
-
-
-def _continuations(chosen: Any, rejected: Any) -> tuple[str, str, str] | None:
-    """Split two texts that begin alike, up to a word, as TRL's implicit prompt. None for other values."""
-    if not (isinstance(chosen, str) and isinstance(rejected, str)) or TURN.search(chosen) or TURN.search(rejected):
-        return None
-    end = WORD_END.search(commonprefix([chosen, rejected]))  # noqa: RUF071  (of characters, as it should be)
-    return end and (chosen[: end.start()], chosen[end.start() :], rejected[end.start() :])
 
 
 def _transcript(row: Row, name: str, text: str) -> Messages:

@@ -557,7 +557,8 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
                 raise UserError(f"{address}: expected {wanted}, found {what}") from None
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            status, response = _status(error), getattr(error, "response", None)
+            response = getattr(error, "response", None)  # of the hub's errors; of others a dictionary
+            status = getattr(error, "code", getattr(error, "status", getattr(response, "status_code", None)))
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if status == 404:
                 raise UserError(f"{address}: expected {wanted}, found none there (404)") from None
@@ -569,9 +570,3 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
             wait = (getattr(error, "headers", getattr(response, "headers", None)) or {}).get("Retry-After") or ""
             time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)
     raise AssertionError
-
-
-def _status(error: Exception) -> Any:
-    """The number of a server's answer, where the error of a library has it."""
-    response = getattr(error, "response", None)  # of the hub's errors; of others a dictionary
-    return getattr(error, "code", getattr(error, "status", getattr(response, "status_code", None)))

@@ -111,7 +111,7 @@ def report_figures(gathered: Gathered, *, samples: int = 40, limit: int | None =
     if len(probes) > 1:
         ends = {"before": probes[0]["path"], "after": probes[-1]["path"]}
         figures["probe_changes"] = {**ends, **_changes(verdicts[0], verdicts[-1])}
-    summary = [*_made(figures), *_trained(figures), *_asked(figures)]
+    summary = [*_trained(figures), *_measured(figures)]
     figures["summary"] = sorted(summary, key=lambda row: STAGES.index(row["stage"]))
     kinds = list(KINDS)
     for file in sorted(gathered.files, key=lambda file: kinds.index(file.kind)):
@@ -364,16 +364,6 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, A
 # before the stage, `of` is what a count is of, `interval` is 95%
 
 
-def _made(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for funnel in figures["funnels"][-1:]:
-        documents = {"figure": "documents kept", "value": funnel["documents"], "of": funnel["records"], "form": ""}
-        yield {"stage": "crawl-filter", "path": funnel["path"], **documents}
-    for tokenizer in figures["tokenizers"][-1:]:
-        value = tokenizer["rows"][0]["bytes_per_token"]
-        measured = {"figure": "bytes per token, of a sample", "value": value, "form": ""}
-        yield {"stage": "train-bpe", "path": tokenizer["path"], **measured}
-
-
 def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for training in figures["trainings"]:
         stage = training["stage"]
@@ -395,7 +385,14 @@ def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {"stage": stage, "path": run["path"], **shown}
 
 
-def _asked(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _measured(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for funnel in figures["funnels"][-1:]:
+        documents = {"figure": "documents kept", "value": funnel["documents"], "of": funnel["records"], "form": ""}
+        yield {"stage": "crawl-filter", "path": funnel["path"], **documents}
+    for tokenizer in figures["tokenizers"][-1:]:
+        value = tokenizer["rows"][0]["bytes_per_token"]
+        measured = {"figure": "bytes per token, of a sample", "value": value, "form": ""}
+        yield {"stage": "train-bpe", "path": tokenizer["path"], **measured}
     for probe in figures["probes"][-1:]:
         reports = [report for report in (figures["probes"][0], probe) if report["questions"]]
         shares = [report["known"] / report["questions"] for report in reports]

@@ -127,7 +127,11 @@ class Gathered:
             identity = read_object(folder / NOTES).get("identity")
             options = identity if isinstance(identity, dict) else {}
             stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
-            parents = [_parent(folder, options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)]
+            parents: list[dict[str, Any]] = []  # in the form that its manifest will have
+            for parent in (str(options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)):
+                candidates = (Path(parent), folder.parent / parent)
+                whole = next((path for path in candidates if (path / MANIFEST).is_file()), None)
+                parents.append({"path": parent, "manifest": whole and read_manifest(whole)})
             described = {"stage": stage, "options": options, "parents": parents}
             self.runs.append(Run(path, described, "unfinished", folder, folder))
         elif (folder / "config.json").is_file():
@@ -188,13 +192,6 @@ def changed(path: Path) -> str:
     metrics = path / METRICS
     stamp = (metrics if metrics.is_file() else path).stat().st_mtime
     return datetime.fromtimestamp(stamp, timezone.utc).isoformat(timespec="seconds")
-
-
-def _parent(folder: Path, path: Any) -> dict[str, Any]:
-    """Return a parent of an unfinished run in the form that its manifest will have."""
-    candidates = (Path(str(path)), folder.parent / str(path))
-    manifest = next((read_manifest(candidate) for candidate in candidates if (candidate / MANIFEST).is_file()), None)
-    return {"path": str(path), "manifest": manifest}
 
 
 def _checked(manifest: Any, path: Path) -> dict[str, Any]:
