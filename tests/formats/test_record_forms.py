@@ -122,11 +122,6 @@ def test_other_forms_of_pairs_and_questions():
     pair = read_comparison(row(question="q", response_j="a", response_k="b"))
     assert not isinstance(pair, str) and pair.losses == ()
     assert [side[0].text for side in pair.candidates] == ["a", "b"]
-    dolly = read_conversation(row(instruction="Sum up.", context="Long.", response="Short.", category="x"))
-    assert dolly.messages[0].text == "Sum up.\n\nLong." and dolly.losses == ()
-    trivia = read_question(row(question="Who?", answer={"value": "Ada", "aliases": ["Ada Byrne"], "type": "x"}))
-    assert not isinstance(trivia, str) and trivia.answers == ("Ada", "Ada Byrne")
-    assert read_problem(row(question="Who?", answer={"value": "Ada", "aliases": []})).answer == "Ada"
     shared = [{"from": "human", "value": "2 + 2?"}]
     assert read_problem(row(conversations=shared, answer="4")).messages == (ASKED,)
 

@@ -31,7 +31,7 @@ from typing import Any
 from object_store import bucket_of, empty_bucket, environment
 
 ROOT = Path(__file__).parents[2]
-OFTEN = "--max-steps 12 --save-every 1"
+OFTEN = "--max-steps 8 --save-every 1"
 ROWS = "--sequence-length 64 --batch-tokens 256 --dtype float32"
 CHOSEN = "language,extract,pii,exact_duplicates,near_duplicates"
 STAGES = {
