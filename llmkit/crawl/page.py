@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
-import orjson
 
 from llmkit.text.words import Split
 
@@ -199,10 +198,7 @@ class Part:
             for o in self.outcomes
         ]
         header = {"outcomes": outcomes, "seconds": self.seconds}
-        try:
-            head = orjson.dumps(header)
-        except TypeError:  # the name of a file is no UTF-8
-            head = json.dumps(header).encode()
+        head = json.dumps(header).encode()  # orjson refuses the name of a file that is no UTF-8
         packed = io.BytesIO()
         packed.write(len(head).to_bytes(8, "little") + head)
         packed.writelines(outcome.line for outcome in self.outcomes)

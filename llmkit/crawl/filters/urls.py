@@ -6,6 +6,7 @@ adults, takes 46 MB. Of 10^13 addresses that are not in a list of a million, abo
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from llmkit.errors import UserError
-from llmkit.io.jsonl import open_input
+from llmkit.io.jsonl import GZIP_MAGIC, open_packed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,8 +187,9 @@ def _plain_domain(token: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    with open_input(str(path)) as handle:
+    with open_packed(str(path)) as handle:
         data = handle.read()
+        data = gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
     if b"\0" in data:
         raise UserError(f"{path}: expected a text of domains, found binary data")
     return data.decode("utf-8", "replace").splitlines()

@@ -63,7 +63,8 @@ def test_a_hosts_file_plain_or_gzipped(tmp_path: Path) -> None:
     )
     (tmp_path / "ads").write_text(text)
     (tmp_path / "ads2.gz").write_bytes(gzip.compress(text.encode()))
-    for name, category in (("ads", "ads"), ("ads2.gz", "ads2")):
+    (tmp_path / "ads.csv").write_text(text)  # a list, and no table, whatever its name
+    for name, category in (("ads", "ads"), ("ads2.gz", "ads2"), ("ads.csv", "ads.csv")):
         filter = UrlFilter([tmp_path / name], NOTHING)
         for host in ("ads.example", "x.ads.example", "track.example", "tabs.example", "plain.example"):
             assert filter.reason(f"https://{host}/x") == f"blocked_domain:{category}"
