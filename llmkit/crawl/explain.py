@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -47,8 +48,7 @@ def explain(
             continue
         pages += 1
         if isinstance(page, Skipped):
-            entry = {"url": page.url, "source": page.path, "offset": page.offset, "kept": False, "step": READ}
-            entry |= {"reason": page.reason, "steps": [{"step": READ, "verdict": page.reason}]}
+            entry = page.reject() | {"kept": False, "steps": [{"step": READ, "verdict": page.reason}]}
         else:
             entry = _judged(page, worker.judge)
         if entry["kept"] and "-" in inputs:
@@ -56,12 +56,12 @@ def explain(
         elif entry["kept"] and duplicates:
             outcome = _outcome(recipe, parts_of(inputs, make, workers, on_bad=on_bad), number)
             for step in duplicates:
-                dropped = outcome.get("step") == step
-                row = {"step": step, "verdict": outcome["reason"] if dropped else "kept"}
-                entry["steps"].append(row | {key: outcome[key] for key in ("score", "repeats") if dropped})
-                if dropped:
-                    entry |= {key: outcome[key] for key in ("step", "reason", "score", "repeats")} | {"kept": False}
+                if outcome.get("step") == step:
+                    repeat = {key: outcome[key] for key in ("score", "repeats")}
+                    entry["steps"].append({"step": step, "verdict": outcome["reason"], **repeat})
+                    entry |= {"step": step, "reason": outcome["reason"], **repeat, "kept": False}
                     break
+                entry["steps"].append({"step": step, "verdict": "kept"})
         if not quiet:
             _show(entry)
         with open_bytes("-") as handle:
@@ -94,13 +94,8 @@ def _judged(page: Page, judge: Judge) -> dict[str, Any]:
 
 def _outcome(recipe: Recipe, parts: Parts, number: int) -> dict[str, Any]:
     """Collect everything up to record `number`: its line in the output or among the rejects."""
-    last = b""
-
-    def keep_last(line: bytes) -> None:
-        nonlocal last
-        last = line
-
-    collector, left = Collector(recipe, keep_last, keep_last), number + 1
+    last = deque[bytes](maxlen=1)
+    collector, left = Collector(recipe, last.append, last.append), number + 1
     with closing(parts):
         for _, part in parts:
             part.outcomes = part.outcomes[:left]
@@ -108,7 +103,7 @@ def _outcome(recipe: Recipe, parts: Parts, number: int) -> dict[str, Any]:
             left -= len(part.outcomes)
             if not left:
                 break
-    return orjson.loads(last)
+    return orjson.loads(last[0])
 
 
 def _show(entry: dict[str, Any]) -> None:
