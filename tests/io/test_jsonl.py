@@ -198,6 +198,19 @@ def test_a_format_that_is_not_written_is_refused_by_its_name(tmp_path: Path, nam
 # ---- bad records
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{}", "expected field 'text' (a document), found []"),
+        ('{"text": {}}', "expected 'text' to be a string, found an object"),
+        ('{"text": "x", "source": 3}', "expected 'source' to be a string, found a number"),
+    ],
+)
+def test_what_is_no_document_is_named(tmp_path: Path, record: str, message: str) -> None:
+    path = write(tmp_path, record.encode())
+    assert fails(path, read_documents) == f"{path}:1: {message}"
+
+
 def test_a_share_of_bad_records_bears_one_in_a_small_file_and_is_judged_while_reading(tmp_path: Path, capsys) -> None:
     lines = [b'{"n":1}\n'] * 5000
 
