@@ -167,7 +167,7 @@ def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
     run(tmp_path, [*TRAIN_BPE[:-1], "made/here/tok"])  # parents are made
     os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")
     (tmp_path / "base").mkdir()  # an empty folder is taken
-    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "150", "--resume", "-o", "base"]
+    command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "80", "--resume", "-o", "base"]
     details = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, **details)
     until = time.monotonic() + 120

@@ -219,7 +219,7 @@ class _Answer(BaseHTTPRequestHandler):
 def hub_server() -> Iterator[HubServer]:
     """Run a hub in a thread."""
     with HubServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.ended.set()
         server.shutdown()

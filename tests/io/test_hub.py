@@ -92,9 +92,7 @@ def test_of_several_files_of_weights_those_of_the_index_are_fetched(server: HubS
 
 @pytest.mark.parametrize("ways", ["busy", "cut", "busy cut"])
 def test_a_model_comes_whole_from_a_flaky_hub(server: HubServer, ways: str, monkeypatch) -> None:
-    import huggingface_hub.utils._http as http
-
-    monkeypatch.setattr(http.time, "sleep", lambda _: None)  # its own pauses are seconds
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # its own pauses are seconds
     server.ways = set(ways.split())
     folder = local_folder("hf://org/model", weights=True)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS["model.safetensors"]
@@ -208,8 +206,9 @@ def test_a_manifest_tells_commit_and_hashes_and_a_resumed_run_stays_with_the_com
     assert local_folder(address) == first
 
 
-def test_files_of_a_data_set(server: HubServer) -> None:
+def test_files_of_a_data_set(server: HubServer, monkeypatch) -> None:
     """By a pattern, at a revision whose name has slashes, and of a repository that is a model's."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # its own pauses are seconds
     assert matching("hf://datasets/org/data/**/*.jsonl") == [
         f"hf://datasets/org/data/{name}" for name in ("c.jsonl", "data/a.jsonl", "data/more/b.jsonl")
     ]

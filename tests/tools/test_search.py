@@ -159,7 +159,7 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def engine():
     server = HTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield SearchEngine(f"http://127.0.0.1:{server.server_port}/search", timeout=5)
     server.shutdown()
 
