@@ -223,39 +223,33 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
             raise UserError(f"{flags}: expected different files, found {next(iter(addresses.values()))} twice")
         options = {flag: value for flag, value in lasting_options(config).items() if flag != "--resume"}
         out = files.get("out")
-        summary: Any = None
-        gate: GateError | None = None
         if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # all is made
             check_identity(folder, read_sealed(folder / OPTIONS), options)
-            noted = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
-            gate = GateError(noted["gate"]) if noted.get("gate") else None
-            if noted.get("summary"):
-                summary = make_dataclass("Summary", noted["summary"])(**noted["summary"])
+            noted: dict[str, Any] = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
         else:
             if not resume:
                 remove(folder)
             for path in files.values():
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_sealed(folder / OPTIONS, options)
+            noted = {}
             try:
-                summary = run(here)
+                shown = {str(path): addresses[name] for name, path in files.items()}
+                if (summary := run(here)) is not None:
+                    noted["summary"] = {name: shown.get(str(value), value) for name, value in asdict(summary).items()}
             except GateError as error:  # when all is made
-                gate = error
+                noted["gate"] = str(error)
             finally:
                 if not any(path.is_file() for path in folder.glob("*/*")):
                     remove(folder)
-            if summary is not None:
-                shown = {str(path): addresses[name] for name, path in files.items()}
-                values = {name: shown.get(str(value)) for name, value in asdict(summary).items()}
-                summary = replace(summary, **{name: address for name, address in values.items() if address})
             if folder.exists():
-                noted = {"gate": gate and str(gate), "summary": summary and asdict(summary)}
                 write_json(folder / SUMMARY, noted)
         _upload(config, files, addresses, folder)
         remove(folder)
-    if gate is not None:
-        raise gate
-    return summary
+    if noted.get("gate"):
+        raise GateError(noted["gate"])
+    values = noted.get("summary")
+    return make_dataclass("Summary", values)(**values) if values else None
 
 
 def _upload(config: Any, files: Mapping[str, Path], addresses: Mapping[str, str], folder: Path) -> None:
