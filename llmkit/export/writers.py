@@ -27,7 +27,6 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.folder import CONFIG, GENERATION, SavedTensors, load_config, save_tensors, write_tensors
 from llmkit.model.weights import stock_shapes
 from llmkit.reward_model.head import SCORE
-from llmkit.tokenizer.chat import renew_template
 from llmkit.tokenizer.encoding import copy_companions, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +94,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     copy_companions(source, folder)
     if (source / "tokenizer.json").is_file():
         load_tokenizer(source).copy_to(folder)
-        renew_template(load_tokenizer(folder))
 
 
 def write_folder(
@@ -103,7 +101,7 @@ def write_folder(
 ) -> None:
     """Write the model folder in another precision or in other shards, with what stands beside its weights.
 
-    An older form of our chat template and of the rotation's settings becomes that of today.
+    Settings of the rotation in the form of transformers 4 stand in that of 5, too.
     """
     values = read_object(source.folder / CONFIG)
     if values.get("model_type") != source.config.model_type:  # a model that reads pictures, of which this is the text's

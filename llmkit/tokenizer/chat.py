@@ -251,12 +251,6 @@ def has_chat_tokens(tokenizer: Tokenizer) -> bool:
     return tokenizer.specials.keys() >= set(CHAT_SPECIALS)
 
 
-def renew_template(tokenizer: Tokenizer) -> None:
-    """Write the chat template of today into a tokenizer's folder, where it has ours, perhaps in an older form."""
-    if tokenizer.chat_template is not None and not has_own_template(tokenizer):
-        write_template(tokenizer.path.parent, tokenizer.config)
-
-
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """Write a tokenizer into `folder` with the special tokens and the template of conversations, and load it.
 

@@ -295,24 +295,13 @@ def test_templates_and_terms_of_use_go_with_a_folder(chat: Path, tmp_path: Path,
     assert found("a").input_ids == load_tokenizer(chat).encode_prompt("a")
 
 
-def test_an_older_folder_of_ours_is_renewed(chat: Path, tmp_path: Path) -> None:
+def test_a_folder_of_transformers_4_says_its_rotation_in_both_forms(chat: Path, tmp_path: Path) -> None:
     older, out = tmp_path / "older", tmp_path / "out"
     shutil.copytree(chat, older)
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
-    )
-    (older / "chat_template.jinja").unlink()
     edit(older / "config.json", lambda config: config.pop("rope_parameters"))
-    edit(older / "tokenizer_config.json", lambda config: [config.pop(name) for name in NEW])
-    edit(older / "tokenizer_config.json", lambda config: config.update(chat_template=template))
     export.run(ExportConfig(model=str(older), format="hf", out=str(out), quiet=True))
-    for name in ("config.json", "tokenizer_config.json"):
-        assert json.loads((out / name).read_text()) == json.loads((chat / name).read_text())
-    assert (out / "chat_template.jinja").read_bytes() == (chat / "chat_template.jinja").read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads((chat / "config.json").read_text())
     assert torch.equal(logits(out), logits(chat))
-
-
-NEW = ("extra_special_tokens", "response_template")
 
 
 def test_a_folder_without_a_tokenizer_stays_one_and_it_is_said(chat: Path, tmp_path: Path, capsys) -> None:
