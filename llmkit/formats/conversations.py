@@ -419,20 +419,17 @@ def _call(call: Any) -> Part:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise UserError(f"expected a tool call with 'name' and 'arguments', found {kind_of(call)}")
     name, arguments = call["name"], call.get("arguments", {})
-    tool, written = TOOL_OF_FUNCTION.get(name), isinstance(arguments, str)
-    if written and (tool is None or arguments.lstrip()[:1] == "{"):
+    tool = TOOL_OF_FUNCTION.get(name)
+    if isinstance(arguments, str) and (arguments or tool is not None):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = json.loads(arguments)
         except ValueError:
+            if tool is not None and arguments.lstrip()[:1] != "{":
+                return Part(tool, arguments)
             instead = f"found {arguments[:40]!r}"
             raise UserError(f"expected the arguments of {name!r} in JSON, {instead}") from None
     if tool is None:
         return Part(CALL, json.dumps({"name": name, "arguments": arguments or {}}, ensure_ascii=False))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return Part(tool, arguments)
     if not arguments:
         raise UserError(f"expected an argument of {name!r}, found none")
     if isinstance(arguments, dict) and len(arguments) == 1:
