@@ -85,33 +85,22 @@ class Record:
     content_type: str = "text/html; charset=utf-8"
     status: str = "200 OK"
     kind: str = "response"
-    id: str | None = None
 
 
-def write_warc(path: Path, records: Iterable[Record], gzip: bool = True) -> Path:
-    """An archive with a warcinfo record before the others; ids and dates depend on the position alone."""
+def write_warc(path: Path, records: Iterable[Record]) -> Path:
+    """A packed archive with a warcinfo record before the others; ids and dates depend on the position alone."""
     with open(path, "wb") as handle:
-        writer = WARCWriter(handle, gzip=gzip)
-        fixed = {"WARC-Record-ID": "<urn:uuid:info>", "WARC-Date": "2026-01-01T00:00:00Z"}
+        writer = WARCWriter(handle, gzip=True)
         writer.write_record(writer.create_warcinfo_record(path.name, {"software": "tests"}))
         for number, record in enumerate(records):
-            fixed = {
-                "WARC-Record-ID": record.id or f"<urn:uuid:{path.name.split('.')[0]}-{number}>",
-                "WARC-Date": "2026-01-01T00:00:00Z",
-            }
+            name = f"<urn:uuid:{path.name.split('.')[0]}-{number}>"
+            fields = {"WARC-Record-ID": name, "WARC-Date": "2026-01-01T00:00:00Z"}
             body = record.body.encode() if isinstance(record.body, str) else record.body
-            headers = None
-            if record.kind == "response":
-                headers = StatusAndHeaders(record.status, [("Content-Type", record.content_type)], protocol="HTTP/1.1")
-            writer.write_record(
-                writer.create_warc_record(
-                    record.url,
-                    record.kind,
-                    payload=io.BytesIO(body),
-                    http_headers=headers,
-                    warc_headers_dict=fixed,
-                )
-            )
+            http = StatusAndHeaders(record.status, [("Content-Type", record.content_type)], protocol="HTTP/1.1")
+            headers = {"http_headers": http} if record.kind == "response" else {}
+            payload = io.BytesIO(body)
+            one = writer.create_warc_record(record.url, record.kind, payload, warc_headers_dict=fields, **headers)
+            writer.write_record(one)
     return path
 
 

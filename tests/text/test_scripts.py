@@ -49,17 +49,8 @@ TEXTS = {
 def reasons(llmkit, path, texts: list[str]) -> list[str | None]:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     rejects = path.with_name("rejects.jsonl")
-    asked = (
-        "--language",
-        "all",
-        "--skip",
-        "exact_duplicates,near_duplicates",
-        "--rejects",
-        rejects,
-        "-o",
-        path.with_name("o"),
-    )
-    done = llmkit("crawl-filter", path, *asked)
+    asked = ("--language", "all", "--skip", "exact_duplicates,near_duplicates", "--rejects", rejects)
+    done = llmkit("crawl-filter", path, *asked, "-o", path.with_name("o"))
     assert done.returncode == 0, done.stderr
     found = {row["offset"]: row["reason"] for row in map(json.loads, rejects.read_text("utf-8").splitlines())}
     return [found.get(line) for line in range(1, len(texts) + 1)]
