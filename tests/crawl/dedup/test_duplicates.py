@@ -77,26 +77,6 @@ def in_batches(found: np.ndarray, sizes: Sequence[int], duplicates: Duplicates) 
 # ---- the truth
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_what_is_joined_is_what_a_comparison_of_all_pairs_joins(seed: int) -> None:
-    documents = family(random.Random(seed), 150)
-    repeats = Duplicates().seen(signatures(joined(documents)))
-    assert sum(repeat is not None for repeat in repeats) > 30
-    for number, repeat in enumerate(repeats):
-        alike = [jaccard(documents[number], other) for other in documents[:number]]
-        best = max(alike, default=0.0)
-        if repeat is None:
-            assert best < 0.9, f"document {number} repeats one before by {best:.2f} and is kept"
-            continue
-        assert best >= 0.5, f"document {number} is like none before by more than {best:.2f} and is dropped"
-        assert repeats[repeat.index] is None and repeat.index < number
-        assert min(abs(repeat.similarity - one) for one in alike) < 0.15
-        same = documents.index(documents[number])
-        assert (repeat.kind == "exact") == (same < number)
-        if same < number:
-            assert repeat.similarity == 1.0
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rule_is_the_one_that_is_written_down(seed: int) -> None:
     """A dictionary for each band, and the most similar of those that were first with a key."""
