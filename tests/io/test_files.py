@@ -8,10 +8,8 @@ import os
 import random
 import resource
 import signal
-import stat
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,16 +27,6 @@ from llmkit.io.files import (
     sole_writer,
 )
 from llmkit.io.jsonl import open_output, read_object, write_json
-
-
-def test_a_file_appears_when_all_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    with open_output(str(path)) as put:
-        put({"text": "one"})
-        put({"text": "ü"})
-        assert not path.exists()
-    assert path.read_text(encoding="utf-8") == '{"text":"one"}\n{"text":"ü"}\n'
-    assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
 def test_an_error_leaves_the_former_output_and_nothing_else(tmp_path: Path) -> None:
@@ -126,21 +114,6 @@ def test_a_link_is_followed(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "real.txt").read_text() == (tmp_path / "real" / "x").read_text() == "new"
     assert os.path.islink(tmp_path / "link.txt") and os.path.islink(tmp_path / "link")
     assert len(os.listdir(tmp_path)) == 4
-
-
-def test_a_device_or_pipe_is_written_in_place(tmp_path: Path) -> None:
-    with open_output(os.devnull, force=True) as put:
-        put({"a": 1})
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    got: list[bytes] = []
-    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
-    reader.start()
-    with open_output(str(pipe)) as put:
-        put({"a": 1})
-    reader.join()
-    assert got == [b'{"a":1}\n']
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "safetensors"])
