@@ -27,6 +27,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,19 +93,20 @@ async def stream(url: str, body: dict[str, Any]) -> AsyncIterator[tuple[float, l
     writer.close()
 
 
-async def long_prompts(url: str, length: int, tokens: int, number: int) -> dict[str, float]:
+async def long_prompts(url: str, vocabulary: int, length: int, tokens: int, number: int) -> dict[str, float]:
     """Seconds to the first token of two turns, and the longest gap of another client."""
+    first = vocabulary // 10  # special tokens are rarely beyond
     draw = random.Random(number)
     body = {"max_tokens": tokens, "temperature": 1.0, "seed": number}
-    prompt, figures = [draw.randrange(100, 1000) for _ in range(length)], {}
+    prompt, figures = [draw.randrange(first, vocabulary) for _ in range(length)], {}
     for turn in ("first", "second"):
         started, times = time.perf_counter(), []
         async for at, ids in stream(url, body | {"prompt": prompt}):
             times.append(at)
             prompt = prompt + ids
         figures[f"time to the first token of the {turn} turn"] = times[0] - started
-        prompt = prompt + [draw.randrange(100, 1000) for _ in range(50)]
-    other = [draw.randrange(100, 1000) for _ in range(length)]
+        prompt = prompt + [draw.randrange(first, vocabulary) for _ in range(50)]
+    other = [draw.randrange(first, vocabulary) for _ in range(length)]
     gaps, last, task = {False: [0.0], True: [0.0]}, 0.0, None
     async for at, _ in stream(url, body | {"prompt": [7], "max_tokens": 4 * tokens}):
         gaps[task is not None and not task.done()].append(at - last if last else 0.0)
@@ -150,7 +152,9 @@ def main() -> None:
             try:
                 wait_for(urls[0], process)
                 rounds = range(options.rounds)
-                runs = [asyncio.run(long_prompts(urls[0], options.long, options.tokens, number)) for number in rounds]
+                size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+                load_of = partial(long_prompts, urls[0], min(size, 1000), options.long, options.tokens)
+                runs = [asyncio.run(load_of(number)) for number in rounds]
             finally:
                 process.terminate()
         for name in runs[0]:

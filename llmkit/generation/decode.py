@@ -32,7 +32,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, Protocol
@@ -168,6 +168,12 @@ class Prefix:
     def nbytes(self) -> int:
         return self.keys_LKTD.nbytes + self.values_LKTD.nbytes + self.logits_1V.nbytes
 
+    def piece(self, start: int) -> Prefix:
+        """Return what begins at position `start`, in memory of its own."""
+        if start == 0 and self.keys_LKTD.is_contiguous():  # nothing follows in its memory
+            return self
+        return Prefix(self.keys_LKTD[:, :, start:].clone(), self.values_LKTD[:, :, start:].clone(), self.logits_1V)
+
 
 class _Layer:
     def __init__(self, layer: Layer, table: int, weights: Weights) -> None:
@@ -251,15 +257,36 @@ class Decoder:
 
     def prefill(self, token_ids: list[int]) -> Prefix:
         """Run a prompt through the model by itself, `piece` tokens at a time; the result depends on nothing else."""
-        prefix = self._nothing()
-        for start in range(0, len(token_ids), self.piece):
-            prefix = self.extend(prefix, token_ids[start : start + self.piece])
+        *_, prefix = self.prefill_behind([], token_ids)
         return prefix
 
+    def prefill_behind(self, pieces: Sequence[Prefix], token_ids: list[int]) -> Iterator[Prefix]:
+        """Run a prompt behind its first pieces, which are known; yield the prefix so far after each piece.
+
+        Without a piece left to compute, yield the whole prefix.
+        """
+        past, whole = sum(map(len, pieces)), len(token_ids)
+        if len(pieces) == 1 and past == whole:
+            yield pieces[0]
+            return
+        keys, values = self._empty(whole)
+        if pieces:
+            torch.cat([piece.keys_LKTD for piece in pieces], 2, out=keys[:, :, :past])
+            torch.cat([piece.values_LKTD for piece in pieces], 2, out=values[:, :, :past])
+        if past == whole:
+            yield Prefix(keys, values, pieces[-1].logits_1V)
+        for start in range(past, whole, self.piece):
+            end = min(start + self.piece, whole)
+            hidden_TC = self._run(token_ids[start:end], keys[:, :, :end], values[:, :, :end])
+            yield Prefix(keys[:, :, :end], values[:, :, :end], self._head(hidden_TC[-1:]))
+
+    @torch.no_grad()
     def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:
         """Run more tokens through the model, by themselves again."""
-        hidden_TC, keys, values = self._run(prefix, token_ids)
-        return Prefix(keys, values, self._head(hidden_TC[-1:]))
+        past = len(prefix)
+        keys, values = self._empty(past + len(token_ids))
+        keys[:, :, :past], values[:, :, :past] = prefix.keys_LKTD, prefix.values_LKTD
+        return Prefix(keys, values, self._head(self._run(token_ids, keys, values)[-1:]))
 
     def _head(self, hidden_NC: Tensor) -> Tensor:
         cap = self.config.logits_softcap
@@ -272,30 +299,28 @@ class Decoder:
         """
         return self._first_context is not None and before <= self._first_context < after
 
-    def logits(self, token_ids: list[int]) -> Tensor:
-        """The logits (T, V) behind each of T tokens."""
-        return self._head(self._run(self._nothing(), token_ids)[0])
-
     def logits_in_pieces(self, token_ids: list[int], size: int) -> Iterator[tuple[int, Tensor]]:
-        """The logits as `logits` has them, `size` positions at a time behind the first position of each piece."""
-        hidden_TC = self._run(self._nothing(), token_ids)[0]
+        """The logits (`size`, V) behind each of T tokens, behind the first position of each piece."""
+        hidden_TC = self._run(token_ids, *self._empty(len(token_ids)))
         for start in range(0, len(token_ids), size):
             yield start, self._head(hidden_TC[start : start + size])
 
-    def _nothing(self) -> Prefix:
-        shape = self.config.num_hidden_layers, self.config.num_key_value_heads, 0, self.config.head_dim
-        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return Prefix(empty, empty, empty)
+    def _empty(self, positions: int) -> Tensor:
+        """Memory for the keys and then the values (2, L, K, S, D) of one sequence."""
+        shape = 2, self.config.num_hidden_layers, self.config.num_key_value_heads, positions, self.config.head_dim
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def _run(self, prefix: Prefix, token_ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The hidden states (T, hidden) of tokens behind a prefix, and the keys and values of both."""
-        past, new, config = len(prefix), len(token_ids), self.config
-        shape = config.num_hidden_layers, config.num_key_value_heads, past + new, config.head_dim
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        keys[:, :, :past], values[:, :, :past] = prefix.keys_LKTD, prefix.values_LKTD
+    def _run(self, token_ids: list[int], keys: Tensor, values: Tensor) -> Tensor:
+        """The hidden states (T, hidden) of the last tokens of a sequence; their keys and values are written."""
+        new, config = len(token_ids), self.config
+        past = keys.shape[2] - new
         length_1 = torch.tensor([past + new], device=self.device)
         gqa = config.num_attention_heads != config.num_key_value_heads
+        masks: dict[int | None, Tensor] = {}  # by window
+        if past and not self._fused:
+            windows = {layer.window for layer in self._layers}
+            masks = {window: attention_mask(new, past + new, None, window, self.device) for window in windows}
 
         def attend(i: int, query_THD: Tensor, both_TPD: Tensor) -> Tensor:
             keys[i, :, past:], values[i, :, past:] = both_TPD.transpose(0, 1).chunk(2)
@@ -306,7 +331,7 @@ class Decoder:
                 out_1HTD = attention_decode(query_1HTD, *seen, length_1, window=window, **details)
             else:  # behind a prefix, torch's kernel takes 0.7 of the reference's time for a prompt of 1,500 tokens
                 if past:
-                    details["attn_mask"] = attention_mask(new, past + new, None, window, self.device)
+                    details["attn_mask"] = masks[window]
                 else:
                     details |= {"is_causal": True, "window": window}
                 out_1HTD = scaled_dot_product_attention(query_1HTD, *seen, enable_gqa=gqa, **details)
@@ -315,7 +340,7 @@ class Decoder:
         turns = [torch.view_as_complex(table(past + new, self.device)) for table in self._tables]
         tokens_T, position_T = torch.tensor(token_ids, device=self.device), torch.arange(past, past + new)
         turn_N1D = [turn[past:].unsqueeze(1) for turn in turns]
-        return self._forward(tokens_T, position_T.to(self.device), turn_N1D, attend, self._activate), keys, values
+        return self._forward(tokens_T, position_T.to(self.device), turn_N1D, attend, self._activate)
 
     def hold(self, slot: int, length: int) -> Prefix:
         """A copy of the first `length` positions of a slot, to go on from later."""
@@ -408,6 +433,7 @@ class Decoder:
         """The hidden states (N, hidden) of N tokens, turned by their layers' tables, that see what `attend` shows."""
         config, heads = self.config, self.config.num_attention_heads
         rotated, rows, size = heads + config.num_key_value_heads, len(token_N), config.head_dim
+        is_plain = not config.post_norms and config.residual_multiplier == 1.0
         x_NC = F.embedding(token_N, self._embedding)
         if config.normalize_embedding:
             x_NC = self._norm(x_NC, None)
@@ -428,11 +454,12 @@ class Decoder:
                 if layer.head_gains is not None:
                     qk_NJD.mul_(layer.head_gains)
             turned_NJD = qk_NJD.float()  # itself, in float32
-            torch.view_as_complex(turned_NJD.view(rows, rotated, -1, 2)).mul_(turns_N1D[layer.table])
+            turned_NJD.view(torch.complex64).mul_(turns_N1D[layer.table])
             if turned_NJD is not qk_NJD:
                 qk_NJD.copy_(turned_NJD)
             attended = attend(i, qkv_NJD[:, :heads], qkv_NJD[:, heads:])
-            x_NC = x_NC.add_(self._finish(layer.out(attended.reshape(rows, -1)), layer.attention_post_norm))
+            branch_NC = layer.out(attended.reshape(rows, -1))
+            x_NC = x_NC.add_(branch_NC if is_plain else self._finish(branch_NC, layer.attention_post_norm))
             normed_NC = self._normed(x_NC, layer.mlp_norm, layer.mlp_norm_bias) if config.pre_norms else x_NC
             gate_NF = layer.gate_up(normed_NC)
             if config.gated_mlp:
@@ -440,7 +467,8 @@ class Decoder:
                 hidden_NF = activate(gate_NF).mul_(up_NF)
             else:
                 hidden_NF = activate(gate_NF)
-            x_NC = x_NC.add_(self._finish(layer.down(hidden_NF), layer.mlp_post_norm))
+            branch_NC = layer.down(hidden_NF)
+            x_NC = x_NC.add_(branch_NC if is_plain else self._finish(branch_NC, layer.mlp_post_norm))
         x_NC = self._normed(x_NC, self._final_norm, self._final_bias)
         return x_NC if config.logits_scaling == 1.0 else x_NC / config.logits_scaling
 
@@ -459,7 +487,7 @@ class Decoder:
         if self.device.type != "cpu":
             y_NC = F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
             return y_NC if out is None else out.copy_(y_NC)
-        length_N1 = torch.linalg.vector_norm(x_NC, 2, -1, keepdim=True, dtype=torch.float32)
+        length_N1 = torch.linalg.vector_norm(x_NC.float(), 2, -1, True)
         inverse_N1 = torch.addcmul(self._eps, length_N1, length_N1, value=1 / x_NC.shape[-1]).rsqrt_()
         y_NC = torch.mul(x_NC, inverse_N1, out=out).to(self.dtype)
         return y_NC if gain is None else y_NC.mul_(gain)

@@ -159,14 +159,17 @@ class Generator:
         with self.computing():
             pool = Pool(self, requests, on_text, on_call)
         try:
-            more = True
+            more, announced = True, set[int]()  # requests that `on_done` has had, before earlier ones were done
             while more:
                 with self.computing():
                     more = pool.advance()
+                for index, samples in pool.done.items():
+                    if on_done is not None and index not in announced and None not in samples:
+                        announced.add(index)
+                        on_done(index, [completion for completion in samples if completion is not None])
                 whole = list(finished(pool.done))
                 for index, samples in whole:
-                    if on_done is not None:
-                        on_done(index, samples)
+                    announced.discard(index)
                     yield samples
                 if not whole:
                     with self.computing():

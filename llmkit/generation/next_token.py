@@ -78,20 +78,25 @@ def choose_tokens(
         # log_softmax takes each row by itself, logsumexp splits a single row among threads
         logprobs_B = torch.log_softmax(logits_BV, -1).gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
         return Choice(best.indices, logprobs_B, torch.zeros_like(logprobs_B), best.values.isfinite())
-    all_BV = torch.softmax(logits_BV / sampling.temperature, -1)
-    drawn_BV = all_BV[:, :vocab_size] if allowed_BV is None else torch.softmax(drawn_BV / sampling.temperature, -1)
+    all_BV = _softmax(logits_BV, sampling.temperature)
+    drawn_BV = all_BV[:, :vocab_size] if allowed_BV is None else _softmax(drawn_BV, sampling.temperature)
     probabilities_BV = truncate(drawn_BV, sampling)
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=_double(logits_BV.device))
-    total_B1 = cumulative_BV[:, -1:]
+    total_B1 = cumulative_BV[:, -1:].contiguous()
     target_B1 = torch.as_tensor(uniforms_B, dtype=total_B1.dtype).to(total_B1.device).unsqueeze(-1) * total_B1
-    # Rounding may lift the product to the total itself, beyond every token.
-    target_B1 = target_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
     chosen_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    # Rounding may lift the product to the total itself, beyond every token.
+    chosen_B1 = chosen_B1.minimum(torch.searchsorted(cumulative_BV, total_B1))
     sound_B = total_B1.squeeze(-1).isfinite()
     chosen_B1 = chosen_B1.clamp_(max=probabilities_BV.shape[-1] - 1)  # NaN is beyond them all
     logprobs_B1 = all_BV.gather(-1, chosen_B1).log()
-    truncated_B1 = drawn_BV.gather(-1, chosen_B1).log() - total_B1.log().float()
+    drawn_B1 = logprobs_B1 if allowed_BV is None else drawn_BV.gather(-1, chosen_B1).log()
+    truncated_B1 = drawn_B1 - total_B1.log().float()
     return Choice(chosen_B1.squeeze(-1), logprobs_B1.squeeze(-1), truncated_B1.squeeze(-1).clamp_(max=0.0), sound_B)
+
+
+def _softmax(logits_BV: Tensor, temperature: float) -> Tensor:
+    return torch.softmax(logits_BV if temperature == 1.0 else logits_BV / temperature, -1)
 
 
 def likeliest(

@@ -11,8 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
-
-import torch
+from hashlib import blake2b
 
 from llmkit.generation.decode import Decoder, Prefix
 
@@ -20,7 +19,7 @@ KEPT_BYTES = 256 * 2**20  # of keys and values
 
 
 class PrefixCache:
-    """The pieces used last, of at most `limit` bytes; each under the tokens from the beginning to its end."""
+    """The pieces used last, of at most `limit` bytes; each under a hash of the tokens from the beginning to its end."""
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self._pieces: OrderedDict[bytes, Prefix] = OrderedDict()
@@ -28,38 +27,26 @@ class PrefixCache:
 
     def prefill(self, decoder: Decoder, token_ids: list[int]) -> Iterator[Prefix]:
         """Yield the prefix of a prompt so far, after each piece that is computed; at last that of all of it."""
-        ends = [*range(decoder.piece, len(token_ids), decoder.piece), len(token_ids)]
-        names = [array("q", token_ids[:end]).tobytes() for end in ends]
+        hasher, names = blake2b(digest_size=16), []
+        for start in range(0, len(token_ids), decoder.piece):
+            hasher.update(array("q", token_ids[start : start + decoder.piece]).tobytes())
+            names.append(hasher.digest())
         count = next((i for i, name in enumerate(names) if name not in self._pieces), len(names))
-        prefix = _join([self._pieces[name] for name in names[:count]]) if count else None
-        try:
-            for name, end in zip(names[count:], ends[count:], strict=True):
-                start = 0 if prefix is None else len(prefix)
-                new = token_ids[start:end]
-                prefix = decoder.prefill(new) if prefix is None else decoder.extend(prefix, new)
-                piece, old = _tail(prefix, start), self._pieces.get(name)  # that of a request beside this one
+        pieces = [self._pieces[name] for name in names[:count]]
+        start = sum(map(len, pieces))
+        self._use(names[:count])
+        for number, prefix in enumerate(decoder.prefill_behind(pieces, token_ids), count + 1):
+            if number <= len(names):
+                piece, old = prefix.piece(start), self._pieces.get(names[number - 1])  # of a request beside this one
                 self._bytes += piece.nbytes - (0 if old is None else old.nbytes)
-                self._pieces[name] = piece
-                yield prefix
-        finally:
-            for name in filter(self._pieces.__contains__, names[::-1]):  # the first is the last to go
-                self._pieces.move_to_end(name)
-            while self._bytes > self._limit:
-                self._bytes -= self._pieces.popitem(last=False)[1].nbytes
-        if count == len(names) and prefix is not None:
+                self._pieces[names[number - 1]] = piece
+                self._use(names[:number])
+                start = len(prefix)
             yield prefix
 
-
-def _join(pieces: list[Prefix]) -> Prefix:
-    """The prefix that is made of pieces, with the logits behind the last."""
-    if len(pieces) == 1:
-        return pieces[0]
-    keys, values = (torch.cat([getattr(piece, name) for piece in pieces], 2) for name in ("keys_LKTD", "values_LKTD"))
-    return Prefix(keys, values, pieces[-1].logits_1V)
-
-
-def _tail(prefix: Prefix, start: int) -> Prefix:
-    """The piece of a prefix from position `start` on, with the logits behind it."""
-    if start == 0:
-        return prefix
-    return Prefix(prefix.keys_LKTD[:, :, start:].clone(), prefix.values_LKTD[:, :, start:].clone(), prefix.logits_1V)
+    def _use(self, names: list[bytes]) -> None:
+        """Let the first piece of a prompt be the last to go, and drop what is too much."""
+        for name in filter(self._pieces.__contains__, names[::-1]):
+            self._pieces.move_to_end(name)
+        while self._bytes > self._limit:
+            self._bytes -= self._pieces.popitem(last=False)[1].nbytes

@@ -81,7 +81,7 @@ class Sampler(Protocol):
 
         Requests are read as there is room: a few times those that are under way, ahead of the first that is not done.
         None in their place says that there is no other before one of those under way is done. `on_done` gets the
-        samples as soon as they are there, a server's before those of earlier requests, between two of `requests`.
+        samples as soon as they are there, before those of earlier requests, between two of `requests`.
         """
         ...
 

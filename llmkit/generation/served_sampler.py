@@ -167,8 +167,9 @@ class ServedSampler:
                 index = -1
                 for request in requests:
                     if request is None:
-                        running -= 1
-                        yield from take()
+                        if running:
+                            running -= 1
+                            yield from take()
                         continue
                     index += 1
                     done[index] = [None] * request.samples

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,10 @@ class CachedPrefix:
         tensors += [state for layer in self.cache.layers for _, states in _states(layer) for state in states.values()]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
+    def piece(self, start: int) -> CachedPrefix:
+        """Return the whole, for a prompt is one piece."""
+        return self
+
 
 class TransformersDecoder:
     """The slots of one model. Adapters are merged into a copy of their matrices; other weights are not copied."""
@@ -65,6 +69,10 @@ class TransformersDecoder:
             raise UserError(self._other_cache())
         return prefix
 
+    def prefill_behind(self, pieces: Sequence[CachedPrefix], token_ids: list[int]) -> Iterator[CachedPrefix]:
+        """See `Decoder.prefill_behind`; a prompt is one piece."""
+        yield pieces[0] if pieces else self.prefill(token_ids)
+
     def extend(self, prefix: CachedPrefix, token_ids: list[int]) -> CachedPrefix:
         """Run more tokens through the model behind a prefix, which stays as it is."""
         extended = replace(prefix, cache=_join([prefix]))
@@ -78,9 +86,11 @@ class TransformersDecoder:
         """False: transformers never computes a cache again with other rotations."""
         return False
 
-    def logits(self, token_ids: list[int]) -> Tensor:
-        """The logits (T, V) behind each of T tokens."""
-        return self._run([token_ids], [0], self._new_cache())[0]
+    def logits_in_pieces(self, token_ids: list[int], size: int) -> Iterator[tuple[int, Tensor]]:
+        """See `Decoder.logits_in_pieces`."""
+        hidden_1TC = self._hidden([token_ids], [0], self._new_cache())
+        for start in range(0, len(token_ids), size):
+            yield start, self.model.logits(hidden_1TC[0, start : start + size])
 
     def hold(self, slot: int, length: int) -> CachedPrefix:
         """The cache of a slot, of `length` positions, to continue from later."""
@@ -105,7 +115,7 @@ class TransformersDecoder:
             self._slots = self._slots[: len(tokens)]
             self._batch, self._lengths = _join(self._slots), [len(prefix) for prefix in self._slots]
         assert self._lengths == positions
-        logits_BV = self._run([[token] for token in tokens], positions, self._batch)[:, -1]
+        logits_BV = self._last_logits([[token] for token in tokens], positions, self._batch)
         self._lengths = [position + 1 for position in positions]
         return logits_BV
 
@@ -133,12 +143,11 @@ class TransformersDecoder:
         )
 
     def _extend(self, cache: Any, length: int, token_ids: list[int]) -> CachedPrefix:
-        logits_1TV = self._run([token_ids], [length], cache, last=True)
-        return CachedPrefix(cache, length + len(token_ids), logits_1TV[:, -1])
+        return CachedPrefix(cache, length + len(token_ids), self._last_logits([token_ids], [length], cache))
 
     @torch.no_grad()
-    def _run(self, tokens: list[list[int]], lengths: list[int], cache: Any, last: bool = False) -> Tensor:
-        """The logits behind tokens (B, T) that follow caches of some lengths: (B, T, V), or of the last alone."""
+    def _hidden(self, tokens: list[list[int]], lengths: list[int], cache: Any) -> Tensor:
+        """The hidden states (B, T, hidden) of tokens (B, T) that follow caches of some lengths."""
         ids_BT = torch.tensor(tokens, device=self.device)
         length_B1 = torch.tensor(lengths, device=self.device).unsqueeze(1)
         options = {"position_ids": length_B1 + torch.arange(ids_BT.shape[1], device=self.device)}
@@ -148,8 +157,12 @@ class TransformersDecoder:
             options["attention_mask"] = (key_S >= longest - length_B1).long()
         if self.model.module.training:
             self.model.module.eval()
-        hidden = self.model.run(ids_BT, cache, **options)
-        return self.model.logits(hidden[:, -1:] if last else hidden)
+        return self.model.run(ids_BT, cache, **options)
+
+    @torch.no_grad()
+    def _last_logits(self, tokens: list[list[int]], lengths: list[int], cache: Any) -> Tensor:
+        """The logits (B, V) behind the last of tokens (B, T) that follow caches of some lengths."""
+        return self.model.logits(self._hidden(tokens, lengths, cache)[:, -1:])[:, -1]
 
     def _take_apart(self) -> None:
         if self._batch is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -130,6 +131,7 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     from llmkit.generation.generator import Generator
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
+    from llmkit.model.devices import use_huge_pages
     from llmkit.serving.models import ServedModel
     from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
     from llmkit.tokenizer.encoding import load_tokenizer
@@ -140,7 +142,7 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
         chats = {name for name, one in tokenizers.items() if has_chat_tokens(one) or has_own_template(one)}
     models = []
     for name, path in names.items():
-        tools = None if config.dry_run or (chats and name not in chats) else config
+        tools = None if chats and name not in chats else config
         sampler: Any = stack.enter_context(
             open_sampler(
                 path,
@@ -156,6 +158,8 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
             with sampler.computing():
                 _ = sampler.decoder  # its weights
         models.append(ServedModel(name, path, sampler, config.seed))
+    if not config.dry_run and any(model.generator.device.type == "cpu" for model in models):
+        threading.Thread(target=use_huge_pages, daemon=True).start()
     return models
 
 

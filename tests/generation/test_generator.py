@@ -208,7 +208,12 @@ def test_seed_number_and_sample_each_change_the_text(model, tokenizer):
 
 def test_a_prompt_is_prefilled_once(model, tokenizer, monkeypatch):
     calls = []
-    monkeypatch.setattr(Decoder, "prefill", lambda self, ids, real=Decoder.prefill: calls.append(1) or real(self, ids))
+
+    def watched(self, pieces, ids, real=Decoder.prefill_behind):
+        calls.extend([] if pieces else [1])
+        return real(self, pieces, ids)
+
+    monkeypatch.setattr(Decoder, "prefill_behind", watched)
     requests = [Request([END, n], 9, 4, number=n) for n in (1, 2, 1, 1)]  # and for an equal prompt that follows closely
     complete(model, tokenizer, requests, slots=2)
     assert len(calls) == 2
@@ -229,6 +234,14 @@ def test_results_come_in_order_and_reading_does_not_run_ahead(model, tokenizer, 
     first = next(results)
     assert len(first[0].token_ids) == 200 and len(read) == 8
     assert [len(samples[0].token_ids) for samples in results] == [2] * 59
+
+
+def test_a_request_is_told_when_it_is_done_not_when_its_turn_comes(model, tokenizer):
+    generator, told = Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=()), []
+    requests = [Request([END, n], max_tokens=length, number=n) for n, length in enumerate((20, 2, 3))]
+    results = list(generator.complete(requests, on_done=lambda index, samples: told.append((index, samples))))
+    assert [index for index, _ in told] == [1, 2, 0]
+    assert [samples for _, samples in sorted(told, key=lambda one: one[0])] == results
 
 
 def test_slots_are_filled_again_at_once(model, tokenizer):

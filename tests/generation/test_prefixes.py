@@ -40,8 +40,17 @@ def whole(cache: PrefixCache, decoder: Decoder, ids: list[int]) -> decode.Prefix
 def computed(monkeypatch) -> list[int]:
     """The number of tokens of each piece that is computed."""
     pieces: list[int] = []
-    real = Decoder.extend
-    monkeypatch.setattr(Decoder, "extend", lambda self, prefix, ids: pieces.append(len(ids)) or real(self, prefix, ids))
+    real = Decoder.prefill_behind
+
+    def watched(self, known, ids):
+        length = sum(map(len, known))
+        for prefix in real(self, known, ids):
+            if len(prefix) > length:
+                pieces.append(len(prefix) - length)
+            length = len(prefix)
+            yield prefix
+
+    monkeypatch.setattr(Decoder, "prefill_behind", watched)
     return pieces
 
 

@@ -13,10 +13,20 @@ import pytest
 from chat_server import ChatServer
 
 from llmkit.errors import ServerError, UserError
+from llmkit.generation.next_token import Sampling
+from llmkit.generation.requests import Request
 from llmkit.generation.served_models import OpenAIClient, parse_address
+from llmkit.generation.served_sampler import ServedSampler
 
 ASKED = [{"role": "user", "content": "Hi"}]
 WANTED = {"seed": 1, "max_tokens": 8, "temperature": 0.8}
+
+
+def test_no_request_while_none_is_under_way_is_no_end():
+    with ChatServer(lambda prompt, seed: "Hello.") as server:
+        sampler = ServedSampler(OpenAIClient(parse_address(server.spec, "--engine"), 20.0, 0), Sampling())
+        requests = [None, Request(ASKED, max_tokens=8), None, None]
+        assert [samples[0].text for samples in sampler.complete(requests)] == ["Hello."]
 
 
 def client(spec: str, timeout: float = 20.0, retries: int = 0) -> OpenAIClient:

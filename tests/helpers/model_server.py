@@ -57,8 +57,9 @@ class ModelServer(ChatServer):
         self._stack.close()
 
     def _load(self, folder: Path) -> None:
-        self._stack.close()
+        before, self._stack = self._stack, ExitStack()
         self._server_of_model = self._stack.enter_context(serving(folder))
+        before.close()  # not before the new one is there to ask
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         command = urlsplit(path).path

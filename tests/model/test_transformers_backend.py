@@ -138,7 +138,10 @@ def test_a_sequence_goes_on_behind_the_result_of_a_tool(folder):
     decoder.load(1, prefix)
     logits = decoder.step([12, 13], [6, 20])
     for row, ids in enumerate(([*other[:4], 8, 9, 12], [*one, 7, 11, *result, 13])):
-        assert (logits[row] - model.logits(model(torch.tensor([ids])))[0, -1]).abs().max() < 1e-4
+        expected = model.logits(model(torch.tensor([ids])))[0]
+        assert (logits[row] - expected[-1]).abs().max() < 1e-4
+        for start, piece in decoder.logits_in_pieces(ids, 3):  # as `echo` of serve has it
+            assert (piece - expected[start : start + 3]).abs().max() < 1e-4
 
 
 @torch.no_grad()

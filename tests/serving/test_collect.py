@@ -77,6 +77,8 @@ def test_judgements_are_read_by_the_stages(tmp_path: Path) -> None:
         (["--host", "no.such.host.invalid"], "--api-key-file"),
         (["--api-key-file", "empty"], "empty: expected a key"),
         (["--thinking", "on"], "--thinking"),
+        (["--thinking", "on", "--dry-run"], "--thinking"),
+        (["--tools", "oven", "--dry-run"], "--tools"),
     ],
 )
 def test_mistakes_are_told_before_the_server_listens(tmp_path: Path, llmkit, options: list[str], words: str) -> None:
