@@ -62,7 +62,7 @@ LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
 LONG = set[str]()
 SPLATS = set[str]()
-STARS = 57  # names and attributes unpacked into positional arguments; may only fall
+STARS = 56  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 28,
     "train-bpe": 15,

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from llmkit.kernels.dispatch import backend
 from llmkit.kernels.linear import can_pack, packed_linear
 from llmkit.kernels.projections import ACTIVATIONS, activate_rows
 from llmkit.model.devices import Weights, narrow_linear
-from llmkit.model.transformer import MATRICES, Layer, Transformer, normalize, rotary_tables
+from llmkit.model.transformer import Layer, Transformer, normalize, rotary_tables
 
 FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more
 LEAST_SEEN = 256
@@ -243,11 +242,6 @@ class Decoder:
         self._cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._keys, self._values = self._cache.unbind(1)
         self._viewed: tuple[int, int] | None = None
-        shapes, width = model.config.layer_shapes(), {"dense": self.dtype.itemsize, "half": 2, "int8": 1}[weights]
-        numbers = len(self._layers) * sum(math.prod(shapes[name]) for name in MATRICES) + model.head_weight.numel()
-        self.weight_bytes = width * numbers
-        self._position_bytes = 2 * shape[0] * shape[3] * shape[5] * self.dtype.itemsize
-        self.bytes_read, self.seconds = 0, 0.0  # in all steps: of weights, keys and values; on a CPU
 
     def _rows(self, used: int) -> int:
         """The rows to compute for `used` slots: some more in float32 on a CPU, so that no row sees the number."""
@@ -301,7 +295,8 @@ class Decoder:
 
     def logits_in_pieces(self, token_ids: list[int], size: int) -> Iterator[tuple[int, Tensor]]:
         """The logits (`size`, V) behind each of T tokens, behind the first position of each piece."""
-        hidden_TC = self._run(token_ids, *self._empty(len(token_ids)))
+        keys, values = self._empty(len(token_ids))
+        hidden_TC = self._run(token_ids, keys, values)
         for start in range(0, len(token_ids), size):
             yield start, self._head(hidden_TC[start : start + size])
 
@@ -386,7 +381,7 @@ class Decoder:
     @torch.no_grad()
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
         """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
-        started, used, seen = time.perf_counter(), len(tokens), self._reach(max(positions) + 1)
+        used, seen = len(tokens), self._reach(max(positions) + 1)
         self._reserve(seen)
         rows = self._rows(used if self._graphs is None else min(rounded_rows(used), self._slots))
         fed = [numbers + [0] * (rows - used) for numbers in (tokens, positions)]
@@ -396,8 +391,6 @@ class Decoder:
                 logits_BV = self._advance(rows, seen, *torch.tensor(fed, device=self.device).unbind())
         else:
             logits_BV = self._graphs.run(rows, seen, fed, partial(self._advance, rows, seen))
-        self.bytes_read += self.weight_bytes + rows * seen * self._position_bytes
-        self.seconds += time.perf_counter() - started
         return logits_BV[:used]
 
     def _advance(self, rows: int, seen: int, token_B: Tensor, position_B: Tensor) -> Tensor:

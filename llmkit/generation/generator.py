@@ -50,8 +50,6 @@ from llmkit.tools.toolbox import ToolResult
 
 OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
 THREADS = 8  # of tools, which are mostly waited for
-BEYOND_CACHES = 64 * 2**20  # bytes of weights: fewer stay in a processor's cache, and memory is not what they wait for
-WORTH_MEASURING = 1.0  # seconds of decoding
 
 
 @dataclass(frozen=True)
@@ -202,21 +200,12 @@ class Generator:
         )
 
     def describe(self) -> Iterator[str]:
-        """Describe what was done, such as "1.2k tokens at 96 tok/s, 91% of the slots in use, 18.3 GB/s: 84% of the
-        memory's bandwidth, after 2.1 s of loading".
-
-        The bandwidth is given for decoding on a CPU, of weights that no cache holds, for long enough: measuring what
-        the memory can do takes 0.1 s. It counts what a step must read, weights, keys and values, by the time of the
-        steps.
-        """
+        """Describe what was done: "1.2k tokens at 96 tok/s, 91% of the slots in use, after 2.1 s of loading"."""
         yield from unavailable_notes([self.tools.unavailable_calls] if self.tools else [])
-        tokens, decoder = self.usage.completion_tokens, self.decoder
+        tokens = self.usage.completion_tokens
         phrases = [f"{counted(tokens, 'token')} at {quantity(tokens / max(self.seconds - self.loading, 1e-9))} tok/s"]
         if self.steps and self.slots > 1:
             phrases.append(f"{self.rows / (self.steps * self.slots):.0%} of the slots in use")
-        if decoder.device.type == "cpu" and decoder.weight_bytes > BEYOND_CACHES and decoder.seconds > WORTH_MEASURING:
-            rate = decoder.bytes_read / decoder.seconds
-            phrases.append(f"{rate / 1e9:.1f} GB/s: {rate / read_bandwidth():.0%} of the memory's bandwidth")
         yield f"{', '.join(phrases)}, after {self.loading:.1f} s of loading"
 
 
@@ -481,13 +470,3 @@ def continue_text(
     if not samples:
         raise UserError(f"the prompt is {counted(len(ids), 'token')} long and the model's context {generator.context}")
     return samples[0].text
-
-
-def read_bandwidth(size: int = 1 << 27) -> float:
-    """Bytes a second at which the threads in use read memory, the best of three: 128 MiB, more than caches hold."""
-    data, best = torch.ones(size // 4), 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        data.sum()
-        best = max(best, size / (time.perf_counter() - started))
-    return best

@@ -152,7 +152,6 @@ class OpenAIClient:
         import openai
 
         retries = RETRIES if retries is None else retries
-
         self.address, self.usage = address, Usage()
         self._timeout, self._retries = timeout, retries
         key, organization, project = map(_header_value, IN_HEADERS)
@@ -498,12 +497,7 @@ class _Backend:
         return getattr(self._inner, name)
 
     def connect_tcp(self, *arguments: Any, **named: Any) -> _Stream:
-        return self._wrapped(self._inner.connect_tcp(*arguments, **named))
-
-    def connect_unix_socket(self, *arguments: Any, **named: Any) -> _Stream:
-        return self._wrapped(self._inner.connect_unix_socket(*arguments, **named))
-
-    def _wrapped(self, stream: Any) -> _Stream:
+        stream = self._inner.connect_tcp(*arguments, **named)
         return _Stream(stream, self._attempt, sys.modules[self._package].ReadTimeout)
 
 

@@ -51,8 +51,6 @@ class TransformersDecoder:
     def __init__(self, model: TransformersModel) -> None:
         self.model, self.config = model.merged(), model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
-        self.weight_bytes = self.bytes_read = 0  # not counted
-        self.seconds = 0.0
         self.piece = sys.maxsize  # recurrent layers continue a prompt token by token
         self._slots: list[CachedPrefix] = []
         self._batch: Any = None  # the cache of all slots, newer than theirs

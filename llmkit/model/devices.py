@@ -239,6 +239,6 @@ def use_huge_pages() -> None:
             continue
         start, end = (int(address, 16) for address in addresses.split("-"))
         for first in range(-(-start // _HUGE_PAGE) * _HUGE_PAGE, end - _HUGE_PAGE + 1, _HUGE_PAGE):
-            block = ctypes.c_void_p(first), ctypes.c_size_t(_HUGE_PAGE)
-            if is_resident(*block, resident) == 0 and all(resident):  # a hole would become memory
-                advise(*block, _MADV_COLLAPSE)
+            address, size = ctypes.c_void_p(first), ctypes.c_size_t(_HUGE_PAGE)
+            if is_resident(address, size, resident) == 0 and all(resident):  # a hole would become memory
+                advise(address, size, _MADV_COLLAPSE)

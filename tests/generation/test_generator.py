@@ -398,3 +398,11 @@ def test_the_trainers_sample_leaves_a_model_that_trains_on(tokenizer):
         for parameter in model.parameters():
             parameter -= 0.5 * parameter.grad
     assert continue_text(model, tokenizer, "It was", 20, seed=3) != before
+
+
+def test_the_last_line_counts_tokens_and_slots(model, tokenizer):
+    generator = Generator(model, tokenizer, Sampling(1.0), slots=4, end_ids=())
+    list(generator.complete(Request([END], max_tokens=n, number=n) for n in (21, 11)))
+    generator.seconds = 2.0
+    (line,) = generator.describe()
+    assert line.startswith("32 tokens at 16 tok/s, 38% of the slots in use, after")  # 30 rows in 20 steps of 4
