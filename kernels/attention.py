@@ -271,11 +271,8 @@ def _torch_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=Fals
 
 def _fused_attention(query, key, value, is_causal, scale, doc_ids, window) -> Tensor:
     lo = hi = None
-    if isinstance(doc_ids, Packing):
-        lo, hi = doc_ids.bounds(window)
-    elif doc_ids is not None:
-        starts = fused_attention.document_starts(doc_ids)
-        lo, hi = fused_attention.bounds(starts, window, query.shape[2], query.device)
+    if doc_ids is not None:
+        lo, hi = (Packing(doc_ids) if isinstance(doc_ids, Tensor) else doc_ids).bounds(window)
     elif window is not None and torch.compiler.is_compiling():
         lo, hi = fused_attention.bounds(None, window, query.shape[2], query.device)
     elif window is not None:
@@ -307,12 +304,12 @@ def scaled_dot_product_attention(
         eager = query.device.type == "cpu" and softcap is None and not torch.compiler.is_compiling()
         if eager and documents is not None and length > LONGEST_FLASH_MASK and not documents.is_single:
             return _attention_by_segments(query, key, value, scale, documents, window, attn_mask)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if doc_ids is not None and doc_ids.shape != (query.shape[0], length):
         raise ValueError(f"doc_ids: expected shape {(query.shape[0], length)}, found {tuple(doc_ids.shape)}")
     if softcap is not None:
         ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
         mask = attention_mask(length, keys, ids, window, query.device) if attn_mask is None else attn_mask
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
         return attention_reference(query, key, value, scale=factor, mask=mask, softcap=softcap)
     if attn_mask is not None or dropout_p > 0:
         given = {"doc_ids": doc_ids, "window": window}
@@ -327,7 +324,6 @@ def scaled_dot_product_attention(
         raise ValueError(f"window: expected at least 1, found {window}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(f"{query.shape[1]} query and {key.shape[1]} key heads need enable_gqa=True")
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= length:
         window = None
     if fused_attention.can_run(query, key, value, factor) and (length == keys or not is_causal):
@@ -338,28 +334,20 @@ def scaled_dot_product_attention(
 def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids, window) -> Tensor:
     """Without Triton: whatever is fastest there."""
     length, keys = query.shape[2], key.shape[2]
-    if doc_ids is None and window is None and not (is_causal and _blocks_pay(query, keys)):
-        return _torch_attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
-    if torch.compiler.is_compiling() or query.device.type != "cpu":
-        ids = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
-        mask = attention_mask(length, keys, ids, window, query.device)
-        return _torch_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
-    packing = Packing(doc_ids) if isinstance(doc_ids, Tensor) else doc_ids
-    if packing is not None and packing.is_single:
-        packing = None
-    blocks_pay = _blocks_pay(query, keys)
+    ids, packing = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids, None
+    blocks_pay = is_causal and _blocks_pay(query, keys)
+    if ids is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        packing = Packing(ids) if isinstance(doc_ids, Tensor) else doc_ids
+        if packing.is_single:
+            ids = packing = None
     if packing is not None and length > (LONGEST_DENSE_MASK if blocks_pay else LONGEST_FLASH_MASK):
         return _attention_by_segments(query, key, value, scale, packing, window)
     if blocks_pay:
-        if packing is not None:
-            blocks = packing.blocks(query.dtype, window)
-        else:
-            blocks = _causal_blocks(length, query.dtype, window)
+        dtype = query.dtype
+        blocks = _causal_blocks(length, dtype, window) if packing is None else packing.blocks(dtype, window)
         return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)
-    if packing is None and window is None:
-        return _torch_attention(query, key, value, None, 0.0, True, scale, enable_gqa)
-    mask = attention_mask(length, keys, None if packing is None else packing.doc_ids, window)
-    return _torch_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+    mask = None if ids is None and window is None else attention_mask(length, keys, ids, window, query.device)
+    return _torch_attention(query, key, value, mask, 0.0, is_causal and mask is None, scale, enable_gqa)
 
 
 def _blocks_pay(query: Tensor, keys: int) -> bool:

@@ -21,14 +21,9 @@ from torch import Tensor
 
 
 def linear_cross_entropy_reference(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    reduction: str = "mean",
-    ignore_index: int = -100,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, reduction: str = "mean", ignore_index: int = -100,
     softcap: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The loss by torch's own functions, with all logits held: the truth for the tests. input is (N, D)."""
     logits = F.linear(input, linear_weight)
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap

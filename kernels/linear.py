@@ -27,9 +27,7 @@ MOST_ALONE = 1024  # inputs up to which oneDNN sums a single row as it sums one 
 @cache
 def can_pack(dtype: torch.dtype, device_type: str) -> bool:
     """True if `packed_linear` packs here; otherwise it falls back to plain weights."""
-    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if not torch.backends.mkldnn.is_available():
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     try:
         x, weight = torch.randn(3, 64).to(dtype), torch.randn(32, 64).to(dtype)

@@ -96,8 +96,7 @@ def _counted_tokens_only(chunks: _Chunks, input, target, upstream, grad_entropy,
     """Where looking costs nothing, ignored tokens are left out, and their rows of the results are zeros."""
     target = target.long()
     counted = target != chunks.objective.ignore_index
-    everything = bool(counted.all())
-    selected = None if everything else counted.nonzero().squeeze(1)
+    selected = None if bool(counted.all()) else counted.nonzero().squeeze(1)
     targets = target if selected is None else target.index_select(0, selected)
     if targets.numel():
         low, high = (int(x) for x in torch.aminmax(targets))

@@ -26,14 +26,9 @@ from torch import Tensor
 
 
 def linear_logprobs_reference(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, temperature: float = 1.0, ignore_index: int = -100,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities and entropies with all logits held, differentiable: the truth for the tests."""
     logits = F.linear(input, linear_weight)
     logits = logits.to(accumulation_dtype(logits.dtype))
@@ -73,8 +68,7 @@ def _gradients(
     temperature: float, ignore_index: int, chunk_tokens: int, softcap: float, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of input and weight in their dtypes, empty where not needed."""
-    with_entropy = grad_entropy is not None
-    objective = Objective(ignore_index, temperature, with_entropy, softcap)
+    objective = Objective(ignore_index, temperature, grad_entropy is not None, softcap)
     dtype = accumulation_dtype(input.dtype)
     upstream = input.new_zeros(target.shape, dtype=dtype) if grad is None else -grad.to(dtype)
     _, gradients = rows_and_gradients(
