@@ -68,6 +68,16 @@ def rows_of(base, rows, size, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
+def numbers_from(base, first, count, other, BLOCK: tl.constexpr, SPECIALIZE: tl.constexpr):
+    """BLOCK of `count` numbers, `other` beyond them; 0 with SPECIALIZE, which needs them from a descriptor."""
+    if SPECIALIZE:
+        return tl.make_tensor_descriptor(base, [count], [1], [BLOCK]).load([first])
+    else:
+        at = first + tl.arange(0, BLOCK)
+        return tl.load(base + at, mask=at < count, other=other)
+
+
+@triton.jit
 def _attend(total, weight, highest, q, query, lo, k_rows, v_rows, first, firsts, second, blocks, keys, score_scale,
             BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
             MASKED: tl.constexpr, SPECIALIZE: tl.constexpr = False):  # fmt: skip
@@ -118,10 +128,7 @@ def attention_forward(
     lo = query
     if HAS_LO:
         lo_ptr += b * stride_lo
-        if SPECIALIZE:
-            lo = tl.make_tensor_descriptor(lo_ptr, [queries], [1], [BLOCK_M]).load([m0])
-        else:
-            lo = tl.load(lo_ptr + query, mask=query < queries, other=0)
+        lo = numbers_from(lo_ptr, m0, queries, 0, BLOCK_M, SPECIALIZE)
     begin, every, some, end = key_ranges(lo_ptr, m0, queries, keys, BLOCK_M, BLOCK_N, CAUSAL, HAS_LO)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
@@ -154,16 +161,16 @@ def three_strides(*tensors: Tensor) -> list[int]:
 
 
 def describable(*tensors: Tensor) -> list[Tensor]:
-    """The tensors (..., T, D), or copies where a tensor descriptor cannot address a matrix (T, D) of them.
+    """The tensors (..., T, D), or copies where a tensor descriptor cannot address matrices (T, D) of them.
 
-    Bases and strides must be multiples of 16 bytes, numbers of a row neighbours, and rows must not repeat (CUDA
-    driver API, cuTensorMapEncodeTiled).
+    Bases and strides must be multiples of 16 bytes, numbers of a row neighbours, and rows and heads must not repeat
+    (CUDA driver API, cuTensorMapEncodeTiled).
     """
     described = []
     for x in tensors:
         each = 16 // x.element_size()
         *strides, last = x.stride()
-        if x.data_ptr() % 16 or last != 1 or strides[-1] == 0 or any(stride % each for stride in strides):
+        if x.data_ptr() % 16 or last != 1 or 0 in strides[-2:] or any(stride % each for stride in strides):
             *shape, size = x.shape
             x = x.new_empty([*shape, cdiv(size, each) * each])[..., :size].copy_(x)
         described.append(x)
@@ -202,9 +209,9 @@ def forward(
     constants = shared_constants(query, key, is_causal, lo is not None)
     chosen = tiles("attention_forward", size, query.dtype)
     lo = padded(lo) if chosen.specialize else lo
-    grid = (cdiv(queries, chosen.block_m) * heads * batch,)
     launch(
-        attention_forward, grid, query, key, value, out, lse, lo, *three_strides(query, key, value, out),
-        batch_stride(lo), heads, queries, keys, size, scale * LOG2_E, **constants, **chosen.options(),
+        attention_forward, (cdiv(queries, chosen.block_m) * heads * batch,), query, key, value, out, lse, lo,
+        *three_strides(query, key, value, out), batch_stride(lo), heads, queries, keys, size, scale * LOG2_E,
+        **constants, **chosen.options(),
     )  # fmt: skip
     return out, lse

@@ -1,8 +1,8 @@
 """Tile sizes: which part of a problem one program takes, by kernel, GPU, head size and dtype.
 
 Chosen by compiling: of tiles within the GPU's shared memory whose loops do without local memory, wide ones. The keys'
-gradient on sm_90 parks a few numbers outside of its loops, and with grouped queries reads up to three in a round of
-hundreds of instructions: 64 queries rather than 32 halve what the products read from shared memory.
+gradient on sm_90 parks a few numbers outside of its loops: 64 queries rather than 32 halve what the products read from
+shared memory.
 
 What a GPU's clock says replaces them: `tuned.json` beside this file, or the file that LLMKIT_TILES names, holds for
 the name of a GPU what benchmarks/gpu/kernels.py has found fastest there.
@@ -33,17 +33,13 @@ class _Options:
 
 @dataclass(frozen=True)
 class Tiles(_Options):
-    """`block_m` queries by `block_n` keys, on `num_warps` warps, with `num_stages` tiles in flight.
-
-    `specialize` is off until a GPU has shown it right, and not for `attention_grad_query`, whose `delta` Triton 3.6
-    cannot split over groups of warps.
-    """
+    """`block_m` queries by `block_n` keys, on `num_warps` warps, with `num_stages` tiles in flight."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    specialize: int = 0
+    specialize: int = 0  # until a GPU has shown it right
 
 
 @dataclass(frozen=True)
@@ -168,17 +164,13 @@ _ATTENTION = {
     "sm_80": {
         "attention_forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
         "attention_grad_query": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
-        "attention_grad_key_value": (
-            (64, 64, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2),
-        ),
+        "attention_grad_key_value": ((64, 64, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     },
     # Four warps may have 512 registers a lane there, eight have 256.
     "gfx942": {
         "attention_forward": ((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
         "attention_grad_query": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
-        "attention_grad_key_value": (
-            (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1),
-        ),
+        "attention_grad_key_value": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
     },
 }  # fmt: skip
 # Float32 is multiplied without tensor cores, in registers: small tiles, for correctness and not for speed.
@@ -220,7 +212,7 @@ def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
     if target() == "interpreter":
         usual = _INTERPRETER[kernel == "attention_grad_key_value"]
     elif dtype == torch.float32:
-        usual = _FLOAT32_TMA if target() == "sm_90" and SIZES[index] > 32 else _FLOAT32[SIZES[index]]
+        usual = _FLOAT32_TMA if target() == "sm_90" else _FLOAT32[SIZES[index]]
     else:
         usual = _ATTENTION[target()][kernel][index]
     return _chosen(sized_name(kernel, size, dtype), Tiles(*usual))

@@ -45,6 +45,7 @@ def launch_attention(
 
 SPECIALIZED = {  # the tiles of which a GPU is to show that groups of warps with a task each compute the same
     sized_name("attention_forward", 128, torch.bfloat16): Tiles(128, 128, 4, 2, specialize=1),
+    sized_name("attention_grad_query", 128, torch.bfloat16): Tiles(128, 128, 4, 2, specialize=1),
     sized_name("attention_grad_key_value", 128, torch.bfloat16): Tiles(64, 128, 4, 2, specialize=1),
     product_name(torch.bfloat16): ProductTiles(128, 256, 64, 4, 4, 3, specialize=1),
 }
@@ -91,7 +92,7 @@ def _named(what: str, function: Callable[..., None], sizes: tuple[int, ...] = SI
 ATTENTION: dict[str, Callable[[], None]] = {}
 for _kind, _details in KINDS.items():
     ATTENTION |= _named(f"attention {_kind}", launch_attention, **_details)
-for _kind in ("causal", "packed"):
+for _kind in ("causal", "packed", "packed grouped"):
     _case = ATTENTION[f"attention {_kind} 128 bfloat16"]
     ATTENTION[f"attention {_kind} specialized 128 bfloat16"] = partial(specialized, _case)
 ATTENTION |= _named("decode", launch_decode) | _named("decode windowed", launch_decode, window=512, new=4)

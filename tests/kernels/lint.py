@@ -30,16 +30,16 @@ MATRIX = {"sm_90": "HGMMA", "sm_80": "HMMA", "gfx942": "mfma"}
 BACKWARD = ("grad_query", "grad_key_value", "backward")
 MULTIPLY = ("attention_forward", "attention_grad_query", "attention_grad_key_value", "attention_decode",
             "linear_logsumexp")  # fmt: skip
+REDUCE = ("attention_delta", "linear_logsumexp")  # tiles to a few numbers
 MERGE = ("attention_merge", "merge_splits")  # of a few numbers a program, not tiles
 # Of the bytes that a kernel's instructions load or store, the share of 128-bit ones: the rest are bounds, log-sums and
 # targets, single numbers a thread. A tile read 64 bits at a time would leave none.
 LEAST_WIDE = 0.6
-MOST_LOCAL = 3  # accesses to local memory in a round of a loop's hundreds of instructions
 # Cold compilation in about 90 CPU seconds: what training in bf16 runs most, on each kind of GPU.
 REPRESENTATIVE = {
     "sm_90": ("attention packed 64 bfloat16", "attention causal 128 bfloat16", "attention packed 128 bfloat16",
-              "attention packed specialized 128 bfloat16", "decode 128 bfloat16", "loss and gradient 50257 bfloat16",
-              "logprobs 1600 bfloat16"),
+              "attention packed grouped specialized 128 bfloat16", "decode 128 bfloat16",
+              "loss and gradient 50257 bfloat16", "logprobs 1600 bfloat16"),
     "sm_80": ("attention packed 128 bfloat16", "loss and gradient 50257 bfloat16"),
     "gfx942": ("attention packed 128 bfloat16", "loss and gradient 50257 bfloat16"),
 }  # fmt: skip
@@ -143,24 +143,24 @@ def broken_rules(name: str, figure: dict) -> set[str]:
     if figure["shared"] > SHARED_BYTES[target]:
         broken.add("shared")
     loops = figure.get("loops", [])
-    if "specialized" in name and kernel != "attention_grad_query" and kernel in MULTIPLY:
+    broken |= {"local" for loop in loops if loop["local"]}
+    if "specialized" in name and kernel in MULTIPLY:
         # a loader and two groups that multiply, or else the specialization was lost; these wait for their own products
         if figure["warps"] != 12 or "reallocations" not in figure or len(loops) != 2:
             broken.add("specialized")
-        broken |= {"local" for loop in loops if loop["local"] > MOST_LOCAL}
     elif loops and kernel in MULTIPLY:
-        broken |= {"local" for loop in loops if loop["local"] > MOST_LOCAL}
         broken |= {"tma" for loop in loops if not loop["tma"]}
         # two products and more: one is awaited with the next, or the tensor cores idle in between
         broken |= {"waits" for loop in loops if loop["products"] > 1 and loop["waits"] >= loop["products"]}
-    elif figure["spills"] and (target.startswith("gfx") or kernel == "cross_entropy" or kernel.endswith(BACKWARD)):
+    strict = target.startswith("gfx") or kernel == "cross_entropy" or kernel.endswith(BACKWARD)
+    if figure["spills"] and ("specialized" in name or (strict and not loops)):
         broken.add("spills")
     if kernel in MULTIPLY and sixteen and set(figure["matrix"]) != {MATRIX[target]}:
         broken.add("matrix")
     if kernel in MERGE or not sixteen:
         return broken
     for verb in ("loads", "stores"):
-        if (kernel == "linear_logsumexp" and verb == "stores") or (verb == "loads" and "TMA" in figure[verb]):
+        if (kernel in REDUCE and verb == "stores") or (verb == "loads" and "TMA" in figure[verb]):
             continue  # writes a few numbers for each token; reads a few beside the accelerator's tiles
         total = sum(int(width) * count for width, count in figure[verb].items())
         if figure[verb].get("16", 0) * 16 < LEAST_WIDE * total:

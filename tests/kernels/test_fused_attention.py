@@ -243,19 +243,20 @@ def test_every_shipped_size_of_block(monkeypatch):
         check(70, (1, 1), keys=150, is_causal=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"doc_ids": documents(130, 50), "window": 70}, {"heads": (2, 1)}])
-def test_specialized_groups_of_warps_compute_the_same(options):
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_grad_query", "attention_grad_key_value"])
+@pytest.mark.parametrize(
+    "options", [{}, {"doc_ids": documents(130, 50), "window": 70, "heads": (6, 2)}, {"keys": 70, "is_causal": False}]
+)
+def test_specialized_groups_of_warps_compute_the_same(kernel, options):
     """On a GPU the tiles whose code the lint looks at: to be run in a process of its own, with a limit of time."""
     from llmkit.kernels.triton.tiles import Tiles, sized_name, trying
 
-    blocks, shape = ((64, 32, 4, 1), (32, 64, 4, 1)), {"size": 32, "dtype": torch.float32}
+    shape = {"size": 32, "dtype": torch.float32}
+    block = (32, 64, 4, 1) if kernel == "attention_grad_key_value" else (64, 32, 4, 1)
     if "LLMKIT_TEST_DEVICE" in os.environ:
-        blocks, shape = ((128, 128, 4, 2), (64, 128, 4, 2)), {"size": 128, "dtype": torch.bfloat16}
-    forward, grad_key_value = (
-        trying(sized_name(kernel, **shape), Tiles(*block, specialize=1))
-        for kernel, block in zip(("attention_forward", "attention_grad_key_value"), blocks, strict=True)
-    )
-    with forward, grad_key_value:
+        shape = {"size": 128, "dtype": torch.bfloat16}
+        block = (64, 128, 4, 2) if kernel == "attention_grad_key_value" else (128, 128, 4, 2)
+    with trying(sized_name(kernel, **shape), Tiles(*block, specialize=1)):
         check(130, **{"heads": (1, 1)} | options | shape)
 
 
