@@ -126,13 +126,12 @@ def linear_cross_entropy(
     inputs are (float64 for float64). These have one dtype (TypeError), or get autocast's. It is differentiable once, in
     reverse: second and forward-mode derivatives raise.
 
-    Where every token is ignored the loss is 0, and the gradients are zeros, not NaN as in torch.
-
-    With a `softcap` c the logits are c * tanh(logit / c).
+    Where every token is ignored the loss is 0, and the gradients are zeros, not NaN as in torch. With a `softcap` c the
+    logits are c * tanh(logit / c).
 
     `chunk_tokens` is the number of tokens a chunk; at least 4,096 on a GPU, or adding up the gradient of the weight
-    dominates. A target outside [0, V) that is not ignored raises IndexError on CPU and
-    makes the loss NaN on a GPU, which is never waited for. Hidden states of ignored tokens must be finite there.
+    dominates. A target outside [0, V) that is not ignored raises IndexError on CPU and makes the loss NaN on a GPU,
+    which is never waited for. Hidden states of ignored tokens must be finite there.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: expected reduction mean or sum, found {reduction!r}")

@@ -120,8 +120,7 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
 
-    input (..., D), linear_weight (V, D), target (...) of integers -> float32 of the shape of `target` (float64 for
-    float64).
+    input (..., D), linear_weight (V, D), target (...) of integers -> float32, or float64, of the shape of `target`.
     With `return_entropy` the entropies of the whole distributions, in nats, come second. Both are differentiable in
     input and linear_weight, once and in reverse (else they raise), which have one dtype (else TypeError) or get
     autocast's. With a `softcap` c the logits are c * tanh(logit / c), before the temperature.

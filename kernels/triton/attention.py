@@ -197,10 +197,7 @@ def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and log2 of the sum of 2^scores (B, H, T) in float32.
-
-    The last dimension of every tensor is contiguous; lo (B or 1, T) int32.
-    """
+    """Output (B, H, T, D) and log2 of the sum of 2^scores (B, H, T) in float32; lo (B or 1, T) is int32."""
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     query, key, value = describable(query, key, value)

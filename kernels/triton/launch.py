@@ -1,9 +1,5 @@
 """Start a kernel, or only compile it for a GPU that is not there, with the very arguments of a real start.
 
->>> with compiling_for("sm_90") as kernels:        # doctest: +SKIP
-...     attention.forward(query, key, value, ...)  # tensors on "meta"
->>> kernels["attention_forward"].asm["ptx"]        # doctest: +SKIP
-
 Triton's interpreter is repaired here, too: it holds bfloat16 as 16-bit integers and computes on those, so that in
 Triton 3.6 and 3.9 a product of two bfloat16 numbers is garbage, and a cast drops the lower bits. A GPU does both
 right: the kernels are left alone.

@@ -1,8 +1,7 @@
 """Tile sizes: which part of a problem one program takes, by kernel, GPU, head size and dtype.
 
-Chosen by compiling: of tiles within the GPU's shared memory whose loops do without local memory, wide ones. The keys'
-gradient on sm_90 parks a few numbers outside of its loops: 64 queries rather than 32 halve what the products read from
-shared memory.
+Chosen by compiling: of tiles within the GPU's shared memory whose loops do without local memory, wide ones: 64 queries
+of the keys' gradient on sm_90, rather than 32, halve what the products read from shared memory.
 
 What a GPU's clock says replaces them: `tuned.json` beside this file, or the file that LLMKIT_TILES names, holds for
 the name of a GPU what benchmarks/gpu/kernels.py has found fastest there.
