@@ -5,7 +5,7 @@
         print([sample.text for sample in samples])
 
 A pool of slots decodes together, each at its own position; a slot is filled again as soon as its sequence ends. A
-prompt is prefilled once for all its samples, in pieces between the steps of others (generation/prefixes.py). Random
+prompt is prefilled once for all its samples, in pieces between the steps of others (`PrefixCache`). Random
 numbers come from (seed, request, sample, position) alone, and a row's logits do not depend on its neighbours
 (generation/decode.py), so in float32 on a CPU a completion is the same at any number of slots, in any order, in any
 company.
@@ -30,9 +30,8 @@ import torch
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message
-from llmkit.generation.decode import Decoder, Prefix, Record
+from llmkit.generation.decode import KEPT_BYTES, Decoder, Prefix, PrefixCache, Record
 from llmkit.generation.next_token import Sampling, choose_tokens, likeliest
-from llmkit.generation.prefixes import KEPT_BYTES, PrefixCache
 from llmkit.generation.requests import Completion, OnCall, OnDone, OnText, Request, StopMatcher, Usage, finished
 from llmkit.generation.sequence import CALL, RunningSequence
 from llmkit.generation.tool_calls import Functions, ToolUse, unavailable_notes

@@ -7,10 +7,9 @@ import torch
 from tiny import END, make_model
 
 from llmkit.generation import decode
-from llmkit.generation.decode import PIECE, Decoder
+from llmkit.generation.decode import PIECE, Decoder, PrefixCache
 from llmkit.generation.generator import Generator, Pool
 from llmkit.generation.next_token import Sampling
-from llmkit.generation.prefixes import PrefixCache
 from llmkit.generation.requests import Request
 from llmkit.model.devices import threads
 
