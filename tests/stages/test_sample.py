@@ -273,12 +273,6 @@ def test_an_assistant_is_asked_by_all_but_the_text_of_a_prompt(assistant, tmp_pa
     assert found[0]["token_ids"] == found[2]["token_ids"]
 
 
-def test_a_base_model_continues_a_question(folder, tmp_path):
-    given = write(tmp_path / "all.jsonl", {"question": "Who?"}, {"prompt": "Who?"})
-    found = sample_jsonl(folder, tmp_path / "out.jsonl", given, temperature=0.0)
-    assert found[0]["token_ids"] == found[1]["token_ids"]
-
-
 def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, capsys):
     given = write(tmp_path / "chats.jsonl", *[{"messages": [{"role": "user", "content": "6 times 7?"}]}] * 2)
     for tools, told in (([], True), (["python"], True), (["calc"], False)):
@@ -306,7 +300,10 @@ def test_a_bad_conversation_is_named(assistant, tmp_path, messages, message):
         sample_jsonl(assistant, tmp_path / "out.jsonl", given)
 
 
-def test_a_base_model_has_no_conversations_and_no_tools(folder, tmp_path):
+def test_a_base_model_continues_a_question_and_has_no_conversations_and_no_tools(folder, tmp_path):
+    given = write(tmp_path / "all.jsonl", {"question": "Who?"}, {"prompt": "Who?"})
+    asked, told = sample_jsonl(folder, tmp_path / "out.jsonl", given, temperature=0.0)
+    assert asked["token_ids"] == told["token_ids"]
     given = write(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "a"}]})
     for options in ({"inputs": [str(given)], "jsonl": True}, {"prompt": "a", "tools": ["calc"]}):
         with pytest.raises(UserError, match=r"tokenizer.json: expected the special tokens of conv.*llmkit sft"):
@@ -350,22 +347,6 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp
     again = llmkit(*words)
     assert again.returncode == 2 and "an unfinished run; --resume goes on with it" in again.stderr
     assert state.read_bytes() == kept and not out.exists()
-
-
-def test_an_unfinished_output_that_was_edited_is_not_gone_on_with(folder, tmp_path, monkeypatch):
-    """The text went into the finished file, as if the model had said it."""
-    keep_state(monkeypatch)
-    given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8]} for n in range(6)])
-    out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
-    sample_jsonl(folder, out, given)
-    out.unlink()
-    state.write_bytes(state.read_bytes().replace(b'"completion":"', b'"completion":"N', 1))
-    with pytest.raises(UserError, match=r"out\.jsonl\.state: record \d+: damaged or edited"):
-        sample_jsonl(folder, out, given, resume=True)
-    state.unlink()
-    os.mkfifo(state)
-    with pytest.raises(UserError, match=r"out\.jsonl\.state: expected a file, found a pipe"):
-        sample_jsonl(folder, out, given, resume=True)
 
 
 def keep_state(monkeypatch):
@@ -485,13 +466,6 @@ def test_a_bad_record_is_named_and_nothing_is_left(folder, tmp_path, line, messa
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-def test_an_empty_file_of_prompts_gives_no_completions(folder, tmp_path):
-    empty, out = tmp_path / "empty.jsonl", tmp_path / "out.jsonl"
-    empty.write_text("")
-    summary = run(resolve(SampleConfig, {"model": str(folder), "inputs": [str(empty)], "jsonl": True, "out": str(out)}))
-    assert summary is not None and summary.prompts == 0 and out.read_text() == ""
-
-
 def spoiled(folder: Path, target: Path, how: str) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
@@ -552,22 +526,16 @@ def test_options_that_cannot_be_meant_are_refused(folder, options, message):
         run(resolve(SampleConfig, {"model": str(folder), "quiet": True, **options}))
 
 
-def test_no_prompts_make_no_completions_and_it_is_said(folder, llmkit):
+def test_no_prompts_make_no_completions_and_it_is_said(folder, tmp_path, llmkit):
     done = llmkit("sample", folder, "--jsonl")
     assert (done.returncode, done.stdout) == (0, "") and "stdin: no prompts, so no completions" in done.stderr
-    assert "no prompts" not in llmkit("sample", folder, "--jsonl", "--quiet").stderr
+    (tmp_path / "empty.jsonl").touch()
+    out = tmp_path / "out.jsonl"
+    done = llmkit("sample", folder, tmp_path / "empty.jsonl", "--jsonl", "--quiet", "-o", out)
+    assert "no prompts" not in done.stderr and json.loads(done.stdout)["prompts"] == 0 and out.read_text() == ""
 
 
 def test_text_that_is_not_utf8_is_refused(folder):
     command = [sys.executable, "-m", "llmkit", "sample", str(folder)]
     done = subprocess.run(command, input=b"one\ntwo \xff", capture_output=True)
     assert done.returncode == 2 and b"stdin:2: not UTF-8 at byte 8" in done.stderr and not done.stdout
-
-
-def test_an_existing_output_is_kept(folder, tmp_path, llmkit):
-    out = tmp_path / "out.txt"
-    out.write_text("mine")
-    done = llmkit("sample", folder, "-p", "a", "-o", out)
-    assert done.returncode == 2 and "--force" in done.stderr and out.read_text() == "mine"
-    done = llmkit("sample", folder, "-p", "a", "-o", out, "--force", "--max-tokens", "3")
-    assert done.returncode == 0 and json.loads(done.stdout)["completions"] == 1 and out.read_text() != "mine"
