@@ -70,7 +70,7 @@ turns = st.builds(message, st.sampled_from(["system", "user"]), texts) | st.buil
 TOOLS = ({"type": "function", "function": {"name": "rain", "parameters": {"properties": {"city": "Zürich"}}}}, {"a": 1})
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(turns, min_size=1, max_size=6), st.booleans())
 def test_ids_and_mask_are_those_of_the_template(chat, stranger, messages, prompt):
     ours = chat.encode(messages, prompt=prompt)
@@ -95,7 +95,7 @@ def foreign(kind: str, strips: bool) -> tuple:
         return ChatFormat(grown), AutoTokenizer.from_pretrained(folder)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(KINDS), st.booleans(), st.lists(turns, min_size=1, max_size=6), st.booleans())
 def test_ids_are_those_of_the_template_for_other_tokenizers(kind, strips, messages, prompt):
     chat, theirs = foreign(kind, strips)

@@ -46,7 +46,7 @@ def counted(texts: list[str], pattern: Pattern) -> Counter[bytes]:
     return Counter(dict(zip(pieces, counts.tolist(), strict=True)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(TEXTS, max_size=4), st.sampled_from([*NAMES, GAPS]))
 def test_pieces_are_those_of_hugging_face(texts: list[str], name: str) -> None:
     pattern = find_pattern(name)

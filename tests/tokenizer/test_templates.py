@@ -219,7 +219,7 @@ ODD = ["", " ", "a", "user", "Four.", " Sure?\n", "\n\n", "▁x", "日本", "\U0
 said = st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs"]), max_size=8) | st.sampled_from(ODD)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(
     st.sampled_from(sorted(TEMPLATES)),
     st.sampled_from(KINDS),
