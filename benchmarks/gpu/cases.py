@@ -25,10 +25,10 @@ from llmkit.kernels.attention import (
 )
 from llmkit.kernels.cross_entropy import linear_cross_entropy
 from llmkit.kernels.logprobs import linear_logprobs
+from report import OURS
 from shapes import Attention, Decode, Linear, Shapes
 from torch import Tensor
 
-OURS = "llmkit"
 DTYPE = torch.bfloat16
 CHECKED_TOKENS, CHECKED_WORDS = 256, 64  # of a loss: rows of the inputs' gradient, words of the weight's
 Contender = Callable[..., Tensor] | str

@@ -20,7 +20,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "kernels"))
 
-from compile_cases import launch_attention, launch_cross_entropy, launch_decode, launch_logprobs  # noqa: E402
+from compile_cases import (  # noqa: E402
+    launch_attention,
+    launch_cross_entropy,
+    launch_decode,
+    launch_logprobs,
+    specialized,
+)
 from llmkit.kernels.triton import tiles  # noqa: E402
 from llmkit.kernels.triton.launch import compiling_for  # noqa: E402
 from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES  # noqa: E402
@@ -36,10 +42,15 @@ def jobs(smoke: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         for packed in (False, True):
             run = partial(launch_attention, size, DTYPE, packed=packed, group=group)
             yield f"attention {size} group {group} packed {packed}", run
+            if size == 128:
+                yield f"attention specialized group {group} packed {packed}", partial(specialized, run)
     for words in sorted({x.words for x in shapes.loss}, reverse=True):
         yield f"loss {words}", partial(launch_cross_entropy, words, DTYPE)
     for hidden in sorted({x.hidden for x in shapes.loss}):
         yield f"logprobs {hidden}", partial(launch_logprobs, hidden, DTYPE)
+    if not smoke:
+        run = partial(launch_logprobs, shapes.grpo[0][1].hidden, DTYPE)
+        yield "logprobs specialized", partial(specialized, run)
     for decode in shapes.decode[:1]:
         yield f"decode {decode.size}", partial(launch_decode, decode.size, DTYPE, group=decode.heads // decode.kv_heads)
     for kernel in ("attention_forward", "attention_grad_query", "attention_grad_key_value"):

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from report import tables
-from rows import RESULTS, Rows, results
+from rows import RESULTS, Rows, machine, results
 
 # layers, hidden, intermediate, heads, vocabulary, prompt
 MODELS = {
@@ -65,14 +65,17 @@ def main() -> int:
         print("generation.py: no GPU here; --smoke runs it on a CPU", file=sys.stderr)
         return 2
     device = "cpu" if options.smoke else "cuda"
-    file, rows = Rows(options.out or results(options.smoke)), []
+    file = Rows(options.out or results(options.smoke))
     with torch.inference_mode():
-        bandwidth = Clock(device).ceilings()["TB/s"]
+        rows = [machine(file, options.smoke, Clock(device).ceilings)]
+        bandwidth = rows[0]["TB/s"]
         for name in options.model:
             for row in measure(name, device, options.batches, options.new, options.rounds, bandwidth):
                 rows.append(file.add(stage="generation", kernels=backend(device), **row))
     print(tables(rows))
-    return 1 if any(row["who"] != PEER and "note" in row and "absent" not in row["note"] for row in rows) else 0
+    return (
+        1 if any(row.get("who", PEER) != PEER and "note" in row and "absent" not in row["note"] for row in rows) else 0
+    )
 
 
 def measure(name: str, device: str, batches: list[int], new: int, rounds: int, bandwidth: float) -> Iterator[dict]:

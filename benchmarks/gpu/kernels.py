@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
-from rows import RESULTS, Rows, results
+from rows import RESULTS, Rows, machine, results
 
 
 def arguments() -> argparse.Namespace:
@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiles", type=Path, help="file of the chosen tiles [the one that the dispatch reads]")
     parser.add_argument("--no-tune", action="store_true", help="take the tiles as they are")
     parser.add_argument("--tune-only", action="store_true", help="choose the tiles and time nothing else")
+    parser.add_argument("--specialized", action="store_true", help="ours with groups of warps, at head size 128")
     parser.add_argument("--seconds", type=float, default=570, help="begin no case after so long [570]")
     return parser.parse_args()
 
@@ -47,7 +48,7 @@ def main() -> int:
     from clock import Clock
     from llmkit.kernels.dispatch import backend, triton_module
     from measuring import measure
-    from report import tables
+    from report import SPECIALIZED, tables
     from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES
     from tuning import tune
 
@@ -60,7 +61,7 @@ def main() -> int:
     late = lambda share=1.0: time.monotonic() - started > share * options.seconds  # noqa: E731
     clock, makers, shapes = Clock(device), Makers(device), SMOKE if options.smoke else FULL
     file, rows = Rows(options.out or results(options.smoke)), []
-    rows.append(file.add(stage="machine", **machine(options.smoke), **clock.ceilings()))
+    rows.append(machine(file, options.smoke, clock.ceilings))
     if not options.no_tune:
         usual = file.path.with_name("tiles.json") if options.smoke else triton_module("tiles").TUNED
         path = (options.tiles or usual).resolve()
@@ -73,26 +74,29 @@ def main() -> int:
         os.environ["LLMKIT_TILES"] = str(path)
     elif options.tiles:
         os.environ["LLMKIT_TILES"] = str(options.tiles.resolve())
+    within = ExitStack()
+    if options.specialized:
+        trying = triton_module("tiles").trying  # in the mode that was chosen, before an import by name
+        sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels"))
+        from compile_cases import SPECIALIZED as TILES
+
+        options.who = [OURS]
+        for name, chosen in TILES.items():
+            within.enter_context(trying(name, chosen))
     for kind, shape, make in () if options.tune_only else makers.cases(shapes):
+        if options.specialized and not options.smoke and "attention" in kind and not shape.endswith(",128"):
+            continue  # the usual tiles
         if options.only and not kind.startswith(tuple(options.only)):
             continue
         if late():
             rows.append(file.add(stage="kernel", kind=kind, shape=shape, who="all", note="not reached in time"))
             continue
         for row in measure(make(), clock, options.who):
+            row |= {"who": SPECIALIZED} if options.specialized else {}
             rows.append(file.add(**row))  # what has been measured outlives a fault of the next case
         clock.free()
     print(tables(rows))
     return 1 if any(row.get("who") == OURS and row.get("note") for row in rows) else 0
-
-
-def machine(smoke: bool) -> dict[str, str]:
-    import torch
-    import triton
-
-    name = platform.processor() or platform.machine() if smoke else torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    return {"device": name, **versions, "date": time.strftime("%Y-%m-%d")} | ({"smoke": "a CPU"} if smoke else {})
 
 
 if __name__ == "__main__":

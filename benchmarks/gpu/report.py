@@ -20,6 +20,7 @@ from rows import read_rows
 from shapes import FULL
 
 OURS = "llmkit"
+SPECIALIZED = "llmkit, specialized"  # with groups of warps that have a task each (docs/kernels.md)
 SMOKE = "**A smoke run: tiny shapes on a CPU. Nothing was timed; the milliseconds are the interpreter's.**"
 Row = dict[str, Any]
 
@@ -43,7 +44,8 @@ def _with_ratios(row: Row, machines: Sequence[Row], beside: Sequence[Row]) -> Ro
     """A kernel's row with its share of the ceiling, and where it is ours with the best peer's time over it."""
     if row["stage"] != "kernel":
         return row
-    peers = [x for x in beside if (x["kind"], x["shape"]) == (row["kind"], row["shape"]) and x["who"] != OURS]
+    same = [x for x in beside if (x["kind"], x["shape"]) == (row["kind"], row["shape"])]
+    peers = [x for x in same if x["who"] not in (OURS, SPECIALIZED)]
     for name in ("forward", "both"):
         if f"{name}_ms" not in row:
             continue
@@ -140,6 +142,22 @@ def _tiles(rows: list[Row]) -> str | None:
     return f"{len(chosen)} kernels, in tuned.json" if chosen else None
 
 
+def _specialized(rows: list[Row]) -> str | None:
+    """The usual tiles' time over that of groups of warps, of each case that has both: above 1 the groups win."""
+    times = {(row["kind"], row["shape"], row["who"]): row for row in rows if row["stage"] == "kernel"}
+    texts = []
+    for (kind, shape, who), row in times.items():
+        usual = times.get((kind, shape, OURS), {}) if who == SPECIALIZED else {}
+        ratios = [
+            f"{name} {usual[key] / row[key]:.2f}x"
+            for name, key in (("forward", "forward_ms"), ("both", "both_ms"))
+            if key in usual and key in row
+        ]
+        if ratios or (who == SPECIALIZED and "note" in row):
+            texts.append(f"{kind} {shape}: {', '.join(ratios) or row['note']}")
+    return "; ".join(texts) or None
+
+
 def _unmeasured(rows: list[Row]) -> None:
     return None
 
@@ -167,6 +185,8 @@ GOALS = (
     Goal("a GRPO step", "Liger's, compiled torch", "no slower than compiled torch",
          _kernel("grpo", GRPO, "both_ms", peer="torch.compile")),
     Goal("tile sizes of every kernel", "those of the tables, chosen by compiling", "the fastest", _tiles),
+    Goal("groups of warps with a task each: forward, backward, log-probabilities", "the usual tiles",
+         "which is faster, case by case", _specialized),
     Goal("decode step at 124M and 1.5B parameters, batch 1, 16, 64", "CUDA graphs off; transformers' generate",
          "reported, with the share of the bandwidth", _all("generation", "tokens_per_second", ",.0f", model="124M")),
     Goal("`--quantize nf4` and `int8` with LoRA at 1.5B and 7B: seconds a step, peak memory", "PEFT on bitsandbytes",

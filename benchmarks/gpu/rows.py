@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import platform
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 RESULTS = Path("build/gpu/results.jsonl")
@@ -34,3 +36,16 @@ def read_rows(path: Path) -> Iterator[dict]:
             yield json.loads(line)
         except ValueError:
             return
+
+
+def machine(file: Rows, smoke: bool, ceilings: Callable[[], dict[str, float]]) -> dict:
+    """The row of this machine and day with its ceilings; measured once, by the first of the processes that ask."""
+    import torch
+    import triton
+
+    name = platform.processor() or platform.machine() if smoke else torch.cuda.get_device_name()
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    row = {"stage": "machine", "device": name, **versions, "date": time.strftime("%Y-%m-%d")}
+    row |= {"smoke": "a CPU"} if smoke else {}
+    known = (x for x in read_rows(file.path) if "TFLOP/s" in x and all(x.get(key) == row[key] for key in row))
+    return next(known, None) or file.add(**row, **ceilings())

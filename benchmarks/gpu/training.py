@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from report import tables
-from rows import RESULTS, Rows, results
+from rows import RESULTS, Rows, machine, read_rows, results
 
 # Data sheets, dense bf16, TFLOP/s
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "MI300X": 1307.4}
@@ -59,7 +59,15 @@ def main() -> int:
     models = ["smoke"] if options.smoke else options.model
     kernels = [{"triton": "interpret"}.get(name, name) if options.smoke else name for name in options.kernels]
     steps = 1 if options.smoke else options.steps
-    file, rows = Rows(options.out or results(options.smoke)), []
+    file = Rows(options.out or results(options.smoke))
+    rows = [row for row in read_rows(file.path) if row["stage"] == "machine"][-1:]
+    if not rows:
+        from clock import Clock
+
+        clock = Clock("cpu" if options.smoke else "cuda")
+        rows = [machine(file, options.smoke, clock.ceilings)]
+        clock.free()
+        del clock
     for model in models:
         for kernel in kernels:
             rows.append(file.add(**run(model, kernel, steps, options.seconds)))

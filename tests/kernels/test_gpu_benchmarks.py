@@ -53,10 +53,19 @@ def test_the_kernels_are_checked_tuned_and_tabled(tmp_path):
         "kernels.py", "--smoke", "--no-tune", "--only", "decode", "logprobs", "--who", "llmkit",
         "--tiles", tmp_path / "tiles.json", "-o", tmp_path / "again.jsonl",
     )  # fmt: skip
-    assert again.returncode == 1
+    assert again.returncode == 1 and not rows_of(tmp_path / "again.jsonl", "machine")[1:]
     assert [(row["kind"], row["who"], "note" in row) for row in rows_of(tmp_path / "again.jsonl", "kernel")] == [
         ("logprobs", "llmkit", False), ("decode", "llmkit", True),
     ]  # fmt: skip
+
+
+def test_groups_of_warps_are_measured_beside_the_usual_tiles(tmp_path):
+    results = tmp_path / "results.jsonl"
+    for _ in range(2):
+        done = run("kernels.py", "--smoke", "--no-tune", "--specialized", "--only", "attention causal", "-o", results)
+        assert done.returncode == 0, done.stdout
+    assert len(rows_of(results, "machine")) == 1  # its ceilings are measured once
+    assert [row["who"] for row in rows_of(results, "kernel")] == ["llmkit, specialized"] * 2
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch, interpreted):
@@ -147,4 +156,14 @@ def test_the_reader_fills_in_what_rows_say(monkeypatch):
     assert "533.3 TFLOP/s, 1.33x SDPA flash |" in table and "401.2 TFLOP/s |" in table
     assert table.count("| open |") == goals([]).count("| open |") - 2
     assert goals([*rows, {"stage": "machine", "smoke": "a CPU"}]) == goals([])
-    assert "| 62% |" in tables(rows) and "| 1.33 |" in tables(rows)  # 500 of 800, and the best peer's time over ours
+    groups = case | {
+        "who": "llmkit, specialized",
+        "forward_ms": 1.0,
+        "both_ms": 5.0,
+        "forward_rate": 800.0,
+        "both_rate": 1,
+    }
+    assert "attention causal 1,32,8,8192,128: forward 1.50x, both 0.80x" in goals([*rows, groups])
+    assert "| 62% |" in tables([*rows, groups]) and "| 1.33 |" in tables(
+        rows
+    )  # 500 of 800, and the best peer's time over ours
