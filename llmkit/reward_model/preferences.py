@@ -221,13 +221,15 @@ def _with_shared_header(candidates: Candidates) -> Candidates:
 def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> list[Candidates]:
     """Give each comparison the first answer of the next one, in an order of their own, that has another prompt."""
     order, given = shuffled(len(kept), 0, 0).tolist(), list(kept)
-    for place, number in enumerate(order):
+    other: Candidates | None = None
+    for place in reversed(range(2 * len(order))):  # in the first half `other` is known, or there is one prompt alone
+        number, following = order[place % len(order)], kept[order[(place + 1) % len(order)]]
         own = kept[number].prompt
-        for step in range(1, len(order) + 1):
-            other = kept[order[(place + step) % len(order)]]
-            if not np.array_equal(own, other.prompt):
-                break
-        else:
+        if not np.array_equal(own, following.prompt):
+            other = following
+        if place >= len(order):
+            continue
+        if other is None:
             raise UserError(f"{name}: --loss kto: expected answers to two prompts at least, found those of one")
         room = max(1, context - len(own))
         given[number] = replace(

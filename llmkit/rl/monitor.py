@@ -83,13 +83,14 @@ class HackWatch:
     def __init__(self, rows: Iterable[Mapping[str, float]] = (), proxy: str = "val_reward") -> None:
         self._best: Mapping[str, float] | None = None
         self._suspicious, self.proxy = 0, proxy
+        self.gamed: str | None = None
         for row in rows:
             if {"val_gold", "val_gold_se", proxy} <= row.keys():
                 self.note(row)
 
     def note(self, scores: Mapping[str, float]) -> str | None:
-        """See an evaluation; in words how the reward is gamed, or None."""
-        best = self._best
+        """See an evaluation; in words how the reward is gamed, or None, which `gamed` has, too."""
+        self.gamed, best = None, self._best
         if best is None or scores["val_gold"] > best["val_gold"]:
             self._best, self._suspicious = scores, 0
             return None
@@ -98,10 +99,11 @@ class HackWatch:
         self._suspicious = self._suspicious + 1 if falls else 0
         if self._suspicious < 2:
             return None
-        return (
+        self.gamed = (
             f"the reward is gamed: it has gone from {best[self.proxy]:.3g} to {scores[self.proxy]:.3g} on held-out "
             f"problems, and the gold one from {best['val_gold']:.3g} to {scores['val_gold']:.3g}"
         )
+        return self.gamed
 
 
 class Watch:
@@ -109,8 +111,9 @@ class Watch:
 
     difference  at most between sampler and trainer, in nats a token: an error
     kl          at most from the reference, in nats an attempt
-    rows        of the metrics so far, where the run is resumed
+    rows        of the metrics so far, where the run is resumed: one that was to stop stops again
     proxy       name of what is trained on, in the scores of an evaluation
+    stop_on_hack  stop where the reward is gamed, and do not only say so
     `stopped` says in words why training has ended before its horizon.
     """
 
@@ -121,11 +124,14 @@ class Watch:
         kl: float | None = None,
         rows: Iterable[Mapping[str, Any]] = (),
         proxy: str = "val_reward",
+        stop_on_hack: bool = False,
     ) -> None:
         rows = list(rows)
-        self._trainer, self._difference, self._kl = trainer, difference, kl
+        self._trainer, self._difference, self._kl, self._stop_on_hack = trainer, difference, kl, stop_on_hack
         self._collapse, self._hack, self._warned = CollapseGuard(rows), HackWatch(rows, proxy), False
         self.stopped: str | None = None
+        if self._hack.gamed and stop_on_hack:  # killed between its last evaluation and its end
+            self._stop(self._hack.gamed)
 
     def note_step(self, figures: Mapping[str, float]) -> None:
         """See the figures of a step. Raises SavedError, after a checkpoint, where sampler and trainer disagree."""
@@ -142,10 +148,10 @@ class Watch:
         if collapsed := self._collapse.note(figures):
             self._stop(f"{COLLAPSED}: {collapsed}; try a lower --learning-rate")
 
-    def note_evaluation(self, scores: Mapping[str, float], stop_on_hack: bool) -> None:
+    def note_evaluation(self, scores: Mapping[str, float]) -> None:
         """See an evaluation; where the reward is gamed, stop the run or say so once."""
         gamed = self._hack.note(scores) if {"val_gold", self._hack.proxy} <= scores.keys() else None
-        if gamed and stop_on_hack:
+        if gamed and self._stop_on_hack:
             self._stop(gamed)
         elif gamed and not self._warned:
             say(f"{gamed}; --stop-on-hack would stop here")

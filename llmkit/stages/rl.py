@@ -320,7 +320,8 @@ class Learner:
         schedule = Schedule(self.horizon.warmup_steps, DECAY_FRACTION)
         trainer = run.trainer(tuning.model, self.optimizer, schedule, self.loss, settings)
         difference = MOST_DIFFERENCE["a server" if self.config.is_served else str(run.dtype)]
-        self.watch = Watch(trainer, difference, config.max_kl, read_metrics(run.work / METRICS))
+        rows = read_metrics(run.work / METRICS)
+        self.watch = Watch(trainer, difference, config.max_kl, rows, stop_on_hack=config.stop_on_hack)
         self.best, self.log = KeepBest(run.work, self.optimizer), RolloutLog(run.work / ROLLOUTS)
         self.group = self.log.trim(trainer.step)
         return trainer
@@ -385,7 +386,7 @@ class Learner:
             scores |= gold_figures(golden, len(groups), self.gold[0].reward.name)
             if self.run.world.leads:
                 write_disagreements(self.run.work, rollouts, golden)
-        self.watch.note_evaluation(scores, self.config.stop_on_hack)
+        self.watch.note_evaluation(scores)
         self.best.offer(self.trainer.step, scores["val_gold" if self.gold else "val_reward"])
         return scores
 

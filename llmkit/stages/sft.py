@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -168,17 +168,28 @@ def run(config: SftConfig) -> Summary | None:
     run = Run("sft", config, "chat/")
     if results := run.finished():
         return Summary(**results)
+    from llmkit.rewards import parse_rewards
+
+    run.join()
+    gold = parse_rewards([config.gold], flag="--gold", device=config.device, dtype=config.dtype) if config.gold else []
+    with ExitStack() as stack:
+        for weighted in gold:
+            stack.callback(weighted.reward.close)
+        return _tune(config, files, run, gold)
+
+
+def _tune(config: SftConfig, files: list[DataFile], run: Run, gold: list[Weighted]) -> Summary | None:
     from llmkit.crawl.filters.contamination import Findings
     from llmkit.evaluation.in_training import TaskScores
+    from llmkit.rewards.reward import ModelReward
     from llmkit.rl.monitor import Watch
     from llmkit.training.distributed import whole_model
     from llmkit.training.finetuning import KeepBest, answer, load_for_tuning
 
     # load
-    run.join()
     tuning = load_for_tuning(str(config.model), run.device, run.dtype, config.quantize, config.backend)
     tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
-    lessons = _lessons(config, files, tuning, run, findings := Findings())
+    lessons = _lessons(config, files, tuning, run, findings := Findings(), gold)
     tuning = tuning.with_adapter(config.lora_rank, config.seed)
 
     # build
@@ -192,10 +203,11 @@ def run(config: SftConfig) -> Summary | None:
     run.begin({"the data": lessons.digests})
     trainer = _trainer(run, tuning, lessons, mixture, steps, warmup_steps, micro_rows)
     best = KeepBest(run.work, trainer.optimizer)
-    watch = Watch(trainer, rows=read_metrics(run.work / METRICS), proxy="val_margin")
+    rows = read_metrics(run.work / METRICS)
+    watch = Watch(trainer, rows=rows, proxy="val_margin", stop_on_hack=config.stop_on_hack)
 
     # train
-    with closing(lessons), run.training(trainer):
+    with run.training(trainer):
         trainer.fit(
             mixture.prefetch(trainer.step),
             total_steps=steps,
@@ -217,7 +229,8 @@ def run(config: SftConfig) -> Summary | None:
         "epochs": {source.examples.name: round(epochs, 3) for source, epochs in mixture.epochs(trainer.step)},
         **({"contaminated": findings.documents} if config.not_in else {}),
     }
-    inputs, parents = [path for file in files for path in file.files], [str(config.model)]
+    judges = [weighted.reward.folder for weighted in gold if isinstance(weighted.reward, ModelReward)]
+    inputs, parents = [path for file in files for path in file.files], [str(config.model), *judges]
     write = partial(_write, config, tuning, values, findings)
     return Summary(**run.finish(results, inputs=inputs, parents=parents, write=write, not_in=config.not_in))
 
@@ -238,7 +251,6 @@ class Lessons:
     digests  of the sources
     figures  of a step, by those that the loss has told of its micro-batches
     answers  figures of the model's own answers to held-out prompts
-    gold     rewards of these
     """
 
     sources: list[Source]
@@ -249,20 +261,16 @@ class Lessons:
     pack: Callable[..., Any] | None = None
     figures: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] = lambda parts: {}
     answers: Callable[[], dict[str, float]] | None = None
-    gold: Sequence[Weighted] = ()
-
-    def close(self) -> None:
-        """Let processes of rewards go."""
-        for weighted in self.gold:
-            weighted.reward.close()
 
 
-def _lessons(config: SftConfig, files: list[DataFile], tuning: Tuning, run: Run, findings: Findings) -> Lessons:
+def _lessons(
+    config: SftConfig, files: list[DataFile], tuning: Tuning, run: Run, findings: Findings, gold: list[Weighted]
+) -> Lessons:
     from llmkit.training.loss import next_token_loss
 
     row_tokens = _row_tokens(config, tuning.context)
     if config.loss in PREFERENCE_LOSSES:
-        return _preferences(config, files, tuning, row_tokens, run)
+        return _preferences(config, files, tuning, row_tokens, run, gold)
     sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings)
     return Lessons(sources, held_out, digests, row_tokens, next_token_loss)
 
@@ -314,7 +322,7 @@ def _validation(
         if early is not None:
             early.note(scores)
         if "val_gold" in scores:
-            watch.note_evaluation(scores, config.stop_on_hack)
+            watch.note_evaluation(scores)
             best.offer(trainer.step, scores["val_gold"])
         return scores
 
@@ -335,7 +343,6 @@ def _rehearse(
         every = [source.examples for source in mixture.sources]
         shown = [answers_of(one, SHOWN) for one in every] if config.loss in PREFERENCE_LOSSES else every
         show_examples(shown, tuning.tokenizer, SHOWN)
-    lessons.close()
     rows = min(micro_rows, mixture.batch_size)
     seconds = batch_seconds(tuning.model, lessons.loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
     memory = tuning.training_memory(rows * mixture.sequence_length)
@@ -437,12 +444,13 @@ def _horizon(config: SftConfig, mixture: Mixture) -> tuple[int | None, int]:
     return steps, (steps or STEPS_OF_A_RUN) // 20 if config.warmup_steps is None else config.warmup_steps
 
 
-def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, context: int, run: Run) -> Lessons:
+def _preferences(
+    config: SftConfig, files: list[DataFile], tuning: Tuning, context: int, run: Run, gold: list[Weighted]
+) -> Lessons:
     """Comparisons of answers, with what the model as it is gives them, where the loss asks for it."""
     from llmkit.formats.preferences import read_comparison, read_verdict
     from llmkit.reward_model.comparisons import packed_comparisons, read_comparisons
     from llmkit.reward_model.preferences import PreferenceLoss, Reference, read_preferences
-    from llmkit.rewards import parse_rewards
     from llmkit.rl.held_out import HeldOutAnswers
     from llmkit.rl.policy import reference_of
     from llmkit.training.preferences import Objective, figures_of
@@ -463,7 +471,6 @@ def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, conte
     reference = None
     if objective.needs_reference and not config.dry_run:
         reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
-    gold = parse_rewards([config.gold], flag="--gold", device=config.device, dtype=config.dtype) if config.gold else []
     asked = HeldOutAnswers(read_record)
     held_out = partial(read, read=asked.read)
     learnt = read_preferences(read, held_out, files, config.val, objective, context, reference, config.quiet)
@@ -477,7 +484,6 @@ def _preferences(config: SftConfig, files: list[DataFile], tuning: Tuning, conte
         packed_comparisons,
         figures_of,
         asked.open(tuning, before, gold, config.seed),
-        gold,
     )
 
 

@@ -169,6 +169,14 @@ def test_a_verdict_beside_a_pair_is_of_its_own_side(models):
     assert figures["length_rejected"] == np.mean(lengths[1:])
 
 
+def test_an_answer_of_another_prompt_is_given_to_each_of_many_with_one_prompt():
+    first, second = comparisons()[:2]
+    source = policy_comparisons(Comparisons("some", [first] * 3000 + [second]), "kto", 512)  # the square is 9M steps
+    mismatched = [one.answers[-1].tolist() for one in source.candidates]
+    assert mismatched[:-1] == [source.candidates[-1].answers[0].tolist()] * 3000
+    assert mismatched[-1] == source.candidates[0].answers[0].tolist()
+
+
 def test_figures_of_a_step(models):
     policy, _ = models
     source = policy_comparisons(Comparisons("some", comparisons()[:2]), "dpo", 512)

@@ -58,10 +58,10 @@ def test_the_share_of_attempts_with_a_call_is_told():
 @pytest.mark.parametrize("stop", [False, True])
 def test_gaming_is_told_once_and_stops_where_that_is_wanted(capsys, stop):
     trainer = SimpleNamespace(step=7, stopping=False)
-    watch = Watch(trainer, 1e-3, None)
+    watch = Watch(trainer, 1e-3, None, stop_on_hack=stop)
     for gold in (0.5, 0.1, 0.1, 0.1, 0.1, 0.6):
         trainer.step += 1
-        watch.note_evaluation({"val_reward": trainer.step, "val_gold": gold, "val_gold_se": 0.01}, stop)
+        watch.note_evaluation({"val_reward": trainer.step, "val_gold": gold, "val_gold_se": 0.01})
     said = capsys.readouterr().err
     assert said.count("the reward is gamed: it has gone from 8 to 10") == 1 and said.count("gamed") == 1
     assert trainer.stopping is stop and (watch.stopped is not None) is stop

@@ -99,7 +99,7 @@ def test_what_is_not_gaming(then):
 
 
 def test_an_evaluation_without_what_is_trained_on_is_not_judged():
-    watch = Watch(None, proxy="val_margin")  # margins need answers of both sides
+    watch = Watch(None, proxy="val_margin", stop_on_hack=True)  # margins need answers of both sides
     for gold in (1.0, 0.0, 0.0):
-        watch.note_evaluation({"val_gold": gold, "val_gold_se": 0.01}, stop_on_hack=True)
+        watch.note_evaluation({"val_gold": gold, "val_gold_se": 0.01})
     assert watch.stopped is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from llmkit.io.metrics import read_metrics
 from llmkit.model.folder import load_model
 from llmkit.reward_model.head import RewardModel, save_reward_model
 from llmkit.reward_model.preferences import PreferenceLoss
+from llmkit.rewards.reward import Reward
 from llmkit.stages.sft import SftConfig, run
+from llmkit.training.trainer import Trainer
 from tests.helpers.jsonl import write
 
 WORDS = ["sun", "hill", "road", "tree", "moon", "wall"]
@@ -126,10 +129,16 @@ def test_the_answers_of_the_policy_are_measured(base, data, held_out, tmp_path):
     assert all(0 <= row["val_cut"] <= 1 for row in rows)
 
 
-def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, capfd):
+@pytest.mark.parametrize("killed", [False, True])  # between its last evaluation and its end
+def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, capfd, monkeypatch, killed):
     (tmp_path / "gold.py").write_text(GOLD)
     options = {"val": (str(held_out),), "gold": f"py:{tmp_path / 'gold.py'}:gold", "eval_every": 2, "quiet": False}
-    summary = tuned(base, data, tmp_path / "policy", "simpo", max_steps=30, stop_on_hack=True, **options)
+    options |= {"max_steps": 30, "stop_on_hack": True}
+    if killed:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            patched.setattr(Trainer, "_check_growth", lambda trainer: sys.exit())
+            tuned(base, data, tmp_path / "policy", "simpo", **options)
+    summary = tuned(base, data, tmp_path / "policy", "simpo", resume=killed, **options)
     assert summary["steps"] == 4 and summary["kept_step"] == 0  # two evaluations lower than the first
     assert summary["stopped"].startswith("the reward is gamed") and summary["val_gold"] == 1.0
     said = capfd.readouterr().err
@@ -139,10 +148,13 @@ def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, 
     assert summary["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=1e-4)  # of the saved parameters
 
 
-def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path):
+def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path, monkeypatch):
+    closed: list[str] = []
+    monkeypatch.setattr(Reward, "close", lambda reward: closed.append(reward.name))
     val = write(tmp_path / "val.jsonl", *({**row, "prompt": "Tell " * 90} for row in pairs(5, seed=2)))
     options = {"val": (str(val),), "gold": "length"}
     assert "less than half the context" in refusal(base, data, tmp_path / "policy", "simpo", **options)
+    assert closed == ["length"]
 
 
 def test_answers_fit_a_judge_of_a_smaller_context(data, held_out, tmp_path):
@@ -152,6 +164,8 @@ def test_answers_fit_a_judge_of_a_smaller_context(data, held_out, tmp_path):
     summary = tuned(base, data, tmp_path / "policy", "simpo", **options)
     rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_gold" in row]
     assert len(rows) == 2 and all(row["val_length"] <= 16 for row in rows) and summary["val_gold"] is not None
+    parents = json.loads((tmp_path / "policy" / "manifest.json").read_text())["parents"]
+    assert [parent["path"] for parent in parents] == [str(base), str(judge)]
 
 
 # ---- the reference
