@@ -22,7 +22,7 @@ import numpy as np
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation
 from llmkit.io.jsonl import input_files
-from llmkit.io.progress import counted
+from llmkit.io.progress import Progress, counted, quantity, say
 from llmkit.io.records import OUTSIDE, BadRecords
 from llmkit.tokenizer.chat import Encoded
 
@@ -198,20 +198,21 @@ def parse_weights(wanted: Sequence[str], flag: str, *, zero: bool = False) -> li
 def read_examples(
     name: str,
     conversations: Iterator[Conversation],
+    *,
     encode: Callable[[list[Conversation]], Sequence[Encoded]],
     longest: int,
     on_long: str,
-    *,
     bad: BadRecords,
+    advice: str,
     unknown: int | None = None,
     observe: Callable[[list[str]], object] | None = None,
     contaminated: Callable[[Conversation], bool] | None = None,
-    progress: Callable[[int], object] = lambda count: None,
+    quiet: bool = False,
 ) -> tuple[Examples, str]:
     """The examples of one source, and a digest of what they are made of.
 
     Rejected and contaminated conversations are left out, and what `encode` refuses is a bad record; the token `unknown`
-    is no target. `observe` receives the texts.
+    is no target. `observe` receives the texts; `advice` is given where answers are cut.
     """
     digest, counts = sha256(), Counter()
 
@@ -233,10 +234,20 @@ def read_examples(
                 digest.update(example.token_ids.tobytes())
                 digest.update(example.trained.tobytes())
                 yield conversation.where, example
-            progress(len(chunk))
+            progress.advance(len(chunk))
         bad.report_all()
 
-    return Examples.gather(name, encoded(), longest, on_long, counts), digest.hexdigest()
+    with Progress(f"read {name}", unit="conversations", quiet=quiet) as progress:
+        examples = Examples.gather(name, encoded(), longest, on_long, counts)
+    others = "".join(f", {key} {count}" for key, count in counts.items() if key not in ("read", CUT))
+    say(
+        f"{name}: {counted(counts['read'], 'conversation')}{others}; {counted(len(examples), 'example')}, "
+        f"{quantity(examples.inputs)} tokens, {quantity(examples.targets)} of them trained on",
+        quiet,
+    )
+    if cut := counts[CUT]:
+        say(f"{name}: {counted(cut, 'answer')} cut at the context of {longest - 1} tokens; {advice}", quiet)
+    return examples, digest.hexdigest()
 
 
 def encode_good(items: list[T], encode: Callable[[list[T]], Sequence[E]], bad: BadRecords) -> Iterator[tuple[T, E]]:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from llmkit.crawl.filters.contamination import Contamination, ContaminationRules, Findings
-from llmkit.data.batches import splitmix64
+from llmkit.data.batches import Source, splitmix64
+from llmkit.data.examples import DataFile
 from llmkit.data.shards import TokenShards
 from llmkit.formats.conversations import Conversation
+from llmkit.io.jsonl import input_files, name_of
 from llmkit.io.progress import counted, say
 
 _ALONE = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff"  # letters of scripts without spaces between words
@@ -145,6 +148,31 @@ class Overlap:
             size *= 2
         chosen = (owners[: len(hashes)] == owners[self._run - 1 :]) & ((hashes >> np.uint64(32)) % self._every == 0)
         return hashes[chosen], owners[: len(hashes)][chosen]
+
+
+def read_sources(
+    read: Callable[..., tuple[Any, str]],
+    files: Sequence[DataFile],
+    val: Sequence[str],
+    quiet: bool,
+    read_held_out: Callable[..., tuple[Any, str]] | None = None,
+) -> tuple[list[Source], list[Any], list[str]]:
+    """Read sources to train on, with a digest of each, and held-out ones; say which records of these the others have.
+
+    read: of a name and paths, examples and their digest; it gives the texts to its argument `observe`, if that is one
+    """
+    texts: list[str] = []
+    held_out = [(read_held_out or read)(name_of(path), input_files([path]), observe=texts.extend)[0] for path in val]
+    overlap = Overlap.of_texts(texts)
+    sources, digests = [], []
+    for number, file in enumerate(files):
+        examples, digest = read(name_of(file.path), file.files, observe=overlap.compare_texts if val else None)
+        if before := [other.path for other in files[:number]].count(file.path):
+            examples.name += f" ({before + 1})"  # of a file that is given again, figures of its own
+        sources.append(Source(examples, file.weight or float(examples.inputs)))
+        digests.append(digest)
+    overlap.report(quiet)
+    return sources, held_out, digests
 
 
 def item_finder(not_in: tuple[str, ...], findings: Findings, shown: int, quiet: bool) -> Callable[[Conversation], bool]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
@@ -25,16 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from llmkit.data.batches import Source, shuffled
-from llmkit.data.examples import DataFile, Examples
-from llmkit.data.overlap import Overlap
+from llmkit.data.batches import shuffled
+from llmkit.data.examples import Examples
 from llmkit.errors import UserError
 from llmkit.io.files import atomic_file, file_sha256
 from llmkit.io.hub import local_folder
-from llmkit.io.jsonl import input_files, name_of
 from llmkit.io.progress import Progress, counted, say
 from llmkit.kernels.attention import Branching
-from llmkit.reward_model.comparisons import Candidates, ComparisonRows, Comparisons, evaluation_rows
+from llmkit.reward_model.comparisons import Candidates, ComparisonRows, Comparisons, evaluation_rows, read_comparisons
 from llmkit.reward_model.head import SCORED_TOKENS, row_length
 from llmkit.tokenizer.chat import Encoded
 from llmkit.training.distributed import is_sharded, world
@@ -123,51 +121,39 @@ def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
 # ---- data
 
 
-class Learnt(NamedTuple):
-    """Comparisons for a policy, a digest of each source, the tokens of a row, and the objective, balanced to them."""
-
-    sources: list[Source]
-    held_out: list[Comparisons]
-    digests: list[str]
-    row_tokens: int
-    objective: Objective
-
-
 def read_preferences(
-    read: Callable[..., tuple[Comparisons, str]],
-    read_held_out: Callable[..., tuple[Comparisons, str]],
-    files: Sequence[DataFile],
-    val: Sequence[str],
-    objective: Objective,
-    context: int,
+    name: str,
+    paths: Sequence[str],
+    *,
+    loss: str,
     reference: Reference | None,
+    context: int,
     quiet: bool,
-) -> Learnt:
-    """Read files of preferences by `read_comparisons` with its options, and compare them with the reference."""
+    held_out: bool = False,
+    **options: Any,
+) -> tuple[Comparisons, str]:
+    """Read what a loss can learn from, compared with the reference, and a digest; options of `read_comparisons`."""
+    source, digest = read_comparisons(name, paths, context=context, quiet=quiet, **options)
+    source = policy_comparisons(source, loss, context, quiet)
+    return source if reference is None else reference.compare(source, held_out=held_out), digest
 
-    def prepared(source: Comparisons, digest: str, held_out: bool = False) -> tuple[Comparisons, str]:
-        source = policy_comparisons(source, objective.loss, context, quiet)
-        return source if reference is None else reference.compare(source, held_out=held_out), digest
 
-    texts: list[str] = []
-    held_out = []
-    for path in val:
-        source, digest = read_held_out(name_of(path), input_files([path]), observe=texts.extend)
-        held_out.append(prepared(source, digest, held_out=True)[0])
-    overlap, every = Overlap.of_texts(texts), []
-    for file in files:
-        source, digest = read(name_of(file.path), file.files, observe=overlap.compare_texts if val else None)
-        every.append(prepared(source, digest))
-    overlap.report(quiet)
-    sources = [
-        Source(source, file.weight or float(source.inputs)) for (source, _), file in zip(every, files, strict=True)
-    ]
-    if objective.loss == "kto":
-        ranks = [rank for source, _ in every for candidates in source.candidates for rank in candidates.ranks]
-        reasons = ", ".join(source.reasons for source, _ in every if source.reasons)
-        objective = objective.balanced(ranks.count(1), ranks.count(2), reasons)
-    row_tokens = row_length(np.concatenate([source.sizes for source, _ in every]))
-    return Learnt(sources, held_out, [digest for _, digest in every], row_tokens, objective)
+def balanced(objective: Objective, sources: Sequence[Any]) -> Objective:
+    """Weigh the desirable answers of all sources as much as the others: KTO's paper, section 4.3, has 1 to 4/3.
+
+    Raises UserError, with what was left out, where there are none of one kind.
+    """
+    ranks = [rank for source in sources for candidates in source.candidates for rank in candidates.ranks]
+    desirable, undesirable = ranks.count(1), ranks.count(2)
+    if not (desirable and undesirable):
+        reasons = ", ".join(source.reasons for source in sources if source.reasons)
+        raise UserError(
+            f"--loss kto: expected desirable and undesirable answers, found {desirable} and {undesirable}"
+            f"{f' ({reasons})' if reasons else ''}; add answers of the other label"
+        )
+    return replace(
+        objective, desirable=max(1.0, undesirable / desirable), undesirable=max(1.0, desirable / undesirable)
+    )
 
 
 def policy_comparisons(source: Comparisons, loss: str, context: int, quiet: bool = False) -> Comparisons:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +23,9 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Conversation, read_conversation, with_system
-from llmkit.io.jsonl import input_files, name_of, read_jsonl
+from llmkit.io.jsonl import input_files, read_jsonl
 from llmkit.io.metrics import METRICS, last_figures, read_metrics
-from llmkit.io.progress import Progress, counted, duration, quantity, say
+from llmkit.io.progress import counted, duration, quantity, say
 from llmkit.io.records import BadRecords
 from llmkit.io.run_folder import check_model_folder
 
@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 
     from llmkit.crawl.filters.contamination import Findings
     from llmkit.data.batches import Mixture, Source
-    from llmkit.data.examples import DataFile, Examples
+    from llmkit.data.examples import DataFile
     from llmkit.rewards import Weighted
     from llmkit.rl.monitor import Watch
-    from llmkit.tokenizer.chat import ChatFormat
     from llmkit.training.finetuning import KeepBest, Tuning
     from llmkit.training.loss import Loss
     from llmkit.training.run import Run
@@ -189,7 +188,11 @@ def _tune(config: SftConfig, files: list[DataFile], run: Run, gold: list[Weighte
     # load
     tuning = load_for_tuning(str(config.model), run.device, run.dtype, config.quantize, config.backend)
     tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=True)
-    lessons = _lessons(config, files, tuning, run, findings := Findings(), gold)
+    row_tokens, findings = _row_tokens(config, tuning.context), Findings()
+    if config.loss in PREFERENCE_LOSSES:
+        lessons = _preferences(config, files, tuning, row_tokens, run, gold)
+    else:
+        lessons = _conversations(config, files, tuning, row_tokens, run.bad, findings)
     tuning = tuning.with_adapter(config.lora_rank, config.seed)
 
     # build
@@ -261,18 +264,6 @@ class Lessons:
     pack: Callable[..., Any] | None = None
     figures: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] = lambda parts: {}
     answers: Callable[[], dict[str, float]] | None = None
-
-
-def _lessons(
-    config: SftConfig, files: list[DataFile], tuning: Tuning, run: Run, findings: Findings, gold: list[Weighted]
-) -> Lessons:
-    from llmkit.training.loss import next_token_loss
-
-    row_tokens = _row_tokens(config, tuning.context)
-    if config.loss in PREFERENCE_LOSSES:
-        return _preferences(config, files, tuning, row_tokens, run, gold)
-    sources, held_out, digests = _read_all(config, files, tuning, row_tokens, run.bad, findings)
-    return Lessons(sources, held_out, digests, row_tokens, next_token_loss)
 
 
 def _trainer(
@@ -448,17 +439,27 @@ def _preferences(
     config: SftConfig, files: list[DataFile], tuning: Tuning, context: int, run: Run, gold: list[Weighted]
 ) -> Lessons:
     """Comparisons of answers, with what the model as it is gives them, where the loss asks for it."""
+    import numpy as np
+
+    from llmkit.data.overlap import read_sources
     from llmkit.formats.preferences import read_comparison, read_verdict
-    from llmkit.reward_model.comparisons import packed_comparisons, read_comparisons
-    from llmkit.reward_model.preferences import PreferenceLoss, Reference, read_preferences
+    from llmkit.reward_model.comparisons import packed_comparisons
+    from llmkit.reward_model.head import row_length
+    from llmkit.reward_model.preferences import PreferenceLoss, Reference, balanced, read_preferences
     from llmkit.rl.held_out import HeldOutAnswers
     from llmkit.rl.policy import reference_of
     from llmkit.training.preferences import Objective, figures_of
 
-    read_record = read_verdict if config.loss == "kto" else read_comparison
     objective = Objective.of(config.loss, config.beta, config.label_smoothing, config.sft_weight, config.margin)
+    reference = None
+    if objective.needs_reference and not config.dry_run:
+        reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
+    read_record = read_verdict if config.loss == "kto" else read_comparison
+    asked = HeldOutAnswers(read_record)
     read = partial(
-        read_comparisons,
+        read_preferences,
+        loss=config.loss,
+        reference=reference,
         chat=tuning.chat,
         context=context,
         bad=run.bad,
@@ -468,110 +469,66 @@ def _preferences(
         quiet=config.quiet,
         read=read_record,
     )
-    reference = None
-    if objective.needs_reference and not config.dry_run:
-        reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
-    asked = HeldOutAnswers(read_record)
-    held_out = partial(read, read=asked.read)
-    learnt = read_preferences(read, held_out, files, config.val, objective, context, reference, config.quiet)
+    held_out = partial(read, read=asked.read, held_out=True)
+    sources, held_out, digests = read_sources(read, files, config.val, config.quiet, held_out)
+    if config.loss == "kto":
+        objective = balanced(objective, [source.examples for source in sources])
     before = reference_of(tuning.model, config.lora_rank is not None) if reference and config.val else None
     return Lessons(
-        learnt.sources,
-        learnt.held_out,
-        learnt.digests,
-        learnt.row_tokens,
-        PreferenceLoss(learnt.objective),
+        sources,
+        held_out,
+        digests,
+        row_length(np.concatenate([source.examples.sizes for source in sources])),
+        PreferenceLoss(objective),
         packed_comparisons,
         figures_of,
         asked.open(tuning, before, gold, config.seed),
     )
 
 
-def _read_all(
+def _conversations(
     config: SftConfig, files: list[DataFile], tuning: Tuning, row_tokens: int, bad: BadRecords, findings: Findings
-) -> tuple[list[Source], list[Examples], list[str]]:
-    """The sources of the mixture, the examples held out, and a digest of each source; what --not-in left out."""
+) -> Lessons:
+    """Examples of conversations; what --not-in leaves out goes to the findings."""
     from llmkit.data.batches import Source
-    from llmkit.data.identity import identity_conversations, parse_identity
-    from llmkit.data.overlap import Overlap, item_finder
+    from llmkit.data.examples import Examples, read_examples
+    from llmkit.data.identity import identity_conversations, parse_identity, system_message
+    from llmkit.data.overlap import item_finder, read_sources
+    from llmkit.training.loss import next_token_loss
 
     facts, weight = parse_identity(config.identity) if config.identity is not None else ({}, 0.0)
-    read = partial(_read, config, tuning.chat, row_tokens, facts)
-    texts: list[str] = []
-    held_out = [
-        read(name_of(path), _conversations(config, input_files([path]), bad), bad, texts.extend)[0]
-        for path in config.val
-    ]
-    overlap = Overlap.of_texts(texts)
-    observe = overlap.compare_texts if held_out else None
-    contaminated = item_finder(config.not_in, findings, SHOWN, config.quiet) if config.not_in else None
-    sources, digests = [], []
-    for number, file in enumerate(files):
-        conversations = _conversations(config, file.files, bad)
-        examples, digest = read(name_of(file.path), conversations, bad, observe, contaminated)
-        if before := [other.path for other in files[:number]].count(file.path):
-            examples.name += f" ({before + 1})"  # of a file that is given again, figures of its own
-        sources.append(Source(examples, file.weight or float(examples.inputs)))
-        digests.append(digest)
-    if facts:
-        examples, digest = read("--identity", iter(identity_conversations(facts)), BadRecords())
-        sources.append(Source(examples, weight * sum(source.weight for source in sources)))
-        digests.append(digest)
-    overlap.report(config.quiet)
-    if config.not_in:
-        say(f"--not-in: {findings} left out", config.quiet)
-    return sources, held_out, digests
-
-
-def _conversations(config: SftConfig, paths: Sequence[str], bad: BadRecords) -> Iterator[Conversation]:
-    return read_jsonl(paths, config.limit, read_conversation, bad, parse_columns(config.columns))
-
-
-def _read(
-    config: SftConfig,
-    chat: ChatFormat,
-    row_tokens: int,
-    facts: dict[str, str],
-    name: str,
-    conversations: Iterator[Conversation],
-    bad: BadRecords,
-    observe: Callable[[list[str]], object] | None = None,
-    contaminated: Callable[[Conversation], bool] | None = None,
-) -> tuple[Examples, str]:
-    from llmkit.data.examples import CUT, read_examples
-    from llmkit.data.identity import system_message
-
     system = system_message(facts) if config.system == "identity" else config.system
+    examples_of = partial(
+        read_examples,
+        encode=partial(tuning.chat.encode_many, loss=config.loss),
+        longest=row_tokens + 1,
+        on_long=config.on_long,
+        unknown=tuning.chat.unk_id,
+        advice=f"{'a longer' if config.sequence_length else 'pretrain with a longer'} --sequence-length gives more",
+        quiet=config.quiet,
+    )
 
-    def shown(conversation: Conversation) -> Conversation:
-        if conversation.tools and not chat.shows_tools:
+    def shown(conversation: Conversation, name: str) -> Conversation:
+        if conversation.tools and not tuning.chat.shows_tools:
             bad.count_unused(name, ("'tools' not shown by the chat template",))
         return with_system(conversation, system)
 
-    with Progress(f"read {name}", unit="conversations", quiet=config.quiet) as progress:
-        examples, digest = read_examples(
-            name,
-            map(shown, conversations),
-            partial(chat.encode_many, loss=config.loss),
-            row_tokens + 1,
-            config.on_long,
-            bad=bad,
-            unknown=chat.unk_id,
-            observe=observe,
-            contaminated=contaminated,
-            progress=progress.advance,
-        )
-    others = "".join(f", {key} {count}" for key, count in examples.counts.items() if key not in ("read", CUT))
-    say(
-        f"{name}: {counted(examples.counts['read'], 'conversation')}{others}; {counted(len(examples), 'example')}, "
-        f"{quantity(examples.inputs)} tokens, {quantity(examples.targets)} of them trained on",
-        config.quiet,
+    def read(name: str, paths: list[str], **options: Any) -> tuple[Examples, str]:
+        conversations = read_jsonl(paths, config.limit, read_conversation, bad, parse_columns(config.columns))
+        return examples_of(name, map(partial(shown, name=name), conversations), bad=bad, **options)
+
+    contaminated = item_finder(config.not_in, findings, SHOWN, config.quiet) if config.not_in else None
+    sources, held_out, digests = read_sources(
+        partial(read, contaminated=contaminated), files, config.val, config.quiet, read
     )
-    if cut := examples.counts[CUT]:
-        longer = "a longer" if config.sequence_length else "pretrain with a longer"
-        where = f"cut at the context of {row_tokens} tokens"
-        say(f"{name}: {counted(cut, 'answer')} {where}; {longer} --sequence-length gives more", config.quiet)
-    return examples, digest
+    if facts:
+        stated = (with_system(one, system) for one in identity_conversations(facts))
+        examples, digest = examples_of("--identity", stated, bad=BadRecords())
+        sources.append(Source(examples, weight * sum(source.weight for source in sources)))
+        digests.append(digest)
+    if config.not_in:
+        say(f"--not-in: {findings} left out", config.quiet)
+    return Lessons(sources, held_out, digests, row_tokens, next_token_loss)
 
 
 def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, warmup_steps: int, tuning: Tuning) -> None:

@@ -200,17 +200,11 @@ def _read_all(
     config: TrainRewardConfig, files: Sequence[DataFile], tuning: Tuning, bad: BadRecords
 ) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
     """Comparisons to learn from, those held out, and a digest of each source."""
-    from llmkit.data.overlap import Overlap
+    from llmkit.data.overlap import read_sources
 
     read = _reader(config, tuning.chat, tuning.context, bad)
-    texts: list[str] = []
-    held_out = [read(name_of(path), input_files([path]), observe=texts.extend)[0] for path in config.val]
-    overlap = Overlap.of_texts(texts)
-    encoded = [
-        read(name_of(file.path), file.files, observe=overlap.compare_texts if held_out else None) for file in files
-    ]
-    overlap.report(config.quiet)
-    sources, digests = [source for source, _ in encoded], [digest for _, digest in encoded]
+    every, held_out, digests = read_sources(read, files, config.val, config.quiet)
+    sources = [cast("Comparisons", source.examples) for source in every]
     if config.val:
         return sources, held_out, digests
     halves = [source.split(config.val_fraction, config.seed) for source in sources]

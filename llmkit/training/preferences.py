@@ -20,13 +20,12 @@ ipo's difference is per token, which its authors confirmed to TRL's, and not in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit.errors import UserError
 from llmkit.training.distributed import world
 
 WITH_REFERENCE = ("dpo", "ipo", "kto")
@@ -79,18 +78,6 @@ class Objective:
     def needs_reference(self) -> bool:
         """True if the loss compares the policy with what it was."""
         return self.loss in WITH_REFERENCE
-
-    def balanced(self, desirable: int, undesirable: int, left_out: str = "") -> Objective:
-        """Weigh the desirable answers, of this number, as much as the others: KTO's paper, section 4.3, has 1 to 4/3.
-
-        Raises UserError, with what was `left_out` before, where there are none of one kind.
-        """
-        if not (desirable and undesirable):
-            raise UserError(
-                f"--loss kto: expected desirable and undesirable answers, found {desirable} and {undesirable}"
-                f"{f' ({left_out})' if left_out else ''}; add answers of the other label"
-            )
-        return replace(self, desirable=max(1.0, undesirable / desirable), undesirable=max(1.0, desirable / undesirable))
 
 
 def pair_losses(
