@@ -147,7 +147,7 @@ class Run:
         chosen = "last_rows or sure_prediction" if self.smoke else f"not ({NOT_TESTED})"
         self.test("correctness", 90, chosen)
         if not self.smoke:
-            self.test("specialized", 30, "specialized")
+            self.test("specialized", 45, "specialized")
 
     def test(self, name: str, limit: float, chosen: str) -> None:
         """Run the kernels' tests that `chosen` names in pytest's words."""
@@ -155,7 +155,9 @@ class Run:
             return
         folder = ROOT / "tests" / "kernels"
         command = (
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT),
+            # -v: a kernel that hangs leaves the outcomes of the others
+            "-m", "pytest", "-v" if name == "specialized" else "-q",
+            "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT),
             "--confcutdir", str(folder), "-m", "not slow", "-k", chosen,
             *(("-n", str(self.processes)) if importlib.util.find_spec("xdist") and not self.smoke else ()),
             *(str(folder / name) for name in TESTS),
@@ -166,9 +168,10 @@ class Run:
             return
         self.end(self.start(Stage(name, limit, command, device)))
         log = (self.out / f"{name}.log").read_text(errors="replace")
-        for failed in re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE):
-            self.file.add(stage="check", name=failed.rpartition("/")[2], outcome="failed")
-        summary = re.findall(r"^\d+ (?:passed|failed).*", log, re.MULTILINE)
+        outcomes = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+)", log, re.MULTILINE)
+        for outcome, test in dict.fromkeys(outcomes):
+            self.file.add(stage="check", name=test.rpartition("/")[2], outcome=outcome.lower())
+        summary = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed)[^=\n]*)", log, re.MULTILINE)
         name = "tests/kernels" if name == "correctness" else f"tests/kernels -k {chosen}"
         self.file.add(stage="check", name=name, outcome=summary[-1] if summary else "no result: see the log")
 
