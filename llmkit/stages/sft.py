@@ -208,6 +208,7 @@ def _tune(config: SftConfig, files: list[DataFile], run: Run, gold: list[Weighte
     best = KeepBest(run.work, trainer.optimizer)
     rows = read_metrics(run.work / METRICS)
     watch = Watch(trainer, rows=rows, proxy="val_margin", stop_on_hack=config.stop_on_hack)
+    validate = _validation(config, lessons, mixture, trainer, best, watch, rows)
 
     # train
     with run.training(trainer):
@@ -215,7 +216,7 @@ def _tune(config: SftConfig, files: list[DataFile], run: Run, gold: list[Weighte
             mixture.prefetch(trainer.step),
             total_steps=steps,
             seconds=run.seconds_left(config.time_budget),
-            evaluate=tasks.beside(_validation(config, lessons, mixture, trainer, best, watch), tuning.model),
+            evaluate=tasks.beside(validate, tuning.model),
             evaluate_first=lessons.answers is not None,
             sample=lambda: answer(tuning, whole_model(tuning.model), config.prompt, ANSWER_TOKENS),
             figures=lambda step: lessons.figures(trainer.figures[-1]),
@@ -289,9 +290,18 @@ def _trainer(
 
 
 def _validation(
-    config: SftConfig, lessons: Lessons, mixture: Mixture, trainer: Trainer, best: KeepBest, watch: Watch
+    config: SftConfig,
+    lessons: Lessons,
+    mixture: Mixture,
+    trainer: Trainer,
+    best: KeepBest,
+    watch: Watch,
+    rows: Sequence[Mapping[str, Any]],
 ) -> Callable[[], dict[str, float]] | None:
-    """Return a function that evaluates the model on the held-out examples, and may stop the run."""
+    """Return a function that evaluates the model on the held-out examples, and may stop the run.
+
+    rows  of the metrics so far
+    """
     if not lessons.held_out:
         return None
     from llmkit.data.batches import PackedEvaluation
@@ -299,10 +309,10 @@ def _validation(
     from llmkit.training.finetuning import EarlyStop
     from llmkit.training.loss import masked_loss
 
-    rows, length, pad = trainer.settings.micro_batch_rows, mixture.sequence_length, mixture.pad
+    micro_rows, length, pad = trainer.settings.micro_batch_rows, mixture.sequence_length, mixture.pad
     compares = config.loss in PREFERENCE_LOSSES
-    batches = [PackedEvaluation(examples, length, rows, pad) for examples in lessons.held_out if not compares]
-    early = EarlyStop(trainer, best, config.patience) if config.patience is not None else None
+    batches = [PackedEvaluation(examples, length, micro_rows, pad) for examples in lessons.held_out if not compares]
+    early = None if config.patience is None else EarlyStop(trainer, config.patience, rows)
 
     def validate() -> dict[str, float]:
         if compares:
@@ -311,6 +321,7 @@ def _validation(
         else:
             scores = masked_loss(trainer.model, chain.from_iterable(batches), config.quiet)
         if early is not None:
+            best.offer(trainer.step, -scores["val_loss"])
             early.note(scores)
         if "val_gold" in scores:
             watch.note_evaluation(scores)

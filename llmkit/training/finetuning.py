@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
@@ -368,18 +368,24 @@ class KeepBest:
 
 
 class EarlyStop:
-    """Stops a training after some evaluations without a gain in `val_loss`, and keeps the best parameters."""
+    """Stops a training after `patience` evaluations without a gain in `val_loss`.
 
-    def __init__(self, trainer: Trainer, best: KeepBest, patience: int) -> None:
-        self._trainer, self._best, self._patience, self._without_gain = trainer, best, patience, 0
+    rows  of the metrics so far: a run that was killed counts on
+    """
+
+    def __init__(self, trainer: Trainer, patience: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._trainer, self._patience = trainer, patience
+        self._lowest, self._without_gain = math.inf, 0
+        for row in rows:
+            if "val_loss" in row:
+                self.note(row)
 
     def note(self, scores: Mapping[str, float]) -> None:
         """See the scores of an evaluation."""
-        step = self._trainer.step
-        self._best.offer(step, -scores["val_loss"])
-        self._without_gain = 0 if self._best.step == step else self._without_gain + 1
-        if self._without_gain >= self._patience:
-            quiet = self._trainer.settings.quiet
+        self._without_gain = 0 if scores["val_loss"] < self._lowest else self._without_gain + 1
+        self._lowest = min(self._lowest, scores["val_loss"])
+        if self._without_gain >= self._patience and not self._trainer.stopping:
+            quiet, step = self._trainer.settings.quiet, self._trainer.step
             say(f"no gain in {counted(self._patience, 'validation')}: stopping after step {step}", quiet)
             self._trainer.stopping = True
 

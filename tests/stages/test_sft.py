@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from tiny import make_model, save_folder
@@ -14,6 +17,8 @@ from llmkit.errors import UserError
 from llmkit.stages.sft import SftConfig, run
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import load_tokenizer
+from llmkit.training.finetuning import EarlyStop
+from llmkit.training.trainer import Trainer
 from tests.helpers.jsonl import lines, write
 
 CHATS = [("What is the sea?", "Salt water."), ("Who are you?", "A ship.")]
@@ -134,16 +139,14 @@ def test_conversations_with_items_of_an_evaluation_are_left_out(base, chats, llm
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.partial").exists()
 
 
-def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chats, llmkit, tmp_path):
+def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chats, tmp_path, capfd, monkeypatch):
     held_out = write(tmp_path / "val.jsonl", {"prompt": "Quite another thing?", "completion": "zzzzzzzzzzzz"})
-    done = llmkit(
-        "sft", base, "--data", chats, "--val", held_out, "--eval-every", "5", "--patience", "2", "--max-steps", "500",
-        *SPEED, "-o", tmp_path / "chat",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "no gain in 2 validations" in done.stderr
-    summary = json.loads(done.stdout)
-    assert summary["steps"] < 500
+    options = {"model": str(base), "data": (str(chats),), "val": (str(held_out),), "eval_every": 5, "patience": 3}
+    options |= {"max_steps": 500, "sequence_length": 96, "batch_tokens": 192, "learning_rate": 0.004}
+    config = SftConfig(**options, out=f"{tmp_path}/chat")
+    summary = asdict(run(config))
+    said = capfd.readouterr().err
+    assert summary["steps"] < 500 and said.count("no gain in 3 validations") == 1
     rows = lines(tmp_path / "chat" / "metrics.jsonl")
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     kept = min(losses, key=lambda step: losses[step])
@@ -152,7 +155,25 @@ def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chat
     results = json.loads((tmp_path / "chat" / "manifest.json").read_text())["results"]
     assert (results["kept_step"], results["val_loss"]) == (kept, round(losses[kept], 4))
     assert f"| val_loss | {round(losses[kept], 4)} |" in (tmp_path / "chat" / "README.md").read_text()
-    assert f"kept the parameters of step {kept}, the best: val_loss {losses[kept]:.4f}" in done.stderr
+    assert f"kept the parameters of step {kept}, the best: val_loss {losses[kept]:.4f}" in said
+
+    # killed behind the first evaluation without a gain, and resumed: it counts on
+    note = EarlyStop.note
+
+    def note_and_stop(early: EarlyStop, scores: dict[str, float]) -> None:
+        note(early, scores)
+        early._trainer.stopping |= early._trainer.step == kept + 5
+
+    cut = replace(config, out=f"{tmp_path}/cut")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(EarlyStop, "note", note_and_stop)
+        patched.setattr(Trainer, "_check_growth", lambda trainer: sys.exit())
+        run(cut)
+    assert max(row["step"] for row in lines(tmp_path / "cut.partial" / "metrics.jsonl")) == kept + 5
+    assert asdict(run(replace(cut, resume=True))) == summary | {"path": f"{tmp_path}/cut"} | {
+        name: ANY for name in summary if "second" in name or "per" in name
+    }
+    assert weights(tmp_path / "cut") == weights(tmp_path / "chat")
 
 
 # ---- adapters
