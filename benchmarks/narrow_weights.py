@@ -62,7 +62,8 @@ def main() -> None:
         total, alike, divergence, difference = 0.0, 0, 0.0, 0.0
         with torch.inference_mode():
             for ids in texts:
-                exact, logits = (one.logits(ids[:-1])[:, : tokenizer.vocab_size] for one in (whole, decoder))
+                pieces = (next(one.logits_in_pieces(ids[:-1], len(ids)))[1] for one in (whole, decoder))
+                exact, logits = (piece[:, : tokenizer.vocab_size] for piece in pieces)
                 total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
                 alike += int((logits.argmax(-1) == exact.argmax(-1)).sum())
                 exact_logprobs, logprobs = exact.log_softmax(-1), logits.log_softmax(-1)
