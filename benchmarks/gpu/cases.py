@@ -143,7 +143,10 @@ class Makers:
             return visible if window is None else visible & (q - k < window)
 
         rows = None if documents is None else shape.batch
-        blocks = create_block_mask(seen, rows, None, shape.length, shape.length, device=self.device)
+        try:
+            blocks = create_block_mask(seen, rows, None, shape.length, shape.length, device=self.device)
+        except Exception as error:  # of a peer
+            return _absent(error)
         function = self.compiled(flex_attention)
         return lambda q, k, v: function(q, k, v, block_mask=blocks, enable_gqa=True)
 
@@ -266,7 +269,10 @@ class Makers:
         except ImportError:
             return "absent: this torch has no flex_attention"
         seen = lambda b, h, q, k: k < lengths[b]  # noqa: E731
-        blocks = create_block_mask(seen, shape.batch, None, 1, shape.capacity, device=self.device)
+        try:
+            blocks = create_block_mask(seen, shape.batch, None, 1, shape.capacity, device=self.device)
+        except Exception as error:  # of a peer
+            return _absent(error)
         function = self.compiled(flex_attention)
         return lambda q, k, v: function(q, k, v, block_mask=blocks, enable_gqa=True)
 
@@ -284,7 +290,11 @@ def _peer(module: str, make: Callable, on_gpu: bool) -> Contender:
     try:
         return make(importlib.import_module(module))
     except Exception as error:  # whatever a peer's import or set-up does is the peer's row in the table
-        return f"absent: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return _absent(error)
+
+
+def _absent(error: Exception) -> str:
+    return f"absent: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _off(found: Tensor, wanted: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 
 FLUSHED_BYTES = 256 * 2**20  # more than any GPU's cache: each run begins with a cold one
 SECONDS_A_TIMING = 0.3
+WARM_UP_PRODUCTS = 1000  # 0.2 s on an H200
 LONGEST_HEAD_START = 0.02  # seconds
 CYCLES_A_SECOND = 2e9  # of a GPU's clock, at most: a head start is then no shorter than meant
 
@@ -18,6 +19,11 @@ class Clock:
     def __init__(self, device: str):
         self.device, self.on_gpu = device, device == "cuda"
         self._flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device) if self.on_gpu else None
+        if self.on_gpu:  # an idle GPU's clock is low
+            warm = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+            for _ in range(WARM_UP_PRODUCTS):
+                torch.mm(warm, warm)
+            torch.cuda.synchronize()
 
     def milliseconds(self, run: Callable[[], object], graph: bool = False) -> float:
         """Median of at least 5 runs after a few that do not count; in a smoke run of 1. Python's time is not in it.
@@ -73,6 +79,15 @@ class Clock:
             "TFLOP/s": 2 * size**3 / self.milliseconds(lambda: left @ left) / 1e9,
             "TB/s": 2 * copied / self.milliseconds(lambda: target.copy_(source)) / 1e9,
         }
+
+    def is_lost(self) -> bool:
+        """True after a kernel's fault (an address, an assertion): nothing runs on the GPU in this process any more."""
+        try:
+            if self.on_gpu:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def free(self) -> None:
         """Memory, and torch's compiled code: of one function it keeps 8 compilations and is eager from then on."""

@@ -45,11 +45,13 @@ def jobs(smoke: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             if size == 128:
                 yield f"attention specialized group {group} packed {packed}", partial(specialized, run)
     for words in sorted({x.words for x in shapes.loss}, reverse=True):
-        yield f"loss {words}", partial(launch_cross_entropy, words, DTYPE)
-    for hidden in sorted({x.hidden for x in shapes.loss}):
-        yield f"logprobs {hidden}", partial(launch_logprobs, hidden, DTYPE)
+        for mean, gradient in ((True, True), (True, False), (False, True)):
+            run = partial(launch_cross_entropy, words, DTYPE, mean=mean, gradient=gradient)
+            yield f"loss {words} mean {mean} gradient {gradient}", run
+    for shape in shapes.loss:
+        yield f"logprobs {shape}", partial(launch_logprobs, shape.hidden, DTYPE, words=shape.words)
     if not smoke:
-        run = partial(launch_logprobs, shapes.grpo[0][1].hidden, DTYPE)
+        run = partial(launch_logprobs, shapes.grpo[0][1].hidden, DTYPE, words=shapes.grpo[0][1].words)
         yield "logprobs specialized", partial(specialized, run)
     for decode in shapes.decode[:1]:
         yield f"decode {decode.size}", partial(launch_decode, decode.size, DTYPE, group=decode.heads // decode.kv_heads)
@@ -59,12 +61,13 @@ def jobs(smoke: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                 run = partial(launch_attention, size, DTYPE, group=max(g for s, g in heads if s == size))
                 yield f"{kernel} {size} {numbers}", _with(tiles.sized_name(kernel, size, DTYPE), numbers, run)
     for numbers in candidates["linear_logsumexp"]:
-        run = partial(launch_logprobs, shapes.loss[0].hidden, DTYPE)
+        run = partial(launch_logprobs, shapes.loss[0].hidden, DTYPE, words=shapes.loss[0].words)
         yield f"linear_logsumexp {numbers}", _with(tiles.product_name(DTYPE), numbers, run)
     for numbers in candidates["cross_entropy"]:
         for words in sorted({x.words for x in shapes.loss}):
             name = tiles.row_name("cross_entropy", -(-words // 64) * 64)
-            yield f"cross_entropy {words} {numbers}", _with(name, numbers, partial(launch_cross_entropy, words, DTYPE))
+            run = partial(launch_cross_entropy, words, DTYPE, mean=True)
+            yield f"cross_entropy {words} {numbers}", _with(name, numbers, run)
 
 
 def _with(name: str, numbers: tuple[int, ...], run: Callable[[], None]) -> Callable[[], None]:

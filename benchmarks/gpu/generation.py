@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import statistics
 import sys
@@ -183,6 +184,8 @@ def ours(model, ids_BT, prompt: int, record) -> Run:
 
 def transformers_model(model, device: str):
     """The same weights in transformers, or why they are not there."""
+    if importlib.util.find_spec("transformers") is None:
+        return "absent: not installed"
     os.environ["HF_HUB_OFFLINE"] = "1"
     from llmkit.model.folder import save_model
 

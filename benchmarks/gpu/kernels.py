@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -34,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-tune", action="store_true", help="take the tiles as they are")
     parser.add_argument("--tune-only", action="store_true", help="choose the tiles and time nothing else")
     parser.add_argument("--specialized", action="store_true", help="ours with groups of warps, at head size 128")
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)  # cases before one whose kernel failed
     parser.add_argument("--seconds", type=float, default=570, help="begin no case after so long [570]")
     return parser.parse_args()
 
@@ -49,7 +51,7 @@ def main() -> int:
     from llmkit.kernels.dispatch import backend, triton_module
     from measuring import measure
     from report import SPECIALIZED, tables
-    from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES
+    from shapes import CANDIDATES, FULL, SMOKE, SMOKE_CANDIDATES, specialized_tiles
     from tuning import tune
 
     device = "cpu" if options.smoke else "cuda"
@@ -76,14 +78,13 @@ def main() -> int:
         os.environ["LLMKIT_TILES"] = str(options.tiles.resolve())
     within = ExitStack()
     if options.specialized:
-        trying = triton_module("tiles").trying  # in the mode that was chosen, before an import by name
-        sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels"))
-        from compile_cases import SPECIALIZED as TILES
-
+        tiles = triton_module("tiles")
         options.who = [OURS]
-        for name, chosen in TILES.items():
-            within.enter_context(trying(name, chosen))
-    for kind, shape, make in () if options.tune_only else makers.cases(shapes):
+        for name, chosen in specialized_tiles(tiles).items():
+            within.enter_context(tiles.trying(name, chosen))
+    for number, (kind, shape, make) in enumerate(() if options.tune_only else makers.cases(shapes)):
+        if number < options.skip:
+            continue
         if options.specialized and not options.smoke and "attention" in kind and not shape.endswith(",128"):
             continue  # the usual tiles
         if options.only and not kind.startswith(tuple(options.only)):
@@ -91,9 +92,18 @@ def main() -> int:
         if late():
             rows.append(file.add(stage="kernel", kind=kind, shape=shape, who="all", note="not reached in time"))
             continue
-        for row in measure(make(), clock, options.who):
-            row |= {"who": SPECIALIZED} if options.specialized else {}
-            rows.append(file.add(**row))  # what has been measured outlives a fault of the next case
+        try:
+            for row in measure(make(), clock, options.who):
+                row |= {"who": SPECIALIZED} if options.specialized else {}
+                rows.append(file.add(**row))  # what has been measured outlives a fault of the next case
+                if clock.is_lost():
+                    break
+        except Exception as error:  # the inputs of a case: the GPU's memory may be too small
+            note = f"failed: {type(error).__name__}: {str(error)[:120]}"
+            rows.append(file.add(stage="kernel", kind=kind, shape=shape, who="all", note=note))
+        if clock.is_lost():
+            rest = [sys.executable, *sys.argv, "--no-tune", "--skip", str(number + 1)]
+            return max(1, subprocess.run(rest).returncode)
         clock.free()
     print(tables(rows))
     return 1 if any(row.get("who") == OURS and row.get("note") for row in rows) else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -113,3 +115,13 @@ SMOKE_CANDIDATES = {
     "linear_logsumexp": ((32, 64, 32, 1, 4, 1),),
     "cross_entropy": ((8, 64, 4),),
 }
+
+
+def specialized_tiles(tiles: ModuleType) -> dict[str, Any]:
+    """Of kernels/triton/tiles.py, the tiles with groups of warps (docs/kernels.md) that a GPU is to show right."""
+    blocks = {"attention_forward": 128, "attention_grad_query": 128, "attention_grad_key_value": 64}
+    chosen = {
+        tiles.sized_name(kernel, 128, torch.bfloat16): tiles.Tiles(block, 128, 4, 2, specialize=1)
+        for kernel, block in blocks.items()
+    }
+    return chosen | {tiles.product_name(torch.bfloat16): tiles.ProductTiles(128, 256, 64, 4, 4, 3, specialize=1)}

@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(work(options.worker[0], options.worker[1], options.steps)))
+        print(json.dumps(work(options.worker[0], options.worker[1], options.steps, options.seconds)))
         return 0
     if not options.smoke:
         import torch
@@ -78,6 +78,7 @@ def main() -> int:
 def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
     """One model and one choice of kernels, in a process of its own, for Triton has one mode in a process."""
     command = [sys.executable, __file__, "--worker", model, kernels, "--steps", str(steps)]
+    command += ["--seconds", str(seconds - 10)]  # to stop and tell by itself
     row = {"stage": "training", "model": model, "kernels": kernels}
     try:
         done = subprocess.run(
@@ -90,7 +91,8 @@ def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
     return row | json.loads(done.stdout.splitlines()[-1])
 
 
-def work(name: str, kernels: str, steps: int) -> dict:
+def work(name: str, kernels: str, steps: int, limit: float) -> dict:
+    begun = time.monotonic()
     import numpy as np
     import torch
     from llmkit.kernels.dispatch import backend
@@ -126,13 +128,16 @@ def work(name: str, kernels: str, steps: int) -> dict:
             settings=TrainerSettings(micro_batch_rows=micro_rows, quiet=True),
         )  # fmt: skip
         seconds, losses = [], []
-        for _ in range(steps + (0 if name == "smoke" else 3)):
+        untimed = 0 if name == "smoke" else 3
+        for at in range(untimed + steps):
+            if at > untimed and time.monotonic() - begun > limit:
+                break  # fewer steps are better than none
             started = time.perf_counter()
             losses.append(trainer.train_step(TokenRows(tokens, np.roll(tokens, -1, 1), documents))["loss"])
             synchronize(device)
             seconds.append(time.perf_counter() - started)
-    rate = rows * length / statistics.median(seconds[-steps:])
-    found = {"loss": losses[-1], "step_s": statistics.median(seconds[-steps:]), "tokens_per_second": rate,
+    rate = rows * length / statistics.median(seconds[untimed:])
+    found = {"loss": losses[-1], "step_s": statistics.median(seconds[untimed:]), "tokens_per_second": rate,
              "parameters": sum(p.numel() for p in model.parameters()),
              "micro_batch_rows": trainer.micro_batch_rows}  # fmt: skip
     if name != "smoke":

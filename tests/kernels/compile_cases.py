@@ -4,14 +4,19 @@
 ...     ATTENTION["attention packed 128 bfloat16"]()    # `kernels` now holds the three kernels, compiled
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import torch
 from llmkit.kernels.logit_chunks import Objective
-from llmkit.kernels.triton import attention, attention_backward, cross_entropy, decode, logprobs
-from llmkit.kernels.triton.tiles import SIZES, ProductTiles, Tiles, product_name, sized_name, trying
+from llmkit.kernels.triton import attention, attention_backward, cross_entropy, decode, logprobs, tiles
+from llmkit.kernels.triton.tiles import SIZES
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+from shapes import specialized_tiles
 
 LENGTH = 1024  # of the examples: lengths are not compiled in, divisibility by 16 of strides is
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,19 +48,11 @@ def launch_attention(
     attention_backward.backward(out, query, key, key, out, lse, bounds, bounds, size**-0.5, is_causal)
 
 
-SPECIALIZED = {  # the tiles of which a GPU is to show that groups of warps with a task each compute the same
-    sized_name("attention_forward", 128, torch.bfloat16): Tiles(128, 128, 4, 2, specialize=1),
-    sized_name("attention_grad_query", 128, torch.bfloat16): Tiles(128, 128, 4, 2, specialize=1),
-    sized_name("attention_grad_key_value", 128, torch.bfloat16): Tiles(64, 128, 4, 2, specialize=1),
-    product_name(torch.bfloat16): ProductTiles(128, 256, 64, 4, 4, 3, specialize=1),
-}
-
-
 def specialized(run: Callable[[], None]) -> None:
-    """Run something with the tiles of SPECIALIZED, for bfloat16 and head size 128."""
+    """Run something with groups of warps, for bfloat16 and head size 128."""
     with ExitStack() as stack:
-        for name, tiles in SPECIALIZED.items():
-            stack.enter_context(trying(name, tiles))
+        for name, chosen in specialized_tiles(tiles).items():
+            stack.enter_context(tiles.trying(name, chosen))
         run()
 
 
@@ -67,17 +64,18 @@ def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8
 
 
 def launch_cross_entropy(
-    words: int, dtype: torch.dtype, *, objective: Objective = PLAIN, gradient: bool = True
+    words: int, dtype: torch.dtype, *, objective: Objective = PLAIN, gradient: bool = True, mean: bool = False
 ) -> None:
-    """Start the kernel on a chunk without memory, within `compiling_for`."""
+    """Start the kernel on a chunk without memory, within `compiling_for`; of a mean all tokens have one gradient."""
     logits = _empty(TOKENS, -(-words // 64) * 64, dtype=dtype)[:, :words]
     grad_entropy = _empty(TOKENS) if gradient and objective.with_entropy else None
     target = _empty(TOKENS, dtype=torch.int64)
-    cross_entropy.loss_and_gradient(logits, target, objective, _empty(TOKENS), grad_entropy, gradient)
+    upstream = _empty(1).expand(TOKENS) if mean else _empty(TOKENS)
+    cross_entropy.loss_and_gradient(logits, target, objective, upstream, grad_entropy, gradient)
 
 
-def launch_logprobs(hidden: int, dtype: torch.dtype, *, objective: Objective = PLAIN) -> None:
-    input, weight = _empty(TOKENS, hidden, dtype=dtype), _empty(WORDS[0], hidden, dtype=dtype)
+def launch_logprobs(hidden: int, dtype: torch.dtype, *, objective: Objective = PLAIN, words: int = WORDS[0]) -> None:
+    input, weight = _empty(TOKENS, hidden, dtype=dtype), _empty(words, hidden, dtype=dtype)
     logprobs.logprobs(input, weight, _empty(TOKENS, dtype=torch.int64), objective)
 
 

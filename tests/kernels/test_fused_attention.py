@@ -49,9 +49,15 @@ def errors(found, expected):
     return [(x.double() - y).norm().item() / max(y.norm().item(), least) for x, y in zip(found, expected, strict=True)]
 
 
+def on_device(options):
+    """Parameters of tests are made before there is a device."""
+    device = torch.get_default_device()
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+
+
 def check(length, heads=(2, 1), size=32, *, keys=None, batch=1, dtype=torch.float32, seed=0, **options):
     inputs, grad = example(length, heads, size, keys=keys, batch=batch, dtype=dtype, seed=seed)
-    options = {"is_causal": True, **options}
+    options = {"is_causal": True, **on_device(options)}
     expected = exact(inputs, grad, **options)
     found = values_and_gradients(
         lambda *x: scaled_dot_product_attention(*x, enable_gqa=True, **options), inputs, grad
@@ -101,7 +107,7 @@ def test_rows_with_documents_of_their_own():
 )
 def test_half_precision_is_as_exact_as_torch(dtype, length, heads, size, options):
     inputs, grad, found, expected = check(length, heads, size, batch=2, dtype=dtype, **options)
-    mask = attention_mask(length, length, options.get("doc_ids"), options.get("window"))
+    mask = attention_mask(length, length, on_device(options).get("doc_ids"), options.get("window"))
     torchs = values_and_gradients(
         lambda *x: F.scaled_dot_product_attention(*x, mask, enable_gqa=True), inputs, grad
     )  # fmt: skip

@@ -68,6 +68,22 @@ def test_groups_of_warps_are_measured_beside_the_usual_tiles(tmp_path):
     assert [row["who"] for row in rows_of(results, "kernel")] == ["llmkit, specialized"] * 2
 
 
+def test_after_a_kernels_fault_a_fresh_process_goes_on_with_the_next_case(tmp_path):
+    script = f"""
+import os, runpy, sys
+os.environ |= {{"LLMKIT_KERNELS": "interpret", "TRITON_INTERPRET": "1"}}
+sys.argv[0] = {str(FOLDER / "kernels.py")!r}
+sys.path.insert(0, {str(FOLDER)!r})
+import clock
+clock.Clock.is_lost = lambda self: True
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    options = "--smoke", "--no-tune", "--only", "logprobs", "decode", "--who", "llmkit", "-o", tmp_path / "rows.jsonl"
+    done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert [row["kind"] for row in rows_of(tmp_path / "rows.jsonl", "kernel")] == ["logprobs", "decode"]
+
+
 def test_a_wrong_answer_is_not_timed(monkeypatch, interpreted):
     monkeypatch.syspath_prepend(str(FOLDER))
     from cases import OURS, Makers
