@@ -1,5 +1,7 @@
 """Tasks that are shipped: a record as it is published becomes the prompt that lm-evaluation-harness makes of it.
 
+The records and prompts are those of shipped_tasks.jsonl, a task a line (`Case`).
+
 Beside the prompts that stand here, those of lm-evaluation-harness are made where it is installed (`pip install lm-eval`
 and, for minerva_math, what its extra `math` names).
 """
@@ -20,9 +22,6 @@ from llmkit.evaluation.scores import metric_of
 from llmkit.evaluation.tasks import TASKS, Item, Loaded, is_exact_match, load_items, load_tasks, read_task
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluate.md"
-ALGEBRA = "abstract_algebra"
-LETTERS = ["A", "B", "C", "D"]
-ASKED = "Answer these questions:\n\n"
 
 
 class Case(NamedTuple):
@@ -36,278 +35,12 @@ class Case(NamedTuple):
     task: str
     files: dict[str, list[dict[str, Any]]]
     texts: list[str]
-    right: int | tuple[str | None, ...]
-    peer: tuple[str, tuple[str, ...], int] | None = None
+    right: int | list[str | None]
+    peer: list[Any] | None = None
 
 
-def choice(answer: str, *texts: str) -> dict[str, Any]:
-    return {"choices": {"text": list(texts), "label": LETTERS[: len(texts)]}, "answerKey": answer}
-
-
-TRIVIA = {"question": "Who wrote of Avonlea", "answer": {"aliases": ["L. M. Montgomery", "Montgomery"], "value": "LM"}}
-QUESTIONS = [{"question": f"what is {word}", "answer": [word, word.upper()]} for word in ("rain", "snow", "hail")]
-MATHS = "Problem:\n{}\n\nSolution:"
-TERRELL = "\nFinal Answer: The final answer is $16$. I hope it is correct.\n\nProblem:\nIf the system of equations"
-BOOLEANS = [
-    {"task": "boolean_expressions", "input": f"not {word} is", "target": f"It is. So the answer is {other}."}
-    for word, other in (("True", "False"), ("False", "True"), ("not True", "True"))
-]
-STEPS = "A: Let's think step by step.\n"
-SHOWN = "".join(f"Q: {row['input']}\n{STEPS}{row['target']}\n\n" for row in BOOLEANS)
-CASES = [
-    Case(
-        "hellaswag",
-        {
-            "hellaswag": [
-                {
-                    "activity_label": "Making tea",
-                    "ctx_a": "[header] How to make tea [title] Boil water.",
-                    "ctx_b": "the Pot",
-                    "endings": ["is  hot. [step] Pour. ", "sings.", "runs [x] away.", "is blue."],
-                    "label": "0",
-                }
-            ]
-        },
-        [
-            f"Making tea: How to make tea. Boil water. The pot {end}"
-            for end in ("is hot. Pour.", "sings.", "runs away.", "is blue.")
-        ],
-        0,
-        ("hellaswag/hellaswag.yaml", ("validation",), 0),
-    ),
-    Case(
-        "wsc",
-        {
-            "wsc": [
-                {
-                    "text": "Ann ( the aunt ) did n't thank Beth , because she had paid .",
-                    "span1_text": "Ann",
-                    "label": 0,
-                    "span2_text": "she",
-                    "span1_index": 0,
-                    "span2_index": 11,
-                }
-            ]
-        },
-        [
-            "Passage: Ann (the aunt) didn't thank Beth, because *she* had paid.\nQuestion: In the passage above, does "
-            f'the pronoun "*she*" refer to "*Ann*"?\nAnswer: {word}'
-            for word in ("no", "yes")
-        ],
-        0,
-        ("super_glue/wsc/default.yaml", ("validation",), 0),
-    ),
-    Case(
-        "wsc273",
-        {
-            "winograd_wsc": [
-                {
-                    "context_options": ["The dog bit Ann; the dog", "The dog bit Ann; Ann"],
-                    "continuation": "fled.",
-                    "gold": 1,
-                }
-            ]
-        },
-        ["The dog bit Ann; the dog fled.", "The dog bit Ann; Ann fled."],
-        1,
-    ),
-    Case(
-        "social_iqa",
-        {
-            "siqa": [
-                {
-                    "context": "Kim fell.",
-                    "question": "Why?",
-                    "answerA": "ice",
-                    "answerB": "fun",
-                    "answerC": "tea",
-                    "label": "1",
-                }
-            ]
-        },
-        [f"Q: Kim fell. Why?\nA: {word}" for word in ("ice", "fun", "tea")],
-        0,
-        ("siqa/siqa.yaml", ("validation",), 0),
-    ),
-    Case(
-        "commonsense_qa",
-        {
-            "commonsense_qa": [
-                {
-                    "question": " Where is ice? ",
-                    "choices": {"text": list("vwxyz"), "label": list("ABCDE")},
-                    "answerKey": "D",
-                }
-            ]
-        },
-        [f"Question: Where is ice?\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer: {letter}" for letter in "ABCDE"],
-        3,
-        ("commonsense_qa/default.yaml", ("validation",), 0),
-    ),
-    Case(
-        "arc_easy",
-        {"arc_easy": [{"question": "Why?", **choice("B", "So.", "No.")}]},
-        ["Question: Why?\nAnswer: So.", "Question: Why?\nAnswer: No."],
-        1,
-        ("arc/arc_easy.yaml", ("test",), 0),
-    ),
-    Case(
-        "arc_challenge",
-        {"arc_challenge": [{"question": "Why?", **choice("A", "So.", "No.")}]},
-        ["Question: Why?\nAnswer: So.", "Question: Why?\nAnswer: No."],
-        0,
-        ("arc/arc_challenge.yaml", ("test",), 0),
-    ),
-    Case(
-        "lambada_openai",
-        {"lambada_openai": [{"text": "She rang the bell"}]},
-        ["She rang the bell"],
-        (),
-        ("lambada/lambada_openai.yaml", ("test",), 0),
-    ),
-    Case(
-        "blimp",
-        {"blimp": [{"sentence_good": "Ann sings.", "sentence_bad": "Ann sing.", "UID": "agreement"}]},
-        [" Ann sings.", " Ann sing."],
-        0,
-        ("blimp/adjunct_island.yaml", ("train",), 0),
-    ),
-    Case(
-        "humaneval",
-        {
-            "HumanEval": [
-                {"task_id": "t/0", "prompt": "def two():\n", "test": "def check(f): f()", "entry_point": "two"}
-            ]
-        },
-        ["def two():\n "],
-        (None,),
-    ),
-    Case(
-        "openbookqa",
-        {"openbook_qa": [{"question_stem": "Snow is", **choice("A", "cold", "hot", "red", "old")}]},
-        [f"Snow is {word}" for word in ("cold", "hot", "red", "old")],
-        0,
-        ("openbookqa/openbookqa.yaml", ("test",), 0),
-    ),
-    Case(
-        "boolq",
-        {"boolq": [{"passage": "Ice floats.", "question": "does ice float", "label": 1}]},
-        [f"Ice floats.\nQuestion: does ice float?\nAnswer: {word}" for word in ("no", "yes")],
-        1,
-        ("super_glue/boolq/default.yaml", ("validation",), 0),
-    ),
-    Case(
-        "copa",
-        {
-            "copa": [
-                {
-                    "premise": "It rained.",
-                    "question": "effect",
-                    "choice1": "We got wet.",
-                    "choice2": "We sang.",
-                    "label": 0,
-                }
-            ]
-        },
-        ["It rained therefore  we got wet.", "It rained therefore  we sang."],
-        0,
-        ("super_glue/copa/default.yaml", ("validation",), 0),
-    ),
-    Case(
-        "winogrande",
-        {
-            "winogrande": [
-                {"sentence": "Ann thanked Beth, for _ had paid.", "option1": "Ann", "option2": "Beth", "answer": "2"}
-            ]
-        },
-        ["Ann thanked Beth, for Ann had paid.", "Ann thanked Beth, for Beth had paid."],
-        1,
-        ("winogrande/default.yaml", ("validation",), 0),
-    ),
-    Case(
-        "piqa",
-        {"piqa": [{"goal": "Boil water", "sol1": "Use a pot.", "sol2": "Use a hat.", "label": 0}]},
-        ["Question: Boil water\nAnswer: Use a pot.", "Question: Boil water\nAnswer: Use a hat."],
-        0,
-        ("piqa/piqa.yaml", ("validation",), 0),
-    ),
-    Case(
-        "mmlu",
-        {
-            "mmlu.test": [{"question": " 1 + 1? ", "choices": list("1234"), "answer": 1, "subject": ALGEBRA}],
-            "mmlu.dev": [{"question": "2 + 2?", "choices": list("1234"), "answer": 3, "subject": ALGEBRA}],
-        },
-        [
-            "The following are multiple choice questions (with answers) about abstract algebra.\n\n2 + 2?\n"
-            f"A. 1\nB. 2\nC. 3\nD. 4\nAnswer: D\n\n1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: {letter}"
-            for letter in LETTERS
-        ],
-        1,
-        ("mmlu/default/mmlu_abstract_algebra.yaml", ("test", "dev"), 1),
-    ),
-    Case(
-        "triviaqa",
-        {"triviaqa": [TRIVIA]},
-        ["Question: Who wrote of Avonlea?\nAnswer: L. M. Montgomery"],
-        ("L. M. Montgomery", "Montgomery"),
-        ("triviaqa/default.yaml", ("validation",), 0),
-    ),
-    Case(
-        "nq_open",
-        {"nq_open": QUESTIONS[:1], "nq_open.train": QUESTIONS[1:]},
-        [f"{ASKED}Q: what is hail?\nA: hail\nQ: what is rain?\nA: rain"],
-        ("rain", "RAIN"),
-        ("nq_open/nq_open.yaml", ("validation", "train"), 1),
-    ),
-    Case(
-        "gsm8k",
-        {
-            "gsm8k": [{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}],
-            "gsm8k.train": [{"question": "2 + 2?", "answer": "#### 4"}],
-        },
-        ["Question: 2 + 2?\nAnswer: #### 4\n\nQuestion: 1 + 1?\nAnswer: It is 2.\n#### 2"],
-        ("2",),
-        ("gsm8k/gsm8k.yaml", ("test", "train"), 1),
-    ),
-    Case(
-        "bbh",
-        {"bbh": [{"task": "boolean_expressions", "input": "True is", "target": "True"}], "bbh.cot": BOOLEANS},
-        [f"Evaluate the result of a random Boolean expression.\n\n{SHOWN}Q: True is\n{STEPS}True"],
-        ("True",),
-        ("bbh/cot_fewshot/boolean_expressions.yaml", ("test",), 3),
-    ),
-    Case(
-        "minerva_math",
-        {
-            "math.test": [
-                {"problem": "What is $1 + 1$?", "level": "1", "type": "Algebra", "solution": "It is $\\boxed{2}$."}
-            ]
-        },
-        [MATHS.format("What is $1 + 1$?") + " It is $\\boxed{2}$."],
-        ("2",),
-        ("minerva_math/minerva_math_algebra.yaml", ("test",), 4),
-    ),
-    Case(
-        "svamp",
-        {
-            "svamp": [
-                {"Body": "Ann has 3 pens. ", "Question": "How many are 2 more?", "Answer": 5.0, "Equation": "( 3 + 2 )"}
-            ]
-        },
-        ["Question: Ann has 3 pens. How many are 2 more?\nAnswer: 5.0"],
-        ("5.0",),
-    ),
-    Case(
-        "jeopardy",
-        {
-            "jeopardy_all": [
-                {"context": f"SEAS: It is number {n}", "continuation": str(n), "category": "seas"} for n in range(12)
-            ]
-        },
-        ["SEAS: It is number 11\nAnswer: 11"],
-        (),
-    ),
-]
+TEXT = Path(__file__).with_name("shipped_tasks.jsonl").read_text(encoding="utf-8")
+CASES = [Case(**json.loads(line)) for line in TEXT.splitlines()]
 
 
 def loaded(case: Case, folder: Path, shots: int | None) -> Loaded:
@@ -330,7 +63,7 @@ def test_a_published_record_is_asked_as_the_field_asks_it(case, tmp_path):
     if isinstance(case.right, int):
         assert item.gold == case.right
     elif item.problem is not None:
-        assert (item.problem.answer, *item.problem.alternatives) == case.right
+        assert [item.problem.answer, *item.problem.alternatives] == case.right
 
 
 def test_the_page_lists_every_task_with_its_version_kind_and_examples():
@@ -347,7 +80,9 @@ def test_the_page_makes_the_files_of_bbh_from_its_repository(tmp_path, monkeypat
         (tmp_path / "BIG-Bench-Hard" / place).mkdir(parents=True)
     items = [{name: row[name] for name in ("input", "target")} for row in case.files["bbh"]]
     (tmp_path / "BIG-Bench-Hard/bbh/boolean_expressions.json").write_text(json.dumps({"examples": items}))
-    shown = f"A warning.\n-----\nEvaluate it.\n\n{SHOWN.strip()}"
+    steps = "A: Let's think step by step.\n"
+    shown = [f"Q: {row['input']}\n{steps}{row['target']}" for row in case.files["bbh.cot"]]
+    shown = "\n\n".join(["A warning.\n-----\nEvaluate it.", *shown])
     (tmp_path / "BIG-Bench-Hard/cot-prompts/boolean_expressions.txt").write_text(shown)
     (program,) = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     exec(program, {})
@@ -359,7 +94,8 @@ def test_examples_in_the_toml_come_before_every_group(tmp_path):
     one = loaded(next(case for case in CASES if case.task == "minerva_math"), tmp_path, None)
     (item,) = one.items
     assert item.contexts[0].startswith("Problem:\nFind the domain of the expression  $")
-    assert TERRELL in item.contexts[0] and item.contexts[0].count("Problem:\n") == 5
+    last = "\nFinal Answer: The final answer is $16$. I hope it is correct.\n\nProblem:\nIf the system of equations"
+    assert last in item.contexts[0] and item.contexts[0].count("Problem:\n") == 5
 
 
 @pytest.mark.parametrize(
@@ -435,21 +171,11 @@ def test_prompts_and_verdicts_are_those_of_lm_evaluation_harness(case, tmp_path,
         return
     assert context == item.description + item.contexts[0]
     until = task.config.generation_kwargs["until"]
-    assert (tuple(until), task.config.generation_kwargs.get("max_gen_toks", 256)) == (
-        one.task.stop,
-        one.task.max_tokens,
-    )
+    limit = task.config.generation_kwargs.get("max_gen_toks", 256)
+    assert (tuple(until), limit) == (one.task.stop, one.task.max_tokens)
     if one.task.verifier == "exact_match":
-        wrong = [
-            "",
-            "rain",
-            "the answer is True.",
-            "the answer is true.",
-            "Montgomery",
-            "The L.M. montgomery",
-            "a RAIN ",
-        ]
-        for completion in (*wrong, item.problem.answer):
+        answers = ("the answer is True.", "the answer is true.", "Montgomery", "The L.M. montgomery", "a RAIN ")
+        for completion in ("", "rain", *answers, item.problem.answer):
             (request,) = [task.construct_requests(document, context)]
             request.resps = [completion]
             task._instances = [request]
@@ -470,9 +196,8 @@ def test_examples_are_drawn_from_training_files_as_lm_evaluation_harness_draws_t
         pytest.skip("it has no training file")
     assert case.peer is not None
     ((stem, (row,)),) = case.files.items()
-    asked = next(
-        name for name in ("question_stem", "ctx_a", "goal", "premise", "sentence", "text", "question") if name in row
-    )
+    names = ("question_stem", "ctx_a", "goal", "premise", "sentence", "text", "question")
+    asked = next(name for name in names if name in row)
     rows = [{**row, asked: f"{n} {row[asked]}"} for n in range(11)]
     files = {stem: rows[:4], f"{stem}.train": rows[4:]}
     one = loaded(case._replace(files=files), tmp_path, 2)
