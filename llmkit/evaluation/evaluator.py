@@ -9,7 +9,7 @@ summarise(loaded, records)["score"]  # of scores
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +17,14 @@ from math import comb
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmkit.config import ToolConfig
 from llmkit.errors import UserError, naming
 from llmkit.evaluation.likelihood import Likelihood, Scorer, Tokens, encode_core, encode_pairs
+from llmkit.evaluation.scores import summarise
 from llmkit.evaluation.served import WITH_FOLDER, ServedScorer
-from llmkit.evaluation.tasks import EXACT_MATCH, Item, Task, is_exact_match
+from llmkit.evaluation.tasks import EXACT_MATCH, Item, Task, is_exact_match, load_items, load_tasks
 from llmkit.formats.conversations import Message, message
 from llmkit.generation.generator import Generator, end_tokens
 from llmkit.generation.next_token import Sampling, request_number
@@ -39,8 +41,11 @@ from llmkit.rewards.reward import Attempt
 from llmkit.rewards.verifiers import VerifierReward
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import choose_thinking
+from llmkit.training.distributed import whole_model
 
 CHUNK = 512  # items evaluated and saved for --resume together
+ITEMS = 500  # of a task, at most: a standard error of 0.022 at a score of 0.5
+Validation = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -293,3 +298,48 @@ def open_model(
         model = Model(name, "", tokenizer, settings, ServedScorer(server, concurrency, context, tokenizer), sampler)
     with closing(model):
         yield model
+
+
+# ---- a model in training
+
+
+class TaskScores:
+    """Adds scores of tasks to those of a validation, as `task/NAME`.
+
+    chat  whether items are prompted in the model's chat format
+    Raises UserError for tasks that cannot be loaded.
+    """
+
+    def __init__(self, specs: Sequence[str], tokenizer: Tokenizer, *, chat: bool = False) -> None:
+        self._loaded = [load_items(task, ITEMS) for task in load_tasks(specs, flag="--evaluate")]
+        self._tokenizer, self._chat = tokenizer, chat
+
+    def beside(self, validate: Validation | None, model: Transformer) -> Validation | None:
+        """Return a validation with both scores; each rank scores all items, since it would wait otherwise."""
+        if not self._loaded:
+            return validate
+
+        def evaluate() -> dict[str, float]:
+            scores = {} if validate is None else dict(validate())
+            with torch.no_grad():
+                whole = whole_model(model)
+            evaluated = model_here(whole, self._tokenizer, Settings(chat=self._chat))
+            with closing(evaluated), _eager(whole):
+                for one in self._loaded:
+                    records = [row for chunk in chunks(one.items) for row in evaluated.evaluate(one.task, chunk)]
+                    scores[f"task/{one.task.name}"] = round(summarise(one, records)["score"], 5)
+            return scores
+
+        return evaluate
+
+
+@contextmanager
+def _eager(model: Transformer) -> Iterator[None]:
+    """Disable torch.compile, which would compile each of an evaluation's many shapes."""
+    compiled = [(layer, layer.__dict__.pop("forward", None)) for layer in model.layers]
+    try:
+        yield
+    finally:
+        for layer, forward in compiled:
+            if forward is not None:
+                layer.forward = forward

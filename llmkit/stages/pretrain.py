@@ -150,7 +150,7 @@ def run(config: PretrainConfig) -> Summary | None:
         return Summary(**results)
     sources = _checked_sources(config)
     from llmkit.data.batches import EvaluationBatches
-    from llmkit.evaluation.in_training import TaskScores
+    from llmkit.evaluation.evaluator import TaskScores
     from llmkit.generation.generator import continue_text
     from llmkit.tokenizer.encoding import load_tokenizer
     from llmkit.training.distributed import whole_model

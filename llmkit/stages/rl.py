@@ -160,7 +160,7 @@ class Learner:
 
     def load(self, stack: ExitStack) -> None:
         """Load rewards, the policy and problems, and choose how it learns."""
-        from llmkit.evaluation.in_training import TaskScores
+        from llmkit.evaluation.evaluator import TaskScores
         from llmkit.generation.tool_calls import open_tools
         from llmkit.rl.algorithms import ALGORITHMS, choose_horizon
         from llmkit.rl.policy import OwnPolicy, ServedPolicy, load_policy, reference_of

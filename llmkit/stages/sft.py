@@ -179,7 +179,7 @@ def run(config: SftConfig) -> Summary | None:
 
 def _tune(config: SftConfig, files: list[DataFile], run: Run, gold: list[Weighted]) -> Summary | None:
     from llmkit.crawl.filters.contamination import Findings
-    from llmkit.evaluation.in_training import TaskScores
+    from llmkit.evaluation.evaluator import TaskScores
     from llmkit.rewards.reward import ModelReward
     from llmkit.rl.monitor import Watch
     from llmkit.training.distributed import whole_model
