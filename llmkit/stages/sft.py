@@ -457,7 +457,7 @@ def _preferences(
     from llmkit.reward_model.comparisons import packed_comparisons
     from llmkit.reward_model.head import row_length
     from llmkit.reward_model.preferences import PreferenceLoss, Reference, balanced, read_preferences
-    from llmkit.rl.held_out import HeldOutAnswers
+    from llmkit.rl.evaluation import HeldOutAnswers
     from llmkit.rl.policy import reference_of
     from llmkit.training.preferences import Objective, figures_of
 
