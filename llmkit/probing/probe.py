@@ -1,10 +1,6 @@
 """Ask a model what it knows: each question several times, with each answer judged.
 
-    probe = Probe(sampler, MatchJudge(), samples=5, max_tokens=64, seed=0, written_by="given")
-    for record in probe.ask(questions): ...
-
-The procedure is that of "The
-Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
+The procedure is that of "The Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from llmkit.errors import naming
 from llmkit.formats.conversations import message
 from llmkit.formats.questions import Question
 from llmkit.generation.next_token import request_number
-from llmkit.generation.requests import Completion, Request, split_thoughts
+from llmkit.generation.requests import Request, split_thoughts
 from llmkit.generation.sampler import Sampler
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.resume import Kept
@@ -47,77 +43,63 @@ def decide(judgements: Sequence[str]) -> str:
     return "mixed" if counts[UNREADABLE] and counts[WRONG] + counts[UNREADABLE] >= needed else "evasive"
 
 
-class Probe:
-    """Asks questions, without the passages that they came from.
+def ask_all(
+    questions: Sequence[Question],
+    state: Kept,
+    sampler: Sampler,
+    judge: Judge,
+    samples: int,
+    max_tokens: int | None,
+    seed: int,
+    written_by: str,
+    quiet: bool,
+) -> int:
+    """Ask the questions that the state has not, without their passages, into it; the number of its records.
 
     samples, max_tokens, seed  of each question; the answers to it depend on its tokens and the seed alone
     written_by  who wrote the questions: "given", "embedded", or a model
     """
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        judge: Judge,
-        samples: int,
-        max_tokens: int | None,
-        seed: int,
-        written_by: str,
-    ) -> None:
-        self._sampler, self.judge = sampler, judge
-        self._samples, self._max_tokens, self._seed = samples, max_tokens, seed
-        self._written_by = written_by
-
-    def ask(self, questions: Iterable[Question]) -> Iterator[dict[str, Any]]:
-        """The record of each question that was asked, in order."""
-        waiting: deque[Question] = deque()
-        completed = self._sampler.complete(self._requests(questions, waiting))
-        finished = ((waiting.popleft(), completions) for completions in completed)
-        answered = (
-            Answered(question, [split_thoughts(reply.text)[1].strip() for reply in completions], completions)
-            for question, completions in finished
-            if completions  # there are none where it is too long
-        )
-        for item, judgements in self.judge.judge_each(answered):
-            yield self._record(item, judgements)
-
-    def _requests(self, questions: Iterable[Question], waiting: deque[Question]) -> Iterator[Request]:
-        for question in questions:
-            with naming(question.where):
-                prompt = self._sampler.encode([message("user", question.question)])
-            waiting.append(question)
-            yield Request(prompt, self._samples, self._max_tokens, self._seed, request_number(prompt), question.where)
-
-    def _record(self, answered: Answered, judgements: list[str]) -> dict[str, Any]:
-        question, answers = answered.question, answered.question.answers
-        completions: Sequence[Completion] = answered.details
-        return {
-            "question": question.question,
-            "answer": answers[0] if len(answers) == 1 else list(answers),
-            "passage_id": question.passage_id,
-            "responses": list(answered.responses),
-            "judgements": judgements,
-            "known": decide(judgements),
-            "logprobs": [
-                round(sum(reply.logprobs) / len(reply.logprobs), 4) if reply.logprobs else None for reply in completions
-            ],
-            "kind": question.kind,
-            "language": language_of(question),
-            "written_by": self._written_by,
-            "judged_by": self.judge.name,
-            "where": question.where,
-        }
-
-
-def ask_all(probe: Probe, state: Kept, questions: Sequence[Question], quiet: bool) -> int:
-    """Ask the questions that the state has not, into it; the number of its records."""
     if state:
         say(f"{state.path}: kept {counted(len(state), 'question')}", quiet)
+    asked: deque[Question] = deque()
+
+    def requests() -> Iterator[Request]:
+        for question in state.missing(questions, lambda question: f"{question.where} {question.question}"):
+            with naming(question.where):
+                prompt = sampler.encode([message("user", question.question)])
+            asked.append(question)
+            yield Request(prompt, samples, max_tokens, seed, request_number(prompt), question.where)
+
+    finished = ((asked.popleft(), completions) for completions in sampler.complete(requests()))
+    answered = (
+        Answered(question, [split_thoughts(reply.text)[1].strip() for reply in completions], completions)
+        for question, completions in finished
+        if completions  # there are none where it is too long
+    )
     tally: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
         progress.advance(len(state))
-        for record in probe.ask(state.missing(questions, lambda question: f"{question.where} {question.question}")):
-            state.add(f"{record['where']} {record['question']}", record)
-            tally[NAMES[record["known"]]] += 1
+        for item, judgements in judge.judge_each(answered):
+            question, completions = item.question, item.details
+            known = decide(judgements)
+            record = {
+                "question": question.question,
+                "answer": question.answers[0] if len(question.answers) == 1 else list(question.answers),
+                "passage_id": question.passage_id,
+                "responses": list(item.responses),
+                "judgements": judgements,
+                "known": known,
+                "logprobs": [
+                    round(sum(one.logprobs) / len(one.logprobs), 4) if one.logprobs else None for one in completions
+                ],
+                "kind": question.kind,
+                "language": language_of(question),
+                "written_by": written_by,
+                "judged_by": judge.name,
+                "where": question.where,
+            }
+            state.add(f"{question.where} {question.question}", record)
+            tally[NAMES[known]] += 1
             progress.advance(**tally)
     return len(state)
 

@@ -130,7 +130,7 @@ class SchemaVerifier:
             reason = getattr(error, "message", str(error)).splitlines()[0][:200]
             raise UserError(f"{problem.where}: {expected}: {reason}") from None
 
-    def is_met(self, problem: Problem, completion: str) -> bool:
+    def judge(self, problem: Problem, completion: str) -> bool:
         """The completion is JSON that fits `schema`; alone, or as the one fenced block that it consists of.
 
         Deliberately strict: text around it, a key twice, NaN and Infinity are no JSON. Nothing is fetched for a `$ref`.

@@ -53,7 +53,7 @@ class LatexComparer:
         if not (problem.answer or "").strip():
             raise UserError(f"{problem.where}: expected an answer for the verifier 'latex', found none")
 
-    def is_right(self, problem: Problem, completion: str) -> bool | None:
+    def judge(self, problem: Problem, completion: str) -> bool | None:
         """True if the boxed expression is the answer; None where math-verify cannot read the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)

@@ -96,11 +96,6 @@ def _check_text(problem: Problem) -> None:
         raise _unfit(problem, "exact", "an answer of words", problem.answer)
 
 
-def is_text_right(problem: Problem, completion: str) -> bool:
-    """The answer is the whole completion or its last statement, but for case and white space."""
-    return says(completion, problem.answer or "")
-
-
 def is_matching(problem: Problem, completion: str) -> bool:
     """The answer's words are those of the completion, as `probe-knowledge --judge match` compares them."""
     from llmkit.text.matching import RIGHT, MatchJudge
@@ -135,7 +130,7 @@ WHOLE = ("regex", "json-schema", "latex")  # are given thinking and tags, too
 TEXT_VERIFIERS = {
     "number": Verifier(_check_number, is_number_right),
     "gsm8k": Verifier(_check_number, is_gsm8k_right),
-    "exact": Verifier(_check_text, is_text_right),
+    "exact": Verifier(_check_text, lambda problem, completion: says(completion, problem.answer or "")),
     "match": Verifier(_check_text, is_matching),
     "choice": Verifier(_check_choice, is_choice_right),
     "regex": Verifier(check_pattern, is_pattern_met),
@@ -192,11 +187,7 @@ class VerifierReward(Reward):
         super().__init__("verifier" if forced is None else f"verifier={forced}", flag)
         self._forced = forced
         self._tests, self._latex, self._schema = CodeTests(sandbox, seconds), LatexComparer(), SchemaVerifier()
-        in_processes = {
-            "latex": Verifier(self._latex.check, self._latex.is_right),
-            "json-schema": Verifier(self._schema.check, self._schema.is_met),
-        }
-        self._verifiers = {**TEXT_VERIFIERS, **in_processes}
+        self._verifiers = {**TEXT_VERIFIERS, "latex": self._latex, "json-schema": self._schema}
 
     def check(self, problem: Problem) -> None:
         """Raise UserError for a problem without what its verifier needs."""

@@ -165,7 +165,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
     # load
     from llmkit.probing.judges import judge_of
     from llmkit.probing.model_questions import write_all
-    from llmkit.probing.probe import Probe, ask_all, plan
+    from llmkit.probing.probe import ask_all, plan
     from llmkit.probing.refusals import Refusals
 
     refusals, bad = Refusals(config.refusals), BadRecords(config.max_bad, config.quiet)
@@ -190,7 +190,6 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         identity = {**lasting_options(config), **others, **sampler.identity}
         judge = judge_of(models.get("judge"), refusals.texts())
         written_by = writer or ("embedded" if passages else "given")
-        probe = Probe(sampler, judge, config.samples, config.max_tokens, config.seed, written_by)
 
         # ask
         written = Kept(written_path, identity, resume=config.resume) if writer else None
@@ -200,10 +199,11 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
             until_written.close()
         state = Kept(state_path, identity, resume=config.resume)
         stack.enter_context(state.resumable())
-        too_long = len(questions) - ask_all(probe, state, questions, config.quiet)
+        samples, length = config.samples, config.max_tokens
+        asked = ask_all(questions, state, sampler, judge, samples, length, config.seed, written_by, config.quiet)
 
     # save and summarise
-    left_out += Counter({"longer than the context": too_long})
+    left_out += Counter({"longer than the context": len(questions) - asked})
     names = {"written_by": written_by, "judged_by": judge.name, **bad.results}
     summary = _save(config, state, refusals, models, names, left_out, sampler.usage if config.is_served else None)
     state.remove()

@@ -319,12 +319,12 @@ def test_a_comparison_that_hangs_is_ended_and_the_next_one_works():
     pytest.importorskip("math_verify")
     asked = problem(answer="x+1")
     hasty = LatexComparer(seconds=1e-6)
-    assert not hasty.is_right(asked, "\\boxed{1+x}")  # ended before it could answer
+    assert not hasty.judge(asked, "\\boxed{1+x}")  # ended before it could answer
     hasty.worker.close()
     comparer = LatexComparer()
-    assert comparer.is_right(asked, "\\boxed{1+x}")
+    assert comparer.judge(asked, "\\boxed{1+x}")
     comparer.worker.close()
-    assert comparer.is_right(asked, "\\boxed{x - (-1)}")
+    assert comparer.judge(asked, "\\boxed{x - (-1)}")
     comparer.worker.close()
 
 
@@ -453,7 +453,7 @@ def test_json_schema_has_a_limit_of_time_on_the_whole_check() -> None:
     twice = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
     schema = {"$ref": "#/$defs/d0", "$defs": {**twice, "d40": {"type": "integer"}}}
     verifier = SchemaVerifier(1.0)
-    assert not verifier.is_met(problem(schema=schema), "1")
+    assert not verifier.judge(problem(schema=schema), "1")
     verifier.worker.close()
 
 
