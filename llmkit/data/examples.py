@@ -246,7 +246,7 @@ def read_examples(
         quiet,
     )
     if cut := counts[CUT]:
-        say(f"{name}: {counted(cut, 'answer')} cut at the context of {longest - 1} tokens; {advice}", quiet)
+        say(f"{name}: {counted(cut, 'answer')} cut at the context of {counted(longest - 1, 'token')}; {advice}", quiet)
     return examples, digest.hexdigest()
 
 
