@@ -101,6 +101,7 @@ class ToolUse(Functions):
         chat: ChatFormat | None = None,
     ) -> None:
         super().__init__(toolbox, max_calls)
+        self._end_at_others = end_at_others
         self._chat = chat = chat_format(tokenizer) if chat is None else chat
         if isinstance(chat, TemplateFormat):
             self._closer, self._form, noticed, tokens = None, chat.call_form, (), {}
@@ -134,7 +135,9 @@ class ToolUse(Functions):
 
     def none(self) -> ToolUse:
         """See `Functions`."""
-        return ToolUse(Toolbox.parse(()), self._tokenizer, chat=self._chat) if self.toolbox.names else self
+        if not self.toolbox.names:
+            return self
+        return ToolUse(Toolbox.parse(()), self._tokenizer, end_at_others=self._end_at_others, chat=self._chat)
 
     def open_call(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
         """Return the tool of a call that a prompt begins and does not end, and its input so far; None without one."""

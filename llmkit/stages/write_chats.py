@@ -414,6 +414,7 @@ def _sampler(
         dtype=config.dtype,
         slots=config.batch_size,
         tools=config if flag == "--writer" and not config.dry_run else None,
+        end_at_others=flag == "--writer",  # what a call of a tool that is not there leaves behind is no answer
         concurrency=config.concurrency,
         timeout=config.timeout,
         skip_refused=flag == "--writer",

@@ -250,6 +250,16 @@ def test_tools_that_are_not_given_and_ends_without_a_start_are_nothing(tokenizer
     assert (completion.text, completion.tool_calls) == ("abcd", [])
 
 
+def test_a_call_of_a_tool_that_is_not_there_ends_a_completion_on_request(tokenizer, calculator):
+    model = caller(tokenizer, "a", "1+2", "wel")
+    with calculator:
+        use = ToolUse(calculator, tokenizer, end_at_others=True)
+        for tools, reason in ((use, "stop"), (use.none(), "no_tool")):
+            generator = Generator(model, tokenizer, Sampling(temperature=0.0), tools=tools)
+            ((completion,),) = generator.complete([Request([END], max_tokens=30)])
+            assert completion.finish_reason == reason
+
+
 def test_a_call_without_an_end_says_nothing(tokenizer, calculator):
     (start,) = special(tokenizer, "calc_start")
     model = certain(
