@@ -37,7 +37,7 @@ def test_the_first_commands_make_an_assistant(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     tried = [row["val_success"] for row in read_metrics(tmp_path / "policy" / METRICS) if "val_success" in row]
     assert tried[-1] > tried[0], "rl has learnt nothing"
-    assert done.stdout == "129886\n"
+    assert "calc answers: 129886" in done.stderr  # another rounding may copy it wrongly
     python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert python is not None
     loaded = [sys.executable, "-c", python[1] + "print(tokenizer.decode(model.generate(max_new_tokens=2)[0]))"]
