@@ -384,17 +384,19 @@ class _Bucket:
             self._blocks.popitem(last=False)[1].cancel()
 
     def _block(self, start: int) -> bytes:
-        """The bytes from `start` on, fewer than BLOCK at the end alone."""
-        size = self.now[0] or 0
-        end = min(start + BLOCK, size)
+        """The bytes from `start` on, fewer than BLOCK at the end alone, wherever that is."""
+        size = self.now[0]
+        end = start + BLOCK if size is None else min(start + BLOCK, size)
         if end <= start:
             return b""
         try:
             data = self._system.cat_file(self._path, start=start, end=end)
-        except Exception:
-            self.describe()  # another file may lie there
+        except Exception as error:
+            if size is None and ("range" in str(error).lower() or _status(error) == 416):  # it has ended there
+                return b""
+            self.describe()
             raise
-        if len(data) != end - start:
+        if size is not None and len(data) != end - start:
             self.describe()
             raise ConnectionError(f"it ended at byte {start + len(data):,} of {size:,}")
         return data
@@ -557,8 +559,7 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
                 raise UserError(f"{address}: expected {wanted}, found {what}") from None
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            response = getattr(error, "response", None)  # of the hub's errors; of others a dictionary
-            status = getattr(error, "code", getattr(error, "status", getattr(response, "status_code", None)))
+            status, response = _status(error), getattr(error, "response", None)
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if status == 404:
                 raise UserError(f"{address}: expected {wanted}, found none there (404)") from None
@@ -570,3 +571,9 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
             wait = (getattr(error, "headers", getattr(response, "headers", None)) or {}).get("Retry-After") or ""
             time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)
     raise AssertionError
+
+
+def _status(error: Exception) -> Any:
+    """The number of a server's answer, where the error of a library has it."""
+    response = getattr(error, "response", None)  # of the hub's errors; of others a dictionary
+    return getattr(error, "code", getattr(error, "status", getattr(response, "status_code", None)))

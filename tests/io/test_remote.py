@@ -256,8 +256,8 @@ def test_the_same_bytes_come_from_disk_from_the_web_and_from_a_bucket(
 
 @pytest.fixture(scope="module")
 def object_server(object_server: ObjectStore) -> ObjectStore:
-    """A server that has read.bin, two tables and a model in its bucket."""
-    files = {"read.bin": DATA, "t/a.jsonl": LINES, "t/u/b.jsonl": LINES}
+    """A server that has read.bin, blocks.bin, two tables and a model in its bucket."""
+    files = {"read.bin": DATA, "blocks.bin": DATA[: 2 << 20], "t/a.jsonl": LINES, "t/u/b.jsonl": LINES}
     for name, data in (files | {f"model/{name}": data for name, data in MODEL.items()}).items():
         object_server.client().put_object(Bucket="bucket", Key=name, Body=data)
     return object_server
@@ -294,6 +294,21 @@ def test_columns_of_a_table_in_a_bucket_are_fetched_once(bucket: ObjectStore, tm
     bucket.requests.clear()
     assert [row.value for row in read_jsonl(["s3://bucket/t.parquet"])] == rows
     assert bucket.requests.count(("GET", "/bucket/t.parquet")) == -(-len(data) // remote.BLOCK) >= 5
+
+
+def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStore, monkeypatch) -> None:
+    from s3fs import S3FileSystem
+
+    info = S3FileSystem._info
+
+    async def without_size(system: S3FileSystem, path: str, **details) -> dict:
+        return {**await info(system, path, **details), "size": None}
+
+    monkeypatch.setattr(S3FileSystem, "_info", without_size)
+    assert read("s3://bucket/read.bin") == DATA
+    assert read("s3://bucket/blocks.bin") == DATA[: 2 << 20]  # its last block is a whole one
+    with open_remote("s3://bucket/read.bin") as file:
+        assert not file.seekable()  # from its end
 
 
 @pytest.mark.parametrize("name", ["n.jsonl.gz", "n.jsonl.zst", "n.parquet"])
