@@ -93,7 +93,7 @@ def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
         digest = item.get("manifest_sha256")
         if isinstance(item.get("manifest"), dict):
             whole, above = flattened(item["manifest"])
-            digest = manifest_digest(whole)
+            digest = str(digest or manifest_digest(whole))
             for name, other in {digest: whole, **above}.items():
                 ancestors.setdefault(name, other)
         return {**rest, "manifest_sha256": str(digest)} if digest else rest
@@ -105,7 +105,9 @@ def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
     listed = manifest.get("ancestors")
     for digest, other in listed.items() if isinstance(listed, dict) else ():
         if isinstance(other, dict):
-            ancestors.setdefault(digest, flattened(other)[0])
+            whole, above = flattened(other)
+            for name, each in {digest: whole, **above}.items():
+                ancestors.setdefault(name, each)
     return own, ancestors
 
 

@@ -152,6 +152,17 @@ def test_manifests_within_each_other_are_read_and_stand_flat_in_what_follows(tmp
     assert "apply_chat_template" in card  # of an assistant
 
 
+def test_nested_manifests_of_listed_ancestors_and_their_digests_stay():
+    def within(digest: str | None, name: str, **more) -> dict:
+        item = {"path": name, "manifest": {"command": name, **more}}
+        return item if digest is None else {**item, "manifest_sha256": digest}
+
+    listed = {"b" * 64: {"command": "base", "parents": [within("t" * 64, "tok")]}}
+    own, ancestors = flattened({"command": "chat", "parents": [within("c" * 64, "other")], "ancestors": listed})
+    assert own["parents"] == [{"path": "other", "manifest_sha256": "c" * 64}]
+    assert {digest[0]: one["command"] for digest, one in ancestors.items()} == {"c": "other", "b": "base", "t": "tok"}
+
+
 def test_ancestors_that_are_missing_damaged_or_go_in_a_circle_end_no_run(tmp_path: Path, capsys) -> None:
     make(tmp_path / "tok", "train-bpe")
     make(tmp_path / "base", "pretrain", tmp_path / "tok")
