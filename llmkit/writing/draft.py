@@ -74,6 +74,6 @@ def read_draft(state: Mapping[str, Any]) -> Draft:
     """Read what `Draft.as_state` wrote."""
     row = Row({}, "draft", 0)
     messages, others = (
-        tuple(read_messages(row, [entry])[0] for entry in state[name]) for name in ("messages", "others")
+        tuple(read_messages(row, [entry])[0] for entry in state.get(name, ())) for name in ("messages", "others")
     )
     return Draft(**{**state, "messages": messages, "others": others})
