@@ -96,13 +96,14 @@ class Run:
         self.file = Rows(self.out / RESULTS.name)
         self.tiles = self.out / "tiles.json"
         self.hung: set[str] = set()  # stages that were cut off
-        cache = ROOT / RESULTS.parent / "cache"
+        self.passed: dict[str, int] = {}  # of each group of tests that ran
+        here = ROOT / RESULTS.parent  # not --out, which is brought back whole
         self.environment = {
             **{k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LLMKIT_KERNELS", "LLMKIT_TILES")},
-            "PYTHONPATH": str(_site(self.out, options.wheel)),
+            "PYTHONPATH": str(_site(here, options.wheel)),
             "PYTHONUNBUFFERED": "1",
-            "TRITON_CACHE_DIR": str(cache / "triton"),  # not in --out, which is brought back whole
-            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "TRITON_CACHE_DIR": str(here / "cache" / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(here / "cache" / "inductor"),
         }
 
     def start(self, stage: Stage) -> tuple[Stage, float, subprocess.Popen[bytes]]:
@@ -185,16 +186,25 @@ class Run:
             return
         self.end(self.start(Stage(name, limit, command, device)))
         log = (self.out / f"{name}.log").read_text(errors="replace")
-        outcomes = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+)", log, re.MULTILINE)
-        outcomes = {test: outcome.lower() for outcome, test in outcomes}
+        outcomes = outcomes_in(log)
         for test, outcome in outcomes.items():
             if name == "specialized" or outcome != "passed":
                 self.file.add(stage="check", name=test.rpartition("/")[2], outcome=outcome)
-        summary = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed)[^=\n]*)", log, re.MULTILINE)
+        passed = self.passed[name] = list(outcomes.values()).count("passed")
+        summary = re.findall(r"^=* ?(\d+ (?:passed|failed|skipped|errors?|deselected)\b[^=\n]*)", log, re.MULTILINE)
+        end = "cut off" if name in self.hung else "no summary"
+        outcome = (
+            summary[-1] if summary else f"{passed} passed, {len(outcomes) - passed} failed, then {end}: see the log"
+        )
         name = "tests/kernels" if name == "correctness" else f"tests/kernels -k {chosen}"
-        passed = list(outcomes.values()).count("passed")
-        cut_off = f"{passed} passed, {len(outcomes) - passed} failed, then cut off: see the log"
-        self.file.add(stage="check", name=name, outcome=summary[-1] if summary else cut_off)
+        self.file.add(stage="check", name=name, outcome=outcome)
+
+
+def outcomes_in(log: str) -> dict[str, str]:
+    """The outcome of each test in the log of `pytest -v`, which names it after the test, and with xdist before it."""
+    found = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+::\S+)", log, re.MULTILINE)
+    found += [(end, test) for test, end in re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR)\b", log, re.MULTILINE)]
+    return {test: outcome.lower() for outcome, test in found}
 
 
 def _site(out: Path, wheels: list[Path]) -> Path:
@@ -237,8 +247,8 @@ def main() -> int:
         run.end(started)
     run.check()
     for stage in others:
-        if stage.name == "specialized tiles" and "specialized" in run.hung:
-            continue  # they would hang again
+        if stage.name == "specialized tiles" and ("specialized" in run.hung or run.passed.get("specialized") == 0):
+            continue  # they would hang or fail again
         if not (run.smoke and "1.5B" in stage.name):  # a smoke run has one tiny model
             run.measure(stage)
     rows = list(read_rows(run.file.path))

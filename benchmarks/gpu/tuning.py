@@ -21,7 +21,8 @@ def tune(
 ) -> Iterator[tuple[str, dict[str, float | str]]]:
     """Try the candidates of each kernel, write the fastest to `path`, and give the name and milliseconds of all.
 
-    A candidate that does not compile, or asks more than the GPU has, is "failed". `late()` ends the trials early.
+    A candidate that does not compile, or asks more than the GPU has, is "failed". `late()`, and a fault of a kernel,
+    end the trials early.
     """
     tiles = triton_module("tiles")
     for name, usual, listed, run in _trials(tiles, makers, shapes, candidates):
@@ -35,10 +36,15 @@ def tune(
                     times[candidate] = clock.milliseconds(run)
                 except Exception as error:  # a compiler's or a driver's: this candidate is none
                     times[candidate] = f"failed: {type(error).__name__}"
-        clock.free()
+            if lost := clock.is_lost():
+                break
+        if not lost:
+            clock.free()
         if timed := {candidate: ms for candidate, ms in times.items() if isinstance(ms, float)}:
             _keep(tiles, path, name, asdict(min(timed, key=timed.__getitem__)))
         yield name, {str(candidate): ms for candidate, ms in times.items()}
+        if lost:  # by a fault: the kernels that follow keep their usual tiles
+            return
 
 
 def _keep(tiles: ModuleType, path: Path, name: str, best: dict[str, int]) -> None:

@@ -140,6 +140,17 @@ def test_a_run_cut_off_at_any_moment_leaves_what_it_measured(tmp_path):
     assert "| generation | not begun |" in done.stdout and "| open |" in done.stdout
 
 
+@pytest.mark.parametrize("options", [[], ["-n", "2"]])
+def test_the_outcomes_of_tests_are_read_from_their_log(tmp_path, monkeypatch, options):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    outcomes_in = importlib.import_module("all").outcomes_in
+    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, "--rootdir", tmp_path, *options, tmp_path]
+    log = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
+    outcomes = {test.rpartition("/")[2]: outcome for test, outcome in outcomes_in(log).items()}
+    assert outcomes == {"test_it.py::test_a": "passed", "test_it.py::test_b": "failed"}
+
+
 @pytest.mark.slow
 def test_every_stage_of_eight_minutes_runs(tmp_path):
     done = run("all.py", "--smoke", "-o", tmp_path)
