@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1520),
     "crawl": (4640, 5080),
     "data": (1100, 1672),
-    "generation": (2250, 3970),
+    "generation": (2250, 3950),
     "training": (2500, 3250),
     "reward_model": (800, 1180),
     "probing": (970, 1020),
@@ -62,7 +62,7 @@ LONGEST = 60  # lines of a function in stages/
 # What still breaks a law; each entry goes when its cause does
 LONG = set[str]()
 SPLATS = set[str]()
-STARS = 56  # names and attributes unpacked into positional arguments; may only fall
+STARS = 55  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
     "crawl-filter": 28,
     "train-bpe": 15,

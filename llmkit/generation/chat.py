@@ -225,8 +225,13 @@ class Chat:
         if folder and not os.path.isdir(folder):
             raise UserError(f"expected a folder {folder}, found none; make it, or choose another name")
         former = Path(path).read_bytes() if os.path.exists(path) else b""
-        if former.strip() and not _is_of_conversations(former):
-            raise UserError("expected a JSONL file of conversations, or none; choose another name")
+        if former.strip():
+            try:
+                first = json.loads(former.lstrip().split(b"\n", 1)[0])
+            except ValueError:
+                first = None
+            if not isinstance(first, dict) or "messages" not in first:
+                raise UserError("expected a JSONL file of conversations, or none; choose another name")
         if former and not former.endswith(b"\n"):
             former += b"\n"
         lines, real = former.splitlines(keepends=True), os.path.realpath(path)
@@ -235,15 +240,6 @@ class Chat:
         with atomic_file(path) as handle:
             handle.write(b"".join([*lines, line]))
         self._saved[real] = line
-
-
-def _is_of_conversations(content: bytes) -> bool:
-    """True if the first line of a file is a record with `messages`."""
-    try:
-        first = json.loads(content.lstrip().split(b"\n", 1)[0])
-    except ValueError:
-        return False
-    return isinstance(first, dict) and "messages" in first
 
 
 def _shortened(text: Any) -> str:

@@ -243,8 +243,16 @@ class Pool:
                     break
             else:
                 break
-            if entry is not None:
-                self._enter(*entry)
+            if entry is None:
+                continue
+            sequence, prefix = entry
+            ((token, logprob, truncated),) = self._choose(prefix.logits_1V, [sequence])
+            reason = sequence.take(token, logprob, truncated)
+            if reason is None:
+                self._decoder.load(len(self.running), prefix)
+                self.running.append(sequence)
+            else:
+                self._leave(sequence, reason, prefix)
         if self.running:
             self._step()
         return bool(self.running or self._more or self._calls)
@@ -333,16 +341,6 @@ class Pool:
                     sequence.call = tools.open_call(request.prompt)
                     sequence.opening = StopMatcher(tools.openers) if tools.form is not None else None
                 yield sequence, prefix
-
-    def _enter(self, sequence: RunningSequence, prefix: Prefix) -> None:
-        """Choose a sequence's next token, and give it a slot if it goes on."""
-        ((token, logprob, truncated),) = self._choose(prefix.logits_1V, [sequence])
-        reason = sequence.take(token, logprob, truncated)
-        if reason is None:
-            self._decoder.load(len(self.running), prefix)
-            self.running.append(sequence)
-        else:
-            self._leave(sequence, reason, prefix)
 
     def _step(self) -> None:
         """One token for each running sequence; the last slot moves into one that is left."""

@@ -149,12 +149,25 @@ class Prompts:
                 with naming(where):
                     ids, losses, functions = self._ids(row)
                     number = request_number(ids)
-                    seed = self._seed_of(row, number, where)
+                    seed = row.value.get("seed") if self._own_seeds else None
+                    if seed is None:
+                        seed = seed_of_repeat(self._seed, self._seen[number])
+                        self._seen[number] += 1
+                    elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+                        expected = "expected 'seed' to be a whole number from 0 to 2^63-1"
+                        raise UserError(f"{where}: {expected}, found {seed!r}")
             except UserError as error:
                 self._bad.skip(error, row.path, was_good=True)
                 continue
             self._bad.count_unused(row.path, losses)
-            if self._is_kept(row, seed):
+            key, lines = next(self.kept, (None, b""))
+            if key is not None:  # a former run has completed it
+                if key != _key({**row.value, "seed": seed}):
+                    raise UserError(
+                        f"{where}: the unfinished run has another prompt or --seed; start again with --force"
+                    )
+                self.passed += 1
+                self.kept_tokens += sum(len(orjson.loads(line).get("token_ids", ())) for line in lines.splitlines())
                 continue
             self._waiting.append((row, seed))
             self.count += 1
@@ -192,30 +205,10 @@ class Prompts:
                 records.append(with_made(row.value, fields | ({"sample": number} if len(samples) > 1 else {})))
             yield records
 
-    def _is_kept(self, row: Row, seed: int) -> bool:
-        """True if a former run has completed a prompt. Raises UserError where it has another one in this place."""
-        key, lines = next(self.kept, (None, b""))
-        if key is None:
-            return False
-        if key != _key({**row.value, "seed": seed}):
-            raise UserError(f"{row.where}: the unfinished run has another prompt or --seed; start again with --force")
-        self.passed += 1
-        self.kept_tokens += sum(len(orjson.loads(line).get("token_ids", ())) for line in lines.splitlines())
-        return True
-
     @property
     def left_out(self) -> dict[str, Any]:
         """Count the records that were skipped, and the fields of others that are not used."""
         return self._bad.results
-
-    def _seed_of(self, row: Row, number: int, where: str) -> int:
-        seed = row.value.get("seed") if self._own_seeds else None
-        if seed is None:
-            seed = seed_of_repeat(self._seed, self._seen[number])
-            self._seen[number] += 1
-        elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise UserError(f"{where}: expected 'seed' to be a whole number from 0 to 2^63-1, found {seed!r}")
-        return seed
 
     def _ids(self, row: Row) -> tuple[Prompt, tuple[str, ...], Functions | None]:
         """Encode the prompt of a record; return the fields that are not used, and the functions that it offers, too."""

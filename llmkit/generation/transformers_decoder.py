@@ -36,9 +36,7 @@ class CachedPrefix:
 
     @property
     def nbytes(self) -> int:
-        tensors = [getattr(layer, name) for layer in self.cache.layers for name in _by_position(layer)]
-        tensors += [state for layer in self.cache.layers for _, states in _states(layer) for state in states.values()]
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        return sum(tensor.nbytes for layer in self.cache.layers for tensor in _tensors(layer))
 
     def piece(self, start: int) -> CachedPrefix:
         """Return the whole, for a prompt is one piece."""
@@ -63,7 +61,7 @@ class TransformersDecoder:
             prefix = self._extend(cache, 0, token_ids)
         except (TypeError, ValueError) as error:
             raise UserError(f"{self._other_cache()} ({error})") from error
-        if not all(map(_is_filled, prefix.cache.layers)):
+        if not all(_tensors(layer) or type(layer).__name__ == "DummyLayer" for layer in prefix.cache.layers):
             raise UserError(self._other_cache())
         return prefix
 
@@ -163,12 +161,23 @@ class TransformersDecoder:
         return self.model.logits(self._hidden(tokens, lengths, cache)[:, -1:])[:, -1]
 
     def _take_apart(self) -> None:
-        if self._batch is not None:
-            no_logits = torch.empty((0, self.config.vocab_size))
-            self._slots = [
-                CachedPrefix(_row(self._batch, i, length), length, no_logits) for i, length in enumerate(self._lengths)
-            ]
-            self._batch = None
+        """Give each slot its row of the batch, as a view."""
+        if self._batch is None:
+            return
+        no_logits = torch.empty((0, self.config.vocab_size))
+        self._slots = []
+        for i, length in enumerate(self._lengths):
+            cache = copy.copy(self._batch)
+            cache.layers = [copy.copy(layer) for layer in self._batch.layers]
+            for layer in cache.layers:
+                for name in _by_position(layer):
+                    value = getattr(layer, name)[i : i + 1]
+                    setattr(layer, name, value.narrow(-2, value.shape[-2] - length, length))
+                for name, states in _states(layer):
+                    tensors = {n: state[i : i + 1] for n, state in states.items() if isinstance(state, Tensor)}
+                    setattr(layer, name, {**states, **tensors})
+            self._slots.append(CachedPrefix(cache, length, no_logits))
+        self._batch = None
 
 
 def _by_position(layer: Any) -> list[str]:
@@ -181,10 +190,10 @@ def _states(layer: Any) -> list[tuple[str, dict[Any, Tensor]]]:
     return [(name, value) for name, value in vars(layer).items() if isinstance(value, dict)]
 
 
-def _is_filled(layer: Any) -> bool:
-    """True if a layer of a cache holds a tensor, or belongs to a layer that needs none."""
-    states = any(isinstance(state, Tensor) for _, states in _states(layer) for state in states.values())
-    return states or bool(_by_position(layer)) or type(layer).__name__ == "DummyLayer"
+def _tensors(layer: Any) -> list[Tensor]:
+    """All tensors that a layer of a cache holds."""
+    states = [state for _, states in _states(layer) for state in states.values()]
+    return [value for value in (*vars(layer).values(), *states) if isinstance(value, Tensor)]
 
 
 def _join(prefixes: Sequence[CachedPrefix]) -> Any:
@@ -205,19 +214,3 @@ def _join(prefixes: Sequence[CachedPrefix]) -> Any:
             setattr(joined, name, {**states, **tensors})
         batch.layers.append(joined)
     return batch
-
-
-def _row(batch: Any, index: int, length: int) -> Any:
-    """The cache of one row, a view."""
-    cache = copy.copy(batch)
-    cache.layers = []
-    for layer in batch.layers:
-        row = copy.copy(layer)
-        for name in _by_position(layer):
-            value = getattr(layer, name)[index : index + 1]
-            setattr(row, name, value.narrow(-2, value.shape[-2] - length, length))
-        for name, states in _states(layer):
-            tensors = {n: state[index : index + 1] for n, state in states.items() if isinstance(state, Tensor)}
-            setattr(row, name, {**states, **tensors})
-        cache.layers.append(row)
-    return cache
