@@ -193,9 +193,16 @@ def read_conversation(row: Row) -> Conversation:
     if prompt.name not in CONVERSATIONS:
         if answer is None:
             raise UserError(f"expected field {answered_by[0]!r} beside {prompt.name!r}, found {fields_of(value)}")
+        reply = chosen(value, answer)
+        turns = reply if isinstance(reply, list) else [None]
+        are_messages = all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+        may_be_right = answer in ("answer", "answers", "target", "continuation", "output")  # a number, or right answers
+        if may_be_right and not are_messages and not isinstance(reply, str):
+            reply = answers_of(reply, answer)[0]
+        answering = entries_of(answer, reply, "assistant")
         thoughts = {name: value[name] for name in THOUGHTS if value.get(name)}
+        entries = [*entries, *([{**answering[0], **thoughts}] if isinstance(reply, str) else answering)]
         used += [answer, *thoughts]
-        entries = [*entries, *_answering(row, answer, thoughts)]
     lost, tools = list[str](), definitions_of(value)
     of_messages: list[str] = []
     messages = read_messages(row, entries, of_messages)
@@ -247,17 +254,6 @@ def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
 def _are_turns(value: Any) -> bool:
     """True for a list of texts, said by user and assistant in turn, as in UltraChat and LIMA."""
     return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
-
-
-def _answering(row: Row, name: str, thoughts: dict[str, Any]) -> list[dict[str, Any]]:
-    value = chosen(row.value, name)
-    turns = value if isinstance(value, list) else [None]
-    are_messages = all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
-    may_be_right = name in ("answer", "answers", "target", "continuation", "output")  # a number, or right answers
-    if may_be_right and not are_messages and not isinstance(value, str):
-        value = answers_of(value, name)[0]
-    entries = entries_of(name, value, "assistant")
-    return [{**entries[0], **thoughts}] if isinstance(value, str) else entries
 
 
 def _history(pairs: Any) -> list[dict[str, Any]]:

@@ -222,7 +222,13 @@ class Worker:
                 reader = PlainValues if self._alone else pickle.Unpickler
                 kind, content = reader(self.process.stdout).load()
             except (EOFError, pickle.UnpicklingError):
-                raise self._death(item) from None
+                code = self.process.wait()
+                if code == -signal.SIGPROF:
+                    raise TimeLimitError(f"{self._name(item)}: took more than {self._seconds:g} s") from None
+                ending = next((known.name for known in signal.Signals if known == -code), f"exit code {code}")
+                cause = f"; not enough memory? {self._advice}" if code == -signal.SIGKILL else ""
+                message = f"{self._name(item)}: the process that worked on this was ended by {ending}{cause}"
+                raise WorkerDied(message) from None
             if kind == "end":
                 return
             if kind == "user error":
@@ -230,17 +236,6 @@ class Worker:
             if kind == "error":
                 raise RuntimeError(f"in the process that worked on {self._name(item)}:\n{content}")
             yield content
-
-    def _death(self, item: Any) -> WorkerDied:
-        code = self.process.wait()
-        if code == -signal.SIGPROF:
-            return TimeLimitError(f"{self._name(item)}: took more than {self._seconds:g} s")
-        ending = f"exit code {code}"
-        if code < 0:
-            with suppress(ValueError):
-                ending = signal.Signals(-code).name
-        cause = f"; not enough memory? {self._advice}" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"{self._name(item)}: the process that worked on this was ended by {ending}{cause}")
 
     def close(self) -> None:
         """End the process; another call starts a new one."""
