@@ -347,18 +347,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if file.with_name(name).exists():
             config |= read_object(file.with_name(name))
-    return Tokenizer(file, read_file(file, LARGEST_TOKENIZER), config, _chat_template(file, config))
-
-
-def _chat_template(file: Path, config: dict[str, Any]) -> str | None:
-    jinja = file.with_name("chat_template.jinja")
+    template, jinja = config.get("chat_template"), file.with_name("chat_template.jinja")
     if jinja.exists():
         try:
-            return read_file(jinja).decode()
+            template = read_file(jinja).decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{jinja}: expected UTF-8, found another encoding at byte {error.start}") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # named templates
+    elif isinstance(template, list):  # named templates
         entries = [entry if isinstance(entry, dict) else {} for entry in template]
         if all(isinstance(entry.get(key), str) for entry in entries for key in ("name", "template")):
             template = {entry["name"]: entry["template"] for entry in entries}.get("default")
@@ -367,7 +362,7 @@ def _chat_template(file: Path, config: dict[str, Any]) -> str | None:
             f"{file.parent}/tokenizer_config.json: expected a text or a list of named texts for chat_template, "
             f"found {shown(template)}"
         )
-    return template
+    return Tokenizer(file, read_file(file, LARGEST_TOKENIZER), config, template)
 
 
 def check_text(text: str) -> str:

@@ -239,9 +239,6 @@ class TemplateFormat(ChatFormat):
                 return _Calling(way, written, self._tokenizer.specials[end[0]], form)
         return None
 
-    def _name_of(self, special: int) -> str:
-        return next(name for name, number in self._tokenizer.specials.items() if number == special)
-
     def encode_results(self, calls: Sequence[Part], results: Sequence[str]) -> list[int]:
         """Encode what answers calls, from behind the token that ends them to where the assistant goes on."""
         parts = (*calls, *(Part(RESULT, text) for text in results))
@@ -249,7 +246,8 @@ class TemplateFormat(ChatFormat):
         first, *others = turn.results
         turn = replace(turn, results=[{**first, "content": f"{BEGIN}{first['content']}"}, *others])
         before, mark, after = self._render([self._message("user", "Hello"), turn], True, [0, 1]).partition(BEGIN)
-        _, ended, between = before.rpartition(self._name_of(self.call_end))
+        end = next(name for name, number in self._tokenizer.specials.items() if number == self.call_end)
+        _, ended, between = before.rpartition(end)
         if not (mark and ended):
             raise UserError(f"{self._folder}: its chat template does not show what a tool answered")
         return [token for kind, token in self._events(between + after) if kind in ("special", "text")]
