@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from contextlib import suppress
 
 import numpy as np
 import orjson
@@ -101,24 +102,20 @@ def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
         return html.encode("utf-8", "replace")
     codec = declared_codec(html, content_type)
     if codec in ("utf-8", None):
-        try:
+        with suppress(UnicodeDecodeError):
             html.decode("utf-8")
             return html.removeprefix(codecs.BOM_UTF8)
-        except UnicodeDecodeError:
-            codec = codec or _guess(html)
+    if codec is None:
+        from resiliparse.parse.encoding import detect_encoding
+
+        text = html.decode("utf-8", "replace")
+        bad = text.count("\ufffd")
+        # text in another character set has next to no sequence of bytes that is UTF-8
+        if sum(text.count(character) for character in set(text) if not character.isascii()) - bad > 4 * bad:
+            codec = "utf-8"
+        elif (codec := codec_of(detect_encoding(html) or "")) in (None, "utf-8"):
+            codec = "cp1252"
     return html.decode(codec, "replace").removeprefix("\ufeff").encode("utf-8")
-
-
-def _guess(html: bytes) -> str:
-    from resiliparse.parse.encoding import detect_encoding
-
-    text = html.decode("utf-8", "replace")
-    bad = text.count("\ufffd")
-    # text in another character set has next to no sequence of bytes that is UTF-8
-    if sum(text.count(character) for character in set(text) if not character.isascii()) - bad > 4 * bad:
-        return "utf-8"
-    codec = codec_of(detect_encoding(html) or "")
-    return codec if codec and codec != "utf-8" else "cp1252"
 
 
 # ---- limits

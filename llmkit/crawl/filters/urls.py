@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -105,22 +106,13 @@ def split_url(url: str) -> tuple[str, str]:
     path = unquote(url[len(host) :], errors="replace").lower()
     host = host.rpartition("@")[2].lower()
     host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return _plain_host(host), path
-
-
-def _plain_host(host: str) -> str:
     host = host.strip(".").removeprefix("www.")
-    if host.startswith("0x") or host.isdecimal() or ":" in host:
-        try:  # http://3232235777/ and [::1]: other spellings of an address
-            return str(ip_address(host if ":" in host else int(host, 0 if host.startswith("0x") else 10)))
-        except ValueError:
-            return host
-    if host.isascii():
-        return host
-    try:
-        return host.encode("idna").decode("ascii")
-    except UnicodeError:
-        return host
+    with suppress(ValueError):  # UnicodeError among them
+        if host.startswith("0x") or host.isdecimal() or ":" in host:  # of an address, as http://3232235777/ and [::1]
+            host = str(ip_address(host if ":" in host else int(host, 0 if host.startswith("0x") else 10)))
+        elif not host.isascii():
+            host = host.encode("idna").decode("ascii")
+    return host, path
 
 
 # ---- reading lists
