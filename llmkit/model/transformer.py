@@ -50,30 +50,23 @@ def rotary_frequencies(
         return frequencies / torch.tensor(factors, dtype=torch.float64)
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    if scaling.rope_type == "yarn":
-        unscaled = _yarn_kept(head_dim, theta, scaling)
-        return frequencies * unscaled + frequencies / scaling.factor * (1 - unscaled)
-    # llama3: long wavelengths are stretched, short ones kept, and those between interpolated.
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_position_embeddings / wavelengths
-    unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    unscaled = unscaled.clamp(0.0, 1.0)
+    # long wavelengths are stretched, short ones kept, and those between interpolated
+    context = scaling.original_max_position_embeddings
+    if scaling.rope_type == "yarn":  # between the pairs that turn beta_fast and beta_slow times in the first context
+        low, high = (
+            head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+            for times in (scaling.beta_fast, scaling.beta_slow)
+        )
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 * (low == high)
+        unscaled = 1 - ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    else:  # llama3: between numbers of turns
+        turns = context / (2 * math.pi / frequencies)
+        unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        unscaled = unscaled.clamp(0.0, 1.0)
     return frequencies * unscaled + frequencies / scaling.factor * (1 - unscaled)
-
-
-def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """The share of each frequency that yarn keeps: all of those that turn `beta_fast` times in the first context."""
-
-    def pair_that_turns(times: float) -> float:
-        context = scaling.original_max_position_embeddings
-        return head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    high += 0.001 * (low == high)
-    return 1 - ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
 
 
 class RotaryTable:

@@ -306,7 +306,7 @@ class TransformersModel(Transformer):
             states_BTC = self.run(token_ids_BT)
             return states_BTC if rows is None else states_BTC.flatten(0, 1)[rows]
         ids, states, positions = token_ids_BT.flatten(), [], []
-        for position_NL, is_token_NL in _document_rows(_visible(doc_ids)):
+        for position_NL, is_token_NL in _document_rows(doc_ids):
             states.append(self.run(ids[position_NL])[is_token_NL])
             positions.append(position_NL[is_token_NL])
         position = torch.cat(positions)
@@ -446,21 +446,18 @@ def _close(actual: Tensor, expected: Tensor, near: float) -> bool:
     return bool((actual - expected).abs().max() <= near * expected.abs().max())
 
 
-def _visible(doc_ids: Tensor | Packing | Branching) -> Tensor:
-    """Boolean (B, T, T): which keys each query sees."""
-    if isinstance(doc_ids, Branching):
-        return doc_ids.mask().squeeze(1)
-    ids_BT = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
-    return (ids_BT.unsqueeze(2) == ids_BT.unsqueeze(1)).tril()
-
-
-def _document_rows(visible_BTT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _document_rows(doc_ids: Tensor | Packing | Branching) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of documents, the longest first: positions of their tokens in the flat batch (N, L), right-padded,
     and which are tokens (N, L).
 
     A token that only itself sees ends a document, or one of the answers that share a prompt: all that it sees is the
     row. A batch has documents of more than half the length of its longest, so that less than half is padding.
     """
+    if isinstance(doc_ids, Branching):
+        visible_BTT = doc_ids.mask().squeeze(1)  # the keys that each query sees
+    else:
+        ids_BT = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids
+        visible_BTT = (ids_BT.unsqueeze(2) == ids_BT.unsqueeze(1)).tril()
     batch_N, end_N = (visible_BTT.sum(1) == 1).nonzero(as_tuple=True)
     visible_NT = visible_BTT[batch_N, end_N]
     length_N, longest_first = visible_NT.sum(1).sort(descending=True, stable=True)
