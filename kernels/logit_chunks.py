@@ -87,23 +87,17 @@ def rows_and_gradients(
     chunks = _Chunks(input, weight, objective, min(chunk_tokens, max(1, input.shape[0])))
     if upstream is not None:
         upstream = upstream.to(accumulation_dtype(input.dtype)).expand(input.shape[0])
-    if chunks.on_host:
-        return _counted_tokens_only(chunks, input, target, upstream, grad_entropy, need)
-    return chunks.run(input, target, upstream, grad_entropy, need)
-
-
-def _counted_tokens_only(chunks: _Chunks, input, target, upstream, grad_entropy, need) -> tuple[Rows, Gradients]:
-    """Where looking costs nothing, ignored tokens are left out, and their rows of the results are zeros."""
+    if not chunks.on_host:
+        return chunks.run(input, target, upstream, grad_entropy, need)
+    # where looking costs nothing, ignored tokens are left out, and their rows of the results are zeros
     target = target.long()
-    counted = target != chunks.objective.ignore_index
+    counted = target != objective.ignore_index
     selected = None if bool(counted.all()) else counted.nonzero().squeeze(1)
     targets = target if selected is None else target.index_select(0, selected)
     if targets.numel():
         low, high = (int(x) for x in torch.aminmax(targets))
-        if low < 0 or high >= chunks.weight.shape[0]:
-            raise IndexError(
-                f"target {low if low < 0 else high} is out of bounds with {chunks.weight.shape[0]} classes"
-            )
+        if low < 0 or high >= weight.shape[0]:
+            raise IndexError(f"target {low if low < 0 else high} is out of bounds with {weight.shape[0]} classes")
     if selected is None:
         return chunks.run(input, target, upstream, grad_entropy, need)
 
