@@ -206,8 +206,16 @@ def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> Columns:
     makes = kind[holder].astype(np.int64) * len(elements.keys) + kind[leaf]
     columns.update(_of_kin("kin", makes, text))
     columns.update(_of_kin("near_kin", makes * len(elements.keys) + kind[parent[holder]], text))
-    columns.update(_of_headings(tags, text))
-    return columns
+    index, h1 = np.arange(len(tags)), np.flatnonzero(tags & TAG_BITS["h1"])
+    headings = (tags & (TAG_BITS["h1"] | TAG_BITS["h2"] | TAG_BITS["h3"] | TAG_BITS["h4"])) > 0
+    last = np.maximum.accumulate(np.where(headings, index, -1))
+    return columns | {
+        "since_h1": np.clip(index - (h1[0] if len(h1) else 0), -60, 200),
+        "since_last_h1": np.clip(index - (h1[-1] if len(h1) else 0), -60, 200),
+        "since_heading": np.where(last >= 0, np.minimum(index - last, 100), 101),
+        "page_h1": float(len(h1)),
+        "page_headings": float(np.log1p(headings.sum())),
+    }
 
 
 def _of_ancestors(
@@ -262,17 +270,3 @@ def _of_kin(name: str, makes: np.ndarray, text: _Text) -> dict[str, np.ndarray]:
         "links": np.bincount(group, text.link_chars) / np.bincount(group, text.chars),
     }
     return {f"{name}_{measure}": values[group] for measure, values in measures.items()}
-
-
-def _of_headings(tags: np.ndarray, text: _Text) -> Columns:
-    index = np.arange(len(tags))
-    h1 = np.flatnonzero(tags & TAG_BITS["h1"])
-    headings = (tags & (TAG_BITS["h1"] | TAG_BITS["h2"] | TAG_BITS["h3"] | TAG_BITS["h4"])) > 0
-    last = np.maximum.accumulate(np.where(headings, index, -1))
-    return {
-        "since_h1": np.clip(index - (h1[0] if len(h1) else 0), -60, 200),
-        "since_last_h1": np.clip(index - (h1[-1] if len(h1) else 0), -60, 200),
-        "since_heading": np.where(last >= 0, np.minimum(index - last, 100), 101),
-        "page_h1": float(len(h1)),
-        "page_headings": float(np.log1p(headings.sum())),
-    }

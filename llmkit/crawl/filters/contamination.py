@@ -208,7 +208,11 @@ class Contamination:
             # an occurrence lacks no more than size - enough runs: one of those that stand in fewest places is in it
             rarest = own[np.argsort(repeats[own], kind="stable")[: len(own) - enough + 1]]
             some = [places[starts[run] : starts[run] + min(repeats[run], MOST)] for run in rarest]
-            near = _around(np.unique(np.concatenate(some)), width, len(runs))
+            some = np.unique(np.concatenate(some))  # and all places within `width` of these
+            apart = np.flatnonzero(np.diff(some) > 2 * width)
+            lows, highs = some[np.r_[0, apart + 1]] - width, some[np.r_[apart, len(some) - 1]] + width + 1
+            around = zip(lows.tolist(), highs.tolist(), strict=True)
+            near = np.concatenate([np.arange(max(low, 0), min(high, len(runs))) for low, high in around])
             near = near[np.isin(runs[near], known[own])]
             most, dense = _densest(near.tolist(), runs[near].tolist(), width, enough)
             if dense:
@@ -217,14 +221,6 @@ class Contamination:
 
     def _may_have(self, table: int, hashes: np.ndarray) -> np.ndarray:
         return (self._seen[table, hashes >> _BYTE] >> (hashes & _BIT).astype(np.uint8) & 1).astype(bool)
-
-
-def _around(places: np.ndarray, width: int, end: int) -> np.ndarray:
-    """All places below `end` within `width` of some, which ascend."""
-    apart = np.flatnonzero(np.diff(places) > 2 * width)
-    firsts, lasts = places[np.r_[0, apart + 1]] - width, places[np.r_[apart, len(places) - 1]] + width
-    both = zip(firsts.tolist(), lasts.tolist(), strict=True)
-    return np.concatenate([np.arange(max(first, 0), min(last + 1, end)) for first, last in both])
 
 
 def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tuple[int, list[int]]:
