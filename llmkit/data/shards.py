@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,35 +147,26 @@ class ShardWriter:
             "doc_bytes": ("I64", [doc_bytes]),
             "tokens": (self.info.dtype_name, self._parts),
         }
-        with open(self.folder / _shard_name(self.shards), "wb") as handle:
-            _write_safetensors(handle, layout, metadata)
+        header: dict[str, Any] = {"__metadata__": {key: str(value) for key, value in metadata.items()}}
+        position = 0
+        for name, (dtype, pieces) in layout.items():
+            size = sum(map(len, pieces))
+            stop = position + size * DTYPES[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [position, stop]}
+            position = stop
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with open(self.folder / _shard_name(self.shards), "wb") as handle:  # safetensors, from arrays in parts
+            handle.write(len(encoded).to_bytes(8, "little") + encoded)
+            for _, pieces in layout.values():
+                for piece in pieces:
+                    handle.write(np.ascontiguousarray(piece).data)
         self.shards += 1
         self._clear()
 
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def _write_safetensors(
-    handle: IO[bytes],
-    layout: dict[str, tuple[str, list[np.ndarray]]],
-    metadata: dict[str, str | int],
-) -> None:
-    """Write one-dimensional arrays, each given in parts, as a safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {key: str(value) for key, value in metadata.items()}}
-    position = 0
-    for name, (dtype, pieces) in layout.items():
-        size = sum(map(len, pieces))
-        stop = position + size * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [position, stop]}
-        position = stop
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    handle.write(len(encoded).to_bytes(8, "little") + encoded)
-    for _, pieces in layout.values():
-        for piece in pieces:
-            handle.write(np.ascontiguousarray(piece).data)
 
 
 # ---- reading
