@@ -165,8 +165,16 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
         used += ["input", "context"]
     else:
         entries = entries_of(name, prompt, "user")
-    if name not in CONVERSATIONS and value.get("history"):
-        entries = [*_history(value["history"]), *entries]
+    if name not in CONVERSATIONS and (history := value.get("history")):
+        earlier: list[dict[str, Any]] = []
+        for pair in history if isinstance(history, list) else [None]:
+            if isinstance(pair, dict):
+                earlier.append(pair)
+            elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+                earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+            else:
+                raise UserError(f"expected 'history' to be a list of pairs of texts, found {kind_of(history)}")
+        entries = [*earlier, *entries]
         used.append("history")
     system = next((field for field in SYSTEM if value.get(field)), None)
     if system is not None and (not entries or _role(_named(entries[0])) != "system"):
@@ -254,18 +262,6 @@ def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
 def _are_turns(value: Any) -> bool:
     """True for a list of texts, said by user and assistant in turn, as in UltraChat and LIMA."""
     return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
-
-
-def _history(pairs: Any) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for pair in pairs if isinstance(pairs, list) else [None]:
-        if isinstance(pair, dict):
-            entries.append(pair)
-        elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
-            entries += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        else:
-            raise UserError(f"expected 'history' to be a list of pairs of texts, found {kind_of(pairs)}")
-    return entries
 
 
 def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
