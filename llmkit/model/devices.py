@@ -56,34 +56,25 @@ def can_narrow() -> bool:
 
 def narrow_linear(weight: Tensor, bias: Tensor | None, weights: Weights) -> Callable[[Tensor], Tensor] | None:
     """`x_BK -> x_BK @ weight_NK.T + bias` in float32, or None for weights that half precision cannot hold."""
-    weight = weight.detach().float()
-    bias = None if bias is None else bias.detach().float()
-    if weights == "half" and not bool(weight.abs().max() <= LARGEST_HALF):  # or NaN, which packing would hide
+    weight_NK = weight.detach().float()
+    bias_N = None if bias is None else bias.detach().float()
+    if weights == "half" and not bool(weight_NK.abs().max() <= LARGEST_HALF):  # or NaN, which packing would hide
         return None
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"  # torch's own choice depends on the processor
     try:
-        if weights != "half":
-            return _int8_linear(weight, bias)
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
-        return lambda x_BK: product(x_BK, packed)
+        if weights == "half":
+            packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, bias_N)
+            product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
+            return lambda x_BK: product(x_BK, packed)
+        scale_N = (weight_NK.abs().amax(1) / WEIGHT_LEVELS).clamp_min(SMALLEST_SCALE)
+        zero_N = torch.zeros(len(weight_NK), dtype=torch.long)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*quantize_per_channel.* deprecated")
+            narrow = torch.quantize_per_channel(weight_NK, scale_N.double(), zero_N, 0, torch.qint8)
+            packed = torch.ops.quantized.linear_prepack(narrow, None)
     finally:
         torch.backends.quantized.engine = engine
-
-
-def _without_checks(op: Any) -> Callable[..., Tensor]:
-    """The op itself: torch looks through the arguments of such ops for fake ones first, 13 us of 67."""
-    return getattr(op, "_op", op)
-
-
-def _int8_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
-    scale_N = (weight_NK.abs().amax(1) / WEIGHT_LEVELS).clamp_min(SMALLEST_SCALE)
-    zero_N = torch.zeros(len(weight_NK), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*quantize_per_channel.* deprecated")
-        narrow = torch.quantize_per_channel(weight_NK, scale_N.double(), zero_N, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(narrow, None)
     product = _without_checks(torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default)
 
     def multiply(x_BK: Tensor) -> Tensor:
@@ -93,6 +84,11 @@ def _int8_linear(weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor],
         return y_BN if bias_N is None else y_BN.add_(bias_N)
 
     return multiply
+
+
+def _without_checks(op: Any) -> Callable[..., Tensor]:
+    """The op itself: torch looks through the arguments of such ops for fake ones first, 13 us of 67."""
+    return getattr(op, "_op", op)
 
 
 def choose_device(name: str) -> torch.device:
