@@ -277,7 +277,11 @@ def _tasks(files: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         scores = {**as_object(model.get("tasks"))}
         if is_number(model.get("core")):
             scores = {"CORE": {"score": model["core"], "metric": "mean, centred"}} | scores
-        against = dict(_comparisons(content, name))
+        against: dict[str, dict[str, Any]] = {}  # by task: the comparison with the first model
+        for comparison in objects(content.get("comparisons")):
+            pair, compared = comparison.get("models"), _numbers(comparison)
+            if isinstance(pair, list) and len(pair) == 2 and pair[1] == name and {"difference", "p"} <= set(compared):
+                against[str(comparison.get("task"))] = {"model": str(pair[0]), **compared}
         for task, summary in scores.items():
             figures = _numbers(as_object(summary))
             if "score" not in figures:
@@ -293,14 +297,6 @@ def _tasks(files: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         task["form"] = "share" if all(0 <= value <= 1 for value in values) and "bits" not in task["metric"] else ""
         task["same_items"] = len({(row.get("data"), row.get("items"), row.get("shots")) for row in task["rows"]}) == 1
     return list(tasks.values())
-
-
-def _comparisons(content: Mapping[str, Any], model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The comparisons of a model with the first one, by task."""
-    for comparison in objects(content.get("comparisons")):
-        models, figures = comparison.get("models"), _numbers(comparison)
-        if isinstance(models, list) and len(models) == 2 and models[1] == model and {"difference", "p"} <= set(figures):
-            yield str(comparison.get("task")), {"model": str(models[0]), **figures}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:

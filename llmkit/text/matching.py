@@ -186,8 +186,14 @@ class MatchJudge:
 
     def _matches(self, reply: Sentence, question: Sentence, answer: Sentence, whole: bool) -> bool:
         """True if a sentence gives one accepted answer, by its place in it or, if that is `whole`, by its words."""
-        if answer.known <= YES or answer.known <= NO:
-            return _agrees(reply, question, answer)
+        if answer.known <= YES or answer.known <= NO:  # without either word, if it affirms or denies alike
+            first = reply.words[0]
+            if first in YES or first in NO:
+                return (first in YES) == (answer.known <= YES) and not (reply.known & YES and reply.known & NO)
+            opposed = is_opposed(reply, question, answer)
+            if not opposed and not any(question.echoes(word) for word in reply.words if word not in SMALL):
+                return False
+            return (bool(DENIALS & reply.known - question.known) != opposed) == (answer.known <= NO)
         if DENIALS & reply.known - answer.known - question.known or not _same_currency(reply, answer):
             return False
         if is_opposed(reply, question, answer):
@@ -264,17 +270,6 @@ def _same_numbers(reply: Sentence, question: Sentence, answer: Sentence) -> bool
     if len(wanted) == 1 and _is_year(wanted[0]) and reply.known & MONTHS:
         numbers = [number for number in numbers if not _is_day(number)]
     return numbers == wanted
-
-
-def _agrees(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
-    """True if a sentence says yes where the answer does, or no; without either word, if it affirms or denies alike."""
-    first = reply.words[0]
-    if first in YES or first in NO:
-        return (first in YES) == (answer.known <= YES) and not (reply.known & YES and reply.known & NO)
-    opposed = is_opposed(reply, question, answer)
-    if not opposed and not any(question.echoes(word) for word in reply.words if word not in SMALL):
-        return False
-    return (bool(DENIALS & reply.known - question.known) != opposed) == (answer.known <= NO)
 
 
 @cache
