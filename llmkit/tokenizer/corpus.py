@@ -200,7 +200,20 @@ class PieceCounter:
     def __init__(self, pattern: Pattern, handed_over: int = HANDED_OVER) -> None:
         self.pattern, self._handed_over = pattern, handed_over
         self._find = piece_finder(pattern)
-        self._before, self._at = _cut_tables(pattern)
+        # by byte: a chunk begins where before[byte before] & at[byte] is not 0
+        before, at = np.zeros(256, np.uint8), np.zeros(256, np.uint8)
+        letters = np.array([byte for byte in range(128) if chr(byte).isalpha()])
+        before[letters] |= _LETTER
+        at[:128] |= _LETTER
+        at[letters] &= ~np.uint8(_LETTER)
+        at[list(pattern.unbroken or b"")] &= ~np.uint8(_LETTER)
+        before[0x21:0x7F] |= _NOT_SPACE
+        at[0x20] |= _NOT_SPACE
+        before[END[0]] |= _AFTER_END
+        at[:] |= _AFTER_END
+        before[:] |= _ANY
+        at[END[0]] |= _ANY
+        self._before, self._at = before.tobytes(), at.tobytes()
         self._clear()
 
     def _clear(self) -> None:
@@ -324,23 +337,6 @@ class PieceCounter:
             self._cut(zip(chunks[i : i + PENDING].tolist(), counts[i : i + PENDING].tolist(), strict=True))
         self._clear()
         return list(pieces), np.fromiter(pieces.values(), np.int64, len(pieces))
-
-
-def _cut_tables(pattern: Pattern) -> tuple[bytes, bytes]:
-    """Make two tables by byte: a chunk begins where before[byte before] & at[byte] is not 0."""
-    before, at = np.zeros(256, np.uint8), np.zeros(256, np.uint8)
-    letters = np.array([byte for byte in range(128) if chr(byte).isalpha()])
-    before[letters] |= _LETTER
-    at[:128] |= _LETTER
-    at[letters] &= ~np.uint8(_LETTER)
-    at[list(pattern.unbroken or b"")] &= ~np.uint8(_LETTER)
-    before[0x21:0x7F] |= _NOT_SPACE
-    at[0x20] |= _NOT_SPACE
-    before[END[0]] |= _AFTER_END
-    at[:] |= _AFTER_END
-    before[:] |= _ANY
-    at[END[0]] |= _ANY
-    return before.tobytes(), at.tobytes()
 
 
 def _add_up(head: Words, tail: Words, count: Ints) -> tuple[Words, Words, Ints]:

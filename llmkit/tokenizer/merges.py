@@ -258,7 +258,7 @@ class _Trainer:
         else:
             occurrences, top = self._without_overlaps(occurrences, top)
         self.token_length[base : base + len(top)] = self.token_length[pairs[: len(top)]].sum(axis=1)
-        falls, changes = self._replace(occurrences, pairs, base, len(top))
+        falls, changes = self._replace(occurrences, pairs, base)
         start = _group_starts(changes.key)
         created_in = np.maximum(changes.key >> 32, changes.key & 0xFFFFFFFF) - base
         created = _sums(np.where(changes.round == created_in, changes.weight, 0), start)
@@ -303,7 +303,7 @@ class _Trainer:
         size = int(np.maximum(other[hit], occurrences.round[hit]).min())
         return _where(occurrences, occurrences.round < size), top[:size]
 
-    def _replace(self, occurrences: _Occurrences, pairs: Ints, base: int, size: int) -> tuple[_Falls, _Changes]:
+    def _replace(self, occurrences: _Occurrences, pairs: Ints, base: int) -> tuple[_Falls, _Changes]:
         """Write the batch's tokens (ids from `base`) into the text; return what this does to the counts.
 
         Merging (a, b) to x in "l a b r" takes away (l, a) and (b, r) and brings (l, x) and (x, r). Beside another
