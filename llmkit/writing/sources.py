@@ -16,8 +16,8 @@ from llmkit.formats.problems import Problem
 from llmkit.probing.model_questions import WRITER_PROMPT, read_pairs, unfit
 from llmkit.probing.question_rules import Passage
 from llmkit.text.words import split_words
-from llmkit.writing import prompts
 from llmkit.writing.draft import Draft
+from llmkit.writing.prompts import KINDS, TEXTS, read_list, read_message
 from llmkit.writing.scheduler import Program
 from llmkit.writing.writer import Fault, Opening, Plan, Source, Writer
 
@@ -47,7 +47,7 @@ class Topics(Source):
         topic, subtopic = self._topics[number], subtopics[use % len(subtopics)]
         topic = topic if subtopic == topic else f"{topic} > {subtopic}"  # the same where the writer names none
         person = plan.chance.choice(people)
-        task = prompts.OPENING.format(person=person, topic=topic, wanted=prompts.KINDS[plan.draft.kind][1])
+        task = TEXTS["opening"].format(person=person, topic=topic, wanted=KINDS[plan.draft.kind][1])
         text = yield from _first_message(writer, task, plan)
         return Opening(replace(plan.draft, messages=(message("user", text),), topic=topic), person)
 
@@ -55,15 +55,15 @@ class Topics(Source):
         what, number, *grown = key.split()
         topic = self._topics[int(number)]
         if what == "people":
-            task = prompts.PEOPLE.format(count=PEOPLE, topic=topic)
+            task = TEXTS["people"].format(count=PEOPLE, topic=topic)
         else:
             known: list[str] = []
             for earlier in range(int(grown[0])):
                 known += yield f"subtopics {number} {earlier}"
-            task = prompts.SUBTOPICS.format(count=SUBTOPICS, topic=topic)
-            task += prompts.NOT_THESE + "; ".join(known[-LISTED:]) if known else ""
+            task = TEXTS["subtopics"].format(count=SUBTOPICS, topic=topic)
+            task += TEXTS["not_these"].format(topics="; ".join(known[-LISTED:])) if known else ""
         try:
-            return prompts.read_list((yield from writer.tell(task, writer.plan(0).draft.seed))) or [topic]
+            return read_list((yield from writer.tell(task, writer.plan(0).draft.seed))) or [topic]
         except Fault:
             return ["somebody" if what == "people" else topic]
 
@@ -84,7 +84,7 @@ class Seeds(Source):
         examples = plan.chance.sample(self._tasks, min(GIVEN, len(self._tasks)))
         examples += [self._kept[plan.chance.randrange(known)][1] for _ in range(MADE if known else 0)]
         listed = "\n\n".join(f"{number}. {text}" for number, text in enumerate(examples, 1))
-        task = prompts.NEW_TASK.format(examples=listed, wanted=prompts.KINDS[plan.draft.kind][1])
+        task = TEXTS["new_task"].format(examples=listed, wanted=KINDS[plan.draft.kind][1])
         text = yield from _first_message(writer, task, plan)
         if is_like(text, self._seen[: len(self._tasks) + known]):
             raise Fault(LIKE_ANOTHER)
@@ -166,6 +166,6 @@ def encode_words(text: str) -> str:
 
 def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:
     """The person's first message, in the plan's language, perhaps one to be refused."""
-    task += prompts.IN_LANGUAGE.format(language=plan.draft.language) if plan.draft.language else ""
-    task += prompts.TO_REFUSE if plan.draft.refusal else ""
-    return prompts.read_message((yield from writer.tell(task, plan.draft.seed)))
+    task += TEXTS["in_language"].format(language=plan.draft.language) if plan.draft.language else ""
+    task += TEXTS["to_refuse"] if plan.draft.refusal else ""
+    return read_message((yield from writer.tell(task, plan.draft.seed)))

@@ -17,9 +17,8 @@ from llmkit.formats.conversations import Message, Part, message
 from llmkit.generation.requests import REFUSED, Completion, split_thoughts
 from llmkit.generation.sampler import Sampler
 from llmkit.generation.tool_calls import ToolUse
-from llmkit.writing import prompts
 from llmkit.writing.draft import Draft
-from llmkit.writing.prompts import KINDS
+from llmkit.writing.prompts import KINDS, TEXTS, read_message
 from llmkit.writing.scheduler import Ask, Program
 
 # of conversations, where --mix says nothing; a writer that was taught without system messages needs no guide
@@ -149,8 +148,8 @@ class Writer:
     def _converse(self, plan: Plan, opening: Opening) -> Program[tuple[tuple[Message, ...], tuple[Message, ...]]]:
         draft, messages = opening.draft, opening.draft.messages
         if "system" in plan.has:
-            task = prompts.SYSTEM.format(topic=draft.topic or opening.person)
-            system = prompts.read_message((yield from self.tell(task, draft.seed)))
+            task = TEXTS["system"].format(topic=draft.topic or opening.person)
+            system = read_message((yield from self.tell(task, draft.seed)))
             messages = (message("system", system), *messages)
         tools = self.sampler.tools if "tools" in plan.has else self._no_tools
         for turn in range(plan.turns):
@@ -168,15 +167,15 @@ class Writer:
                 return messages, tuple(good[1:])
             ask = Ask(self._as_person(opening.person, messages), self._max_tokens, draft.seed + turn)
             reply = _text_of((yield from self.ask(ask))[0])
-            messages = (*messages, message("user", prompts.read_message(reply)))
+            messages = (*messages, message("user", read_message(reply)))
         raise AssertionError("a conversation has a turn")
 
     def _instructions(self, plan: Plan, opening: Opening, messages: Sequence[Message]) -> str:
         """The system message that the assistant sees: the guide, and what else holds in this conversation."""
         guide = [self.guide] if "guide" in plan.has else []
         more = [messages[0].text] if messages[0].role == "system" else []
-        more += [prompts.PASSAGE.format(passage=opening.passage)] if opening.passage else []
-        return "\n\n".join([*guide, *more, *([prompts.STEPS] if plan.draft.thinking else [])])
+        more += [TEXTS["passage"].format(passage=opening.passage)] if opening.passage else []
+        return "\n\n".join([*guide, *more, *([TEXTS["steps"]] if plan.draft.thinking else [])])
 
     def _as_person(self, person: str, messages: Sequence[Message]) -> list[Message]:
         """A conversation as the person sees it, who has the assistant's place."""
@@ -186,12 +185,12 @@ class Writer:
             for turn in messages
             if turn.role != "system"
         ]
-        task = prompts.GUIDED.format(guide=self.guide, task=prompts.NEXT.format(person=person))
-        return [message("system", task), message("user", prompts.BEGINS), *seen]
+        task = TEXTS["guided"].format(guide=self.guide, task=TEXTS["next"].format(person=person))
+        return [message("system", task), message("user", TEXTS["begins"]), *seen]
 
     def tell(self, task: str, seed: int) -> Program[str]:
         """Have the writer do a task beside the conversation, and return its text."""
-        messages = [message("user", prompts.GUIDED.format(guide=self.guide, task=task))]
+        messages = [message("user", TEXTS["guided"].format(guide=self.guide, task=task))]
         (completion,) = yield from self.ask(Ask(messages, self._max_tokens, seed))
         return _text_of(completion)
 

@@ -37,7 +37,7 @@ def sentence(chance: Random) -> str:
 
 
 def chat_writer(prompt: str, seed: int) -> str:
-    """A reply to a prompt of llmkit/writing/prompts.py; anything else is answered."""
+    """A reply to a prompt of llmkit/writing/prompts.toml; anything else is answered."""
     chance = Random(f"{seed} {prompt}")
     if (count := re.search(r"List (\d+) (?:narrower topics|people)", prompt)) is not None:
         return "\n".join(f"{n}. {chance.choice(TRAITS)} {chance.choice(NOUNS)}s {n}" for n in range(int(count[1])))
