@@ -159,10 +159,10 @@ def run(config: WriteChatsConfig) -> Summary | None:
 
     # load
     from llmkit.writing.keep import Keeper
-    from llmkit.writing.selection import Selection, parse_budget
+    from llmkit.writing.selection import Budget, Selection
     from llmkit.writing.writer import Writer
 
-    budget = None if config.budget is None else parse_budget(config.budget)
+    budget = None if config.budget is None else Budget(config.budget)
     bad = BadRecords(config.max_bad, config.quiet)
     source, inputs_hash = _source(config, bad)
     with ExitStack() as stack:
@@ -222,7 +222,7 @@ def _save(
         if config.pairs is not None:
             pairs, write_pair = 0, stack.enter_context(open_output(config.pairs, config.force or config.resume))
         for index in selection.indices:
-            end, versions = selection.end(index), [*selection.draft(index).versions()]
+            versions, end = selection.ended(index)
             best = versions[end["best"]]
             fields = {**names, **{name: end[name] for name in ("scores", "why") if end.get(name)}}
             if any(part.kind == CALL for turn in best.messages for part in turn.parts):

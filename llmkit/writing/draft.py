@@ -6,7 +6,7 @@ draft.as_line(guide="9f86d081", writer="qwen")  # what sft reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,11 +52,10 @@ class Draft:
         """Text of the person's first message."""
         return next((message.text for message in self.messages if message.role == "user"), "")
 
-    def versions(self) -> Iterator[Draft]:
-        """Yield a draft for each answer: this one's, then the others."""
-        yield replace(self, others=())
-        for last in self.others:
-            yield replace(self, messages=(*self.messages[:-1], last), others=())
+    def versions(self) -> list[Draft]:
+        """Return a draft for each answer: this one's, then the others."""
+        said = [self.messages, *((*self.messages[:-1], last) for last in self.others)]
+        return [replace(self, messages=messages, others=()) for messages in said]
 
     def as_line(self, **made: Any) -> dict[str, Any]:
         """Write a line of the output, which `sft` reads; `made` are further fields, such as the writer and scores."""

@@ -1,13 +1,13 @@
 """Many programs that ask one model, each going on as soon as its reply is there.
 
-A program is a generator: it yields an `Ask` and is sent the completions, or the key of something that several programs
-share and is sent that; it returns its result.
+A program is a generator that returns its result. It yields an `Ask` and is sent the completions, or a `Shared` program,
+which is run once whoever asks for it, and is sent its result.
 
     def greet(name):
         (completion,) = yield Ask([message("user", f"Greet {name}.")], max_tokens=64)
         return completion.text
 
-    run_all(sampler, (("ada", greet("Ada")), ("bob", greet("Bob"))), on_result=print)
+    run_all(sampler, iter([("ada", greet("Ada")), ("bob", greet("Bob"))]), {}, on_result=print)
 """
 
 from __future__ import annotations
@@ -38,27 +38,32 @@ class Ask:
     tools: Functions | None = None
 
 
-Program = Generator[Ask | str, Any, T]
+@dataclass(frozen=True)
+class Shared:
+    """A program whose result several others want, by its key."""
+
+    key: str
+    program: Program[Any]
+
+
+Program = Generator[Ask | Shared, Any, T]
 Running = tuple[int, Any, Program[Any]]  # place in the order in which programs begin, name, program
 
 
 def run_all(
     sampler: Sampler,
     programs: Iterator[tuple[Any, Program[Any]] | None],
+    known: Mapping[str, Any],
     on_result: Callable[[Any, Any], object],
-    *,
-    shared: Mapping[str, Any] | None = None,
-    make: Callable[[str], Program[Any]] | None = None,
 ) -> None:
-    """Run programs to their ends; `on_result` gets the name and the result of each as it ends.
+    """Run programs to their ends; `on_result` gets the name, or the key, and the result of each as it ends.
 
     The requests of programs that began early go first, so that few are unfinished at any time.
 
     programs  names and programs, read as there is room; None where there is no other before one of these has ended
-    shared    what was made before, by key
-    make      the program of a key that is asked for, run once; its result goes to `on_result` under that key, too
+    known     results of shared programs that ended before, by key
     """
-    results, waiting = dict(shared or {}), dict[str, list[Running]]()
+    results, waiting = dict(known), dict[str, list[Running]]()
     ready: list[tuple[int, int, Running, Request]] = []  # a heap
     under_way: dict[int, Running] = {}
     asked_before, begun = count_from(0), count_from(0)
@@ -67,8 +72,8 @@ def run_all(
         place, name, program = running
         try:
             ask = program.send(value)
-            while isinstance(ask, str) and ask in results:
-                ask = program.send(results[ask])
+            while isinstance(ask, Shared) and ask.key in results:
+                ask = program.send(results[ask.key])
         except StopIteration as end:
             if name in waiting:
                 results[name] = end.value
@@ -81,12 +86,11 @@ def run_all(
             number = request_number(prompt)
             request = Request(prompt, ask.samples, ask.max_tokens, ask.seed, number, where, tools=ask.tools)
             heappush(ready, (place, next(asked_before), running, request))
-        elif ask in waiting:
-            waiting[ask].append(running)
+        elif ask.key in waiting:
+            waiting[ask.key].append(running)
         else:
-            waiting[ask] = [running]
-            assert make is not None, ask
-            step((place, ask, make(ask)), None)
+            waiting[ask.key] = [running]
+            step((place, ask.key, ask.program), None)
 
     def requests() -> Iterator[Request | None]:
         index, more = 0, True

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -27,39 +26,34 @@ JUDGED = 32  # drafts that the judge is given at a time
 USELESS = 200  # drafts dropped in a row, after which the run stops
 
 
-@dataclass(frozen=True)
 class Budget:
-    """A limit, and what a token in and out takes of it; `text` as it was given."""
+    """A limit: tokens in and out, or money at prices per million tokens in and out; `text` as it was given.
 
-    text: str
-    limit: float
-    token_in: float = 1.0
-    token_out: float = 1.0
+    Raises UserError for what is neither.
+
+    >>> Budget("2M").is_spent(1_500_000, 500_000), Budget("5@0.5,2").is_spent(1_500_000, 2_000_000)
+    (True, False)
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self._prices = text, [1.0, 1.0]
+        limit, has_prices, prices = text.partition("@")
+        try:
+            self._limit = float(limit) if has_prices else parse_quantity(limit, "count")
+            if has_prices:
+                self._prices = [float(price) / 1e6 for price in prices.split(",")]
+            if len(self._prices) == 2 and min(self._limit, *self._prices) >= 0:
+                return
+        except ValueError:
+            pass
+        raise UserError(
+            "--budget: expected tokens, such as 2M, or money at prices per million tokens in and out, such as "
+            f"5@0.15,0.6, found {text!r}"
+        )
 
     def is_spent(self, tokens_in: int, tokens_out: int) -> bool:
         """True if so many tokens have reached the limit."""
-        return tokens_in * self.token_in + tokens_out * self.token_out >= self.limit
-
-
-def parse_budget(text: str) -> Budget:
-    """Read tokens, or money at prices per million tokens in and out. Raises UserError for what is neither.
-
-    >>> parse_budget("2M").limit, parse_budget("5@0.5,2").token_out
-    (2000000, 2e-06)
-    """
-    limit, has_prices, prices = text.partition("@")
-    try:
-        if not has_prices:
-            return Budget(text, parse_quantity(limit, "count"))
-        token_in, token_out = (float(price) / 1e6 for price in prices.split(","))
-        if min(float(limit), token_in, token_out) >= 0:
-            return Budget(text, float(limit), token_in, token_out)
-    except ValueError:
-        pass
-    raise UserError(
-        "--budget: expected tokens, such as 2M, or money at prices per million tokens in and out, such as 5@0.15,0.6, "
-        f"found {text!r}"
-    )
+        return tokens_in * self._prices[0] + tokens_out * self._prices[1] >= self._limit
 
 
 class Selection:
@@ -97,7 +91,7 @@ class Selection:
     @property
     def spent(self) -> list[int]:
         """Requests, tokens in and tokens out, of the writer and the judge."""
-        usages = [self.writer.sampler.usage, self._judge.usage if self._judge is not None else None]
+        usages = [self.writer.sampler.usage, self._judge.usage if self._judge else None]
         here = [(usage.requests, usage.prompt_tokens, usage.completion_tokens) for usage in usages if usage is not None]
         return list(map(sum, zip(*(self._before, *here), strict=True)))
 
@@ -112,11 +106,11 @@ class Selection:
             self._before = value.get("spent", self._before)
         with self._progress:
             while self._lacks() and f"end {self.decided}" in self.state:
-                draft, end = self.draft(self.decided), self.end(self.decided)
-                self._count([*draft.versions()][end["best"]], end["reason"], recall=True)
+                versions, end = self.ended(self.decided)
+                self._keeper.recall(versions[end["best"]], end["reason"])
+                self._count(versions[end["best"]], end["reason"])
             self._begun, self._useless = self.decided, 0
-            make = partial(self.writer.source.make, self.writer)
-            run_all(self.writer.sampler, self._programs(), self._ended, shared=shared, make=make)
+            run_all(self.writer.sampler, self._programs(), shared, self._ended)
             while self._written:
                 self._decide(wait=True)
         if not self.indices:
@@ -128,13 +122,12 @@ class Selection:
         """How many more are to be kept."""
         return WINDOW if self._wanted is None else self._wanted - len(self.indices)
 
-    def draft(self, index: int) -> Draft:
-        """A draft that is written."""
-        return read_draft(orjson.loads(self.state[f"draft {index}"])["draft"])
+    def ended(self, index: int) -> tuple[list[Draft], dict[str, Any]]:
+        """The versions of a draft that is decided on, and what became of it."""
+        return self._draft(index).versions(), orjson.loads(self.state[f"end {index}"])
 
-    def end(self, index: int) -> dict[str, Any]:
-        """What became of a draft."""
-        return orjson.loads(self.state[f"end {index}"])
+    def _draft(self, index: int) -> Draft:
+        return read_draft(orjson.loads(self.state[f"draft {index}"])["draft"])
 
     def _programs(self) -> Iterator[tuple[int, Program[Draft]] | None]:
         count = self.writer.source.count
@@ -148,7 +141,7 @@ class Selection:
             self._begun += 1
             index = self._begun - 1
             if f"draft {index}" in self.state:
-                self._written[index] = self.draft(index)
+                self._written[index] = self._draft(index)
                 self._decide()
             else:
                 yield index, self.writer.write(index)
@@ -181,51 +174,53 @@ class Selection:
                     ready.append(draft)
                 if not ready or (self._judge and len(ready) < min(JUDGED, self._begun - self.decided)):
                     return
-                versions = [[*draft.versions()] for draft in ready]
-                checked = [(some, [self._keeper.check(version) for version in some]) for some in versions]
-                pairs = [pair for some, faults in checked for pair in zip(some, faults, strict=True)]
+                every = [draft.versions() for draft in ready]
+                checked = [(versions, [self._keeper.check(version) for version in versions]) for versions in every]
+                pairs = [pair for versions, faults in checked for pair in zip(versions, faults, strict=True)]
                 good = [version for version, fault in pairs if fault is None]
-                judged = self._judge.scores if self._judge else lambda drafts: [None] * len(drafts)
+                judged = self._judge.scores if self._judge else lambda drafts: []
                 self._batch = checked, self._judges.apply_async(judged, (good,))
             checked, scores = self._batch
             if not (wait or self._waits or scores.ready()):
                 return
             given = iter(scores.get())
             self._batch = None
-            for some, faults in checked:
-                index, end = (
-                    some[0].index,
-                    self._choice(some, faults, [None if fault else next(given) for fault in faults]),
-                )
-                self._count(some[end["best"]], end["reason"])
+            for versions, faults in checked:
+                index, end = versions[0].index, self._choice(versions, faults, [*islice(given, faults.count(None))])
+                self._count(versions[end["best"]], end["reason"])
                 self.state.add(f"end {index}", end)
                 del self._written[index]
-                if self._useless >= USELESS:
-                    raise self._stopped()
+                if self._useless < USELESS:
+                    continue
+                is_too_long = self.dropped.most_common(1)[0][0] == f"form: {TOO_LONG}"
+                advice = "take a writer with a longer one" if is_too_long else "the same command with --resume goes on"
+                raise UserError(
+                    f"--writer: the last {USELESS} drafts of {self.writer.sampler.name} were dropped; of all "
+                    f"{self.decided:,}: {self._reasons()}; {advice}"
+                )
 
     def _choice(
-        self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores | None]
+        self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores]
     ) -> dict[str, Any]:
-        """Choose the best and the worst of the versions of a draft, and say whether the best is kept."""
+        """Choose the best and the worst of the versions of a draft, and say whether the best is kept.
+
+        scores  of those without a fault; none without a judge
+        """
         good = [version for version, fault in enumerate(faults) if fault is None]
-        best, worst = (good or [0])[0], None
-        if judged := [(version, score) for version in good if (score := scores[version]) is not None]:
-            first, last = best_and_worst([versions[version] for version, _ in judged], [score for _, score in judged])
-            best, worst = judged[first][0], None if last is None else judged[last][0]
-        wrong = next(
-            (version for version, fault in enumerate(faults) if (fault or "").startswith("wrong: answer")), None
-        )
-        worst = wrong if good and wrong is not None else worst
-        values = None if (score := scores[best]) is None else dict(score.values)
+        best, worst, score = (good or [0])[0], None, None
+        if scores:
+            first, last = best_and_worst([versions[version] for version in good], scores)
+            best, worst, score = good[first], None if last is None else good[last], scores[first]
+        if good and "wrong: answer" in faults:
+            worst = faults.index("wrong: answer")
+        values = None if score is None else dict(score.values)
         fault = faults[best] or self.writer.source.fault(versions[best])
         reason = self._keeper.decide(versions[best], fault, values)
-        why = {} if score is None else {"why": dict(score.reasons or {})}
+        why = {} if score is None else {"why": dict(score.reasons)}
         return {"reason": reason, "best": best, "worst": worst if reason is None else None, "scores": values, **why}
 
-    def _count(self, draft: Draft, reason: str | None, recall: bool = False) -> None:
-        """Count a draft that is decided on; with `recall` in a run before."""
-        if recall:
-            self._keeper.recall(draft, reason)
+    def _count(self, draft: Draft, reason: str | None) -> None:
+        """Count a draft that is decided on."""
         self.decided += 1
         if reason is not None:
             self.dropped[reason] += 1
@@ -235,14 +230,6 @@ class Selection:
         self.indices.append(draft.index)
         self.writer.source.keep(draft)
         self._progress.advance(drafts=self.decided)
-
-    def _stopped(self) -> UserError:
-        is_too_long = self.dropped.most_common(1)[0][0] == f"form: {TOO_LONG}"
-        advice = "take a writer with a longer one" if is_too_long else "the same command with --resume goes on"
-        return UserError(
-            f"--writer: the last {USELESS} drafts of {self.writer.sampler.name} were dropped; of all "
-            f"{self.decided:,}: {self._reasons()}; {advice}"
-        )
 
     def _reasons(self) -> str:
         """The commonest reasons with their counts, and what the server has refused last."""

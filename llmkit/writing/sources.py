@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from rapidfuzz.distance import Indel
@@ -18,8 +17,8 @@ from llmkit.probing.question_rules import Passage
 from llmkit.text.words import split_words
 from llmkit.writing.draft import Draft
 from llmkit.writing.prompts import KINDS, TEXTS, read_list, read_message
-from llmkit.writing.scheduler import Program
-from llmkit.writing.writer import Fault, Opening, Plan, Source, Writer
+from llmkit.writing.scheduler import Program, Shared
+from llmkit.writing.writer import Fault, Plan, Source, Writer
 
 ROUGE_L = 0.7  # from which a task is too much like one before (Wang et al. 2022, arXiv 2212.10560, section 2.2)
 SUBTOPICS, PEOPLE = 20, 10  # asked for at a time
@@ -39,33 +38,31 @@ class Topics(Source):
     def __init__(self, topics: Sequence[str]) -> None:
         self._topics = topics
 
-    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+    def open(self, writer: Writer, plan: Plan) -> Program[Plan]:
         turn, number = divmod(plan.draft.index, len(self._topics))
         grown, use = divmod(turn, SUBTOPICS * USES)
-        subtopics = yield f"subtopics {number} {grown}"
-        people = yield f"people {number}"
+        subtopics = yield self._subtopics(writer, number, grown)
         topic, subtopic = self._topics[number], subtopics[use % len(subtopics)]
+        task = TEXTS["people"].format(count=PEOPLE, topic=topic)
+        people = yield Shared(f"people {number}", _listed(writer, task, instead="somebody"))
         topic = topic if subtopic == topic else f"{topic} > {subtopic}"  # the same where the writer names none
         person = plan.chance.choice(people)
         task = TEXTS["opening"].format(person=person, topic=topic, wanted=KINDS[plan.draft.kind][1])
         text = yield from _first_message(writer, task, plan)
-        return Opening(replace(plan.draft, messages=(message("user", text),), topic=topic), person)
+        return plan.opening(message("user", text), person=person, topic=topic)
 
-    def make(self, writer: Writer, key: str) -> Program[list[str]]:
-        what, number, *grown = key.split()
-        topic = self._topics[int(number)]
-        if what == "people":
-            task = TEXTS["people"].format(count=PEOPLE, topic=topic)
-        else:
+    def _subtopics(self, writer: Writer, number: int, grown: int) -> Shared:
+        """The subtopics of a topic, a list of some for each time that it has grown."""
+
+        def program() -> Program[list[str]]:
             known: list[str] = []
-            for earlier in range(int(grown[0])):
-                known += yield f"subtopics {number} {earlier}"
-            task = TEXTS["subtopics"].format(count=SUBTOPICS, topic=topic)
+            for earlier in range(grown):
+                known += yield self._subtopics(writer, number, earlier)
+            task = TEXTS["subtopics"].format(count=SUBTOPICS, topic=self._topics[number])
             task += TEXTS["not_these"].format(topics="; ".join(known[-LISTED:])) if known else ""
-        try:
-            return read_list((yield from writer.tell(task, writer.plan(0).draft.seed))) or [topic]
-        except Fault:
-            return ["somebody" if what == "people" else topic]
+            return (yield from _listed(writer, task, instead=self._topics[number]))
+
+        return Shared(f"subtopics {number} {grown}", program())
 
 
 class Seeds(Source):
@@ -79,7 +76,7 @@ class Seeds(Source):
         self._tasks, self._lag, self._kept = tasks, lag, list[tuple[int, str]]()
         self._seen = [encode_words(task) for task in tasks]
 
-    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+    def open(self, writer: Writer, plan: Plan) -> Program[Plan]:
         known = bisect_left(self._kept, (plan.draft.index - self._lag, ""))
         examples = plan.chance.sample(self._tasks, min(GIVEN, len(self._tasks)))
         examples += [self._kept[plan.chance.randrange(known)][1] for _ in range(MADE if known else 0)]
@@ -88,7 +85,7 @@ class Seeds(Source):
         text = yield from _first_message(writer, task, plan)
         if is_like(text, self._seen[: len(self._tasks) + known]):
             raise Fault(LIKE_ANOTHER)
-        return Opening(replace(plan.draft, messages=(message("user", text),)))
+        return plan.opening(message("user", text))
 
     def fault(self, draft: Draft) -> str | None:
         """See `Source`."""
@@ -109,10 +106,10 @@ class Documents(Source):
     def __init__(self, passages: Sequence[Passage]) -> None:
         self._passages, self.count = passages, PER_PASSAGE * len(passages)
 
-    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+    def open(self, writer: Writer, plan: Plan) -> Program[Plan]:
         turn, number = divmod(plan.draft.index, len(self._passages))
         passage = self._passages[number]
-        pairs = yield f"questions {number}"
+        pairs = yield Shared(f"questions {number}", self._questions(writer, number))
         if turn >= len(pairs):
             raise Fault("no further question about the passage")
         question, answer = pairs[turn]
@@ -120,11 +117,10 @@ class Documents(Source):
             raise Fault(f"question: {reason}")
         closed = plan.chance.random() < 0.5
         kind, text = ("closed QA", f"{passage.text}\n\n{question}") if closed else ("open QA", question)
-        draft = replace(plan.draft, messages=(message("user", text),), topic=passage.name, kind=kind, answer=answer)
-        return Opening(draft, passage=None if closed else passage.text)
+        beside = None if closed else passage.text
+        return plan.opening(message("user", text), passage=beside, topic=passage.name, kind=kind, answer=answer)
 
-    def make(self, writer: Writer, key: str) -> Program[list[Any]]:
-        number = int(key.split()[1])
+    def _questions(self, writer: Writer, number: int) -> Program[list[Any]]:
         task = WRITER_PROMPT.format(most=PER_PASSAGE, passage=self._passages[number].text)
         try:
             return (read_pairs((yield from writer.tell(task, writer.plan(number).draft.seed))) or [])[:PER_PASSAGE]
@@ -140,12 +136,11 @@ class Prompts(Source):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems, self.count = problems, len(problems)
 
-    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+    def open(self, writer: Writer, plan: Plan) -> Program[Plan]:
         problem = self._problems[plan.draft.index]
         record, messages = problem.record, problem.messages or (message("user", problem.prompt),)
         topic, kind = (value if isinstance(value := record.get(name), str) else "" for name in ("topic", "kind"))
-        given = replace(plan.draft, messages=messages, topic=topic, kind=kind, answer=problem.answer, record=record)
-        return Opening(given)
+        return plan.opening(*messages, topic=topic, kind=kind, answer=problem.answer, record=record)
         yield  # makes it a program
 
 
@@ -162,6 +157,14 @@ def encode_words(text: str) -> str:
     """Encode each word as one character, of its hash, so that rapidfuzz compares words; 2.3 times as fast as lists."""
     words = (word.encode(errors="surrogatepass") for word in split_words(text.lower()))
     return "".join(chr(0x10000 + zlib.crc32(word) % 0x100000) for word in words)
+
+
+def _listed(writer: Writer, task: str, instead: str) -> Program[list[str]]:
+    """The lines of a reply, or of a useless one what stands in their place."""
+    try:
+        return read_list((yield from writer.tell(task, writer.plan(0).draft.seed))) or [instead]
+    except Fault:
+        return [instead]
 
 
 def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:

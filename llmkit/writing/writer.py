@@ -19,12 +19,16 @@ from llmkit.generation.sampler import Sampler
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.writing.draft import Draft
 from llmkit.writing.prompts import KINDS, TEXTS, read_message
-from llmkit.writing.scheduler import Ask, Program
+from llmkit.writing.scheduler import Ask, Program, Shared
 
 # of conversations, where --mix says nothing; a writer that was taught without system messages needs no guide
 SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
-ENDED = {"length": "cut answer", "tool_limit": "too many calls of tools", REFUSED: "refused by the server"}
-UNKNOWN_TOOL = "call of a tool that is not there"
+ENDED = {
+    "length": "cut answer",
+    "tool_limit": "too many calls of tools",
+    **dict.fromkeys(("tool_calls", "no_tool"), "call of a tool that is not there"),
+    REFUSED: "refused by the server",
+}
 TOO_LONG = "longer than the context"
 TRIES = 3  # of a request to a server whose reply is empty or broken, with one seed: another reply may come
 
@@ -35,43 +39,40 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What chance has decided about a draft, without messages: `turns` of the person, which of `SHARES` it is among."""
+    """What chance has decided about a draft, and the source.
 
-    draft: Draft
-    turns: int
-    has: frozenset[str]
-    chance: Random
-
-
-@dataclass(frozen=True)
-class Opening:
-    """How a conversation begins: a draft whose messages end with the person's first.
-
+    draft     without messages, then with those up to the person's first
+    turns     of the person
+    has       which of `SHARES` the draft is among
+    chance    for what the source draws
     person    who talks, for the messages that follow
     passage   what the assistant is shown beside the messages
     """
 
     draft: Draft
+    turns: int
+    has: frozenset[str]
+    chance: Random
     person: str = "somebody"
     passage: str | None = None
+
+    def opening(self, *messages: Message, person: str = "somebody", passage: str | None = None, **fields: Any) -> Plan:
+        """Return the plan of a draft that begins with these messages and has these fields."""
+        return replace(self, draft=replace(self.draft, messages=messages, **fields), person=person, passage=passage)
 
 
 class Source:
     """Where prompts come from.
 
-    count      of openings; None for no end
-    is_given   whether the prompts are given, so that only answers are written
+    count     of openings; None for no end
+    is_given  whether the prompts are given, so that only answers are written
     """
 
     count: int | None = None
     is_given = False
 
-    def open(self, writer: Writer, plan: Plan) -> Program[Opening]:
+    def open(self, writer: Writer, plan: Plan) -> Program[Plan]:
         """Make the person's first message."""
-        raise NotImplementedError
-
-    def make(self, writer: Writer, key: str) -> Program[Any]:
-        """Make what several openings share."""
         raise NotImplementedError
 
     def fault(self, draft: Draft) -> str | None:
@@ -129,76 +130,68 @@ class Writer:
     def write(self, index: int) -> Program[Draft]:
         """The program of a draft."""
         plan = self.plan(index)
-        draft = plan.draft
         try:
-            opening = yield from self.source.open(self, plan)
-            draft = opening.draft
-            messages, others = yield from self._converse(plan, opening)
+            plan = yield from self.source.open(self, plan)
+            return (yield from self._converse(plan))
         except Fault as fault:
-            return replace(draft, messages=(), fault=str(fault))
-        return replace(draft, messages=messages, others=others)
+            return replace(plan.draft, messages=(), fault=str(fault))
 
     def first_request(self, index: int) -> Ask:
         """Return what is asked first for a draft, or for what it shares with others."""
         ask = next(self.write(index))
-        while isinstance(ask, str):  # later subtopics ask for those before them
-            ask = next(self.source.make(self, ask))
+        while isinstance(ask, Shared):  # later subtopics ask for those before them
+            ask = next(ask.program)
         return ask
 
-    def _converse(self, plan: Plan, opening: Opening) -> Program[tuple[tuple[Message, ...], tuple[Message, ...]]]:
-        draft, messages = opening.draft, opening.draft.messages
+    def _converse(self, plan: Plan) -> Program[Draft]:
+        """The draft of a plan that the source has opened, with the messages that follow."""
+        draft, turns, good = plan.draft, [*plan.draft.messages], list[Message]()
+        system = [turns.pop(0)] if turns[0].role == "system" else []
         if "system" in plan.has:
-            task = TEXTS["system"].format(topic=draft.topic or opening.person)
-            system = read_message((yield from self.tell(task, draft.seed)))
-            messages = (message("system", system), *messages)
+            text = yield from self.tell(TEXTS["system"].format(topic=draft.topic or plan.person), draft.seed)
+            system = [message("system", read_message(text))]
+        instructions = [self.guide] if "guide" in plan.has else []
+        instructions += [each.text for each in system]
+        instructions += [TEXTS["passage"].format(passage=plan.passage)] if plan.passage else []
+        instructions += [TEXTS["steps"]] if draft.thinking else []
+        shown = [message("system", text)] if (text := "\n\n".join(instructions)) else []
         tools = self.sampler.tools if "tools" in plan.has else self._no_tools
         for turn in range(plan.turns):
-            last = turn == plan.turns - 1
-            instructions = self._instructions(plan, opening, messages)
-            shown = (*([message("system", instructions)] if instructions else []), *_without_system(messages))
-            samples = self._samples if last else 1
-            completions = yield from self.ask(Ask(shown, self._max_tokens, draft.seed, samples, tools))
+            is_last = turn == plan.turns - 1
+            samples = self._samples if is_last else 1
+            completions = yield from self._ask(Ask([*shown, *turns], self._max_tokens, draft.seed, samples, tools))
             answers = [self._answer(completion, draft.thinking) for completion in completions]
             good = [answer for answer in answers if isinstance(answer, Message)]
             if not good:
                 raise next(answer for answer in answers if isinstance(answer, Fault))
-            messages = (*messages, good[0])
-            if last:
-                return messages, tuple(good[1:])
-            ask = Ask(self._as_person(opening.person, messages), self._max_tokens, draft.seed + turn)
-            reply = _text_of((yield from self.ask(ask))[0])
-            messages = (*messages, message("user", read_message(reply)))
-        raise AssertionError("a conversation has a turn")
+            turns.append(good[0])
+            if not is_last:  # the person, who has the assistant's place, sees no thoughts
+                swapped = {"user": "assistant", "assistant": "user"}
+                seen = [message(swapped[each.role], split_thoughts(each.text)[1].strip()) for each in turns]
+                task = TEXTS["next"].format(person=plan.person)
+                text = yield from self.tell(task, draft.seed + turn, message("user", TEXTS["begins"]), *seen)
+                turns.append(message("user", read_message(text)))
+        return replace(draft, messages=(*system, *turns), others=tuple(good[1:]))
 
-    def _instructions(self, plan: Plan, opening: Opening, messages: Sequence[Message]) -> str:
-        """The system message that the assistant sees: the guide, and what else holds in this conversation."""
-        guide = [self.guide] if "guide" in plan.has else []
-        more = [messages[0].text] if messages[0].role == "system" else []
-        more += [TEXTS["passage"].format(passage=opening.passage)] if opening.passage else []
-        return "\n\n".join([*guide, *more, *([TEXTS["steps"]] if plan.draft.thinking else [])])
+    def tell(self, task: str, seed: int, *seen: Message) -> Program[str]:
+        """Have the writer do a task, where messages are `seen` beside them, and return the text of its reply.
 
-    def _as_person(self, person: str, messages: Sequence[Message]) -> list[Message]:
-        """A conversation as the person sees it, who has the assistant's place."""
-        swapped = {"user": "assistant", "assistant": "user"}
-        seen = [
-            message(swapped[turn.role], split_thoughts(turn.text)[1].strip())
-            for turn in messages
-            if turn.role != "system"
-        ]
-        task = TEXTS["guided"].format(guide=self.guide, task=TEXTS["next"].format(person=person))
-        return [message("system", task), message("user", TEXTS["begins"]), *seen]
+        Raises Fault where it has none, and where it is cut.
+        """
+        told = message("system" if seen else "user", TEXTS["guided"].format(guide=self.guide, task=task))
+        (completion,) = yield from self._ask(Ask([told, *seen], self._max_tokens, seed, tools=self._no_tools))
+        text = split_thoughts(completion.text)[1].strip()
+        if completion.finish_reason == REFUSED:
+            raise Fault(ENDED[REFUSED])
+        if not text or completion.finish_reason == "length":
+            raise Fault("cut reply" if text else "empty reply")
+        return text
 
-    def tell(self, task: str, seed: int) -> Program[str]:
-        """Have the writer do a task beside the conversation, and return its text."""
-        messages = [message("user", TEXTS["guided"].format(guide=self.guide, task=task))]
-        (completion,) = yield from self.ask(Ask(messages, self._max_tokens, seed))
-        return _text_of(completion)
-
-    def ask(self, ask: Ask) -> Program[list[Completion]]:
-        """Ask, again where nothing has come. Raises Fault for a prompt that does not fit, and where nothing comes."""
-        ask = ask if ask.tools is not None else replace(ask, tools=self._no_tools)
+    def _ask(self, ask: Ask) -> Program[list[Completion]]:
+        """Ask, again where nothing has come. Raises Fault for a prompt that does not fit."""
+        completions: list[Completion] = []
         for _ in range(self._tries):
-            completions: list[Completion] = yield ask
+            completions = yield ask
             if not completions:
                 raise Fault(TOO_LONG)
             if any(each.text.strip() or each.tool_calls for each in completions):
@@ -208,12 +201,11 @@ class Writer:
     def _answer(self, completion: Completion, thinking: bool) -> Message | Fault:
         """Read the assistant's message from a completion."""
         if (ended := completion.finish_reason) not in ("stop", ""):
-            return Fault(ENDED.get(ended, UNKNOWN_TOOL if ended in ("tool_calls", "no_tool") else f"ended by {ended}"))
+            return Fault(ENDED.get(ended, f"ended by {ended}"))
         tools, pieces = self.sampler.tools, completion.parts or [Part("text", completion.text)]
         if completion.tool_calls and isinstance(tools, ToolUse):
             pieces = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
-        written = "".join(part.text for part in pieces if part.kind == "text")
-        thought, text = split_thoughts(written)
+        thought, text = split_thoughts("".join(part.text for part in pieces if part.kind == "text"))
         thought = completion.thought.strip() or thought
         if not text.strip():
             return Fault("empty answer")
@@ -221,25 +213,9 @@ class Writer:
             return Fault("answer without the steps before it")
         if thought:
             pieces = [replace(part, text=re.sub(r"(?s)\A.*</think>\s*", "", part.text)) for part in pieces]
+        first, *rest = pieces if pieces[0].kind == "text" else [Part("text", ""), *pieces]
         begins = f"<think>\n{thought}\n</think>\n\n" if thinking else ""
-        if pieces[0].kind == "text":
-            begins, pieces = begins + pieces[0].text.lstrip(), pieces[1:]
-        if pieces and pieces[-1].kind == "text":
-            pieces = [*pieces[:-1], replace(pieces[-1], text=pieces[-1].text.rstrip())]
-        else:
-            begins = begins if pieces else begins.rstrip()
-        return Message("assistant", (*([Part("text", begins)] if begins else []), *pieces))
-
-
-def _without_system(messages: Sequence[Message]) -> Sequence[Message]:
-    return messages[1:] if messages[0].role == "system" else messages
-
-
-def _text_of(completion: Completion) -> str:
-    """The text of a reply that is no answer. Raises Fault where it has none, and where it is cut."""
-    text = split_thoughts(completion.text)[1].strip()
-    if completion.finish_reason == REFUSED or not text:
-        raise Fault(ENDED[REFUSED] if completion.finish_reason == REFUSED else "empty reply")
-    if completion.finish_reason == "length":
-        raise Fault("cut reply")
-    return text
+        parts = [Part("text", begins + first.text.lstrip()), *rest]
+        if parts[-1].kind == "text":
+            parts[-1] = Part("text", parts[-1].text.rstrip())
+        return Message("assistant", tuple(parts if parts[0].text else rest))
