@@ -6,12 +6,10 @@
     draft = Draft(1, (message("user", "2 + 2 ?"), message("assistant", "4")))
     keeper.decide(draft, keeper.check(draft))    # "duplicate: exact"
 
-A reason is a step of the funnel and what was wrong, `STEP: WHAT`. A draft is a duplicate of one that is kept if all
-that the person says in it is the same, or if the two share 70% of their words and pairs of neighbouring words, small
-words alone left out; MinHash finds the candidates. Case and punctuation do not count, nor does the order of turns, for
-pairs end with their message. Words alone would join templates that are filled in with other names, and runs of 5
-words, as crawl-filter compares pages, miss an edit in a short conversation (docs/write-chats.md has the figures).
-Self-Instruct's threshold is .7, too (arXiv 2212.10560).
+A reason is a step of the funnel and what was wrong, `STEP: WHAT`. Two conversations are compared by the hashes of their
+words and of pairs of neighbouring words; MinHash finds the candidates. Words alone would join templates that are filled
+in with other names, and runs of 5 words, as crawl-filter compares pages, miss an edit in a short conversation
+(docs/write-chats.md has the figures). Self-Instruct's threshold is .7, too (arXiv 2212.10560).
 """
 
 from __future__ import annotations
@@ -60,8 +58,6 @@ STRAY = re.compile(
     re.MULTILINE,
 )
 
-Features = tuple[np.ndarray, np.ndarray]  # of a conversation, and of the replies in it
-
 
 class Keeper:
     """Decides about drafts in the order of their index, and counts what became of them.
@@ -81,11 +77,10 @@ class Keeper:
         quiet: bool = False,
     ) -> None:
         self._items = Contamination(ContaminationRules(tuple(not_in)), quiet) if not_in else None
-        self._fail_below = fail_below
-        self._verifier = VerifierReward(sandbox=sandbox)
+        self._fail_below, self._verifier = fail_below, VerifierReward(sandbox=sandbox)
         self.funnel = Funnel(STEPS)
-        self._features: list[Features] = []
-        self._rows, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)
+        self._features: list[tuple[np.ndarray, np.ndarray]] = []  # of what is kept, see `_features_of`
+        self._minima, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)  # with room for more
         self._prompts: dict[str, tuple[str, str]] = {}  # kind and topic
 
     def decide(self, draft: Draft, reason: str | None, scores: Mapping[str, float] | None = None) -> str | None:
@@ -98,27 +93,23 @@ class Keeper:
         if reason is None and scores is not None:
             low = [name for name, score in scores.items() if self._fail_below is not None and score < self._fail_below]
             reason = f"judge: {low[0]}" if low else None if scores else "judge: unreadable"
-        compared = _features_of(draft) if reason is None else None
-        reason = reason or self.duplicate(draft, compared)
-        self.recall(draft, reason, compared)
+        reason = reason or self.duplicate(draft)
+        self.recall(draft, reason)
         self._spend(reason, started)
         return reason
 
-    def recall(self, draft: Draft, reason: str | None = None, compared: Features | None = None) -> None:
-        """Count a draft and remember it if it was kept, as after `reason` in an earlier run.
-
-        compared  its features, where they are there already
-        """
+    def recall(self, draft: Draft, reason: str | None) -> None:
+        """Count a draft that an earlier run dropped for `reason`, or kept, and remember it then."""
+        step, _, what = (reason or "").partition(": ")
+        self.funnel.count(step or None, what or None)
         if reason is not None:
-            step, _, what = reason.partition(": ")
-            return self.funnel.count(step, what)
-        self.funnel.count(None, None)
-        number, (whole, replies) = len(self._features), compared or _features_of(draft)
-        if number == len(self._rows):
-            both = self._rows, self._nearest
-            self._rows, self._nearest = (np.concatenate([array, np.zeros_like(array)]) for array in both)
-        self._rows[number] = minhash(whole)
-        similar = self._similarity(self._rows[number])
+            return
+        number, (whole, replies) = len(self._features), _features_of(draft)
+        if number == len(self._minima):
+            both = self._minima, self._nearest
+            self._minima, self._nearest = (np.concatenate([array, np.zeros_like(array)]) for array in both)
+        self._minima[number] = minhash(whole)
+        similar = self._similarity(self._minima[number])
         self._nearest[:number] = np.maximum(self._nearest[:number], similar)
         self._nearest[number] = similar.max(initial=0)
         self._features.append((whole, replies))
@@ -163,27 +154,20 @@ class Keeper:
         nearest_similarity          mean similarity of a draft to the one most like it, estimated; None below two
         """
         kinds, topics = (Counter(pair[side] for pair in self._prompts.values() if pair[side]) for side in (0, 1))
-        count = len(self._features)
-        nearest = round(float(self._nearest[:count].mean()), 4) if count > 1 else None
-        return {
-            "funnel": self.funnel.as_json(),
-            "diversity": {
-                "prompts": len(self._prompts),
-                "by_kind": dict(kinds.most_common()),
-                "by_topic": dict(topics.most_common()),
-                "nearest_similarity": nearest,
-            },
-        }
+        count, diversity = len(self._features), dict[str, Any](prompts=len(self._prompts))
+        diversity |= {"by_kind": dict(kinds.most_common()), "by_topic": dict(topics.most_common())}
+        diversity["nearest_similarity"] = round(float(self._nearest[:count].mean()), 4) if count > 1 else None
+        return {"funnel": self.funnel.as_json(), "diversity": diversity}
 
     def close(self) -> None:
         """End the processes of verifiers."""
         self._verifier.close()
 
-    def duplicate(self, draft: Draft, compared: Features | None = None) -> str | None:
-        """Return of what kind a draft repeats one that is kept, or None; `compared` as in `recall`."""
+    def duplicate(self, draft: Draft) -> str | None:
+        """Return in what way a draft repeats one that is kept, or None."""
         if _asked(draft) in self._prompts:
             return "duplicate: same prompt"
-        whole, replies = compared or _features_of(draft)
+        whole, replies = _features_of(draft)
         for number in np.flatnonzero(self._similarity(minhash(whole)) >= SIMILAR - DOUBT).tolist():
             other, answered = self._features[number]
             similarity = jaccard(whole, other)
@@ -197,7 +181,7 @@ class Keeper:
 
     def _similarity(self, row: np.ndarray) -> np.ndarray:
         """Estimate the Jaccard similarity of a signature (112,) to each kept draft's: (kept,)."""
-        return np.maximum(shared(self._rows[: len(self._features)], row), 0.0)
+        return np.maximum(shared(self._minima[: len(self._features)], row), 0.0)
 
 
 def features(messages: Sequence[Message]) -> np.ndarray:
@@ -223,7 +207,8 @@ def jaccard(some: np.ndarray, others: np.ndarray) -> float:
     return common / (len(some) + len(others) - common)
 
 
-def _features_of(draft: Draft) -> Features:
+def _features_of(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
+    """Features of a conversation, and of the replies in it."""
     return features(draft.messages), features([turn for turn in draft.messages if turn.role == "assistant"])
 
 

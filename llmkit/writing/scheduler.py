@@ -66,7 +66,7 @@ def run_all(
     results, waiting = dict(known), dict[str, list[Running]]()
     ready: list[tuple[int, int, Running, Request]] = []  # a heap
     under_way: dict[int, Running] = {}
-    asked_before, begun = count_from(0), count_from(0)
+    places = count_from()
 
     def step(running: Running, value: Any) -> None:
         place, name, program = running
@@ -85,7 +85,7 @@ def run_all(
             prompt, where = sampler.encode(ask.messages, ask.tools), f"draft {name}"
             number = request_number(prompt)
             request = Request(prompt, ask.samples, ask.max_tokens, ask.seed, number, where, tools=ask.tools)
-            heappush(ready, (place, next(asked_before), running, request))
+            heappush(ready, (place, next(places), running, request))
         elif ask.key in waiting:
             waiting[ask.key].append(running)
         else:
@@ -98,7 +98,7 @@ def run_all(
             while more and not ready and (entry := next(programs, ())) is not None:
                 more = entry != ()
                 if entry:
-                    step((next(begun), *entry), None)
+                    step((next(places), *entry), None)
             if ready:
                 _, _, under_way[index], request = heappop(ready)
                 index += 1
