@@ -42,7 +42,7 @@ class Budget:
             self._limit = float(limit) if has_prices else parse_quantity(limit, "count")
             if has_prices:
                 self._prices = [float(price) / 1e6 for price in prices.split(",")]
-            if len(self._prices) == 2 and min(self._limit, *self._prices) >= 0:
+            if len(self._prices) == 2 and min([self._limit, *self._prices]) >= 0:
                 return
         except ValueError:
             pass

@@ -49,7 +49,7 @@ class Topics(Source):
         person = plan.chance.choice(people)
         task = TEXTS["opening"].format(person=person, topic=topic, wanted=KINDS[plan.draft.kind][1])
         text = yield from _first_message(writer, task, plan)
-        return plan.opening(message("user", text), person=person, topic=topic)
+        return plan.opening([message("user", text)], person=person, topic=topic)
 
     def _subtopics(self, writer: Writer, number: int, grown: int) -> Shared:
         """The subtopics of a topic, a list of some for each time that it has grown."""
@@ -85,7 +85,7 @@ class Seeds(Source):
         text = yield from _first_message(writer, task, plan)
         if is_like(text, self._seen[: len(self._tasks) + known]):
             raise Fault(LIKE_ANOTHER)
-        return plan.opening(message("user", text))
+        return plan.opening([message("user", text)])
 
     def fault(self, draft: Draft) -> str | None:
         """See `Source`."""
@@ -118,7 +118,7 @@ class Documents(Source):
         closed = plan.chance.random() < 0.5
         kind, text = ("closed QA", f"{passage.text}\n\n{question}") if closed else ("open QA", question)
         beside = None if closed else passage.text
-        return plan.opening(message("user", text), passage=beside, topic=passage.name, kind=kind, answer=answer)
+        return plan.opening([message("user", text)], passage=beside, topic=passage.name, kind=kind, answer=answer)
 
     def _questions(self, writer: Writer, number: int) -> Program[list[Any]]:
         task = WRITER_PROMPT.format(most=PER_PASSAGE, passage=self._passages[number].text)
@@ -140,7 +140,7 @@ class Prompts(Source):
         problem = self._problems[plan.draft.index]
         record, messages = problem.record, problem.messages or (message("user", problem.prompt),)
         topic, kind = (value if isinstance(value := record.get(name), str) else "" for name in ("topic", "kind"))
-        return plan.opening(*messages, topic=topic, kind=kind, answer=problem.answer, record=record)
+        return plan.opening(messages, topic=topic, kind=kind, answer=problem.answer, record=record)
         yield  # makes it a program
 
 

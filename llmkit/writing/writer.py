@@ -169,11 +169,11 @@ class Writer:
                 swapped = {"user": "assistant", "assistant": "user"}
                 seen = [message(swapped[each.role], split_thoughts(each.text)[1].strip()) for each in turns]
                 task = TEXTS["next"].format(person=plan.person)
-                text = yield from self.tell(task, draft.seed + turn, message("user", TEXTS["begins"]), *seen)
+                text = yield from self.tell(task, draft.seed + turn, [message("user", TEXTS["begins"]), *seen])
                 turns.append(message("user", read_message(text)))
         return replace(draft, messages=(*system, *turns), others=tuple(good[1:]))
 
-    def tell(self, task: str, seed: int, *seen: Message) -> Program[str]:
+    def tell(self, task: str, seed: int, seen: Sequence[Message] = ()) -> Program[str]:
         """Have the writer do a task, where messages are `seen` beside them, and return the text of its reply.
 
         Raises Fault where it has none, and where it is cut.
