@@ -56,9 +56,12 @@ class Plan:
     person: str = "somebody"
     passage: str | None = None
 
-    def opening(self, *messages: Message, person: str = "somebody", passage: str | None = None, **fields: Any) -> Plan:
+    def opening(
+        self, messages: Sequence[Message], *, person: str = "somebody", passage: str | None = None, **fields: Any
+    ) -> Plan:
         """Return the plan of a draft that begins with these messages and has these fields."""
-        return replace(self, draft=replace(self.draft, messages=messages, **fields), person=person, passage=passage)
+        draft = replace(self.draft, messages=tuple(messages), **fields)
+        return replace(self, draft=draft, person=person, passage=passage)
 
 
 class Source:
