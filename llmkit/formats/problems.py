@@ -111,12 +111,14 @@ def read_options(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     >>> read_options({"options": ["A)3", "B)4"]}), read_options({"choices": ["3"]})
     ((('A', '3'), ('B', '4')), (('A', '3'),))
     """
-    value = record.get("options", record.get("choices"))
-    if value is None:
+    field = first_of(record, ("options", "choices"))
+    if field is None:
         return ()
+    value = record[field]
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"expected the choices to be a list of texts, found {kind_of(value)}")
+        found = repr(value) if isinstance(value, list | dict) else kind_of(value)
+        raise UserError(f"expected {field!r} to be a list of texts, found {found:.80}")
     if len(texts) > 26:
         raise UserError(f"expected at most 26 choices, found {len(texts)}")
     letters = list(ascii_uppercase[: len(texts)])

@@ -25,6 +25,7 @@ from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
 from llmkit.io.manifest import training_files, write_manifest
 from llmkit.io.progress import Progress, counted, say
+from llmkit.io.records import CHOICES, first_of
 from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import check_model_folder, uploaded
 
@@ -207,6 +208,9 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
         with closing(VerifierReward(sandbox=config.sandbox != "none")) as verifier:
             for one in generated:
                 check_problems(one.task, one.items, verifier)
+                if not one.task.form and first_of(dict(one.items[0].record), CHOICES):
+                    how = "answered in text; likelihoods score choices named query, choices and gold (docs/evaluate.md)"
+                    say(f"{one.task.name}: {how}", config.quiet)
     return loaded
 
 

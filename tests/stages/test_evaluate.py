@@ -432,6 +432,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatc
 # ---- mistakes
 
 
+def test_choices_that_are_answered_in_text_are_told_of(models, tmp_path, llmkit):
+    rows = [{"question": "Why?", "choices": ["Because.", "Ice."], "answer": 1}]
+    done = llmkit("evaluate", models / "base", "--tasks", write_lines(tmp_path / "why.jsonl", rows), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "why: answered in text; likelihoods score choices named query, choices and gold" in done.stderr
+    file = write_lines(tmp_path / "things.jsonl", CHOICES)
+    assert "answered in text" not in llmkit("evaluate", models / "base", "--tasks", file, "--dry-run").stderr
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -444,6 +453,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatc
         ([{"id": 7}], "found ['id']; name its task, as in arc_easy=FILE"),
         ([{"prompt": 7}], "found ['prompt']; expected 'prompt' to be text"),
         ([{"prompt": "2 + 2?"}], "expected field 'answer' for the verifier"),
+        ([{"question": "a", "choices": [], "answer": "b"}], "expected 'choices' to be a list of texts, found []"),
+        ([{"question": "a", "options": None, "choices": [3, 4], "answer": 0}], "list of texts, found [3, 4]"),
         ([], "expected items, found none"),
     ],
 )
