@@ -336,9 +336,9 @@ def _check_inputs_stay(config: Any) -> None:
     for path, out in itertools.product(inputs, outputs):
         read, written = os.path.realpath(path), os.path.realpath(out)
         if f"{read}/".startswith(f"{written}/") or is_named(out, path):
-            raise UserError(f"{out}: is an input, and would be lost; choose another --out")
+            raise UserError(f"{out}: is an input, and would be lost; choose another place")
         if written.startswith(f"{read}/") and any(os.path.isfile(f"{read}/{name}") for name in OF_A_RUN):
-            raise UserError(f"{out}: lies in the input {path}, and would be lost; choose another --out")
+            raise UserError(f"{out}: lies in the input {path}, and would be lost; choose another place")
 
 
 def _paths_in(text: str) -> Iterator[str]:

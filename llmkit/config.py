@@ -431,14 +431,15 @@ def convert(value: Any, base: type, details: Option) -> Any:
             raise ValueError("expected a name at least")  # a shell's variable that is not set
         if value == "" and (details.reads or shape):
             raise ValueError("expected a path" if details.reads or shape in PATHS else "expected text")
-        if isinstance(value, (str, Path)):
-            with suppress(UnicodeEncodeError):  # what Python makes of other bytes on the command line; no JSON holds it
-                str(value).encode()
-                return str(value)
         if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value) if isinstance(value, int) else f"{value:%}"
-        named = isinstance(value, (str, Path)) and (details.reads or shape in PATHS)
-        raise ValueError("expected a file whose name is in UTF-8" if named else "expected text in UTF-8")
+        if not isinstance(value, (str, Path)):
+            raise ValueError("expected a string")
+        with suppress(UnicodeEncodeError):  # what Python makes of other bytes on the command line; no JSON holds it
+            str(value).encode()
+            return str(value)
+        is_name = details.reads or shape in PATHS
+        raise ValueError("expected a file whose name is in UTF-8" if is_name else "expected text in UTF-8")
     expected = "expected a whole number" if base is int else "expected a number"
     number = parse_quantity(value, details.unit) if details.unit else value
     if isinstance(number, bool) or not isinstance(number, (int, float, str)):
@@ -455,11 +456,12 @@ def convert(value: Any, base: type, details: Option) -> Any:
     return base(number)
 
 
-def _check_range(value: Any, details: Option) -> None:
+def bounded(value: Any, details: Option) -> Any:
+    """The value; raises ValueError, with what was expected, for one outside an option's choices and bounds."""
     if details.choices is not None and value not in details.choices:
         raise ValueError(f"expected one of {', '.join(details.choices)}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
+        return value
     if details.at_least is not None and value < details.at_least:
         raise ValueError(f"expected at least {details.at_least}")
     most = LARGEST_INTEGER if details.at_most is None and isinstance(value, int) else details.at_most
@@ -467,6 +469,7 @@ def _check_range(value: Any, details: Option) -> None:
         raise ValueError(f"expected at most {most:,}")
     if details.above is not None and value <= details.above:
         raise ValueError(f"expected more than {details.above}")
+    return value
 
 
 def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | None = None) -> Any:
@@ -495,11 +498,9 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
         converted = []
         for part in given if many and isinstance(given, (list, tuple)) else [given]:
             try:
-                value = convert(part, base, option_of(item))
-                _check_range(value, option_of(item))
+                converted.append(bounded(convert(part, base, option_of(item)), option_of(item)))
             except ValueError as error:
                 raise UserError(f"{source}: {error}, found {part!r}") from None
-            converted.append(value)
         values[name] = tuple(converted) if many else converted[0]
     for name, item in known.items():
         if name not in values and item.default is MISSING:

@@ -185,7 +185,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: l
 def test_an_existing_output_needs_force(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    assert mistake(toy("-", "-o", out)) == f"{out}: exists already; --force replaces it, or choose another --out"
+    assert mistake(toy("-", "-o", out)) == f"{out}: exists already; --force replaces it, or choose another place"
     assert out.read_text() == "old"
     assert summary(toy("-", "-o", out, "--force"))["records"] == 1
     assert summary(toy("-o", tmp_path / "f", "--act", "folder"))["records"] == 0
@@ -202,7 +202,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path, force: list[str]) -> N
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stderr.readline() == "ready\n"
         assert mistake(toy("-", "-o", out, *force)) == (
-            f"{out}: another run is writing it (process {process.pid}); wait for it, or choose another --out"
+            f"{out}: another run is writing it (process {process.pid}); wait for it, or choose another place"
         )
         assert toy("-", "-o", out, "--dry-run").returncode == 0
         assert toy("-", "-o", tmp_path / "other.jsonl").returncode == 0
@@ -347,7 +347,7 @@ def test_no_command_writes_over_what_an_option_reads(command: str, name: str, tm
         (model / "deeper/notes.txt", f"lies in the input {model}"),
     ):
         config = config_class(**{name: value, "out": str(out), "force": True})
-        with pytest.raises(UserError, match=f"{out}: {words}, and would be lost; choose another --out"):
+        with pytest.raises(UserError, match=f"{out}: {words}, and would be lost; choose another place"):
             cli._run_alone(lambda config: None, config)
 
 

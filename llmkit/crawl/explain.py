@@ -44,7 +44,7 @@ def explain(
     duplicates = [step for step in DUPLICATES if step in recipe.steps]
     for number, frame in enumerate(Reader(inputs, on_bad=on_bad, columns=worker.columns)):
         page = page_of(frame, columns=worker.columns)
-        if wanted not in ((page.url,) if isinstance(page, Skipped) else (page.url, Document(page).identity)):
+        if wanted not in (page.url, page.reject()["id"] if isinstance(page, Skipped) else Document(page).identity):
             continue
         pages += 1
         if isinstance(page, Skipped):

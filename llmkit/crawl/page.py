@@ -67,10 +67,12 @@ class Skipped:
     offset: int
     reason: str
     url: str | None = None
+    id: Any = None
 
     def reject(self) -> dict[str, Any]:
         """The entry of --rejects."""
-        entry = {"url": self.url} if self.url is not None else {}
+        entry = {"id": f"{self.path}:{self.offset}" if self.id is None else self.id}
+        entry |= {"url": self.url} if self.url is not None else {}
         return entry | {"source": Path(self.path).name, "offset": self.offset, "step": READ, "reason": self.reason}
 
 

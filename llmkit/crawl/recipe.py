@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from llmkit.config import Option, convert, read_toml, value_type
+from llmkit.config import Option, bounded, convert, read_toml, value_type
 from llmkit.crawl.filters.contamination import ContaminationRules
 from llmkit.crawl.filters.quality import C4, FineWebQuality, GopherQuality, GopherRepetition
 from llmkit.crawl.filters.urls import UrlRules
-from llmkit.errors import UserError
+from llmkit.errors import UserError, naming
 from llmkit.io.records import kind_of
 from llmkit.tools.user_code import check_spelling
 
@@ -87,9 +87,7 @@ class NearDuplicates:
 
     def __post_init__(self) -> None:
         if not (1 <= self.bands < 255 and 1 <= self.rows <= 64):
-            raise UserError(
-                f"[near_duplicates]: expected 1 to 254 bands of 1 to 64 rows, found {self.bands} of {self.rows}"
-            )
+            raise UserError(f"expected 1 to 254 bands of 1 to 64 rows, found {self.bands} of {self.rows}")
 
 
 OWN_FILTERS = "[own] filters"  # as errors name them
@@ -206,7 +204,8 @@ def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
             choices = CHOICES.get(key)
             if choices and value not in choices:
                 raise UserError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
-    return replace(target, **values)
+    with naming(prefix):
+        return replace(target, **values)
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
@@ -215,8 +214,9 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return None
     if many and not isinstance(value, list):
         raise UserError(f"{where}: expected a list of strings, found {value!r}")
-    try:
-        values = [convert(part, base, Option("")) for part in (value if many else [value])]
+    try:  # a number in quotes is none
+        parts = [[part] if isinstance(part, str) and base is not str else part for part in (value if many else [value])]
+        values = [bounded(convert(part, base, Option("")), Option("", at_least=0)) for part in parts]
     except ValueError as error:
         raise UserError(f"{where}: {error}{' or none' * optional}, found {value!r}") from None
     return tuple(values) if many else values[0]

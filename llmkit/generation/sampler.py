@@ -26,7 +26,7 @@ from llmkit.io.hub import local_folder
 from llmkit.io.remote import is_remote
 from llmkit.io.resume import fingerprint
 from llmkit.model.devices import choose_device, choose_precision
-from llmkit.model.folder import load_config
+from llmkit.model.folder import SavedTensors, load_config
 from llmkit.tokenizer.chat import ChatFormat
 from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import choose_thinking
@@ -153,6 +153,7 @@ def open_sampler(
         raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {source}")
     chosen = choose_device(device)
     config, tokenizer = load_config(source, backend), load_tokenizer(source)
+    SavedTensors(source).check_kind()
     tokenizer.check_fits(config.vocab_size)
     model = ModelFolder(source, config, chosen, choose_precision(dtype, chosen, config.backend))
     with ExitStack() as stack:

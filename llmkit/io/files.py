@@ -62,11 +62,11 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
     if is_file:
         check_format(path)
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
-        raise UserError(f"{path}: the result needs a name of its own; choose another --out")
+        raise UserError(f"{path}: the result needs a name of its own; choose another place")
     final = os.path.realpath(path)
     parent = os.path.dirname(final)
     if os.path.islink(path) and not os.path.isdir(parent):
-        raise UserError(f"{path}: a link to {final}, whose folder does not exist; choose another --out")
+        raise UserError(f"{path}: a link to {final}, whose folder does not exist; choose another place")
     mounts = set[str]()
     with suppress(OSError):
         lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
@@ -75,16 +75,16 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
         raise UserError(f"{path}: a mount point, which cannot be replaced; choose a place in it: --out {path}/result")
     if os.path.exists(path) and not resume and not is_empty_folder(path):
         if not force:
-            raise UserError(f"{path}: exists already; --force replaces it, or choose another --out")
+            raise UserError(f"{path}: exists already; --force replaces it, or choose another place")
         ours = [*(f"{path}/{name}" for name in OURS), f"{path.rstrip('/')}.manifest.json"]
         if os.path.isdir(path) and os.listdir(path) and not any(map(os.path.exists, ours)):
-            raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another --out")
+            raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another place")
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
-        raise UserError(f"{path}: expected a folder at {parent}, found a file; choose another --out")
+        raise UserError(f"{path}: expected a folder at {parent}, found a file; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written: permission denied in {parent}; choose another --out")
+        raise UserError(f"{path}: cannot be written: permission denied in {parent}; choose another place")
 
 
 def check_format(path: str) -> None:
@@ -116,7 +116,7 @@ def output_folder(out: str | None, example: str) -> Path:
         raise UserError(f"{out}: records alone are written to addresses; write the folder here, and copy it there")
     folder = Path(out.rstrip("/") or "/")
     if folder.exists() and not folder.is_dir():  # which --force does not allow either
-        raise UserError(f"{folder}: expected a folder, found a file; choose another --out")
+        raise UserError(f"{folder}: expected a folder, found a file; choose another place")
     return folder
 
 
@@ -177,11 +177,11 @@ def _lock(path: str, lock: str) -> IO[bytes] | None:
         handle = open(lock, "a+b", buffering=0, opener=no_link)  # noqa: SIM115
     except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
         if error.errno == errno.ELOOP:
-            raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another --out") from None
+            raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another place") from None
         return None
     status = os.fstat(handle.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise UserError(f"{lock}: not a file that a run has made; remove it, or choose another --out")
+        raise UserError(f"{lock}: not a file that a run has made; remove it, or choose another place")
     try:
         # of this process alone: flock's would pass to its forked workers, which may outlive it
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +195,7 @@ def _lock(path: str, lock: str) -> IO[bytes] | None:
         handle.seek(0)
         number = handle.read().decode() or "unknown"
         raise UserError(
-            f"{path}: another run is writing it (process {number}); wait for it, or choose another --out"
+            f"{path}: another run is writing it (process {number}); wait for it, or choose another place"
         ) from None
     handle.close()
     return _lock(path, lock)  # its holder has removed it
@@ -216,7 +216,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             yield handle
         return
     if os.path.isdir(path):
-        raise UserError(f"{os.fspath(path)}: expected a file, found a folder; choose another --out")
+        raise UserError(f"{os.fspath(path)}: expected a file, found a folder; choose another place")
     final = os.path.realpath(path)
     partial = final + PARTIAL
     _make_parents(final)
@@ -262,7 +262,7 @@ def errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -
             raise UserError(f"{os.fspath(path)}: no space left there; make room and run it again") from error
         if isinstance(error, OSError) and error.filename in (partial, os.fspath(partial)):
             reason = str(error.strerror).lower()
-            raise UserError(f"{os.fspath(path)}: cannot be written: {reason}; choose another --out") from error
+            raise UserError(f"{os.fspath(path)}: cannot be written: {reason}; choose another place") from error
         raise
 
 

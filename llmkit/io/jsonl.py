@@ -139,16 +139,16 @@ def check_inputs(paths: Sequence[str]) -> None:
             size_and_version(path)
             continue
         if path != "-" and not os.path.exists(path):
-            raise _unreadable(path, errno.ENOENT)
+            is_name = path.count("/") == 1 and "." not in path and path[0] != "/" != path[-1]
+            of_hub = f"; a data set of the hub: hf://datasets/{path}/" if is_name else ""
+            raise UserError(f"{_unreadable(path, errno.ENOENT)}{of_hub}")
         if path != "-" and (os.path.isdir(path) or not os.access(path, os.R_OK)):
             raise _unreadable(path, errno.EISDIR if os.path.isdir(path) else errno.EACCES)
 
 
 def _unreadable(path: str, number: int | None) -> UserError:
     reason = "found a folder" if number == errno.EISDIR else os.strerror(number or 0).lower()
-    is_name = number == errno.ENOENT and path.count("/") == 1 and "." not in path and path[0] != "/" != path[-1]
-    of_hub = f"; a data set of the hub: hf://datasets/{path}/" if is_name else ""
-    return UserError(f"{name_of(path)}: expected a file that can be read: {reason}{of_hub}")
+    return UserError(f"{name_of(path)}: expected a file that can be read: {reason}")
 
 
 @contextmanager

@@ -193,9 +193,9 @@ def check_upload(address: str, replaces: bool) -> None:
 
     kind = retried(address, there, "written")
     if kind == "directory":
-        raise UserError(f"{address}: expected a file, found a folder; choose another --out")
+        raise UserError(f"{address}: expected a file, found a folder; choose another place")
     if kind is not None and not replaces:
-        raise UserError(f"{address}: exists already; --force replaces it, or choose another --out")
+        raise UserError(f"{address}: exists already; --force replaces it, or choose another place")
     retried(address, begin, "written")
 
 

@@ -151,12 +151,12 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     paths = [source.path for source in sources(inputs)]
     total = sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None  # of a pipe
     workers = config.workers or (1 if total is not None and total < ALONE_BYTES else available_cores())
+    # the blocklists are read once for all processes, and checked so before anything is written
+    url_filter = UrlFilter(recipe.url.blocklists, recipe.url, config.quiet) if "url" in recipe.steps else None
+    items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
     if config.dry_run:
         _show_plan(config, recipe, recipe_name, workers, total)
         return None
-    # the blocklists are read once for all processes, and checked so before anything is written
-    url_filter = UrlFilter(recipe.url.blocklists, recipe.url) if "url" in recipe.steps else None
-    items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
     columns, rejects = parse_columns(config.columns), config.rejects is not None or config.explain is not None
     make = partial(Worker, recipe, url_filter, items, rejects=rejects, columns=columns)
     ends = config.strict or (len(paths) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
@@ -258,6 +258,7 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         recipe = recipe.changed(step, **{key: value}) if value else recipe
     if languages:
         check_languages(languages)
+    recipe.files()  # a filter that is not there ends the run here
     if away := next(filter(is_remote, config.blocklist), None):
         raise UserError(f"--blocklist {away}: expected a file of this machine, found an address; download it first")
     recipe = recipe.changed("classifier", models=tuple(map(local_spec, recipe.classifier.models)))
@@ -297,6 +298,8 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
     written = [path for path in (out, config.rejects) if path not in (None, "-")]
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out and --rejects: expected different files")
+    if config.explain is not None and written:
+        say(f"--explain: nothing is written to {written[0]}", config.quiet)
     inputs = [name for path in config.inputs for name in expanded(path)] + _listed(config)
     folders = [path for path in inputs if os.path.isdir(path)]
     if not config.listed:  # the inputs of a list are many, and a bad one of them costs itself alone

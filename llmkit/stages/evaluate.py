@@ -106,6 +106,10 @@ def run(config: EvaluateConfig) -> Summary | None:
     # load
     loaded = _load(config, gates)
     if config.dry_run:
+        from llmkit.model.folder import SavedTensors
+
+        for folder in config.models if not config.is_served else ():
+            SavedTensors(folder).check_kind()
         for one in loaded:
             say(f"{one.task.name}: {one.task.kind}, {counted(len(one.items), 'item')} of {one.task.path}", config.quiet)
             shown = one.items[0].contexts[0] if one.task.kind != "text" else one.items[0].continuations[0][:500]

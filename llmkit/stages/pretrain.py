@@ -238,12 +238,13 @@ def _checked_sources(config: PretrainConfig) -> Sources:
 def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
     """What the options leave open follows later, from the documents; a wrong shape is refused before they are read."""
     from llmkit.kernels.dispatch import backend
-    from llmkit.model.folder import load_config
+    from llmkit.model.folder import SavedTensors, load_config
     from llmkit.training.plan import Planner
 
     model = None
     if config.model is not None:
         model = load_config(config.model)
+        SavedTensors(config.model).check_kind()
         tokenizer.check_fits(model.vocab_size)
         context = model.max_position_embeddings
         if config.sequence_length is not None and config.sequence_length > context:

@@ -143,7 +143,7 @@ def test_an_output_that_cannot_be_written_is_named_as_it_was_given() -> None:
     if not os.path.isdir("/proc/self"):
         pytest.skip("no /proc here")
     for write in (atomic_file, atomic_folder):
-        with pytest.raises(UserError, match=r"^/proc/nobody: cannot be written: .*; choose another --out"):
+        with pytest.raises(UserError, match=r"^/proc/nobody: cannot be written: .*; choose another place"):
             write("/proc/nobody").__enter__()
 
 

@@ -247,10 +247,21 @@ def test_a_batch_larger_than_the_data_becomes_the_data(base, data, llmkit, tmp_p
     assert said is not None and int(said[1]) <= 1.5 * comparisons, done.stderr
 
 
-def test_a_judge_in_the_place_of_a_model_that_writes_says_what_it_is(trained, llmkit):
-    judge = trained[0]
-    done = llmkit("sample", judge, "-p", "Hello")
-    assert (
-        done.returncode == 2
-        and f"found a reward model, which scores; llmkit train-reward --score {judge}" in done.stderr
-    )
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample JUDGE -p Hello",
+        "sample JUDGE -p Hello --dry-run",
+        "serve JUDGE --dry-run",
+        "evaluate JUDGE --tasks q.jsonl --dry-run",
+        "probe-knowledge JUDGE --questions q.jsonl --dry-run",
+        "pretrain q.jsonl --from JUDGE -o out --dry-run",
+        "write-chats --guide q.jsonl --topics q.jsonl --writer JUDGE --dry-run",
+    ],
+)
+def test_a_judge_in_the_place_of_a_model_that_writes_says_what_it_is(judge, llmkit, tmp_path, command):
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "Ada", "text": "Ada"}\n')
+    done = llmkit(*(judge if word == "JUDGE" else word for word in command.split()), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"found a reward model, which scores; llmkit train-reward --score {judge}" in done.stderr
+    assert done.stderr.count("\n") == 1

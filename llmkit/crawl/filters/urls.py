@@ -15,12 +15,14 @@ from functools import cache
 from hashlib import blake2b
 from importlib.resources import files
 from ipaddress import ip_address
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from llmkit.errors import UserError
 from llmkit.io.jsonl import GZIP_MAGIC, open_packed
+from llmkit.io.progress import counted, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +34,7 @@ MOST_PREFIXES = 64
 _BOUNDARY = re.compile(r"[/?#&=;,.]|$")  # where an entry may end inside a URL
 _SCHEME = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.I)
 _PLAIN = re.compile(r"[a-z][a-z0-9_-]{0,62}(?:\.[a-z0-9_-]{1,63}){1,8}")
+_HOST = re.compile(r"[\w.:-]+")  # not *.example or ||example^ of other programs
 _NO_LETTER = re.compile(r"[\W_]+")
 
 
@@ -48,16 +51,15 @@ class UrlRules:
 class UrlFilter:
     """The lists and rules, ready for use; small to pickle."""
 
-    def __init__(self, blocklists: Sequence[str | Path] = (), rules: UrlRules | None = None) -> None:
+    def __init__(self, blocklists: Sequence[str | Path] = (), rules: UrlRules = UrlRules(), quiet: bool = True) -> None:
         """Read UT1 folders (`category/{domains,urls}`, one category or a folder of them) and hosts files.
 
-        Each may be gzipped; an entry of two categories belongs to the first. Raises UserError where a list cannot be
-        read or is none.
+        Each may be gzipped; an entry of two categories belongs to the first. Lines that meet no address are counted on
+        stderr. Raises UserError where a list cannot be read or has no other lines.
         """
-        rules = rules or UrlRules()
         lists: dict[str, list[tuple[str, int]]] = {kind: [] for kind in KINDS}
         numbers: dict[str, int] = {}
-        for category, kind, texts in _entries(blocklists, rules):
+        for category, kind, texts in _entries(blocklists, rules, quiet):
             number = numbers.setdefault(category, len(numbers))
             lists[kind].extend((text, number) for text in texts)
         self.categories, self.fewest_soft = list(numbers), rules.min_soft_banned_words
@@ -118,7 +120,7 @@ def split_url(url: str) -> tuple[str, str]:
 # ---- reading lists
 
 
-def _entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[Entries]:
+def _entries(blocklists: Sequence[str | Path], rules: UrlRules, quiet: bool) -> Iterator[Entries]:
     if rules.own_blocklist:
         for line in files("llmkit.crawl.filters").joinpath("blocklist.txt").read_text(encoding="utf-8").splitlines():
             if line and not line.startswith("#"):
@@ -127,23 +129,27 @@ def _entries(blocklists: Sequence[str | Path], rules: UrlRules) -> Iterator[Entr
     yield "custom", "word", [word.lower() for word in rules.banned_words]
     yield "custom", "soft", [word.lower() for word in rules.soft_banned_words]
     for path in map(Path, blocklists):
-        if not path.is_dir():
-            yield from _file_entries(path, path.name.removesuffix(".gz"), None)
-            continue
-        folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
-        names = ("domains", "urls", "domains.gz", "urls.gz")
-        lists = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+        lists = [path]
+        if path.is_dir():
+            folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+            names = ("domains", "urls", "domains.gz", "urls.gz")
+            lists = [folder / name for folder in folders for name in names if (folder / name).is_file()]
         if not lists:
             raise UserError(
                 f"{path}: expected a blocklist, a folder that holds `domains` or `urls` or folders of these, "
                 f"found {sorted(child.name for child in path.iterdir())[:5]}; name hosts files one by one"
             )
-        for file in lists:
-            yield from _file_entries(file, file.parent.name, "domain" if file.name.startswith("domains") else "url")
+        entries = [entry for file in lists for entry in _file_entries(file, file != path, quiet)]
+        if not any(texts for _, _, texts in entries):
+            raise UserError(f"{path}: expected domains or URLs, one a line, found none")
+        yield from entries
 
 
-def _file_entries(path: Path, category: str, kind: str | None) -> Iterator[Entries]:
-    """The entries of one file. Without a kind it is a hosts file, or holds a domain or a URL in each line."""
+def _file_entries(path: Path, is_ut1: bool, quiet: bool) -> Iterator[Entries]:
+    """The entries of one file of UT1; another is a hosts file, or holds a domain or a URL in each line."""
+    category, kind = path.name.removesuffix(".gz"), None
+    if is_ut1:
+        category, kind = path.parent.name, "domain" if path.name.startswith("domains") else "url"
     tokens: list[str] = []
     for number, line in enumerate(_lines(path), 1):
         words = line.split()
@@ -154,28 +160,27 @@ def _file_entries(path: Path, category: str, kind: str | None) -> Iterator[Entri
             words = line.partition("#")[0].split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) > 1 and (kind is not None or not _is_address(words.pop(0))):
+        is_listed = len(words) == 1
+        if not is_listed and (kind is not None or not _is_address(words.pop(0))):
             raise UserError(f"{path}:{number}: expected one domain or URL, or a line of a hosts file, found {line!r}")
-        tokens += words
-    if kind is None:
-        slashed = [token for token in tokens if "/" in token]
-        yield category, "url", list(map(_plain_url, slashed))
-        tokens = [token for token in tokens if "/" not in token] if slashed else tokens
-    if kind == "url":
-        yield category, "url", list(map(_plain_url, tokens))
-    else:
-        yield category, "domain", [domain for domain in map(_plain_domain, tokens) if "." in domain or ":" in domain]
+        tokens += [word for word in words if is_listed or "." in word or ":" in word]  # not localhost
+    is_url = lambda token: kind == "url" or (kind is None and "/" in token)  # noqa: E731
+    urls = [url for url in map(_plain_url, filter(is_url, tokens)) if url]
+    domains = [domain for domain in map(_plain_domain, filterfalse(is_url, tokens)) if "." in domain or ":" in domain]
+    if lost := len(tokens) - len(urls) - len(domains):
+        say(f"{path}: left out {counted(lost, 'line')} without a domain or URL", quiet)
+    yield from ((category, "url", urls), (category, "domain", domains))
 
 
 def _plain_url(token: str) -> str:
     host, path = split_url(token[:LONGEST_URL])
-    return host + path.rstrip("/")
+    return host + path.rstrip("/") if _HOST.fullmatch(host) else ""
 
 
 def _plain_domain(token: str) -> str:
     if _PLAIN.fullmatch(token):  # spares 3 microseconds for nearly every one
         return token.removeprefix("www.")
-    return split_url(token[:LONGEST_URL])[0]
+    return _plain_url(token).partition("/")[0]
 
 
 def _lines(path: Path) -> list[str]:

@@ -69,9 +69,9 @@ def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES, columns: Mapping[str,
         except UserError:
             return Skipped(path, offset, "no_text")
         html, text = values.pop("html", None), values.pop("text", None)
-        if not isinstance(text if html is None else html, str):
-            return Skipped(path, offset, "no_text")
         url = values.pop("url") if isinstance(values.get("url"), str) else None
+        if not isinstance(text if html is None else html, str):
+            return Skipped(path, offset, "no_text", url, values.get("id"))
         return Page(path, offset, url, html, None, None if html is not None else text, values)
     try:
         with work_limit(len(data)):
@@ -103,7 +103,7 @@ def page_of_record(path: str, offset: int, data: bytes, max_bytes: int) -> Page 
         reason = "not_html" if not is_plain else None if page.text else "empty"
     else:
         reason = kind if kind in KNOWN_TYPES else "unknown_type"
-    return Skipped(path, offset, reason, url) if reason else page
+    return Skipped(path, offset, reason, url, page.record.get("id")) if reason else page
 
 
 def header_of(ahead: bytes | bytearray, arc: bool) -> tuple[int, int] | None:

@@ -78,16 +78,37 @@ def test_what_is_no_list_is_an_error_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"a.example\n" * 1000)[:-20])
     (tmp_path / "picture").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").write_text("# nothing\n\n")
+    (tmp_path / "words").write_text("casino\n*.wild.example\n||blocked.example^\n")
+    (tmp_path / "hollow" / "adult").mkdir(parents=True)
+    (tmp_path / "hollow" / "adult" / "domains").touch()
     for name, message in (
         ("prose", "prose:2: expected one domain or URL"),
         ("cut.gz", "cut.gz: damaged or cut gzip"),
         ("picture", "found binary data"),
         ("missing", "missing: expected a file that can be read"),
         ("empty", "empty: expected a blocklist, a folder that holds"),
+        ("blank", "blank: expected domains or URLs, one a line, found none"),
+        ("words", "words: expected domains or URLs, one a line, found none"),
+        ("hollow", "hollow: expected domains or URLs, one a line, found none"),
+        ("mis/sing", "mis/sing: expected a file that can be read: no such file or directory$"),
     ):
         with pytest.raises(UserError, match=message) as error:
             UrlFilter([tmp_path / name], NOTHING)
         assert "\n" not in str(error.value)
+
+
+def test_lines_that_meet_no_address_are_counted(tmp_path: Path, ut1: Path, capsys) -> None:
+    (tmp_path / "mixed").write_text(
+        "127.0.0.1 localhost\ngood.example\ncasino\n*.wild.example\n||a.example^/x\n[::1]\n"
+    )
+    with (ut1 / "gambling" / "domains").open("a") as handle:
+        handle.write("poker\n")
+    filter = UrlFilter([tmp_path / "mixed", ut1], NOTHING, quiet=False)
+    assert filter.reason("http://good.example/") == "blocked_domain:mixed" == filter.reason("http://[::1]/")
+    told = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    ends = "left out 3 lines without a domain or URL", "left out 1 line without a domain or URL"
+    assert told == [f"{tmp_path}/mixed: {ends[0]}", f"{ut1}/gambling/domains: {ends[1]}"]
 
 
 def test_words_alone_and_in_twos() -> None:
