@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from anyio.to_thread import current_default_thread_limiter
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -18,6 +19,7 @@ from llmkit.display import write_message
 from llmkit.errors import UserError
 
 HEADER_SECONDS = 30.0  # for the headers of a request to arrive, and for the next request on a connection
+THREADS = 4  # that read prompts and write judgements; of 40, anyio's default, each grows memory of its own
 SWITCH_SECONDS = 0.0005  # until the event loop gets its turn beside the engine's thread; Python's default is 5 ms
 
 
@@ -40,6 +42,7 @@ def run(sock: socket.socket, build: Callable[[asyncio.AbstractEventLoop], tuple[
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after its end
 
     async def main() -> None:
+        current_default_thread_limiter().total_tokens = THREADS
         app, close = build(asyncio.get_running_loop())
         config = uvicorn.Config(
             app,
