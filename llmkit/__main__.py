@@ -10,20 +10,8 @@ WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIM
 
 
 def main() -> None:
-    _hold_standard_streams()
-    if not WAITING.keys() & os.environ.keys():
-        os.environ.update(WAITING)
-    from llmkit.cli import run_command_line
-
-    sys.exit(run_command_line(sys.argv[1:]))
-
-
-def _hold_standard_streams() -> None:
-    """Put nothing in the place of closed standard streams.
-
-    Else the next file that is opened gets the number of stderr, and with it what libraries print; and print(), whose
-    stderr is missing, writes messages among the data on stdout.
-    """
+    # Put nothing in the place of closed standard streams. Else the next file that is opened gets the number of stderr,
+    # and with it what libraries print; and print(), whose stderr is missing, writes messages among the data on stdout.
     for number in range(3):
         try:
             os.fstat(number)
@@ -31,6 +19,11 @@ def _hold_standard_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number is this one
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
+    from llmkit.cli import run_command_line
+
+    sys.exit(run_command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":

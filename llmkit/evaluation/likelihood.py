@@ -292,14 +292,6 @@ class Scorer:
         targets = np.concatenate([targets for *_, targets in scored])
         positions = np.pad(positions, (0, -len(positions) % SCORED), "edge")
         hidden_NC = self.model(ids_BT, doc_ids=trees, rows=torch.from_numpy(positions).to(self.device))
-        logprob, is_best = self._score_tokens(hidden_NC, where, targets)
-        end = 0
-        for index, positions, _ in scored:
-            start, end = end, end + len(positions)
-            yield index, float(logprob[start:end].sum()), bool(is_best[start:end].all())
-
-    def _score_tokens(self, hidden_NC: Tensor, where: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return each target's log-probability (float32) after hidden state `where`, and whether it is greedy."""
         logprobs, best = np.empty(len(targets)), np.empty(len(targets), bool)
         step = max(1, LOGITS.get(self.device.type, LOGITS_ELSEWHERE) // self.model.config.vocab_size)
         for first in range(0, len(hidden_NC), step):
@@ -310,7 +302,10 @@ class Scorer:
             greedy = logprob == logprobs_NV.amax(-1)[row]  # argmax takes 13x as long; of a tie it takes the first
             greedy[greedy.clone()] = logprobs_NV[row[greedy]].argmax(-1) == target[greedy]
             logprobs[chosen], best[chosen] = logprob.cpu().numpy(), greedy.cpu().numpy()
-        return logprobs, best
+        end = 0
+        for index, positions, _ in scored:
+            start, end = end, end + len(positions)
+            yield index, float(logprobs[start:end].sum()), bool(best[start:end].all())
 
 
 def _batches(rows: list[_Row], tokens: int) -> Iterator[list[_Row]]:

@@ -68,18 +68,10 @@ class ServedScorer:
             raise self._fault(
                 f"log-probabilities of the prompt's {counted(len(ids), 'token')}", len(echo["token_logprobs"])
             )
-        self._check_tokens(ids, echo["tokens"])
-        return self._likelihood(echo, start)
-
-    def _check_tokens(self, ids: list[int], names: list[Any]) -> None:
-        """Raise ServerError for an id whose text is another at the server, each id once.
-
-        Words and numbers are compared: servers differ in spaces, special tokens and bytes that are no character.
-        """
-        if self._tokenizer is None:
-            return
-        for token, name in zip(ids, names, strict=True):
-            if token in self._checked:
+        # each id once, and words and numbers alone: servers differ in spaces, special tokens and bytes that are no
+        # character
+        for token, name in zip(ids, echo["tokens"], strict=True):
+            if self._tokenizer is None or token in self._checked:
                 continue
             ours, theirs = self._tokenizer.decode([token]).strip(), str(name).strip()
             if ours.isalnum() and theirs not in (ours, f"token_id:{token}"):
@@ -88,6 +80,7 @@ class ServedScorer:
                     f"{theirs!r}; give the folder that is served as MODEL",
                 )
             self._checked.add(token)
+        return self._likelihood(echo, start)
 
     def _score_text(self, pair: tuple[str, str]) -> Likelihood:
         context, rest = pair

@@ -30,7 +30,7 @@ from llmkit.model.weights import StockTensor, pairs_apart, stock_tensors
 from llmkit.tokenizer.encoding import load_tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGUFWriter
 
 ATTENTION_BIASES, MLP_BIASES = ("qkv_bias", "out_bias"), ("gate_up_bias", "down_bias")
 
@@ -179,9 +179,11 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
 
     Raises UserError for weights that do not fit into the precision.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
+    # of vectors float32, and float16 where rows are no multiple of a block, as llama.cpp's converter has them
+    matrix_kind = GGMLQuantizationType[TYPES[plan.dtype][1]]
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     with atomic_file(path) as handle:
         writer = GGUFWriter(handle.name, ARCHITECTURES[source.config.model_type].name)
@@ -191,7 +193,8 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
             for name, tensor in gguf_tensors(source.config).items():
                 transposed = isinstance(tensor, StockTensor) and tensor.transposed
                 shape = tuple(tensor.shape)[::-1] if transposed else tuple(tensor.shape)
-                kind = kinds[name] = _tensor_type(shape, plan.dtype)
+                kind = matrix_kind if shape[-1] % GGML_QUANT_SIZES[matrix_kind][0] == 0 else GGMLQuantizationType.F16
+                kind = kinds[name] = GGMLQuantizationType.F32 if len(shape) == 1 else kind
                 # as gguf.quants gives it: bytes where numpy has no such type
                 stored = shape if kind in plain else quant_shape_to_byte_shape(shape, kind)
                 numpy_type = np.dtype(plain.get(kind, np.uint8))
@@ -289,17 +292,6 @@ def _add_rope(writer: GGUFWriter, config: ModelConfig) -> None:
         # by its own llama.cpp multiplies what is stated
         own = max(1.0, 0.1 * math.log(scaling.factor) + 1.0) if scaling.rope_type == "yarn" else 1.0
         writer.add_rope_scaling_attn_factors(scaling.attention_factor / own)
-
-
-def _tensor_type(shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
-    """Matrices in the type of --dtype, vectors in float32, as llama.cpp expects them."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if len(shape) == 1:
-        return GGMLQuantizationType.F32
-    wanted = GGMLQuantizationType[TYPES[dtype][1]]
-    fits = shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0  # else float16, as llama.cpp's converter does
-    return wanted if fits else GGMLQuantizationType.F16
 
 
 def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:

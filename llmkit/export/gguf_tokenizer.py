@@ -124,7 +124,16 @@ def _split_name(spec: dict[str, Any], name: str) -> str:
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     if any(step.get("add_prefix_space") for step in steps):
         raise UserError(f"{name}: add_prefix_space has no equal in llama.cpp")
-    if (split := _recognised(steps)) is None:
+    kinds, split = [step.get("type") for step in steps], None
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        split = "gpt2"
+    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        split = "starcoder"
+    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        regex = steps[0]["pattern"].get("Regex")
+        plain = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        split = next((key for key in _NAMES if plain and PATTERNS[key].regex == regex), None)
+    if split is None:
         raise UserError(
             f"{name}: expected text to be split as llama.cpp knows it ({', '.join(_NAMES)} of llmkit train-bpe "
             "--pattern, or starcoder's), found another expression; --format hf needs no such name"
@@ -134,19 +143,6 @@ def _split_name(spec: dict[str, Any], name: str) -> str:
             raise UserError(f"{name}: ignore_merges with the split {split} has no equal in llama.cpp")
         return "llama-bpe"
     return _NAMES.get(split, split)
-
-
-def _recognised(steps: list[dict[str, Any]]) -> str | None:
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "starcoder"
-    if kinds != ["Split", "ByteLevel"] or steps[1].get("use_regex", True):
-        return None
-    regex = steps[0]["pattern"].get("Regex")
-    plain = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-    return next((key for key in _NAMES if plain and PATTERNS[key].regex == regex), None)
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -164,6 +164,7 @@ def _lost(message: str) -> dict[str, Any]:
 
 
 def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> NoReturn:
+    """Leave the note, and end this process when what has happened is said."""
     me = me or launch()
     if not _ending.acquire(blocking=False):  # another thread is at it
         time.sleep(3600)
@@ -174,31 +175,26 @@ def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> N
     try:
         if store is None:
             store = _watch.store if _watch is not None else connect(me, 30.0)
-        code = _speak(note, me, store, code)
+        store.set(f"note/{me.rank}", json.dumps(note))
+        deadline = time.monotonic() + NOTES_SECONDS
+        if store.add("notes", 1) == 1:  # the first says what happened, the others wait until that is done
+            keys = {rank: f"note/{rank}" for rank in range(me.size)}
+            while not store.check([*keys.values()]) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            notes = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+            message, common_code = verdict(notes, me.size)
+            _say(message)
+            store.set("spoken", str(common_code))
+            code = common_code
+        else:
+            while not store.check(["spoken"]) and time.monotonic() < deadline + 2 * POLL_SECONDS:
+                time.sleep(0.05)
+            code = int(store.get("spoken")) if store.check(["spoken"]) else code
     except Exception:  # the store is gone
         _say(f"rank {me.rank}: {note.get('message', 'the others are gone')}")
     if sys.stderr is not None:
         sys.stderr.flush()
     os._exit(code)  # threads and groups of torch would wait for the others for ever
-
-
-def _speak(note: dict[str, Any], me: Launch, store: Any, code: int) -> int:
-    """Leave the note; the first says what happened, the others wait until that is done. The code to exit with."""
-    store.set(f"note/{me.rank}", json.dumps(note))
-    first = store.add("notes", 1) == 1
-    deadline = time.monotonic() + NOTES_SECONDS
-    if first:
-        keys = {rank: f"note/{rank}" for rank in range(me.size)}
-        while not store.check([*keys.values()]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        notes = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
-        message, code = verdict(notes, me.size)
-        _say(message)
-        store.set("spoken", str(code))
-        return code
-    while not store.check(["spoken"]) and time.monotonic() < deadline + 2 * POLL_SECONDS:
-        time.sleep(0.05)
-    return int(store.get("spoken")) if store.check(["spoken"]) else code
 
 
 def _say(message: str) -> None:
