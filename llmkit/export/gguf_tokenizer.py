@@ -8,6 +8,7 @@ Source: llama.cpp's src/llama-vocab.cpp, `llm_tokenizer_bpe`, and gguf's constan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,13 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -
     unnamed = [tokens[end] for end in ordered[3:] if tokens[end] not in ENDS_BY_NAME]
     if unnamed:
         notes.append(f"llama.cpp will not end at {', '.join(unnamed)}: a file names three tokens")
+    # llama.cpp puts it before conversations as well, where an assistant may never have seen it
+    add_bos = tokenizer.add_bos and not assistant
+    if add_bos and template is not None:  # only where the template writes it, which llama.cpp then does not do again;
+        # of a template that nobody can ask llama.cpp's converter leaves what the configuration says
+        with suppress(UserError):
+            encoded = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True)
+            add_bos = bool(encoded.token_ids[0] == tokenizer.bos_id)
     unknown = spec["model"].get("unk_token")
     return GgufTokenizer(
         model="llama" if pieces else "gpt2",
@@ -100,20 +108,10 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -
         ends=tuple(ordered[:3]),
         pad_id=tokenizer.pad_id,
         unknown_id=None if unknown is None else tokens.index(unknown),
-        # llama.cpp puts it before conversations as well, where an assistant may never have seen it
-        add_bos=tokenizer.add_bos and not assistant and (template is None or _conversations_begin_with_bos(tokenizer)),
+        add_bos=add_bos,
         chat_template=None if template is None else portable_template(template),
         notes=tuple(notes),
     )
-
-
-def _conversations_begin_with_bos(tokenizer: Tokenizer) -> bool:
-    """True if another model's chat template writes it, which llama.cpp then does not do again."""
-    try:
-        encoded = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True)
-    except UserError:  # a template that nobody can ask: llama.cpp's converter leaves what the configuration says
-        return True
-    return bool(encoded.token_ids[0] == tokenizer.bos_id)
 
 
 # ---- splits

@@ -264,24 +264,19 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     recipe = recipe.changed("classifier", models=tuple(map(local_spec, recipe.classifier.models)))
     for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
         Classifier(spec)  # one that cannot be loaded ends the run here
-    _check_shell(config)
-    if config.on_match:
-        if not recipe.contamination.files:
-            raise UserError("--on-match: needs --not-in")
-        recipe = recipe.changed("contamination", mode=config.on_match)
-    return recipe, config.recipe + " with changes by flags" * (recipe != given_recipe)
-
-
-def _check_shell(config: CrawlFilterConfig) -> None:
-    """Raise UserError where a shell has made the second file of `--not-in eval/*.jsonl` an input."""
     folders = {os.path.dirname(path): path for path in config.not_in}
-    for path in config.inputs:
+    for path in config.inputs:  # of which a shell makes the second file of `--not-in eval/*.jsonl` one
         other = folders.get(os.path.dirname(path))
         if other and os.path.isfile(path) and path.endswith(os.path.splitext(other)[1]):
             row = next(read_jsonl([path], 1, columns=parse_columns(config.columns)), None)
             if row is not None and not {"text", "html"} & row.value.keys():
                 wanted = f"'{os.path.join(os.path.dirname(path), '*')}'"
                 raise UserError(f"{path}: an input without `text` or `html`; if --not-in is meant, quote it: {wanted}")
+    if config.on_match:
+        if not recipe.contamination.files:
+            raise UserError("--on-match: needs --not-in")
+        recipe = recipe.changed("contamination", mode=config.on_match)
+    return recipe, config.recipe + " with changes by flags" * (recipe != given_recipe)
 
 
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:

@@ -169,11 +169,17 @@ def run(config: SampleConfig) -> Summary | None:
             _write_text(prompts, config, out)
 
         # summarise
-        seconds = time.monotonic() - started
-        if not config.quiet:
-            for line in sampler.describe():
-                say(line)
-        return _summary(config, prompts, out, sampler.usage.completion_tokens, seconds)
+        seconds = round(time.monotonic() - started, 3)
+        for line in sampler.describe():
+            say(line, config.quiet)
+        if prompts.passed:
+            say(f"{out}: kept the completions of {counted(prompts.passed, 'prompt')}", config.quiet)
+        elif not prompts.count:
+            say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
+        if out == "-":
+            return None
+        done, tokens = prompts.passed + prompts.count, sampler.usage.completion_tokens + prompts.kept_tokens
+        return Summary(out, done, done * config.samples, tokens, seconds, **prompts.left_out)
 
 
 def _sampler(config: SampleConfig) -> AbstractContextManager[Sampler]:
@@ -198,18 +204,6 @@ def _sampler(config: SampleConfig) -> AbstractContextManager[Sampler]:
         timeout=config.timeout,
         logprobs=config.logprobs,
     )
-
-
-def _summary(config: SampleConfig, prompts: Prompts, out: str, tokens: int, seconds: float) -> Summary | None:
-    if prompts.passed:
-        say(f"{out}: kept the completions of {counted(prompts.passed, 'prompt')}", config.quiet)
-    elif not prompts.count:
-        say(f"{names_of(config.inputs or ['-'])}: no prompts, so no completions", config.quiet)
-    if out == "-":
-        return None
-    done = prompts.passed + prompts.count
-    tokens += prompts.kept_tokens
-    return Summary(out, done, done * config.samples, tokens, round(seconds, 3), **prompts.left_out)
 
 
 def _check_options(config: SampleConfig, out: str) -> None:
