@@ -15,11 +15,10 @@ from llmkit.errors import UserError
 from llmkit.formats.problems import Problem, read_problem
 from llmkit.io.jsonl import read_jsonl
 from llmkit.io.records import Row
-from llmkit.rewards import Attempt, final_answer, latex, numbers
+from llmkit.rewards import Attempt, final_answer, numbers, verifiers
 from llmkit.rewards.constraints import SchemaVerifier
-from llmkit.rewards.latex import LatexComparer
 from llmkit.rewards.numbers import Number, last_number, whole_number
-from llmkit.rewards.verifiers import NAMES, VerifierReward, verifier_of
+from llmkit.rewards.verifiers import NAMES, LatexComparer, VerifierReward, verifier_of
 
 
 def problem(**value) -> Problem:
@@ -36,7 +35,7 @@ def score(completion: str, name: str | None = None, **value) -> float:
 
 
 def test_the_examples_of_the_documentation_hold():
-    assert [doctest.testmod(module).failed for module in (latex, numbers, final_answer)] == [0, 0, 0]
+    assert [doctest.testmod(module).failed for module in (verifiers, numbers, final_answer)] == [0, 0, 0]
 
 
 # ---- numbers
