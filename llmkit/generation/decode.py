@@ -401,8 +401,15 @@ class Decoder:
         self._view(rows, seen)
         kv_heads, size, cap = self.config.num_key_value_heads, self.config.head_dim, self.config.attention_softcap
         write_at = (position_B.unsqueeze(1) + self._first_RP).view(-1)
-        windows = set() if self._fused else {layer.window for layer in self._layers}
-        masks = {window: self._mask(position_B, seen, window) for window in windows}
+        masks: dict[int | None, Tensor] = {}  # by window (B * K, 1, S): minus infinity for keys that are not to be seen
+        for window in set() if self._fused else {layer.window for layer in self._layers}:
+            key_S, last_B1 = torch.arange(seen, device=self.device), position_B.unsqueeze(1)
+            hidden_BS = key_S > last_B1
+            if window is not None:
+                hidden_BS |= key_S <= last_B1 - window
+            mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
+            mask_BS.masked_fill_(hidden_BS, float("-inf"))
+            masks[window] = mask_BS.unsqueeze(1).expand(-1, kv_heads, -1).reshape(-1, 1, seen)
         length_B = position_B + 1 if self._fused else position_B
 
         def attend(i: int, query_BHD: Tensor, both_BPD: Tensor) -> Tensor:
@@ -487,16 +494,6 @@ class Decoder:
         inverse_N1 = torch.addcmul(self._eps, length_N1, length_N1, value=1 / x_NC.shape[-1]).rsqrt_()
         y_NC = torch.mul(x_NC, inverse_N1, out=out).to(self.dtype)
         return y_NC if gain is None else y_NC.mul_(gain)
-
-    def _mask(self, position_B: Tensor, seen: int, window: int | None) -> Tensor:
-        """Return the attention mask (B * K, 1, S): minus infinity for keys that are not to be seen, else 0."""
-        key_S, last_B1 = torch.arange(seen, device=self.device), position_B.unsqueeze(1)
-        hidden_BS = key_S > last_B1
-        if window is not None:
-            hidden_BS |= key_S <= last_B1 - window
-        mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
-        mask_BS.masked_fill_(hidden_BS, float("-inf"))
-        return mask_BS.unsqueeze(1).expand(-1, self.config.num_key_value_heads, -1).reshape(-1, 1, seen)
 
     def _view(self, rows: int, seen: int) -> None:
         """Views of the slots in use, kept from step to step: making them costs as much as computing with them."""

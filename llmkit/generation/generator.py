@@ -229,7 +229,7 @@ class Pool:
         self._prefilling = False
 
     def advance(self) -> bool:
-        """Fill the slots that are free and take a step; False after the last one."""
+        """Fill the slots that are free, and then take one token for each running sequence; False after the last one."""
         while len(self.running) < self._of.slots:
             if (answered := next((call for call in self._calls if call.done()), None)) is not None:
                 entry = self._resume(*self._calls.pop(answered), answered.result())
@@ -253,8 +253,22 @@ class Pool:
                 self.running.append(sequence)
             else:
                 self._leave(sequence, reason, prefix)
-        if self.running:
-            self._step()
+        if not (running := self.running):
+            return bool(self._more or self._calls)
+        for slot, sequence in enumerate(running):
+            if self._decoder.turns_anew(sequence.position, sequence.position + 1):
+                self._decoder.load(slot, self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids]))
+        logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
+        self._of.steps += 1
+        self._of.rows += len(running)
+        tokens = self._choose(logits, running)
+        for slot in range(len(running) - 1, -1, -1):
+            sequence, (token, logprob, truncated) = running[slot], tokens[slot]
+            reason = sequence.take(token, logprob, truncated)
+            if reason is not None:
+                prefix = self._decoder.hold(slot, sequence.position) if reason == CALL else None
+                self._leave(sequence, reason, prefix)
+                self._vacate(slot)
         return bool(self.running or self._more or self._calls)
 
     def cancel(self, index: int) -> None:
@@ -342,24 +356,6 @@ class Pool:
                     sequence.opening = StopMatcher(tools.openers) if tools.form is not None else None
                 yield sequence, prefix
 
-    def _step(self) -> None:
-        """One token for each running sequence; the last slot moves into one that is left."""
-        running = self.running
-        for slot, sequence in enumerate(running):
-            if self._decoder.turns_anew(sequence.position, sequence.position + 1):
-                self._decoder.load(slot, self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids]))
-        logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
-        self._of.steps += 1
-        self._of.rows += len(running)
-        tokens = self._choose(logits, running)
-        for slot in range(len(running) - 1, -1, -1):
-            sequence, (token, logprob, truncated) = running[slot], tokens[slot]
-            reason = sequence.take(token, logprob, truncated)
-            if reason is not None:
-                prefix = self._decoder.hold(slot, sequence.position) if reason == CALL else None
-                self._leave(sequence, reason, prefix)
-                self._vacate(slot)
-
     def _vacate(self, slot: int) -> None:
         """Free a slot: the last one that runs moves into it."""
         last = self.running.pop()
@@ -373,7 +369,9 @@ class Pool:
         draws = np.array([sequence.next_uniform() for sequence in sequences])
         chosen: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * len(sequences)
         samplings = [sequence.request.sampling or self._of.sampling for sequence in sequences]
-        groups = [(one, bool(sequence.constraint)) for one, sequence in zip(samplings, sequences, strict=True)]
+        groups = [
+            (sampling, bool(sequence.constraint)) for sampling, sequence in zip(samplings, sequences, strict=True)
+        ]
         for group in dict.fromkeys(groups):
             rows = [row for row, other in enumerate(groups) if other == group]
             logits, allowed = logits_BV if len(rows) == len(sequences) else logits_BV[rows], None

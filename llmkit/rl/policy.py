@@ -127,8 +127,17 @@ class ServedPolicy:
         folder = Path(tempfile.mkdtemp(prefix="policy-", dir=self._folder.resolve()))
         folder.chmod(0o755)  # the server may be another user's
         self._write(folder)
+        command = self._server.command
         try:
-            self._load(folder)
+            if self.kind == "vllm":
+                command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+                # without the flag vLLM keeps a prefix that a request still holds
+                command("/reset_prefix_cache?reset_running_requests=true")
+            else:
+                version = {"model_path": str(folder), "weight_version": folder.name}
+                answer = command("/update_weights_from_disk", version)
+                if not isinstance(answer, dict) or not answer.get("success"):
+                    raise ServerError(f"{self._server.place}: refuses the weights: {shortened(str(answer))}")
         except ServerError as error:
             dev_mode = "was it started with VLLM_SERVER_DEV_MODE=1, and " if self.kind == "vllm" else ""
             raise ServerError(
@@ -151,17 +160,6 @@ class ServedPolicy:
         if self.kind == "sglang":
             sampler.weights = folder.name
         return sampler
-
-    def _load(self, folder: Path) -> None:
-        command = self._server.command
-        if self.kind == "vllm":
-            command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-            # without the flag vLLM keeps a prefix that a request still holds
-            command("/reset_prefix_cache?reset_running_requests=true")
-            return
-        answer = command("/update_weights_from_disk", {"model_path": str(folder), "weight_version": folder.name})
-        if not isinstance(answer, dict) or not answer.get("success"):
-            raise ServerError(f"{self._server.place}: refuses the weights: {shortened(str(answer))}")
 
     def close(self) -> None:
         """Remove what was written for the server."""
