@@ -170,7 +170,7 @@ class Model:
             if item.problem is not None
         ]
         if task.verifier == EXACT_MATCH:
-            verdicts = iter([float(is_exact_match(task, one.completion, one.problem)) for one in attempts])
+            verdicts = iter([float(is_exact_match(task, attempt.completion, attempt.problem)) for attempt in attempts])
         else:
             verdicts = iter(self._verifier.score(attempts))
         for item, samples, (_, truncated) in zip(items, completed, prompts, strict=True):
@@ -325,9 +325,9 @@ class TaskScores:
                 whole = whole_model(model)
             evaluated = model_here(whole, self._tokenizer, Settings(chat=self._chat))
             with closing(evaluated), _eager(whole):
-                for one in self._loaded:
-                    records = [row for chunk in chunks(one.items) for row in evaluated.evaluate(one.task, chunk)]
-                    scores[f"task/{one.task.name}"] = round(summarise(one, records)["score"], 5)
+                for loaded in self._loaded:
+                    records = [row for chunk in chunks(loaded.items) for row in evaluated.evaluate(loaded.task, chunk)]
+                    scores[f"task/{loaded.task.name}"] = round(summarise(loaded, records)["score"], 5)
             return scores
 
         return evaluate

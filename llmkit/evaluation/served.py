@@ -123,5 +123,5 @@ class ServedScorer:
         greedy = [not top or value >= max(top.values()) for value, top in zip(logprobs, best, strict=True)]
         return Likelihood(float(sum(logprobs)), all(greedy), len(logprobs))
 
-    def _fault(self, expected: str, found: object) -> ServerError:
-        return ServerError(f"{self._server.place}: expected {expected}, found {found}")
+    def _fault(self, expected: str, actual: object) -> ServerError:
+        return ServerError(f"{self._server.place}: expected {expected}, found {actual}")

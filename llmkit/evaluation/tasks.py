@@ -393,8 +393,8 @@ def _parse(task: Task, row: Row) -> Item:
         except _OtherForm as error:
             reasons.append(str(error))
     otherwise = f"; --tasks {task.path} scores the file by its own form" if task.source else ""
-    found = f"{fields_of(row.value)}: {'; '.join(reasons)}"
-    raise UserError(f"{row.where}: expected an item of {task.name}, found {found}{otherwise}")
+    actual = f"{fields_of(row.value)}: {'; '.join(reasons)}"
+    raise UserError(f"{row.where}: expected an item of {task.name}, found {actual}{otherwise}")
 
 
 def _item(task: Task, form: Form, row: Row) -> Item:

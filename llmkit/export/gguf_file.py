@@ -310,9 +310,9 @@ def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:
         tensors["rope_factors_long.weight"] = torch.tensor(scaling.long_factor)
         tensors["rope_factors_short.weight"] = torch.tensor(scaling.short_factor)
     for stock in stock_tensors(config):
-        found = names.get_name(stock.name, try_suffixes=(".weight", ".bias"))
-        assert found is not None, f"gguf has no name for {stock.name}"
-        tensors[found] = stock
+        name = names.get_name(stock.name, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"gguf has no name for {stock.name}"
+        tensors[name] = stock
     if theirs.name == "olmo2" and config.tied_on_disk:  # which has no other way to say that the head is the embedding
         tensors["output.weight"] = tensors["token_embd.weight"]
     return tensors

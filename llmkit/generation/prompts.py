@@ -259,7 +259,7 @@ def lasting_output(
     state = Kept(path, identity, resume=resume)
     with state.resumable():
         prompts.kept = state.items()
-        yield lambda records: state.add(_key(records[0]), b"".join(dump_json(one) + b"\n" for one in records))
+        yield lambda records: state.add(_key(records[0]), b"".join(dump_json(record) + b"\n" for record in records))
         with open_bytes(out) as handle:
             for _, lines in state.items():
                 handle.write(lines)

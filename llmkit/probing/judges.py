@@ -94,7 +94,7 @@ class ChatModel:
             for name, texts in groups:
                 answers = [None] * len(texts)
                 waiting.append((name, answers))
-                yield from ((answers, place, text, 0) for place, text in enumerate(texts))
+                yield from ((answers, index, text, 0) for index, text in enumerate(texts))
                 while again:
                     yield again.popleft()
                 empty = 0 if texts else empty + 1
@@ -102,24 +102,24 @@ class ChatModel:
                     return
             more = False
 
-        def replies(asked: Iterable[tuple[list[Any], int, str, int]]) -> Iterator[tuple[K, list[Any]]]:
+        def replies(batch: Iterable[tuple[list[Any], int, str, int]]) -> Iterator[tuple[K, list[Any]]]:
             under_way: deque[tuple[list[Any], int, str, int]] = deque()
 
             def requests() -> Iterator[Request]:
-                for asking in asked:
-                    under_way.append(asking)
-                    prompt = self.sampler.encode([message("user", asking[2])])
-                    yield Request(prompt, 1, self._max_tokens, self._seed + asking[3], request_number(prompt))
+                for entry in batch:
+                    under_way.append(entry)
+                    prompt = self.sampler.encode([message("user", entry[2])])
+                    yield Request(prompt, 1, self._max_tokens, self._seed + entry[3], request_number(prompt))
 
             for samples in self.sampler.complete(requests()):
-                answers, place, text, tries = under_way.popleft()
-                answers[place] = read(THOUGHTS.sub("", samples[0].text)) if samples else Missing.TOO_LONG
-                if answers[place] is None:
+                answers, index, text, tries = under_way.popleft()
+                answers[index] = read(THOUGHTS.sub("", samples[0].text)) if samples else Missing.TOO_LONG
+                if answers[index] is None:
                     self.unread = samples[0].text
                     if tries == 0:
-                        again.append((answers, place, text, 1))
+                        again.append((answers, index, text, 1))
                     else:
-                        answers[place] = Missing.UNREADABLE
+                        answers[index] = Missing.UNREADABLE
                 yield from whole()
 
         def whole() -> Iterator[tuple[K, list[Any]]]:

@@ -61,16 +61,16 @@ def ask_all(
     """
     if state:
         say(f"{state.path}: kept {counted(len(state), 'question')}", quiet)
-    asked: deque[Question] = deque()
+    under_way: deque[Question] = deque()
 
     def requests() -> Iterator[Request]:
         for question in state.missing(questions, lambda question: f"{question.where} {question.question}"):
             with naming(question.where):
                 prompt = sampler.encode([message("user", question.question)])
-            asked.append(question)
+            under_way.append(question)
             yield Request(prompt, samples, max_tokens, seed, request_number(prompt), question.where)
 
-    finished = ((asked.popleft(), completions) for completions in sampler.complete(requests()))
+    finished = ((under_way.popleft(), completions) for completions in sampler.complete(requests()))
     answered = (
         Answered(question, [split_thoughts(reply.text)[1].strip() for reply in completions], completions)
         for question, completions in finished
@@ -90,7 +90,8 @@ def ask_all(
                 "judgements": judgements,
                 "known": known,
                 "logprobs": [
-                    round(sum(one.logprobs) / len(one.logprobs), 4) if one.logprobs else None for one in completions
+                    round(sum(reply.logprobs) / len(reply.logprobs), 4) if reply.logprobs else None
+                    for reply in completions
                 ],
                 "kind": question.kind,
                 "language": language_of(question),

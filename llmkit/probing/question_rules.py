@@ -98,10 +98,10 @@ def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Pas
         order = count_from(0)
         for number, row in enumerate(documents, 1):
             document = row.value.get("id") or row.value.get("url") or number
-            for place, text in enumerate(cut_passages(row.value["text"]), 1):
+            for part, text in enumerate(cut_passages(row.value["text"]), 1):
                 index = next(order)
                 key = blake2b(f"{seed} {index} {text}".encode(), digest_size=8).digest()
-                yield key, index, Passage(text, f"{document}/{place}", row.where)
+                yield key, index, Passage(text, f"{document}/{part}", row.where)
 
     sample = heapq.nsmallest(count, keyed())
     return [passage for _, _, passage in sorted(sample, key=itemgetter(1))]
@@ -141,12 +141,11 @@ def write_questions(passage: Passage, most: int, seed: int) -> list[Question]:
         return written.kind.startswith("cloze"), key
 
     chosen = set(sorted(unlike.values(), key=drawn)[:most])
+    where = f"{passage.where}, {passage.name}"
     return [
-        Question(
-            one.question, (one.answer,), passage.text, passage.name, one.kind, "", f"{passage.where}, {passage.name}"
-        )
-        for one in unlike.values()
-        if one in chosen
+        Question(written.question, (written.answer,), passage.text, passage.name, written.kind, "", where)
+        for written in unlike.values()
+        if written in chosen
     ]
 
 

@@ -91,8 +91,8 @@ class Rollout:
 
     def as_attempt(self, max_tokens: int) -> Attempt:
         """Return what rewards take."""
-        made = self.completion
-        return Attempt(self.problem, made.text, self.token_count, made.finish_reason, max_tokens, made.tool_calls)
+        text, reason, calls = self.completion.text, self.completion.finish_reason, self.completion.tool_calls
+        return Attempt(self.problem, text, self.token_count, reason, max_tokens, calls)
 
     def record(self) -> dict[str, Any]:
         """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
@@ -160,21 +160,23 @@ def sample_attempts(
     Random numbers are those of a group and a sample, whoever draws them. Raises UserError for a prompt without room.
     """
     requests = [
-        Request(asked.prompt_ids, group, max_tokens, seed, number, asked.problem.where, tools=asked.tools)
-        for number, asked in enumerate(problems, first)
+        Request(encoded.prompt_ids, group, max_tokens, seed, number, encoded.problem.where, tools=encoded.tools)
+        for number, encoded in enumerate(problems, first)
     ]
     groups: list[list[Rollout]] = []
     sampled = map_shares(requests, lambda own: list(sampler.complete(own)))
-    for number, (asked, completions) in enumerate(zip(problems, sampled, strict=True), first):
+    for number, (encoded, completions) in enumerate(zip(problems, sampled, strict=True), first):
         if not completions:
-            raise UserError(f"{asked.problem.where}: the prompt is longer than the context of the server's model")
+            raise UserError(f"{encoded.problem.where}: the prompt is longer than the context of the server's model")
         groups.append([])
-        offered = asked.tools or tools
+        offered = encoded.tools or tools
         for sample, completion in enumerate(completions):
             parts: tuple[Part, ...] = ()
             if offered is not None and completion.tool_calls:
                 parts = offered.parts(completion.token_ids, completion.sampled, completion.tool_calls)
-            groups[-1].append(Rollout(asked.problem, asked.prompt_ids, completion, step, number, sample, parts=parts))
+            groups[-1].append(
+                Rollout(encoded.problem, encoded.prompt_ids, completion, step, number, sample, parts=parts)
+            )
     return groups
 
 
