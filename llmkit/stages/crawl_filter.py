@@ -205,9 +205,9 @@ def _save_manifest(
     from llmkit.crawl.recipe import as_json
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
-    found = ((path, source) for path in inputs for source in sources([path]))
+    given = ((path, source) for path in inputs for source in sources([path]))
     # pages, which may be many, go by their folder
-    pages = list(dict.fromkeys(path if source.page else source.path for path, source in found))
+    pages = list(dict.fromkeys(path if source.page else source.path for path, source in given))
     if config.listed is not None:  # of its addresses, up to 90,000, those that Ray has read are not asked again
         known = [path for path in pages if path in versions or not is_remote(path)]
         pages = list(dict.fromkeys([config.listed, *config.inputs, *known]))
@@ -410,8 +410,8 @@ def _collected(
             if config.out in (None, "-"):
                 documents.flush()  # so that the reader of a pipe sees documents as they come
             rate = funnel.pages / max(time.monotonic() - progress.started, 1e-9)
-            kept = funnel.kept / max(funnel.pages, 1)
-            progress.advance(work.size, pages=f"{funnel.pages:,}", kept=f"{kept:.0%}", rate=f"{rate:.0f}/s")
+            share = funnel.kept / max(funnel.pages, 1)
+            progress.advance(work.size, pages=f"{funnel.pages:,}", kept=f"{share:.0%}", rate=f"{rate:.0f}/s")
             if collector.full:
                 break
         if funnel.records == collector.bad:

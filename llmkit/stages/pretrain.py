@@ -328,7 +328,7 @@ def _plan(
         return run.world.size * own
 
     sizes = [shards.tokens for shards in corpus]
-    parts = list(zip(sources.mean_shares(sizes), corpus, strict=True))
+    shares = list(zip(sources.mean_shares(sizes), corpus, strict=True))
     if run.world.leads:
         plan = replace(
             planner,
@@ -336,7 +336,7 @@ def _plan(
             speed=rate,
             closing_tokens=val_shards.tokens if val_shards else 0,
             check_fits=lambda plan: check_memory(plan.training_memory(run.world.size), run.device),
-            documents_within=lambda n: sum(share * float((one.lengths <= n).mean()) for share, one in parts),
+            documents_within=lambda n: sum(share * float((shards.lengths <= n).mean()) for share, shards in shares),
         ).plan()
     return Plan.from_json(run.world.broadcast(plan.to_json() if run.world.leads else None))
 

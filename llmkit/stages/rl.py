@@ -441,7 +441,8 @@ class Learner:
             "stopped": self.watch.stopped or self.ended or None,
         }
         inputs = [path for path in input_files([*config.data, *config.val]) if path != "-"]
-        judges = [one.reward.folder for one in (*self.rewards, *self.gold) if isinstance(one.reward, ModelReward)]
+        rewards = [weighted.reward for weighted in (*self.rewards, *self.gold)]
+        judges = [reward.folder for reward in rewards if isinstance(reward, ModelReward)]
         parents = [str(config.model), *judges]
         return Summary(**run.finish(results, inputs=inputs, parents=parents, curves=CURVES, write=write))
 

@@ -241,8 +241,8 @@ def _check_options(config: SampleConfig, out: str) -> None:
 def _wanted(config: SampleConfig) -> str:
     """Describe the requests in one line."""
     source = "--prompt" if config.prompt is not None else " ".join(config.inputs) or "stdin"
-    kept = ("samples", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "limit")
-    options = ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in kept)
+    shown = ("samples", "max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "limit")
+    options = ", ".join(f"{name} {value}" for name, value in as_options(config).items() if name in shown)
     return f"{'JSONL' if config.jsonl else 'one prompt'} from {source} to {config.out or 'stdout'}: {options}"
 
 
@@ -263,8 +263,8 @@ def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
 def _identity(config: SampleConfig, shots: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Collect the options that decide the text, for the check on resuming; model and prompts are compared elsewhere."""
     shown = sha256(repr(list(shots)).encode()).hexdigest()[:16] if shots else None
-    kept = {name: value for name, value in lasting_options(config).items() if name not in KNOWN_OTHERWISE}
-    return {"what is in --shots": shown} | kept
+    options = {name: value for name, value in lasting_options(config).items() if name not in KNOWN_OTHERWISE}
+    return {"what is in --shots": shown} | options
 
 
 def _write_records(prompts: Prompts, config: SampleConfig, out: str, identity: Mapping[str, Any]) -> None:

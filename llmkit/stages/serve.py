@@ -139,7 +139,7 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     chats: set[str] = set()  # beside them a base gets no tools, and is no reason to refuse them
     if len(names) > 1 and (config.tools or config.thinking != "auto"):
         tokenizers = {name: load_tokenizer(path) for name, path in names.items()}
-        chats = {name for name, one in tokenizers.items() if has_chat_tokens(one) or has_own_template(one)}
+        chats = {name for name, known in tokenizers.items() if has_chat_tokens(known) or has_own_template(known)}
     models = []
     for name, path in names.items():
         tools = None if chats and name not in chats else config

@@ -94,19 +94,19 @@ def run(config: TrainBpeConfig) -> Summary | None:
     # merge
     with Progress("merge", total=wanted, unit="merges", quiet=config.quiet) as progress:
         merges = train_merges(pieces, counts, wanted + 256, config.min_frequency, progress.advance)
-    made = len(merges.pairs)
+    count = len(merges.pairs)
     results = {
-        "vocab_size": len(merges.tokens) + specials + len(folder.reserved_tokens(made)),
-        "merges": made,
+        "vocab_size": len(merges.tokens) + specials + len(folder.reserved_tokens(count)),
+        "merges": count,
         "documents": corpus.documents,
         "bytes": corpus.bytes,
         "bytes_per_token": round(corpus.bytes / int(merges.counts.sum()), 4),
         **bad.results,
     }
-    if made < wanted:
+    if count < wanted:
         times = f" {config.min_frequency} times" if config.min_frequency > 1 else ""
         vocabulary = f"the vocabulary is {results['vocab_size']}"
-        say(f"only {counted(made, 'merge')} of {wanted}: no other pair occurs{times}; {vocabulary}", config.quiet)
+        say(f"only {counted(count, 'merge')} of {wanted}: no other pair occurs{times}; {vocabulary}", config.quiet)
 
     # save
     with atomic_folder(out, config.force) as partial:

@@ -183,9 +183,9 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 def _checked(config: TrainRewardConfig) -> list[DataFile]:
     """The files of --data, once all that can be known before the work is in order."""
     if len(config.inputs) != 1:
-        found = f"{len(config.inputs)} ({' '.join(config.inputs)})" if config.inputs else "none"
+        actual = f"{len(config.inputs)} ({' '.join(config.inputs)})" if config.inputs else "none"
         raise UserError(
-            f"MODEL: expected one model folder, such as llmkit train-reward chat/ --data prefs.jsonl, found {found}"
+            f"MODEL: expected one model folder, such as llmkit train-reward chat/ --data prefs.jsonl, found {actual}"
         )
     check_model_folder(config.inputs[0], "llmkit train-reward chat/ --data prefs.jsonl")
     if config.rank:

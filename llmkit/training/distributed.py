@@ -320,12 +320,12 @@ def on_whole_matrices(part_KmN: Tensor, rows: int, work: Callable[[Tensor], Tens
     return torch.cat(_exchange(done_KMN.split(heights, dim=1), [(n, own, columns) for n in shares]))
 
 
-def _exchange(parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Exchange tensors with all processes: send `parts`, one to each, and return what they sent, of these shapes."""
+def _exchange(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Exchange tensors with all processes: send `tensors`, one to each, and return what they sent, of these shapes."""
     import torch.distributed as dist
 
     inward = [prod(shape) for shape in shapes]
-    received = parts[0].new_empty(sum(inward))
-    outward = torch.cat([part.reshape(-1) for part in parts])
-    dist.all_to_all_single(received, outward, inward, [part.numel() for part in parts])
+    received = tensors[0].new_empty(sum(inward))
+    outward = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_to_all_single(received, outward, inward, [tensor.numel() for tensor in tensors])
     return [values.view(shape) for values, shape in zip(received.split(inward), shapes, strict=True)]

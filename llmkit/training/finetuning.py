@@ -169,10 +169,10 @@ class Tuning:
 
     def training_memory(self, micro_batch_tokens: float, devices: int = 1) -> tuple[float, float]:
         """Estimate the bytes of training, as `plan.training_memory` does."""
-        held = None
+        working_bytes = None
         if is_quantized(self.model):
-            held = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
-        return training_memory(self.model.config, micro_batch_tokens, self.trained_parameters, devices, held)
+            working_bytes = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        return training_memory(self.model.config, micro_batch_tokens, self.trained_parameters, devices, working_bytes)
 
     def build_optimizer(
         self,

@@ -165,16 +165,16 @@ def training_memory(
     micro_batch_tokens: float,
     trained: int | None = None,
     devices: int = 1,
-    held: float | None = None,
+    working_bytes: float | None = None,
 ) -> tuple[float, float]:
     """Estimate the bytes of training: those of parameters, and those of activations.
 
     16 bytes a parameter (working copy, gradient, master, moments), 4 for one that is not among those `trained` [all],
-    and, for each token of a micro-batch, the activations that the backward pass needs, 2 bytes each. `held` is what
-    the working copies take where that is not 4 bytes each. Bytes of parameters are divided among `devices`."""
+    and, for each token of a micro-batch, the activations that the backward pass needs, 2 bytes each. `working_bytes` is
+    what the working copies take where that is not 4 bytes each. Bytes of parameters are divided among `devices`."""
     layer = 10 * config.hidden_size + 4 * config.intermediate_size
     trained = config.parameter_count if trained is None else trained
-    state = ((4.0 * config.parameter_count if held is None else held) + 12.0 * trained) / devices
+    state = ((4.0 * config.parameter_count if working_bytes is None else working_bytes) + 12.0 * trained) / devices
     return state, 2.0 * micro_batch_tokens * config.num_hidden_layers * layer
 
 
