@@ -5,7 +5,7 @@ use, so that a step computes no idle row. `prefill` runs a prompt through the mo
 left into as many slots as there are samples.
 
 The mathematics is the model's own (a test compares the two) with fewer, larger operations and weights packed as
-`model/devices.py` and `kernels/linear.py` have it, for prompts and for steps: the model itself may go. In
+`model/quantized.py` and `kernels/linear.py` have it, for prompts and for steps: the model itself may go. In
 float32 on a CPU, and with int8 weights, a row's logits are the same bits whatever rows stand beside it:
 
 - packed products give a row the same bits among any number of rows (kernels/linear.py); where weights cannot be
@@ -47,7 +47,8 @@ from llmkit.kernels.attention import attention_decode, attention_mask, scaled_do
 from llmkit.kernels.dispatch import backend
 from llmkit.kernels.linear import can_pack, packed_linear
 from llmkit.kernels.projections import ACTIVATIONS, activate_rows
-from llmkit.model.devices import Weights, narrow_linear
+from llmkit.model.devices import Weights
+from llmkit.model.quantized import narrow_linear
 from llmkit.model.transformer import Layer, Transformer, normalize, rotary_tables
 
 FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more

@@ -70,7 +70,7 @@ class Generator:
     end_ids  tokens that end a completion; None takes those that the model and the tokenizer name
     name     of the model, in errors and reports
     tools    what it may call
-    weights  how the decoder has the matrices of `model` (model/devices.py)
+    weights  how the decoder has the matrices of `model` (model/quantized.py)
     record   what records its steps, None for nothing (generation/decode.py)
     """
 

@@ -1,45 +1,22 @@
-"""Device, precision, threads and memory of a computation.
-
-Matrix products with narrow weights on a CPU: one token reads every weight once, so bytes are what it costs.
-
-    product = narrow_linear(weight, bias, "int8")    # packed once
-    y_BN = product(x_BK)                             # float32 in, float32 out
-
-FBGEMM, which torch carries for x86, has kernels for weights of 16 and of 8 bits that need no more than AVX2. Its ops
-are those under torch's deprecated eager quantisation: they are named in this file and nowhere else.
-
-- "half": IEEE half precision, multiplied and summed in float32. It rounds a weight 8 times finer than bfloat16.
-- "int8": weights of 7 bits, with a scale for each output channel; inputs of 8 bits, with a scale for each row. AVX2
-  adds two products of 8 bits in 16, which overflows where both factors use all their bits: 255 * 127 * 2 > 2^15.
-  torch's dynamic quantisation takes the bit from the inputs and their scale from the whole batch. Here the weights
-  give it: at equal error on normal inputs, less on those with outliers (2.6% where that has 5.4%), and a row's sums
-  are whole numbers of its own, the same bits beside any others.
-
-B rows, K inputs, N outputs.
-"""
+"""Device, precision, threads and memory of a computation."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from llmkit.errors import UserError
 from llmkit.io.progress import counted
 from llmkit.io.ranks import launch
 
 Weights = Literal["dense", "half", "int8"]  # "dense": as they are in the model
-WEIGHT_LEVELS, INPUT_LEVELS, INPUT_ZERO = 64, 127, 128
-LARGEST_HALF = 65504.0
-SMALLEST_SCALE = 1e-30  # of a row that is all zeros
 # 4 layers of 256 with a vocabulary of 8,192 (5M) take 1.4 ms a token on one thread, 1.5 ms on two, and 50 ms on two
 # that others keep busy
 ONE_THREAD_PARAMETERS = 20_000_000
@@ -52,43 +29,6 @@ BATCH_BYTES = 80  # a token of a step: its id, target and document, 20 bytes, in
 def can_narrow() -> bool:
     """True if FBGEMM is there."""
     return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def narrow_linear(weight: Tensor, bias: Tensor | None, weights: Weights) -> Callable[[Tensor], Tensor] | None:
-    """`x_BK -> x_BK @ weight_NK.T + bias` in float32, or None for weights that half precision cannot hold."""
-    weight_NK = weight.detach().float()
-    bias_N = None if bias is None else bias.detach().float()
-    if weights == "half" and not bool(weight_NK.abs().max() <= LARGEST_HALF):  # or NaN, which packing would hide
-        return None
-    engine = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"  # torch's own choice depends on the processor
-    try:
-        if weights == "half":
-            packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, bias_N)
-            product = _without_checks(torch.ops.quantized.linear_dynamic_fp16.default)
-            return lambda x_BK: product(x_BK, packed)
-        scale_N = (weight_NK.abs().amax(1) / WEIGHT_LEVELS).clamp_min(SMALLEST_SCALE)
-        zero_N = torch.zeros(len(weight_NK), dtype=torch.long)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*quantize_per_channel.* deprecated")
-            narrow = torch.quantize_per_channel(weight_NK, scale_N.double(), zero_N, 0, torch.qint8)
-            packed = torch.ops.quantized.linear_prepack(narrow, None)
-    finally:
-        torch.backends.quantized.engine = engine
-    product = _without_checks(torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default)
-
-    def multiply(x_BK: Tensor) -> Tensor:
-        # vector_norm(inf) takes 113 us for 16 x 1,024, these two 9
-        largest_B1 = x_BK.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_SCALE)
-        y_BN = product(x_BK / largest_B1, 1 / INPUT_LEVELS, INPUT_ZERO, packed).mul_(largest_B1)
-        return y_BN if bias_N is None else y_BN.add_(bias_N)
-
-    return multiply
-
-
-def _without_checks(op: Any) -> Callable[..., Tensor]:
-    """The op itself: torch looks through the arguments of such ops for fake ones first, 13 us of 67."""
-    return getattr(op, "_op", op)
 
 
 def choose_device(name: str) -> torch.device:
@@ -156,7 +96,7 @@ def choose_precision(name: str, device: torch.device, backend: str = "llmkit") -
     `auto` on a CPU is float32: narrower is faster, but only float32 and int8 give a text its bits whatever is sampled
     beside it, and int8 costs quality; a resumed run must go on as it began.
 
-    bfloat16 on a CPU that cannot multiply it is half precision (model/devices.py), where that is to be had.
+    bfloat16 on a CPU that cannot multiply it is half precision (model/quantized.py), where that is to be had.
     """
     if backend == "transformers":  # which holds matrices in one way
         if name == "int8":

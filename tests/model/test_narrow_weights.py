@@ -8,7 +8,8 @@ from tiny import make_model
 
 from llmkit.errors import UserError
 from llmkit.generation.decode import Decoder
-from llmkit.model.devices import Precision, can_narrow, choose_precision, narrow_linear
+from llmkit.model.devices import Precision, can_narrow, choose_precision
+from llmkit.model.quantized import narrow_linear
 
 pytestmark = pytest.mark.skipif(not can_narrow(), reason="FBGEMM is not in this build of torch")
 
