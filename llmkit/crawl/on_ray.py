@@ -99,14 +99,14 @@ def in_order(
 
     def results(item: Any, reference: Any) -> Iterable[Any]:
         try:
-            made = ray.get(reference) if reference is not None else ()
+            answer = ray.get(reference) if reference is not None else ()
         except ray.exceptions.WorkerCrashedError:
             raise WorkerDied(f"{item}: the process that worked on this was ended {RETRIES + 1} times") from None
         except ray.exceptions.OutOfMemoryError:
             raise WorkerDied(f"{item}: not enough memory for this; fewer --workers need less") from None
-        if isinstance(made, str):
-            raise UserError(made)
-        return made
+        if isinstance(answer, str):
+            raise UserError(answer)
+        return answer
 
     with _cluster(ray, workers) as count:
         task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work_on)

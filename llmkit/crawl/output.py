@@ -73,13 +73,13 @@ def parts_of(
         is_first = False
         return done
 
-    for work, made in pool(works, make, workers, finished=is_done):
-        parts = list(made)
-        if state is not None and not parts:
-            parts = [Part.unpack(state[work.key])]
+    for work, results in pool(works, make, workers, finished=is_done):
+        results = list(results)
+        if state is not None and not results:
+            results = [Part.unpack(state[work.key])]
         elif state is not None:
-            state.add(work.key, parts[0].pack())
-        yield work, parts[0]
+            state.add(work.key, results[0].pack())
+        yield work, results[0]
 
 
 class DoneBefore(NamedTuple):

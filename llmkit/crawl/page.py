@@ -214,8 +214,8 @@ class Part:
         at = 8 + int.from_bytes(packed[:8], "little")
         header = json.loads(packed[8:at])
         outcomes = []
-        for step, reason, path, offset, size, *found in header["outcomes"]:
-            identity, items = found or (None, ())
+        for step, reason, path, offset, size, *of_kept in header["outcomes"]:
+            identity, items = of_kept or (None, ())
             outcomes.append(Outcome(step, reason, path, offset, packed[at : at + size], identity, items))
             at += size
         signatures = np.load(io.BytesIO(packed[at:]), allow_pickle=False) if at < len(packed) else None

@@ -181,8 +181,8 @@ def item_finder(not_in: tuple[str, ...], findings: Findings, shown: int, quiet: 
     index = Contamination(ContaminationRules(not_in), quiet)
 
     def holds_item(conversation: Conversation) -> bool:
-        said = "\n".join(part.text for message in conversation.messages for part in message.parts)
-        matches = index.find(conversation.document or said)
+        text = "\n".join(part.text for message in conversation.messages for part in message.parts)
+        matches = index.find(conversation.document or text)
         if not matches:
             return False
         findings.add(conversation.where, matches)

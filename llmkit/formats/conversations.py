@@ -227,14 +227,14 @@ def definitions_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
 
     A schema without OpenAI's {"type", "function"} about it gets that, which some templates ask for.
     """
-    found = value.get(first_of(value, TOOL_FIELDS) or "")
-    if isinstance(found, str):
+    tools = value.get(first_of(value, TOOL_FIELDS) or "")
+    if isinstance(tools, str):
         with suppress(ValueError):
-            found = json.loads(found)
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+            tools = json.loads(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return None
     return tuple(
-        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in found
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
     )
 
 

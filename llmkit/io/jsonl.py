@@ -115,12 +115,12 @@ def input_files(paths: Sequence[str], text: bool = False) -> list[str]:
 
 def _files_in(folder: str) -> Iterator[str]:
     """The files of a folder and those below it that may be data."""
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         if any(name in ("config.json", "tokenizer.json") or name.endswith(".safetensors") for name in names):
             folders.clear()  # of a model, a tokenizer or token shards
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (os.path.join(place, name) for name in names if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 
 def _ends(name: str, kinds: tuple[str, ...]) -> bool:

@@ -122,7 +122,7 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
         expected = f"expected {MANIFEST}, which names what a model was trained on, found none"
         raise UserError(f"{model}: {expected}; name the training documents themselves")
     own, ancestors = flattened(manifest)
-    found: dict[str, bool] = {}  # by path: whether it is as it was
+    unchanged: dict[str, bool] = {}  # by path: whether it is as it was
     for run in (own, *ancestors.values()):
         options = run.get("options", {})
         if run.get("stage") not in TRAINING:
@@ -134,11 +134,11 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
             if path not in taken_out and not any(
                 path.startswith(f"{name.rstrip('/')}/") or fnmatch(path, name) for name in validation
             ):
-                found[path] = _is_unchanged(item)
+                unchanged[path] = _is_unchanged(item)
         if options.get("model") is not None:
             parents = sources({"parents": run.get("parents")})
-            found |= {str(item.get("path")): False for item in parents if "manifest_sha256" not in item}
-    return [path for path, same in found.items() if same], [path for path, same in found.items() if not same]
+            unchanged |= {str(item.get("path")): False for item in parents if "manifest_sha256" not in item}
+    return [path for path, same in unchanged.items() if same], [path for path, same in unchanged.items() if not same]
 
 
 def _is_unchanged(item: Mapping[str, Any]) -> bool:
@@ -224,7 +224,7 @@ def write_manifest(
     before = [item.get("not_in", []) for item in described if item["path"] not in not_in]
     absent = [{"path": item["path"], "sha256": item.get("sha256")} for item in described if item["path"] in not_in]
     absent += [item for item in (before or [[]])[0] if item not in absent and all(item in others for others in before)]
-    parts = sorted(Path(output).glob("part-*.parquet"))
+    tables = sorted(Path(output).glob("part-*.parquet"))
     own, ancestors = flattened(
         {
             "manifest_version": MANIFEST_VERSION,
@@ -238,7 +238,7 @@ def write_manifest(
             "parents": above,
             **({"not_in": absent} if absent else {}),
             **({"output": _content(output)} if os.path.isfile(output) else {}),
-            **({"outputs": {path.name: _content(path) for path in parts}} if parts else {}),
+            **({"outputs": {path.name: _content(path) for path in tables}} if tables else {}),
             "results": dict(results or {}),
         }
     )

@@ -287,8 +287,8 @@ class BadRecords:
         tally.pending.clear()
 
     def _tally(self, name: str) -> Tally:
-        found = (tally for tally in reversed(self.tallies) if name == tally.name or name.startswith(f"{tally.name}:"))
-        return next(found, None) or self.begin(name)
+        of_name = (tally for tally in reversed(self.tallies) if name == tally.name or name.startswith(f"{tally.name}:"))
+        return next(of_name, None) or self.begin(name)
 
     def _check(self, tally: Tally) -> None:
         seen = tally.good + tally.bad

@@ -117,8 +117,8 @@ def is_named(address: str, pattern: str) -> bool:
     (False, True)
     """
     pattern = f"{pattern}**" if pattern.endswith("/") else pattern
-    parts = [".*" if part == "**" else "[^/]*" if part == "*" else re.escape(part) for part in _STARS.split(pattern)]
-    return is_remote(address) and re.fullmatch("".join(parts), address) is not None
+    pieces = [{"**": ".*", "*": "[^/]*"}.get(piece, re.escape(piece)) for piece in _STARS.split(pattern)]
+    return is_remote(address) and re.fullmatch("".join(pieces), address) is not None
 
 
 def matching(pattern: str) -> list[str]:
@@ -274,8 +274,8 @@ class _Http:
         import urllib.request  # .03 s of the start, for those alone who use it
 
         try:
-            parts = urllib.parse.urlsplit(address)
-            if not parts.hostname or parts.port == 0:
+            pieces = urllib.parse.urlsplit(address)
+            if not pieces.hostname or pieces.port == 0:
                 raise ValueError("no host")
         except ValueError as error:  # a port beyond 65,535 too
             raise UserError(f"{address}: no such address ({error})") from None

@@ -287,7 +287,7 @@ class ModelConfig:
         for key, value in family.refused.items():
             if values.get(key, value) not in (value, None):
                 raise UserError(f"{where}: expected {key} {value}, which alone is computed, found {shown(values[key])}")
-        values = {name: one for name, one in values.items() if family.key(name)}
+        values = {name: value for name, value in values.items() if family.key(name)}
         own_width = family.defaults.get("head_dim") or max(1, sizes["hidden_size"] // heads)
         head_dim = integer(values, "head_dim", where, own_width, at_most=_WIDEST)
         chosen = {**PLAIN, **family.choices}
@@ -312,7 +312,7 @@ class ModelConfig:
             )
 
 
-PLAIN = {one.name: one.metadata["usual"] for one in fields(ModelConfig) if one.metadata} | {"qk_norm": False}
+PLAIN = {item.name: item.metadata["usual"] for item in fields(ModelConfig) if item.metadata} | {"qk_norm": False}
 _WIDEST = 2**24
 # the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
 SIZES = {
@@ -383,6 +383,6 @@ def _no_rope_from_hf(values: dict[str, Any], family: Family, layers: int, where:
     if rotated is None:
         every = integer(values, "no_rope_layer_interval", where, family.rope_every)
         rotated = [int((i + 1) % every != 0) for i in range(layers)]
-    if not isinstance(rotated, list) or len(rotated) < layers or any(one not in (0, 1) for one in rotated):
+    if not isinstance(rotated, list) or len(rotated) < layers or any(flag not in (0, 1) for flag in rotated):
         raise UserError(f"{where}: expected 0 or 1 for each layer in no_rope_layers, found {shown(rotated)}")
     return tuple(i for i in range(layers) if not rotated[i])

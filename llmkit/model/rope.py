@@ -67,7 +67,7 @@ _SCALING_FIELDS = {
 
 def scaling_from_dict(values: dict[str, Any]) -> RopeScaling:
     """Read back what `dataclasses.asdict` made of a scaling, and JSON of that."""
-    read: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+    read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return RopeScaling(**read)
 
 
@@ -170,7 +170,7 @@ def _longrope_from_hf(
         factors = parameters.get(name)
         if not isinstance(factors, list) or len(factors) != channels // 2:
             raise UserError(f"{where}: expected {counted(channels // 2, 'number')} for {name}, found {shown(factors)}")
-        out[name] = tuple(number({name: one}, name, where, 0.0) for one in factors)
+        out[name] = tuple(number({name: value}, name, where, 0.0) for value in factors)
         if 0.0 in out[name]:
             raise UserError(f"{where}: expected numbers above 0 for {name}, found null")
     grown = factor > 1 and context > 1

@@ -67,7 +67,7 @@ def stock_tensors(config: ModelConfig) -> list[StockTensor]:
         tensors.append(table("embed_positions", (config.max_position_embeddings, hidden)))
     layer = _layer_tensors(config)
     for i in range(config.num_hidden_layers):
-        tensors += [replace(one, name=f"{prefix}{family.layers}.{i}.{one.name}", layer=i) for one in layer]
+        tensors += [replace(item, name=f"{prefix}{family.layers}.{i}.{item.name}", layer=i) for item in layer]
     tensors.append(table("norm", (hidden,)))
     if config.layer_norm:
         tensors.append(table("norm_bias", (hidden,)))

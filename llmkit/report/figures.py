@@ -270,8 +270,8 @@ def _tasks(files: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The scores that `llmkit evaluate` has written, by task: a row for each model, with what tells items apart."""
     tasks: dict[str, dict[str, Any]] = {}
     models = [(path, content, model) for path, content in files.items() for model in objects(content.get("models"))]
-    asked = Counter((str(model.get("model")), task) for _, _, model in models for task in as_object(model.get("tasks")))
-    twice = {name for (name, _), count in asked.items() if count > 1}  # in two files: told apart by them
+    counts = Counter((str(model.get("model")), task) for *_, model in models for task in as_object(model.get("tasks")))
+    twice = {name for (name, _), count in counts.items() if count > 1}  # in two files: told apart by them
     for path, content, model in models:
         name = str(model.get("model"))
         scores = {**as_object(model.get("tasks"))}

@@ -125,7 +125,7 @@ class ChatFormat:
         texts = [piece for _, turns in listed for turn in turns for piece, _ in turn if isinstance(piece, tuple)]
         encoded = iter(self._encode_texts(texts))
         joined = [_joined(conversation.messages, turns, encoded) for conversation, turns in listed]
-        return [self._without_thoughts(one) for one in joined] if loss == "answer" else joined
+        return [self._without_thoughts(whole) for whole in joined] if loss == "answer" else joined
 
     def _without_thoughts(self, encoded: Encoded) -> Encoded:
         """Take thoughts, with the tags about them, out of what is trained on."""
@@ -144,7 +144,7 @@ class ChatFormat:
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
         encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
         nothing = np.zeros(0, np.int32), np.zeros(0, bool)
-        pairs = iter([(one.token_ids, one.trained) if turn and (one := next(encoded)) else nothing for turn in turns])
+        pairs = iter([(new.token_ids, new.trained) if turn and (new := next(encoded)) else nothing for turn in turns])
         skipped = [len(self._headers["assistant"]) if prompt and _goes_on(prompt[-1]) else 0 for prompt, _ in branches]
         return [
             (next(pairs)[0], [(ids[skip:], trained[skip:]) for ids, trained in islice(pairs, len(answers))])
@@ -177,8 +177,8 @@ class ChatFormat:
         last = max((i for i, message in enumerate(conversation.messages) if message.role == "assistant"), default=-1)
         turns: list[Turn] = []
         for index, message in enumerate(conversation.messages):
-            said = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
-            trained = said or loss == "all"
+            taught = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
+            trained = taught or loss == "all"
             turn: Turn = [(self._headers[message.role], loss == "all")]
             stretches: list[tuple[str, str]] = []  # neighbouring texts as one
             for kind, run in groupby(message.parts, key=lambda part: "text" if part.kind == CALL else part.kind):

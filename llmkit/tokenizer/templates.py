@@ -91,8 +91,8 @@ def choose_thinking(tokenizer: Tokenizer, wanted: str) -> None:
         for value in (wanted != "on", wanted == "on"):
             tokenizer.template_values = {switch: value}
             with suppress(UserError):
-                asked = TemplateFormat(tokenizer).encode([message("user", "Hello")], prompt=True)
-                prompts.append(asked.token_ids.tolist())
+                encoded = TemplateFormat(tokenizer).encode([message("user", "Hello")], prompt=True)
+                prompts.append(encoded.token_ids.tolist())
         if prompts[1:] != prompts[:1]:  # a template may name it without using it, as gpt-oss's does a field of messages
             return
     tokenizer.template_values = before
@@ -131,19 +131,19 @@ class TemplateFormat(ChatFormat):
 
     def _end(self) -> tuple[int, str]:
         """Find the token that ends an answer, and after which answers the template writes one: EACH, BETWEEN, NONE."""
-        asked, answered = self._message("user", "Hello"), self._message("assistant", "Hello")
+        question, answered = self._message("user", "Hello"), self._message("assistant", "Hello")
 
         def after_answer(*more: _Turn) -> str | None:
-            pieces = self._render([asked, answered, *more], prompt=False).split(END)
+            pieces = self._render([question, answered, *more], prompt=False).split(END)
             match = self._special.search(pieces[2].partition(BEGIN)[0]) if len(pieces) > 2 else None
             return match and match[0]
 
         special, ends = after_answer(), EACH
         if special is None:
             with suppress(UserError):
-                special = after_answer(asked)
+                special = after_answer(question)
             ends = NONE if special is None else BETWEEN
-            header = self._special.findall(self._render([asked], prompt=False).partition(BEGIN)[0])
+            header = self._special.findall(self._render([question], prompt=False).partition(BEGIN)[0])
             if self._tokenizer.eos_id is not None and (special is None or [special] == header[-1:]):
                 return self._tokenizer.eos_id, ends
         if special is None:
@@ -209,20 +209,20 @@ class TemplateFormat(ChatFormat):
             for form in FORMS
             if form.writing and (form.openers[0] in {*self._tokenizer.specials} or form.openers[0] in source)
         ]
-        found = [calling for way in (OBJECT, JSON, *written) if (calling := self._try_calls(way)) is not None]
-        if not found:
+        callings = [calling for way in (OBJECT, JSON, *written) if (calling := self._try_calls(way)) is not None]
+        if not callings:
             raise UserError(f"{self._folder}: its chat template has no calls of tools and their results")
-        return next((calling for calling in found if calling.form is not None), found[0])
+        return next((calling for calling in callings if calling.form is not None), callings[0])
 
     def _try_calls(self, way: str | CallForm) -> _Calling | None:
         """Have the template write a call and its result; None where it does not show them."""
-        asked, parts = self._message("user", "Hello"), (Part(CALL, json.dumps(_PROBE._asdict())),)
+        question, parts = self._message("user", "Hello"), (Part(CALL, json.dumps(_PROBE._asdict())),)
         with suppress(UserError):
             (calling,) = self._turns(Message("assistant", parts), way)
             (answered,) = self._turns(Message("assistant", (*parts, Part(RESULT, "answer"))), way)
-            asking, text = self._render([asked], True, [0]), self._render([asked, calling], False, [0, 1])
-            going_on = self._render([asked, answered], True, [0, 1])
-            begin = len(asking) if text.startswith(asking) else text.find(asked.core) + len(asked.core)
+            asking, text = self._render([question], True, [0]), self._render([question, calling], False, [0, 1])
+            going_on = self._render([question, answered], True, [0, 1])
+            begin = len(asking) if text.startswith(asking) else text.find(question.core) + len(question.core)
             words = (_PROBE.name, *_PROBE.arguments, *_PROBE.arguments.values())
             after = max(text.rfind(word) for word in words)  # a template may end a call where the next turn begins
             if min(text.find(word, begin) for word in words) < 0 or "answer" not in going_on[after:]:
@@ -348,9 +348,9 @@ class TemplateFormat(ChatFormat):
         marked = self._render(turns, prompt, bare, tools)
         while (wrong := _changed(turns, marked, bare)) is not None:
             turn = turns[wrong]
-            said = turn.before + turn.core + turn.after
-            if turn.role == "assistant" and _THOUGHT in said and not turn.late:  # it moves thoughts
-                late = self._turn(turn.role, said, late=True)
+            whole = turn.before + turn.core + turn.after
+            if turn.role == "assistant" and _THOUGHT in whole and not turn.late:  # it moves thoughts
+                late = self._turn(turn.role, whole, late=True)
                 turns[wrong] = replace(late, calls=turn.calls, results=turn.results)
                 bare |= {wrong} if not turns[wrong].core else set()
             elif turn.role == "system" and wrong not in bare:  # some put it into a turn of the user, as Mistral's
@@ -400,10 +400,11 @@ class TemplateFormat(ChatFormat):
         begin = self._before_token(text, begin)
         return begin, begin + len(core)
 
-    def _before_token(self, text: str, place: int) -> int:
-        """Move a place within a special token before it."""
+    def _before_token(self, text: str, position: int) -> int:
+        """Move a position within a special token before it."""
         return next(
-            (match.start() for match in self._special.finditer(text) if match.start() < place < match.end()), place
+            (match.start() for match in self._special.finditer(text) if match.start() < position < match.end()),
+            position,
         )
 
     # ---- tokens
@@ -418,11 +419,11 @@ class TemplateFormat(ChatFormat):
         messages, tools = conversation.messages, list(conversation.tools) or None
         if tools and self._tools_in_system and messages[0].role != "system":
             messages = (Message("system", ()), *messages)
-        divided = [self._turns(said) for said in messages]
+        divided = [self._turns(each) for each in messages]
         of = [index for index, some in enumerate(divided) for _ in some]  # the message of each turn
         turns = [turn for some in divided for turn in some]
         text, places = self._rendered(turns, prompt, tools)
-        answers = [index for index, said in enumerate(messages) if said.role == "assistant"]
+        answers = [index for index, each in enumerate(messages) if each.role == "assistant"]
         taught = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
         learnt = {turn for turn, index in enumerate(of) if index in taught}
         ids: list[int] = []

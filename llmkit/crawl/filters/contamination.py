@@ -164,16 +164,15 @@ class Contamination:
 
     def find(self, text: str) -> list[Match]:
         """Return the items that a text has at min_score or above, that of the highest score first."""
-        found = self._found(_letters(text)[0])
-        matches = [Match(self.items[item], score) for item, score, _ in found]
+        matches = [Match(self.items[item], score) for item, score, _ in self._found(_letters(text)[0])]
         return sorted(matches, key=lambda match: -match.score)
 
     def redact(self, text: str) -> str:
         """Return a text without what it has of items at min_score or above."""
         letters, places = _letters(text)
-        while found := self._found(letters):
+        while items := self._found(letters):
             pieces, end = [], 0
-            for start in np.unique(np.concatenate([starts for _, _, starts in found])).tolist():
+            for start in np.unique(np.concatenate([starts for _, _, starts in items])).tolist():
                 first, last = int(places[start]), int(places[start + RUN - 1]) + 1
                 pieces.append(text[end:first])
                 end = max(end, last)
@@ -200,7 +199,7 @@ class Contamination:
         by_owner = np.argsort(owners, kind="stable")
         owned = np.repeat(np.arange(len(known)), counts)[by_owner]  # numbers of runs, those of an item together
         ends = np.searchsorted(owners[by_owner], items, "right")
-        found = []
+        occurring = []
         for item, begin, end in zip(items.tolist(), np.searchsorted(owners[by_owner], items), ends, strict=True):
             own = owned[begin:end]
             size, width = int(self._sizes[item]), 2 * int(self._lengths[item]) + APART
@@ -216,8 +215,8 @@ class Contamination:
             near = near[np.isin(runs[near], known[own])]
             most, dense = _densest(near.tolist(), runs[near].tolist(), width, enough)
             if dense:
-                found.append((item, most / size, np.array(dense)))
-        return found
+                occurring.append((item, most / size, np.array(dense)))
+        return occurring
 
     def _may_have(self, table: int, hashes: np.ndarray) -> np.ndarray:
         return (self._seen[table, hashes >> _BYTE] >> (hashes & _BIT).astype(np.uint8) & 1).astype(bool)
@@ -255,10 +254,10 @@ def _item(row: Row) -> tuple[str, str]:
     for name in CONVERSATIONS:
         listed = value[name] if isinstance(value.get(name), list) else []
         turns = [turn for turn in listed if isinstance(turn, dict)]
-        said = [
+        contents = [
             turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in ASKERS
         ]
-        question = question or " ".join(text for text in said if isinstance(text, str))
+        question = question or " ".join(text for text in contents if isinstance(text, str))
     if not question:
         question = max((text for text in value.values() if isinstance(text, str)), key=len, default="")
     if len(_letters(question)[0]) >= SHORT:
