@@ -89,6 +89,23 @@ def check_finished(folder: str | Path, config: Any) -> None:
     check_identity(folder, {**now, **former}, now)
 
 
+def check_files(config: Any, other: str, *left: str) -> None:
+    """Check `--out` and the file of the option `other` before the work of a command that can be resumed.
+
+    left  ends of the names beside --out of what a killed run leaves
+    """
+    files = [path for path in (config.out, getattr(config, other)) if path not in (None, "-")]
+    has_out = config.out not in (None, "-")
+    if config.resume and not has_out:
+        raise UserError("--resume: expected --out, beside which a killed run has left its state")
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        raise UserError(f"--{other}: expected another file than --out, found {files[-1]} twice")
+    if has_out and not config.dry_run:
+        check_unfinished(config.force, config.resume, *(config.out + end for end in left))
+    for path in files:
+        check_output(path, config.force, config.resume, is_file=True)
+
+
 class RunFolder:
     """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
 

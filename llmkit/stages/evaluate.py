@@ -21,13 +21,12 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import GateError, UserError
-from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
 from llmkit.io.manifest import training_files, write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import CHOICES, first_of
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_model_folder, uploaded
+from llmkit.io.run_folder import check_files, check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.evaluation.tasks import Loaded
@@ -172,15 +171,7 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
         raise UserError("--tools: expected --chat beside it; tools are called within an answer")
     if config.thinking != "auto" and not config.chat:
         raise UserError("--thinking: expected --chat beside it, for it switches the chat template")
-    if config.resume and config.out in (None, "-"):
-        raise UserError("--resume: expected --out, beside which a killed run has left its state")
-    written = [Path(path).resolve() for path in (config.out, config.report) if path not in (None, "-")]
-    if len(set(written)) < len(written):
-        raise UserError(f"--out and --report: expected different files, found {config.report} twice")
-    for path in filter(None, (config.out, config.report)):
-        if path == config.out != "-" and not config.dry_run:
-            check_unfinished(config.force, config.resume, f"{path}{STATE}")
-        check_output(path, config.force, config.resume, is_file=True)
+    check_files(config, "report", STATE)
     gates = {}
     for text in config.gates:
         name, _, least = text.rpartition("=")

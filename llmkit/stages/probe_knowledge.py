@@ -23,13 +23,12 @@ from llmkit.config import (
 )
 from llmkit.errors import UserError
 from llmkit.formats.questions import Question, read_questions
-from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import input_files, name_of, names_of, open_output, read_documents
 from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_finished, check_model_folder, uploaded
+from llmkit.io.run_folder import check_files, check_finished, check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.generation.requests import Usage
@@ -302,17 +301,9 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
         raise UserError("--writer: expected --passages, which it writes questions about")
     if config.report == "-":
         raise UserError("--report: expected a file, found -; stdout has the conversations")
-    if config.resume and out == "-":
-        raise UserError("--resume: expected --out, beside which a killed run has left its state")
     input_files(config.questions)
     input_files(config.passages, text=True)
-    outputs = [path for path in (out, config.report) if path not in (None, "-")]
-    if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
-        raise UserError(f"--report: expected another file than --out, found {config.report} twice")
-    if out != "-":
-        check_unfinished(config.force, config.resume, out + STATE, out + WRITTEN)
-    for path in outputs:
-        check_output(str(path), config.force, config.resume, is_file=True)
+    check_files(config, "report", STATE, WRITTEN)
     return None if out == "-" else Path(out + STATE)
 
 

@@ -576,6 +576,6 @@ def test_report_draws_the_scores_of_several_models_and_files(models, tmp_path, l
 
 def test_scores_and_items_need_files_of_their_own(models, tmp_path):
     things, out = write_lines(tmp_path / "things.jsonl", CHOICES), str(tmp_path / "scores.json")
-    with pytest.raises(UserError, match="--out and --report: expected different files"):
+    with pytest.raises(UserError, match="--report: expected another file than --out"):
         evaluate(models / "base", tasks=things, out=out, report=out)
     assert not os.path.exists(out)
