@@ -23,7 +23,6 @@ from llmkit.config import (
 from llmkit.errors import UserError
 from llmkit.formats.conversations import CALL, TOOLS, as_record, find_prompt, read_messages
 from llmkit.formats.problems import read_problem
-from llmkit.io.files import check_output, check_unfinished
 from llmkit.io.jsonl import (
     dump_json,
     input_files,
@@ -38,7 +37,7 @@ from llmkit.io.manifest import read_manifest, write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_finished, uploaded
+from llmkit.io.run_folder import check_files, check_finished, uploaded
 
 if TYPE_CHECKING:
     from llmkit.generation.sampler import Sampler
@@ -151,7 +150,7 @@ class Summary:
 def run(config: WriteChatsConfig) -> Summary | None:
     """Load, write, save, summarise. Raises UserError for the user's mistakes."""
     started, out = time.monotonic(), config.out or "-"
-    guide, shares, languages = _checked(config, out)
+    guide, shares, languages = _checked(config)
     if config.resume and Path(out).exists() and not Path(out + STATE).exists():
         _check_finished(config, out)
         say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
@@ -213,32 +212,30 @@ def run(config: WriteChatsConfig) -> Summary | None:
 def _save(
     config: WriteChatsConfig, selection: Selection, names: Mapping[str, Any], figures: Mapping[str, Any], started: float
 ) -> Summary:
-    """Write the conversations and the pairs, each with a manifest."""
-    functions, out = selection.writer.sampler.tools, config.out or "-"
+    """Write the pairs and the conversations, each with a manifest."""
+    functions, out, total = selection.writer.sampler.tools, config.out or "-", len(selection.indices)
     schemas = [] if functions is None else [tool for tool in functions.schemas if tool["function"]["name"] not in TOOLS]
-    pairs, write_pair = None, None
-    with ExitStack() as stack:
-        write = stack.enter_context(open_output(out, config.force or config.resume))
-        if config.pairs is not None:
-            pairs, write_pair = 0, stack.enter_context(open_output(config.pairs, config.force or config.resume))
-        for index in selection.indices:
-            versions, end = selection.ended(index)
-            best = versions[end["best"]]
+    pairs = None
+    if config.pairs is not None:
+        pairs = 0
+        with open_output(config.pairs, config.force or config.resume) as write:
+            for best, worst, _ in selection.kept():
+                if worst is not None:
+                    chosen, rejected = (as_record(side.messages[-1:]) for side in (best, worst))
+                    write({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
+                    pairs += 1
+        if alike := total - pairs:
+            reason = "the answers are equally good, or one alone is kept"
+            say(f"{alike:,} of {counted(total, 'conversation')} gave no pair: {reason}", config.quiet)
+    with open_output(out, config.force or config.resume) as write:
+        for best, _, end in selection.kept():
             fields = {**names, **{name: end[name] for name in ("scores", "why") if end.get(name)}}
             if any(part.kind == CALL for turn in best.messages for part in turn.parts):
                 fields["tools"] = schemas
             write(best.as_line(**fields))
-            if write_pair is not None and end["worst"] is not None:
-                chosen, rejected = (as_record(side.messages[-1:]) for side in (best, versions[end["worst"]]))
-                write_pair({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
-                pairs = (pairs or 0) + 1
-    if pairs is not None and (alike := len(selection.indices) - pairs):
-        total = counted(len(selection.indices), "conversation")
-        say(f"{alike:,} of {total} gave no pair: the answers are equally good, or one alone is kept", config.quiet)
-    results = {"conversations": len(selection.indices), "drafts": selection.decided, "pairs": pairs}
+    results = {"conversations": total, "drafts": selection.decided, "pairs": pairs}
     inputs = input_files([str(config.guide), *config.topics, *config.documents], text=True)
-    inputs += input_files([*config.seeds, *config.answer])
-    inputs += input_files(config.not_in)
+    inputs += input_files([*config.seeds, *config.answer, *config.not_in])
     parents = [path for path in (config.writer, config.judge) if path and Path(path).is_dir()]
     for path in [path for path in (config.pairs, out) if path and Path(path).is_file()]:
         write_manifest(
@@ -265,7 +262,7 @@ def _save(
 # ---- what is asked for
 
 
-def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float], tuple[str, ...]]:
+def _checked(config: WriteChatsConfig) -> tuple[str, dict[str, float], tuple[str, ...]]:
     """Check the options before any work; return the guide, the shares of --mix, and the languages."""
     if config.guide is None:
         raise UserError("--guide: expected a file of labelling instructions, found none; see --help")
@@ -278,6 +275,8 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float],
     if config.answer and (config.turns > 1 or config.language):
         flag = "--turns" if config.turns > 1 else "--language"
         raise UserError(f"{flag}: has no effect beside --answer, whose prompts are given")
+    if config.documents and config.language:
+        raise UserError("--language: has no effect beside --documents, whose questions are in their language")
     if config.topics and config.columns:
         raise UserError("--columns: has no effect beside --topics, whose lines have no fields")
     languages = tuple(name.strip() for text in config.language for name in text.split(",") if name.strip())
@@ -291,20 +290,12 @@ def _checked(config: WriteChatsConfig, out: str) -> tuple[str, dict[str, float],
         raise UserError("--pairs: expected --samples 2 or more, of which it takes the best and the worst")
     if config.samples > 1 and config.judge is None and not config.answer:
         raise UserError("--samples: expected --judge, or --answer with answers to check, which tell good from bad")
-    if config.resume and out == "-":
-        raise UserError("--resume: expected --out, beside which a killed run has left its state")
     if config.pairs == "-":
         raise UserError("--pairs: expected a file, found -; stdout has the conversations, or the summary")
     shares = _parse_mix(config)
     input_files([*config.seeds, *config.answer, *config.not_in])
     input_files([*config.topics, *config.documents], text=True)
-    outputs = [path for path in (out, config.pairs) if path not in (None, "-")]
-    if len({str(Path(path).resolve()) for path in outputs if path}) < len(outputs):
-        raise UserError(f"--pairs: expected another file than --out, found {config.pairs} twice")
-    if out != "-" and not config.dry_run:
-        check_unfinished(config.force, config.resume, out + STATE)
-    for path in outputs:
-        check_output(str(path), config.force, config.resume, is_file=True)
+    check_files(config, "pairs", STATE)
     with open_input(config.guide) as handle:
         guide = read_text(handle, config.guide)
     if not guide.strip():
@@ -329,8 +320,9 @@ def _check_finished(config: WriteChatsConfig, out: str) -> None:
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
     from llmkit.writing.writer import SHARES
 
-    if config.documents and config.language:
-        raise UserError("--language: has no effect beside --documents, whose questions are in their language")
+    useless = dict.fromkeys(("system", "refusals"), "--answer, whose prompts are given") if config.answer else {}
+    if config.documents:
+        useless = {"refusals": "--documents, which answer their questions"}
     shares = {}
     for pair in (pair.strip() for text in config.mix for pair in text.split(",")):
         name, _, share = pair.partition("=")
@@ -342,11 +334,8 @@ def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
             raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(SHARES)}, found {pair!r}")
         if name == "tools" and not config.tools:
             raise UserError("--mix tools: expected --tools beside it")
-        if (name in ("system", "refusals") and config.answer) or (name == "refusals" and config.documents):
-            given = (
-                "--answer, whose prompts are given" if config.answer else "--documents, which answer their questions"
-            )
-            raise UserError(f"--mix {name}: has no effect beside {given}")
+        if name in useless:
+            raise UserError(f"--mix {name}: has no effect beside {useless[name]}")
     return shares
 
 

@@ -106,7 +106,7 @@ class Selection:
             self._before = value.get("spent", self._before)
         with self._progress:
             while self._lacks() and f"end {self.decided}" in self.state:
-                versions, end = self.ended(self.decided)
+                versions, end = self._outcome(self.decided)
                 self._keeper.recall(versions[end["best"]], end["reason"])
                 self._count(versions[end["best"]], end["reason"])
             self._begun, self._useless = self.decided, 0
@@ -122,8 +122,13 @@ class Selection:
         """How many more are to be kept."""
         return WINDOW if self._wanted is None else self._wanted - len(self.indices)
 
-    def ended(self, index: int) -> tuple[list[Draft], dict[str, Any]]:
-        """The versions of a draft that is decided on, and what became of it."""
+    def kept(self) -> Iterator[tuple[Draft, Draft | None, dict[str, Any]]]:
+        """Yield the best version of each draft that is kept, the worst where there is one, and what became of it."""
+        for index in self.indices:
+            versions, end = self._outcome(index)
+            yield versions[end["best"]], None if end["worst"] is None else versions[end["worst"]], end
+
+    def _outcome(self, index: int) -> tuple[list[Draft], dict[str, Any]]:
         return self._draft(index).versions(), orjson.loads(self.state[f"end {index}"])
 
     def _draft(self, index: int) -> Draft:
