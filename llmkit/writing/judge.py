@@ -38,11 +38,6 @@ class Scores:
     values: Mapping[str, float] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def mean(self) -> float | None:
-        """Mean of the scores; None without any."""
-        return sum(self.values.values()) / len(self.values) if self.values else None
-
 
 class Judge:
     """Asks a chat model for scores from 1 to 5; `name`, `identity` and `usage` are those of its sampler."""
@@ -124,7 +119,9 @@ def best_and_worst(drafts: Sequence[Draft], scores: Sequence[Scores]) -> tuple[i
 
     What has no scores is neither, unless nothing has. The worst is None where it is no worse or says the same.
     """
-    means = {place: score.mean for place, score in enumerate(scores) if score.mean is not None}
+    means = {
+        place: sum(score.values.values()) / len(score.values) for place, score in enumerate(scores) if score.values
+    }
     best, worst = (choose(means, key=lambda place: means[place], default=0) for choose in (max, min))
     same = means.get(best) == means.get(worst) or drafts[best].messages[-1] == drafts[worst].messages[-1]
     return best, None if same else worst

@@ -61,8 +61,7 @@ class Selection:
 
     State has "shared KEY" for what drafts share, "draft INDEX" for each that is written, and "end INDEX" for what
     became of it: `reason`, and of the best version `best`, `scores` and `why`, and the `worst`.
-    indices  of the drafts that are kept
-    spent    requests, tokens in and tokens out, with those of runs before
+    `indices` are those of the drafts that are kept.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Selection:
 
     @property
     def spent(self) -> list[int]:
-        """Requests, tokens in and tokens out, of the writer and the judge."""
+        """Requests, tokens in and tokens out, of the writer and the judge, with those of runs before."""
         usages = [self.writer.sampler.usage, self._judge.usage if self._judge else None]
         here = [(usage.requests, usage.prompt_tokens, usage.completion_tokens) for usage in usages if usage is not None]
         return list(map(sum, zip(*(self._before, *here), strict=True)))

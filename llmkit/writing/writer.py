@@ -192,9 +192,8 @@ class Writer:
 
     def _ask(self, ask: Ask) -> Program[list[Completion]]:
         """Ask, again where nothing has come. Raises Fault for a prompt that does not fit."""
-        completions: list[Completion] = []
         for _ in range(self._tries):
-            completions = yield ask
+            completions: list[Completion] = yield ask
             if not completions:
                 raise Fault(TOO_LONG)
             if any(each.text.strip() or each.tool_calls for each in completions):
