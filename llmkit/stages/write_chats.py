@@ -180,7 +180,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
         )
         _check_context(writer, shares)
         if config.dry_run:
-            asked = writer.first_request(0).messages
+            asked = writer.first_request(0).prompt
             for line in [*sampler.plan(), *(f"{message.role}: {message.text}" for message in asked)]:
                 say(line, config.quiet)
             return None
@@ -433,7 +433,7 @@ def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:
         return
     for index in range(min(writer.source.count or USELESS, USELESS)):
         request = writer.first_request(index)
-        lengths.append(len(sampler.encode(request.messages, request.tools)))
+        lengths.append(len(sampler.encode(request.prompt, request.tools)))
         if lengths[-1] < sampler.context:
             return
     without = ", or --mix guide=0, which leaves it out" if writer.source.is_given and shares.get("guide", 1) else ""

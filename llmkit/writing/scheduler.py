@@ -1,10 +1,10 @@
 """Many programs that ask one model, each going on as soon as its reply is there.
 
-A program is a generator that returns its result. It yields an `Ask` and is sent the completions, or a `Shared` program,
-which is run once whoever asks for it, and is sent its result.
+A program is a generator that returns its result. It yields a `Request` whose prompt are messages and is sent the
+completions, or a `Shared` program, which is run once whoever asks for it, and is sent its result.
 
     def greet(name):
-        (completion,) = yield Ask([message("user", f"Greet {name}.")], max_tokens=64)
+        (completion,) = yield Request([message("user", f"Greet {name}.")], max_tokens=64)
         return completion.text
 
     run_all(sampler, iter([("ada", greet("Ada")), ("bob", greet("Bob"))]), {}, on_result=print)
@@ -12,30 +12,17 @@ which is run once whoever asks for it, and is sent its result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count as count_from
 from typing import Any, TypeVar
 
-from llmkit.formats.conversations import Message
 from llmkit.generation.next_token import request_number
 from llmkit.generation.requests import Request
 from llmkit.generation.sampler import Sampler
-from llmkit.generation.tool_calls import Functions
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Messages to be answered; `tools` in the place of the sampler's."""
-
-    messages: Sequence[Message]
-    max_tokens: int | None
-    seed: int = 0
-    samples: int = 1
-    tools: Functions | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class Shared:
     program: Program[Any]
 
 
-Program = Generator[Ask | Shared, Any, T]
+Program = Generator[Request | Shared, Any, T]
 Running = tuple[int, Any, Program[Any]]  # place in the order in which programs begin, name, program
 
 
@@ -81,10 +68,9 @@ def run_all(
             for other in waiting.pop(name, ()):
                 step(other, end.value)
             return
-        if isinstance(ask, Ask):
-            prompt, where = sampler.encode(ask.messages, ask.tools), f"draft {name}"
-            number = request_number(prompt)
-            request = Request(prompt, ask.samples, ask.max_tokens, ask.seed, number, where, tools=ask.tools)
+        if isinstance(ask, Request):
+            prompt = sampler.encode(ask.prompt, ask.tools)
+            request = replace(ask, prompt=prompt, number=request_number(prompt), where=f"draft {name}")
             heappush(ready, (place, next(places), running, request))
         elif ask.key in waiting:
             waiting[ask.key].append(running)

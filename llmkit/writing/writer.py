@@ -14,12 +14,12 @@ from random import Random
 from typing import Any
 
 from llmkit.formats.conversations import Message, Part, message
-from llmkit.generation.requests import REFUSED, Completion, split_thoughts
+from llmkit.generation.requests import REFUSED, Completion, Request, split_thoughts
 from llmkit.generation.sampler import Sampler
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.writing.draft import Draft
 from llmkit.writing.prompts import KINDS, TEXTS, read_message
-from llmkit.writing.scheduler import Ask, Program, Shared
+from llmkit.writing.scheduler import Program, Shared
 
 # of conversations, where --mix says nothing; a writer that was taught without system messages needs no guide
 SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
@@ -139,7 +139,7 @@ class Writer:
         except Fault as fault:
             return replace(plan.draft, messages=(), fault=str(fault))
 
-    def first_request(self, index: int) -> Ask:
+    def first_request(self, index: int) -> Request:
         """Return what is asked first for a draft, or for what it shares with others."""
         ask = next(self.write(index))
         while isinstance(ask, Shared):  # later subtopics ask for those before them
@@ -162,7 +162,8 @@ class Writer:
         for turn in range(plan.turns):
             is_last = turn == plan.turns - 1
             samples = self._samples if is_last else 1
-            completions = yield from self._ask(Ask([*shown, *turns], self._max_tokens, draft.seed, samples, tools))
+            request = Request([*shown, *turns], samples, self._max_tokens, draft.seed, tools=tools)
+            completions = yield from self._ask(request)
             answers = [self._answer(completion, draft.thinking) for completion in completions]
             good = [answer for answer in answers if isinstance(answer, Message)]
             if not good:
@@ -182,7 +183,7 @@ class Writer:
         Raises Fault where it has none, and where it is cut.
         """
         told = message("system" if seen else "user", TEXTS["guided"].format(guide=self.guide, task=task))
-        (completion,) = yield from self._ask(Ask([told, *seen], self._max_tokens, seed, tools=self._no_tools))
+        (completion,) = yield from self._ask(Request([told, *seen], 1, self._max_tokens, seed, tools=self._no_tools))
         text = split_thoughts(completion.text)[1].strip()
         if completion.finish_reason == REFUSED:
             raise Fault(ENDED[REFUSED])
@@ -190,10 +191,10 @@ class Writer:
             raise Fault("cut reply" if text else "empty reply")
         return text
 
-    def _ask(self, ask: Ask) -> Program[list[Completion]]:
+    def _ask(self, request: Request) -> Program[list[Completion]]:
         """Ask, again where nothing has come. Raises Fault for a prompt that does not fit."""
         for _ in range(self._tries):
-            completions: list[Completion] = yield ask
+            completions: list[Completion] = yield request
             if not completions:
                 raise Fault(TOO_LONG)
             if any(each.text.strip() or each.tool_calls for each in completions):
