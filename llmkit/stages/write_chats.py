@@ -170,7 +170,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
         writer = Writer(
             sampler,
             source,
-            guide,
+            guide.strip(),
             seed=config.seed,
             shares=shares,
             languages=languages,
@@ -320,8 +320,10 @@ def _check_finished(config: WriteChatsConfig, out: str) -> None:
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
     from llmkit.writing.writer import SHARES
 
-    useless = dict.fromkeys(("system", "refusals"), "--answer, whose prompts are given") if config.answer else {}
-    if config.documents:
+    useless: dict[str, str] = {}
+    if config.answer:
+        useless = dict.fromkeys(("system", "refusals"), "--answer, whose prompts are given")
+    elif config.documents:
         useless = {"refusals": "--documents, which answer their questions"}
     shares = {}
     for pair in (pair.strip() for text in config.mix for pair in text.split(",")):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from random import Random
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 from llmkit.formats.conversations import Message, Part, message
 from llmkit.generation.requests import REFUSED, Completion, Request, split_thoughts
 from llmkit.generation.sampler import Sampler
-from llmkit.generation.tool_calls import ToolUse
+from llmkit.generation.tool_calls import Functions, ToolUse
 from llmkit.writing.draft import Draft
 from llmkit.writing.prompts import KINDS, TEXTS, read_message
 from llmkit.writing.scheduler import Program, Shared
 
-# of conversations, where --mix says nothing; a writer that was taught without system messages needs no guide
+# of conversations with the guide in the assistant's context, which a writer that was taught without does not need, a
+# system message, thoughts, tools, and a request to be refused, where --mix says nothing
 SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
 ENDED = {
     "length": "cut answer",
@@ -86,44 +88,40 @@ class Source:
         """Take note of a draft that is kept."""
 
 
+@dataclass(frozen=True)
 class Writer:
     """Writes drafts.
 
     guide      labelling instructions, in the context of requests
-    shares     of conversations with the guide in the assistant's context, a system message, thoughts, tools, and a
-               request to be refused: see `SHARES`
+    shares     in the place of `SHARES`
     languages  of which each conversation has one; none leaves them to the writer
     turns      of the person, at most
     samples    answers to the person's last message
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        source: Source,
-        guide: str,
-        *,
-        seed: int,
-        shares: Mapping[str, float] = SHARES,
-        languages: Sequence[str] = (),
-        turns: int = 1,
-        samples: int = 1,
-        max_tokens: int | None = 1024,
-    ) -> None:
-        self.sampler, self.source, self.guide = sampler, source, guide.strip()
-        self._seed, self._shares, self._languages = seed, {**SHARES, **shares}, tuple(languages)
-        self._turns, self._samples, self._max_tokens = turns, samples, max_tokens
-        self._no_tools = None if sampler.tools is None else sampler.tools.none()
-        self._tries = TRIES if sampler.tokenizer is None else 1  # a folder says the same again
+    sampler: Sampler
+    source: Source
+    guide: str
+    _: KW_ONLY
+    seed: int
+    shares: Mapping[str, float] = field(default_factory=dict)
+    languages: Sequence[str] = ()
+    turns: int = 1
+    samples: int = 1
+    max_tokens: int | None = 1024
+
+    @cached_property
+    def _no_tools(self) -> Functions | None:
+        return None if self.sampler.tools is None else self.sampler.tools.none()
 
     def plan(self, index: int) -> Plan:
         """Draw what chance decides about a draft."""
-        chance = Random(f"{self._seed} {index}")
-        has = {name for name, share in self._shares.items() if chance.random() < share}
+        chance = Random(f"{self.seed} {index}")
+        has = {name for name, share in {**SHARES, **self.shares}.items() if chance.random() < share}
         kind = chance.choices(list(KINDS), [percentage for percentage, _ in KINDS.values()])[0]
-        language = chance.choice(self._languages) if self._languages else None
-        turns = 1 + chance.randrange(self._turns)
-        seed = int.from_bytes(blake2b(f"{self._seed} {index}".encode(), digest_size=4).digest(), "little") >> 1
+        language = chance.choice(self.languages) if self.languages else None
+        turns = 1 + chance.randrange(self.turns)
+        seed = int.from_bytes(blake2b(f"{self.seed} {index}".encode(), digest_size=4).digest(), "little") >> 1
         if self.source.is_given:
             kind, language, turns, has = "", None, 1, has - {"system", "refusals"}
         steps, refusal = "thinking" in has, "refusals" in has
@@ -161,8 +159,8 @@ class Writer:
         tools = self.sampler.tools if "tools" in plan.has else self._no_tools
         for turn in range(plan.turns):
             is_last = turn == plan.turns - 1
-            samples = self._samples if is_last else 1
-            request = Request([*shown, *turns], samples, self._max_tokens, draft.seed, tools=tools)
+            samples = self.samples if is_last else 1
+            request = Request([*shown, *turns], samples, self.max_tokens, draft.seed, tools=tools)
             completions = yield from self._ask(request)
             answers = [self._answer(completion, draft.thinking) for completion in completions]
             good = [answer for answer in answers if isinstance(answer, Message)]
@@ -183,7 +181,7 @@ class Writer:
         Raises Fault where it has none, and where it is cut.
         """
         told = message("system" if seen else "user", TEXTS["guided"].format(guide=self.guide, task=task))
-        (completion,) = yield from self._ask(Request([told, *seen], 1, self._max_tokens, seed, tools=self._no_tools))
+        (completion,) = yield from self._ask(Request([told, *seen], 1, self.max_tokens, seed, tools=self._no_tools))
         text = split_thoughts(completion.text)[1].strip()
         if completion.finish_reason == REFUSED:
             raise Fault(ENDED[REFUSED])
@@ -193,7 +191,7 @@ class Writer:
 
     def _ask(self, request: Request) -> Program[list[Completion]]:
         """Ask, again where nothing has come. Raises Fault for a prompt that does not fit."""
-        for _ in range(self._tries):
+        for _ in range(TRIES if self.sampler.tokenizer is None else 1):  # a folder says the same again
             completions: list[Completion] = yield request
             if not completions:
                 raise Fault(TOO_LONG)
