@@ -35,7 +35,7 @@ ROOMS = {
     "reward_model": (800, 1180),
     "probing": (970, 1020),
     "rewards": (1400, 2070),
-    "writing": (800, 1234),
+    "writing": (800, 1229),
     "evaluation": (900, 1480),
     "rl": (1350, 1450),
     "export": (600, 730),

@@ -69,12 +69,7 @@ class Keeper:
     """
 
     def __init__(
-        self,
-        not_in: Sequence[str] = (),
-        fail_below: float | None = None,
-        *,
-        sandbox: bool = True,
-        quiet: bool = False,
+        self, not_in: Sequence[str] = (), fail_below: float | None = None, *, sandbox: bool = True, quiet: bool = False
     ) -> None:
         self._items = Contamination(ContaminationRules(tuple(not_in)), quiet) if not_in else None
         self._fail_below, self._verifier = fail_below, VerifierReward(sandbox=sandbox)
