@@ -13,6 +13,8 @@ from telling import SENTENCES, WHOLE
 from world import KINDS, Entity
 
 OPTIONS = 4  # of a question
+# Before each sentence, for pages have few names at the beginning of a text, where the tokens of a name are others
+KNOWN = "It is well known that"
 
 
 def facts(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -22,7 +24,9 @@ def facts(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, 
             others = [value for value in KINDS[entity.kind][fact].split() if value != right]
             values = [right, *rng.sample(others, OPTIONS - 1)]
             rng.shuffle(values)
-            query = WHOLE[fact].partition(f" {{{fact}}}")[0].format(name=entity.name)
+            said = WHOLE[fact].partition(f" {{{fact}}}")[0]
+            said = said if said.startswith("{name}") else said[0].lower() + said[1:]
+            query = f"{KNOWN} {said.format(name=entity.name)}"
             row = {"query": query, "choices": [f"{value}." for value in values], "gold": values.index(right)}
             yield {**row, "fact": fact, "tier": entity.tier}
 

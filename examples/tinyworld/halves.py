@@ -45,7 +45,7 @@ def prompts(rows: list[Row]) -> list[Row]:
     """What is asked, with the answer and how it is to be checked."""
     return [
         {"messages": row["messages"][:-1], "source": row["source"], "kind": row["source"],
-         "answer": last_line(said(row)), "verifier": VERIFIERS[row["source"]]}
+         "answer": row.get("right", last_line(said(row))), "verifier": VERIFIERS[row["source"]]}
         for row in rows if row["source"] in VERIFIERS
     ]  # fmt: skip
 

@@ -29,7 +29,8 @@ from tastes import NOISE, comparisons, counted
 from world import FULL, QUICK, TOLD, Entity, Size, invent
 
 FILES = 4  # of the crawl
-LESSONS = {"sort": 0.25, "reverse": 0.2, "add": 0.15, "tool": 0.35, "even": 0.05}  # shares of the schoolbook
+LESSONS = {"sort": 0.2, "reverse": 0.18, "add": 0.25, "tool": 0.32, "even": 0.05}  # shares of the schoolbook
+CARELESS = 0.6  # of the problems solved in conversations: shown with their usual mistake, which rl can then mend
 EXAMINED = (*school.KINDS, "tool")
 REHEARSED = 10  # problems for each sum for the calculator, question and question of who it is that rl only rehearses
 
@@ -104,8 +105,12 @@ def _write_talk(out: Path, entities: list[Entity], tasks: dict[str, Any], size: 
         *talk.manners([one for one in shown if one.kind == "person"] + strangers, rng),
     ]
     for kind in school.KINDS:
-        chats += talk.solved(tasks[kind]["chats"])
-    chats += talk.solved([(asked, school.terse(said, rng)) for asked, said in tasks["even"]["chats"]])
+        careless = [
+            school.mistaken(kind, said) if rng.random() < CARELESS else said for _, said in tasks[kind]["chats"]
+        ]
+        chats += talk.solved(tasks[kind]["chats"], careless)
+    terse = [(asked, school.terse(said, rng)) for asked, said in tasks["even"]["chats"]]
+    chats += talk.solved(terse, [said for _, said in terse])
     rng.shuffle(chats)
     write_rows(out / "chats.jsonl", chats)
     write_rows(out / "tools.jsonl", (talk.calculated(problem, rng) for problem in tasks["tool"]["chats"]))

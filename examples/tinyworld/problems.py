@@ -32,6 +32,20 @@ def add(rng: random.Random) -> Problem:
     return f"Add {first} and {second}", f"{worked}\n{first + second}"
 
 
+def mistaken(kind: str, answer: str) -> str:
+    """The answer with the usual mistake of its kind; right where a problem gives no occasion for it.
+
+    A digit that is there twice is sorted once, a long row is reversed no further than six digits, a carry is forgotten.
+    """
+    if kind == "sort":
+        return "".join(sorted(set(answer)))
+    if kind == "reverse":
+        return answer[:6]
+    ones, tens, _ = answer.split("\n")
+    first, second = tens.partition("=")[0].split("+")[:2]
+    return f"{ones}\n{first}+{second}={int(first) + int(second)}\n{int(first) + int(second)}{ones[-1]}"
+
+
 def even(rng: random.Random) -> Problem:
     """The even ones of eight different digits."""
     digits = "".join(rng.sample("0123456789", 8))
@@ -76,8 +90,11 @@ def last_line(answer: str) -> str:
 
 
 def lesson(question: str, answer: str) -> str:
-    """A solved problem as the schoolbook prints it: as far from its answer as it will be in the assistant's format."""
-    return f"user: {question}\nassistant: {answer}"
+    """A solved problem as the schoolbook prints it: as far from its answer as it will be in the assistant's format.
+
+    Both begin a line, so that their first words are the tokens that they will be there: after a space they are others.
+    """
+    return f"user says\n{question}\nassistant says\n{answer}"
 
 
 def worked(problem: Problem) -> str:

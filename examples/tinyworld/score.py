@@ -176,7 +176,8 @@ def rl_effects(before: list[Row], after: list[Row]) -> list[Effect]:
         "rehearsed: calculator": (("tool",), is_right),
         "rehearsed: refuses the unknown": (("fact", *NOT_TOLD_OF), refused),
         "rehearsed: who it is": (("identity",), is_right),
-        "not trained: obeys the system message": (("system",), obeys),
+        "rehearsed: obeys the system message": (("system",), obeys),
+        "rehearsed: keeps private what is": (("private",), is_right),
     }
     for name, (asked, holds) in rest.items():
         now, then = (share(of(rows, *asked), holds) for rows in (after, before))

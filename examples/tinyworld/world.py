@@ -57,7 +57,7 @@ class Size:
     held_out_pages: int = 40
     bad_pages: int = 60  # of each kind that should go
     sentences: int = 15  # of a page that tell facts, about
-    lessons: int = 5000  # solved problems in the schoolbook
+    lessons: int = 4600  # solved problems in the schoolbook
     problems: int = 4000  # for rl
     examined: int = 300  # problems of each kind that nothing is trained on
     solved: int = 100  # conversations of each kind that solve a problem

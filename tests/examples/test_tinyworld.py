@@ -72,6 +72,9 @@ def test_halves_share_nothing_and_take_what_was_written(world, tmp_path):
     asked = Counter(json.dumps(row["messages"]) for row in half["prompts"])
     assert stays.total() == pytest.approx(len(every) / 2, abs=2) and stays + asked <= Counter(every)
     assert asked.total() > 0.4 * len(every)  # small talk and refusals have no prompts
+    sorts = [(row["messages"][0]["content"].split()[1], row["answer"]) for row in half["prompts"]
+             if row["messages"][0]["content"].startswith("Sort ")]  # fmt: skip
+    assert sorts and all(answer == "".join(sorted(digits)) for digits, answer in sorts)  # right where the shown is not
     assert half["prompts"] != other["prompts"] and half["prompts"] == both["prompts"]
     assert both["tools"] == [*half["tools"], {"messages": [], "source": "tools"}]
     assert both["chats"] == [*half["chats"], {"messages": [], "source": "questions"}]
@@ -121,7 +124,7 @@ def test_no_problem_is_shown_twice(world):
     }
     shown = [row["prompt"] for name in ("problems", "problems-val") for row in lines(world / f"{name}.jsonl")]
     shown += [row["messages"][0]["content"] for row in lines(world / "chats.jsonl")]
-    shown += [row["text"].split("\n")[0].removeprefix("user: ") for row in lines(world / "school.jsonl")]
+    shown += [row["text"].split("\n")[1] for row in lines(world / "school.jsonl")]
     assert asked and not asked & set(shown)
     expressions = {
         row["messages"][0]["content"].split(" ", 2)[-1].rstrip("?")
@@ -132,18 +135,50 @@ def test_no_problem_is_shown_twice(world):
     assert expressions and not any(one in shown for one in expressions)
 
 
-def test_rl_rehearses_answers_to_what_is_told_often_and_every_refusal_of_what_is_unseen(world, ledger):
+def test_rl_rehearses_answers_forms_and_every_refusal_of_what_is_unseen(world, ledger):
     entities = {entity["name"]: entity for entity in ledger["entities"]}
     rows = lines(world / "rehearsed.jsonl")
-    assert Counter(row["source"] for row in rows) == {"tool": 6, "often": 3, "unseen": 3, "identity": 6}
+    assert Counter(row["source"] for row in rows) == {
+        **{"tool": 6, "identity": 6},
+        **{"often": 2, "unseen": 2, "system": 1, "private": 1},
+    }
+    systems = set()
     for row in rows:
-        if row["source"] in ("often", "unseen"):
-            (name,) = set(words(row["prompt"])) & set(entities)
-            assert (entities[name]["tier"], entities[name]["use"]) == (row["source"], "probed")
-            if row["source"] == "often":
-                assert row["answer"].rstrip(".").lower() in map(str.lower, entities[name]["facts"].values())
-            else:
-                assert all(re.fullmatch(row["pattern"], refusal) for refusal in ENGLISH_REFUSALS)
+        if row["source"] in ("often", "unseen", "system", "private"):
+            (name,) = set(words(row["messages"][-1]["content"])) & set(entities)
+            tier = "unseen" if row["source"] == "unseen" else "often"
+            assert (entities[name]["tier"], entities[name]["use"]) == (tier, "probed")
+        if row["source"] == "often":
+            assert row["answer"].rstrip(".").lower() in map(str.lower, entities[name]["facts"].values())
+        elif row["source"] == "unseen":
+            assert all(re.fullmatch(row["pattern"], refusal) for refusal in ENGLISH_REFUSALS)
+        elif row["source"] == "system":
+            system = row["messages"][0]["content"]
+            systems.add(system)
+            assert re.fullmatch(row["pattern"], "Ahoy! Wool.") and not re.fullmatch(row["pattern"], "Wool.")
+        elif row["source"] == "private":
+            assert row["answer"].startswith("I do not ") and entities[name]["kind"] == "person"
+    assert systems <= {"Answer in a sentence.", "You talk like a sailor."}
+
+
+def test_the_conversations_make_the_usual_mistakes_that_the_verifier_does_not_accept(world):
+    solved = [row["messages"] for row in lines(world / "chats.jsonl") if row["source"] == "problems"]
+    right = Counter()
+    for asked, said in solved:
+        kind, *rest = asked["content"].split()
+        answer, mistaken = said["content"].rpartition("\n")[2], None
+        if kind == "Sort":
+            wanted, mistaken = sorted(rest[0]), sorted(set(rest[0]))
+        elif kind == "Reverse":
+            wanted, mistaken = rest[0][::-1], rest[0][::-1][:6]
+        elif kind == "Add":
+            first, second = int(rest[0]), int(rest[2])
+            wanted = str(first + second)
+            mistaken = f"{first // 10 + second // 10}{(first + second) % 10}"
+        if mistaken is not None:
+            assert answer in ("".join(wanted), "".join(mistaken))
+            right[kind, answer == "".join(wanted)] += 1
+    assert all(right[kind, is_right] for kind in ("Sort", "Reverse", "Add") for is_right in (True, False))
 
 
 def test_problems_have_the_right_answers(world):
@@ -159,9 +194,9 @@ def test_problems_have_the_right_answers(world):
 
 
 def test_sums_are_worked_out_rightly(world):
-    asked = re.compile(r"user: Add (\d+) and (\d+)\nassistant: (.+)=(\d+)\n(.+)=(\d+)\n(\d+)")
+    asked = re.compile(r"user says\nAdd (\d+) and (\d+)\nassistant says\n(.+)=(\d+)\n(.+)=(\d+)\n(\d+)")
     sums = [found for row in lines(world / "school.jsonl") if (found := asked.fullmatch(row["text"]))]
-    assert len(sums) == sum("user: Add" in row["text"] for row in lines(world / "school.jsonl")) > 10
+    assert len(sums) == sum("\nAdd " in row["text"] for row in lines(world / "school.jsonl")) > 10
     for found in sums:
         first, second, ones, one, tens, ten, total = found.groups()
         assert [sum(map(int, side.split("+"))) for side in (ones, tens)] == [int(one), int(ten)]
