@@ -14,6 +14,7 @@ B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -344,14 +345,13 @@ class Transformer(nn.Module):
             x_BTC = x_BTC + F.embedding(_positions(token_ids_BT, doc_ids), self.embed_positions)
         last = self.layers[-1]
         for layer, table in zip(self.layers, self._table_of, strict=True):
+            turn, some = turns[table], rows if layer is last else None
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, turns[table], doc_ids, use_reentrant=False, preserve_rng_state=False)
-            elif rows is not None and layer is last:
-                x_BTC = layer(x_BTC, turns[table], doc_ids, rows)
+                x_BTC = checkpoint(layer, x_BTC, turn, doc_ids, some, use_reentrant=False, preserve_rng_state=False)
             elif eager and torch.is_grad_enabled() and parametrize.is_parametrized(layer):
-                x_BTC = _with_passing_weights(layer, x_BTC, turns[table], doc_ids)
+                x_BTC = _with_passing_weights(layer, x_BTC, turn, doc_ids, some)
             else:
-                x_BTC = layer(x_BTC, turns[table], doc_ids)
+                x_BTC = layer(x_BTC, turn, doc_ids, some)
         x_BTC = normalize(x_BTC, self.norm, self.norm_bias, config)
         return x_BTC if config.logits_scaling == 1.0 else x_BTC / config.logits_scaling
 
@@ -400,7 +400,18 @@ class Transformer(nn.Module):
             setattr(self, name, nn.Parameter(grown))
 
 
-def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids) -> Tensor:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; behind it, also behind an error, the mode from before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids, rows: Tensor | None) -> Tensor:
     """Run a layer whose matrices are computed, of adapters or of codes, and let backward compute them again.
 
     Kept until then they would be the whole model once more. Forward holds those of this layer, backward of one product.
@@ -420,7 +431,7 @@ def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids)
                 return getattr(layer, name).as_strided(shape, stride, offset)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return layer(x_BTC, cos_sin, doc_ids)
+            return layer(x_BTC, cos_sin, doc_ids, rows)
 
 
 def _positions(token_ids_BT: Tensor, doc_ids: Tensor | Packing | Branching | None) -> Tensor:

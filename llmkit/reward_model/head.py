@@ -21,7 +21,7 @@ from llmkit.kernels.linear import linear
 from llmkit.model.config import ModelConfig
 from llmkit.model.families import FAMILIES
 from llmkit.model.folder import SCORE, SavedTensors, load_config, save_tensors
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import Transformer, evaluating
 from llmkit.model.transformers_backend import TransformersConfig, TransformersModel, TransformersReward
 from llmkit.model.weights import export_state_dict, import_state_dict
 from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluation_rows
@@ -194,13 +194,9 @@ def score_comparisons(
     model: RewardModel, comparisons: Sequence[Candidates], row_tokens: int, pad: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number, float32 (K, heads)) of each comparison, as computed."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch, places in evaluation_rows(comparisons, SCORED_TOKENS, row_tokens, pad):
             scores = answer_scores(model, batch).cpu().numpy()
             for row, numbers in enumerate(places):
                 for index, number in enumerate(numbers):
                     yield number, scores[row, index, : len(comparisons[number].answers)]
-    finally:
-        model.train(training)

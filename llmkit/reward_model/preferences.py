@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
@@ -32,6 +33,7 @@ from llmkit.io.files import atomic_file, file_sha256
 from llmkit.io.hub import local_folder
 from llmkit.io.progress import Progress, counted, say
 from llmkit.kernels.attention import Branching
+from llmkit.model.transformer import evaluating
 from llmkit.reward_model.comparisons import Candidates, ComparisonRows, Comparisons, evaluation_rows, read_comparisons
 from llmkit.reward_model.head import SCORED_TOKENS, row_length
 from llmkit.tokenizer.chat import Encoded
@@ -247,9 +249,11 @@ class Reference:
     precision  that it computes in
     folder     where its log-probabilities are kept, in files named by a hash of the model's files, of what they are of
                and of the precision
+    check      is called before they are computed, and raises UserError where that would be in vain
     """
 
-    def __init__(self, tuning: Tuning, precision: str, folder: Path, quiet: bool) -> None:
+    def __init__(self, tuning: Tuning, precision: str, folder: Path, quiet: bool, check: Callable[[], object]) -> None:
+        self._check = check
         self._model, self._pad, self._folder, self._quiet = tuning.model, tuning.pad_id, folder, quiet
         self._digest = sha256(f"{precision} {tuning.model.config.backend}".encode())
         for path in sorted(local_folder(tuning.folder, weights=True).iterdir()):
@@ -259,6 +263,7 @@ class Reference:
     def compare(self, source: Comparisons, *, held_out: bool = False) -> Comparisons:
         """The comparisons with the log-probabilities of their answers: those that an earlier run has left, or computed
         here, where each process has its share, and left for later ones."""
+        self._check()
         path = self._path(source, held_out)
         count = sum(len(candidates.answers) for candidates in source.candidates)
         values = world().broadcast(_read_references(path, count) if world().leads else None)
@@ -315,8 +320,9 @@ def sequence_logprobs(
     # with gradients, of which frozen parameters keep nothing, a CPU rounds bfloat16 otherwise: .15 nats an answer
     trained = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter.requires_grad]
     progress = Progress("reference", unit="comparisons", total=len(candidates), quiet=quiet)
-    with progress, torch.set_grad_enabled(not held_out):
-        model.eval()
+    with ExitStack() as restored, evaluating(model), progress, torch.set_grad_enabled(not held_out):
+        for parameter in trained:
+            restored.callback(parameter.requires_grad_, True)
         for batch, places in _batches(candidates, pad):
             batch = batch._replace(numbers=np.where(batch.numbers < 0, 0, batch.numbers))  # all of M, in order
             sums = answer_logprobs(model, batch).logprobs.view(batch.ranks.shape).tolist()
@@ -324,9 +330,6 @@ def sequence_logprobs(
                 for index, number in enumerate(numbers):
                     values[number] = sums[row][index][: len(candidates[number].answers)]
             progress.advance(sum(map(len, places)))
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    model.train()
     return [value for part in values for value in part]
 
 
@@ -340,11 +343,10 @@ def _batches(candidates: Sequence[Candidates], pad: int) -> Iterator[tuple[Compa
 def held_out_figures(model: Any, sources: Sequence[Comparisons], loss: Loss, pad: int) -> dict[str, float]:
     """Figures of held-out comparisons: `val_loss`, and those of `figures_of` behind `val_`."""
     total, targets, parts = 0.0, 0, []
-    model.eval()
-    for batch in world().deal(batch for source in sources for batch, _ in _batches(source.candidates, pad)):
-        summed = loss(model, batch)
-        total, targets = total + float(summed.total), targets + summed.targets
-        parts.append(summed.figures or {})
-    model.train()
+    with evaluating(model):
+        for batch in world().deal(batch for source in sources for batch, _ in _batches(source.candidates, pad)):
+            summed = loss(model, batch)
+            total, targets = total + float(summed.total), targets + summed.targets
+            parts.append(summed.figures or {})
     total, count = world().sum(total, float(targets))
     return {"val_loss": total / max(1.0, count), **{f"val_{name}": value for name, value in figures_of(parts).items()}}

@@ -224,6 +224,13 @@ class HeldOutAnswers:
             self._problems.setdefault(said_in(messages), problem)
         return comparison
 
+    def check(self, tuning: Tuning, gold: Sequence[Weighted]) -> None:
+        """Raise UserError for a policy or a prompt that a reward cannot judge."""
+        for weighted in gold:
+            weighted.reward.check_policy(tuning.tokenizer)
+            for problem in self._problems.values():
+                weighted.reward.check(problem)
+
     def open(
         self, tuning: Tuning, reference: Transformer | None, gold: Sequence[Weighted], seed: int
     ) -> Callable[[], dict[str, float]] | None:
@@ -234,11 +241,8 @@ class HeldOutAnswers:
         judge, and for a reward without any. All processes call the function together.
         """
         problems = []
-        for weighted in gold:
-            weighted.reward.check_policy(tuning.tokenizer)
+        self.check(tuning, gold)
         for problem in self._problems.values():
-            for weighted in gold:
-                weighted.reward.check(problem)
             messages = problem.messages or (message("user", problem.prompt),)
             ids = tuning.chat.encode(messages, prompt=True).token_ids.tolist()
             if 2 * len(ids) < tuning.context:

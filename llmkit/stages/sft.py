@@ -462,11 +462,11 @@ def _preferences(
     from llmkit.training.preferences import Objective, figures_of
 
     objective = Objective.of(config.loss, config.beta, config.label_smoothing, config.sft_weight, config.margin)
-    reference = None
-    if objective.needs_reference and not config.dry_run:
-        reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
     read_record = read_verdict if config.loss == "kto" else read_comparison
-    asked = HeldOutAnswers(read_record)
+    asked, reference = HeldOutAnswers(read_record), None
+    if objective.needs_reference and not config.dry_run:
+        precision, check = f"{run.dtype} {config.quantize}", partial(asked.check, tuning, gold)
+        reference = Reference(tuning, precision, run.folder.parent, config.quiet, check)
     read = partial(
         read_preferences,
         loss=config.loss,

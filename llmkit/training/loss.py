@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkit.data.batches import IGNORED, EvaluationBatches, TokenRows
 from llmkit.io.progress import Progress
-from llmkit.model.transformer import Transformer
+from llmkit.model.transformer import Transformer, evaluating
 from llmkit.training.distributed import world
 
 
@@ -82,13 +82,11 @@ def held_out_loss(model: Transformer, batches: EvaluationBatches, quiet: bool = 
 
 @torch.no_grad()
 def _summed_loss(model: Transformer, batches: Iterable[TokenRows], quiet: bool) -> tuple[float, int]:
-    model.eval()
     total, count = 0.0, 0
-    with Progress("validating", unit="batches", quiet=quiet) as progress:
+    with evaluating(model), Progress("validating", unit="batches", quiet=quiet) as progress:
         for batch in world().deal(batches):
             summed = next_token_loss(model, batch)
             total, count = total + float(summed.total), count + summed.targets
             progress.advance()
-    model.train()
     total, targets = world().sum(total, count)
     return total, int(targets)

@@ -202,3 +202,12 @@ def test_a_reference_in_bfloat16_is_rounded_as_the_policy(held_out):
         answers = answer_logprobs(model, rows)
     assert torch.equal(answers.logprobs, answers.references)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_error_leaves_the_model_as_it_was(training, monkeypatch):
+    model = make_model().train(training)
+    monkeypatch.setattr("llmkit.reward_model.preferences.answer_logprobs", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sequence_logprobs(comparisons(), model, 0, quiet=True)
+    assert model.training == training and all(parameter.requires_grad for parameter in model.parameters())

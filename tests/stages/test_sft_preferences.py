@@ -157,6 +157,12 @@ def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path, monkeyp
     assert closed == ["length"]
 
 
+def test_prompts_that_gold_cannot_judge_are_refused_before_the_reference_is_asked(base, data, held_out, tmp_path):
+    options = {"val": (str(held_out),), "gold": "verifier"}
+    assert "expected field 'answer' for the verifier" in refusal(base, data, tmp_path / "policy", "dpo", **options)
+    assert not references(tmp_path)
+
+
 def test_answers_fit_a_judge_of_a_smaller_context(data, held_out, tmp_path):
     base, judge = save_assistant(tmp_path / "base"), save_assistant(tmp_path / "judge", context=64)
     save_reward_model(RewardModel.of(load_model(judge)), judge, None)
