@@ -390,7 +390,7 @@ def _part(part: Any, role: str) -> Part:
         raise UserError(f"expected a part of type {kind!r} in an assistant's message only, found one in {role}'s")
     if kind not in ("text", "input_text", "output_text", *REASONING, *TOOLS, RESULT) or not isinstance(text, str):
         instead = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
-        raise UserError(f"expected content of text, found {instead}; leave the record out")
+        raise UserError(f"expected content of text, found {instead}")
     if kind in REASONING:
         return Part("text", _thought(text))
     return Part(kind if kind in (*TOOLS, RESULT) else "text", text)

@@ -254,21 +254,21 @@ def talk(
     write: Say,
     say: Say,
     edit: Callable[[str], str | None] | None = None,
+    fail: Callable[[UserError], object] | None = None,
 ) -> None:
     """Hold a conversation: messages and commands in `lines`, answers to `write`, all else to `say`.
 
     edit: lets somebody change a text, and returns None where it is given up; None where nobody types
+    fail: is told of what could not be answered or done; None says it
     """
+    fail = fail or (lambda error: say(f"error: {error}"))
 
     def answer(ask: Callable[[], object]) -> None:
         try:
             ask()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError) as error:
             write("\n")
-            say("stopped")
-        except UserError as error:
-            write("\n")
-            say(f"error: {error}")
+            fail(error) if isinstance(error, UserError) else say("stopped")
 
     for text in lines:
         while text.endswith("\\"):
@@ -281,7 +281,7 @@ def talk(
         if not re.fullmatch(r"/[a-z]*\s*", command):  # a path begins with a slash, too
             answer(lambda text=text: chat.ask(text, write, say))
         elif rest and command in BARE:
-            say(f"error: there is no command {text!r}, only {command}; a space before it sends it as a message")
+            fail(UserError(f"there is no command {text!r}, only {command}; a space before it sends it as a message"))
         elif command in ("/quit", "/exit"):
             return
         elif command == "/retry":
@@ -290,7 +290,7 @@ def talk(
             try:
                 changed = _obey(chat, command, rest, edit, say)
             except UserError as error:
-                say(f"error: {error}")
+                fail(error)
             else:
                 if changed is not None:
                     answer(lambda text=changed: chat.ask(text, write, say))

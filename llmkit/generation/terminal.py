@@ -26,14 +26,13 @@ PROMPT = "> "
 def converse(chat: Chat, first: str | None, quiet: bool) -> None:
     """Talk on the terminal, beginning with `first`; without a terminal each line of stdin is a turn, or `first` is."""
     check_stdout()
-    shown, stream = printable, sys.stdout
+    stream: Any = sys.stdout
     begun = False  # a line on the terminal, which notes on stderr must not go on
 
-    if stream.isatty():
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every terminal has every character
-    else:
-        shown = str
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    shown = printable if stream.isatty() else str
+    stream.reconfigure(
+        encoding=None if stream.isatty() else "utf-8", errors="replace"
+    )  # a terminal may lack characters
 
     def write(text: str) -> None:
         nonlocal begun
@@ -48,22 +47,26 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
 
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and stream.isatty()]
     keyboard = _Keyboard(streams[0]) if streams and sys.stdin is not None and sys.stdin.isatty() else None
-    if keyboard is None:
-        typed = _piped_lines() if first is None else iter(())
-    else:
+    if keyboard is not None:
         say("/help tells the commands; Ctrl-D ends", quiet)
-        typed = keyboard.lines()
-    lines = chain([] if first is None else [first], typed)
-    talk(chat, lines, write, tell, None if keyboard is None else keyboard.edit)
+        talk(chat, chain([] if first is None else [first], keyboard.lines()), write, tell, keyboard.edit)
+        return
+    place, failures = "--prompt", list[str]()
 
+    def piped_lines() -> Iterator[str]:
+        nonlocal place
+        with open_input("-") as handle:
+            for number, line in enumerate(handle, 1):
+                place = f"stdin:{number}"
+                try:
+                    yield line.decode().rstrip("\r\n")
+                except UnicodeDecodeError:
+                    raise UserError(f"{place}: expected UTF-8; convert the text first") from None
 
-def _piped_lines() -> Iterator[str]:
-    with open_input("-") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                yield line.decode().rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise UserError(f"stdin:{number}: expected UTF-8; convert the text first") from None
+    fail = lambda error: failures.append(f"{place}: {error}")  # noqa: E731
+    talk(chat, piped_lines() if first is None else iter([first]), write, tell, fail=fail)
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 class _Keyboard:

@@ -235,4 +235,6 @@ def read_body(schema: type[AnyBody], body: Any) -> AnyBody:
     field, where = schema.model_fields.get(name), ".".join(map(str, error["loc"]))
     if field is not None and field.description:
         raise ApiError(f"{name!r}: expected {field.description}", name)
-    raise ApiError(f"{where!r}: {error['msg'].replace('Input should be', 'expected')}", name)
+    message = error["msg"].partition(" or instance of ")[0].replace("valid dictionary", "JSON object")
+    found = f", found {kind_of(error['input'])}" if error["type"].endswith("_type") else ""
+    raise ApiError(f"{where!r}: {message.replace('Input should be', 'expected')}{found}", name)

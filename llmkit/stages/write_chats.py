@@ -313,7 +313,7 @@ def _check_finished(config: WriteChatsConfig, out: str) -> None:
         )
     for name in ("writer", "judge"):  # of a server the model counts: its address may change
         before, now = former.get(name), getattr(config, name)
-        if (before or "").rpartition("#")[2] != (now or "").rpartition("#")[2]:
+        if (before or "").rpartition("#")[2].rstrip("/") != (now or "").rpartition("#")[2].rstrip("/"):
             raise UserError(f"{out}: finished with --{name} {before or 'none'}; another starts again with --force")
 
 

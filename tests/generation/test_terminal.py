@@ -178,6 +178,18 @@ def test_a_piped_stdout_has_the_answers_alone(caller):
         assert out.read() == "\n"
 
 
+def test_lines_of_a_pipe_without_an_answer_are_named_at_the_end(tmp_path, llmkit):
+    folder = folder_of(tmp_path / "chat", "a", "b", "a", context=64)
+    words = ["sample", folder, "--chat", "--max-tokens", "4", "--temperature", "0"]
+    done = llmkit(*words, stdin=f"hi\n{'long ' * 40}\nhi\n/sav x\n")
+    assert done.returncode == 2 and done.stdout.splitlines()[0] == done.stdout.splitlines()[-1] != ""
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("llmkit: error: stdin:2: ") and "; stdin:4: there is no command /sav;" in said
+    done = llmkit(*words, "-p", "long " * 40)
+    assert done.returncode == 2 and "error: --prompt: " in done.stderr
+    assert llmkit(*words, stdin="hi\n").returncode == 0
+
+
 @pytest.mark.parametrize("piped", [False, True])
 def test_a_terminal_without_the_characters_of_an_answer(tmp_path, piped):
     folder = folder_of(tmp_path / "chat", EMOJI, "<|im_end|>")

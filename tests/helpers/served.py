@@ -65,10 +65,13 @@ def served(*arguments: Any) -> Iterator[Server]:
     command = [sys.executable, "-m", "llmkit", "serve", *map(str, arguments), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        address = re.fullmatch(r"llmkit: serving .* on (http://\S+)\n", line)
+        said, address = "", None
+        while address is None and (
+            line := process.stderr.readline()
+        ):  # of families from elsewhere a notice comes first
+            said, address = said + line, re.fullmatch(r"llmkit: serving .* on (http://\S+)\n", line)
         try:
-            assert address, line + process.stderr.read()
+            assert address, said
             yield Server(address[1], process=process)
         finally:
             if process.poll() is None:

@@ -254,6 +254,24 @@ def test_what_is_not_supported_is_refused_by_name(server: Server, body, param: s
         assert content["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("response_format", [], "'response_format': expected a JSON object, found a list"),
+        ("tools", {}, "'tools': expected a valid list, found an object"),
+        ("temperature", "hot", "'temperature': expected a valid number, found a string"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+            "messages: expected content of text, found type 'image_url'",
+        ),
+    ],
+)
+def test_a_refusal_speaks_of_the_request(server: Server, field: str, value, message: str) -> None:
+    status, content = server.post("/v1/chat/completions", {**CHAT, field: value})
+    assert status == 400 and content["error"]["message"] == message
+
+
 def test_what_is_to_be_cut_into_tokens_is_asked_for(server: Server) -> None:
     status, content = server.post("/tokenize", {"model": "says"})
     assert status == 400 and content["error"]["message"] == "expected 'prompt' or 'messages'"

@@ -211,6 +211,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         probe(model, out, questions=asked)
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
     assert probe(model, out, questions=asked, resume=True).questions is None  # finished, nothing to do
+    assert probe(f"{model}/", out, questions=asked, resume=True).questions is None
     with pytest.raises(UserError, match=r"r.jsonl: another run: --samples was 5 and is now 3; resume with the same"):
         probe(model, out, questions=asked, resume=True, samples=3)
 

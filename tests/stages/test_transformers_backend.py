@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from foreign_models import save
+from served import served
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import message
@@ -77,6 +78,12 @@ def test_a_resumed_run_ends_with_the_same_weights(base, chats, tmp_path, monkeyp
     tuned(base, chats, tmp_path / "cut", 6, resume=True)
     contents = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert contents[0] == contents[1]
+
+
+def test_a_server_of_it_is_found_behind_its_notice(base):
+    with served(base) as server:
+        status, content = server.post("/v1/completions", {"prompt": "a", "max_tokens": 2, "model": base.name})
+        assert status == 200, content
 
 
 @pytest.mark.parametrize("lora_rank", [None, 4])

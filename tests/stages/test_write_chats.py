@@ -320,6 +320,9 @@ def test_a_resumed_run_has_the_same_options(place, server, capsys, one_retry):
         assert write_chats(server, *TOPICS, "-n", 30, "--resume") == 0  # is finished
     assert write_chats(server, *TOPICS, "-n", 30, "--resume", writer=other) == 2
     assert "finished with --writer" in capsys.readouterr().err
+    manifest = place / "chats.jsonl.manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"writer": "{moved.spec}"', '"writer": "assistant/"'))
+    assert write_chats(server, *TOPICS, "-n", 30, "--resume", writer="assistant") == 0
 
 
 @pytest.mark.parametrize("budget", ["4k", "0.3@100,50"])
