@@ -279,7 +279,7 @@ def writing_readers() -> dict[str, Reader]:
 def reward_readers() -> dict[str, Reader]:
     from llmkit.formats.problems import read_problem
     from llmkit.io.records import Row
-    from llmkit.rewards import code, final_answer, latex, numbers, verifiers
+    from llmkit.rewards import code, final_answer, numbers, verifiers
 
     def verified(verifier: str, **record: Any) -> Reader:
         problem = read_problem(Row({"prompt": "What is it?", "verifier": verifier, **record}, "a.jsonl", 1))
@@ -291,9 +291,9 @@ def reward_readers() -> dict[str, Reader]:
         "code.code_of a block": lambda text: code.code_of(f"```python\n{text}", ["f"]),
         "code.defines": lambda text: code.defines(text, "f"),
         "latex": lambda text: (
-            latex.SPACES.sub("", text),
-            latex.BASE.findall(text),
-            latex.LEFT_OPEN.findall(text),
+            verifiers.SPACES.sub("", text),
+            verifiers.BASE.findall(text),
+            verifiers.LEFT_OPEN.findall(text),
         ),
         "numbers.last_number": numbers.last_number,
         "numbers.only_number": numbers.only_number,
