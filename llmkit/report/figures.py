@@ -166,20 +166,17 @@ def _run(node: Node) -> dict[str, Any]:
 
 def _funnels(nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
     for node in nodes:
-        results = as_object(node.manifest.get("results"))
-        if steps := [step for step in objects(results.get("funnel")) if _is_step(step)]:
+        steps = [
+            step
+            for step in objects(as_object(node.manifest.get("results")).get("funnel"))
+            if isinstance(step.get("step"), str)
+            and all(is_number(step.get(name)) for name in ("in", "kept", "seconds"))
+            and isinstance(dropped := step.get("dropped"), dict)
+            and all(map(is_number, dropped.values()))
+        ]
+        if steps:
             counts = {"records": steps[0]["in"], "documents": steps[-1]["kept"]}
             yield {"run": node.name, "path": node.path, **counts, "steps": steps}
-
-
-def _is_step(step: Mapping[str, Any]) -> bool:
-    dropped = step.get("dropped")
-    return (
-        isinstance(step.get("step"), str)
-        and all(is_number(step.get(name)) for name in ("in", "kept", "seconds"))
-        and isinstance(dropped, dict)
-        and all(map(is_number, dropped.values()))
-    )
 
 
 def _reports(
