@@ -89,6 +89,7 @@ DROPPED = {
     "sample_every": ("RlConfig", "rollouts.jsonl has every attempt"),
     "warmup_steps": ("RlConfig", "a twentieth of the run is fixed, 10 steps or a quarter of it at least"),
     "weight_decay": ("RlConfig", "attempts are learnt without weight decay"),
+    "seed": ("CrawlFilterConfig TrainBpeConfig ExportConfig ReportConfig", "the command draws nothing at random"),
     "tensorboard wandb": ("TrainingConfig", "--log-to tensorboard or wandb"),
 }
 

@@ -253,6 +253,10 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
         ("pretrain docs.jsonl --gpu-price=2", "--gpu-price: was removed; --dry-run"),
         ("pretrain docs.jsonl --config old.toml", "old.toml: 'gpu-price': was removed; --dry-run"),
         ("sft chats.jsonl --tensor-parallel 2", "--tensor-parallel: was removed; FSDP2"),
+        *(
+            (f"{command} a --seed 1", "--seed: was removed; the command draws nothing at random")
+            for command in ("crawl-filter", "train-bpe", "export", "report")
+        ),
         ("sample model --top-p", "option '--top-p' requires an argument; see --help"),
         ("train-bpe docs.jsonl --top-p 0.9", "no such option: --top-p"),
         ("sample model --gpus 2", "no such option: --gpus"),

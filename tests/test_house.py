@@ -64,8 +64,8 @@ LONG = set[str]()
 SPLATS = set[str]()
 STARS = 55  # names and attributes unpacked into positional arguments; may only fall
 OPTIONS = {
-    "crawl-filter": 28,
-    "train-bpe": 15,
+    "crawl-filter": 27,
+    "train-bpe": 14,
     "pretrain": 41,
     "sft": 49,
     "probe-knowledge": 31,
@@ -75,8 +75,8 @@ OPTIONS = {
     "sample": 37,
     "serve": 21,
     "evaluate": 33,
-    "export": 10,
-    "report": 11,
+    "export": 9,
+    "report": 10,
 }
 DISTINCT = 151
 

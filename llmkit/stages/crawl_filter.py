@@ -115,6 +115,7 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
         False, "Stop at the first bad file or record, instead of skipping and counting it.", group="Running", free=True
     )
     resume: bool = option(False, "Resume a killed run.", group="Running")
+    seed: None = None  # of the common options: nothing is random
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""

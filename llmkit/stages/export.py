@@ -52,6 +52,7 @@ class ExportConfig(CommonConfig):
         None, "Largest file of weights [5GB]; hf only.", unit="bytes", at_least=1, metavar="BYTES"
     )
     limit: None = None  # of the common options: there are no records
+    seed: None = None
 
     def reads_stdin(self) -> bool:
         """True if help is wanted: without a model there is nothing to do."""

@@ -35,6 +35,7 @@ class ReportConfig(CommonConfig):
     title: str = option("What every stage did", "Heading of the page.")
     records: int = option(40, "Records shown of each file.", at_least=2, at_most=100_000)
     json: bool = option(False, "Figures as one JSON object, instead of the page.")
+    seed: None = None  # of the common options: nothing is random
 
     def reads_stdin(self) -> bool:
         """True if help is wanted: without a run there is nothing to do."""

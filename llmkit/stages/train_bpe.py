@@ -41,6 +41,7 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
     min_frequency: int = option(0, "Least frequency of a merged pair.", at_least=0)
     limit_bytes: int | None = option(None, "Bytes of text to read, at most [all].", unit="bytes", at_least=1)
     compare: tuple[str, ...] = option((), "Tokenizer to compare with; repeatable.", metavar="PATH", reads=True)
+    seed: None = None  # of the common options: nothing is random
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
