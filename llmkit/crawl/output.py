@@ -19,13 +19,14 @@ import orjson
 from llmkit.crawl.filters.contamination import Findings
 from llmkit.crawl.page import READ, Batch, Frame, Part
 from llmkit.crawl.read.frames import Reader, Source, batches, sources
-from llmkit.crawl.recipe import DUPLICATES, Recipe
+from llmkit.crawl.recipe import DUPLICATES, Recipe, as_json
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.io.jsonl import JSON_LINE, dump_json, load_json
+from llmkit.io.manifest import read_manifest
 from llmkit.io.pool import Work, in_order
 from llmkit.io.remote import is_remote, size_and_version
-from llmkit.io.resume import Kept
+from llmkit.io.resume import STATE, Kept, check_identity
 
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
 
@@ -80,6 +81,15 @@ def parts_of(
         elif state is not None:
             state.add(work.key, results[0].pack())
         yield work, results[0]
+
+
+def finished(out: str, recipe: Recipe) -> dict[str, Any] | None:
+    """The counts of a finished run, whose output and manifest stand there. Raises UserError for another recipe."""
+    manifest = None if Path(f"{out.rstrip('/')}{STATE}").exists() or not Path(out).exists() else read_manifest(out)
+    if manifest is None:
+        return None
+    check_identity(out, {"recipe": manifest["options"].get("recipe")}, {"recipe": as_json(recipe)})
+    return {name: manifest["results"][name] for name in ("records", "documents", "dropped")}
 
 
 class DoneBefore(NamedTuple):

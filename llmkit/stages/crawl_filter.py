@@ -142,12 +142,15 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     from llmkit.crawl.filters.contamination import OF_FILE, Contamination
     from llmkit.crawl.filters.urls import UrlFilter
     from llmkit.crawl.judge import Worker
-    from llmkit.crawl.output import parts_of
+    from llmkit.crawl.output import finished, parts_of
     from llmkit.crawl.read.frames import sources
 
     # load
     started = time.monotonic()
     recipe, recipe_name = _recipe(config)
+    if config.resume and config.out and (done := finished(config.out, recipe)):
+        say(f"{config.out}: finished, nothing to do; without --resume, --force makes it again", config.quiet)
+        return Summary(config.out, config.rejects, **done, workers=0, seconds=0.0)
     inputs, out = _checked(config)
     paths = [source.path for source in sources(inputs)]
     total = sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None  # of a pipe
@@ -156,15 +159,13 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url, config.quiet) if "url" in recipe.steps else None
     items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
     if config.dry_run:
-        _show_plan(config, recipe, recipe_name, workers, total)
-        return None
+        return _show_plan(config, recipe, recipe_name, workers, total)
     columns, rejects = parse_columns(config.columns), config.rejects is not None or config.explain is not None
     make = partial(Worker, recipe, url_filter, items, rejects=rejects, columns=columns)
     ends = config.strict or (len(paths) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
     on_bad_file = None if ends else lambda error: say(f"skipped: {error}", config.quiet)
     if config.explain is not None:
-        explain(inputs, recipe, make, config.explain, workers, on_bad_file, config.quiet)
-        return None
+        return explain(inputs, recipe, make, config.explain, workers, on_bad_file, config.quiet)
     if items is not None and workers > 1 and config.engine == "local":
         items.share()
 
@@ -183,8 +184,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     if state is not None:
         figures = {**results, "funnel": funnel.as_json()}
         if items is not None:
-            report = f"{out.rstrip('/')}{OF_FILE}"
-            figures["contamination"] = findings.write(report)
+            figures["contamination"] = findings.write(report := f"{out.rstrip('/')}{OF_FILE}")
             say(f"--not-in: {findings}, listed in {os.path.basename(report)} beside --out", config.quiet)
         _save_manifest(config, recipe, inputs, versions, figures)
         state.remove()

@@ -157,7 +157,10 @@ def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, man
     assert "done already" in done.stderr and same(many, tmp_path)
     assert not list(tmp_path.glob("*.partial*")) and not state.exists()
     again = llmkit("crawl-filter", archive, *more, "--resume")
-    assert again.returncode == 2 and "exists already" in again.stderr
+    assert again.returncode == 0 and "finished, nothing to do" in again.stderr and same(many, tmp_path)
+    assert json.loads(again.stdout)["documents"] == json.loads(done.stdout)["documents"]
+    other = llmkit("crawl-filter", archive, *more, "--resume", "--skip", "c4")
+    assert other.returncode == 2 and "another run: recipe.steps was" in other.stderr
 
 
 # ---- pipes
