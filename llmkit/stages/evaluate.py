@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -176,8 +177,8 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     for text in config.gates:
         name, _, least = text.rpartition("=")
         try:
-            gates[name] = float(least if name else "")
-        except ValueError:
+            gates[name] = float(Fraction(least if name else ""))  # which knows no nan, that no score is under
+        except (ValueError, ZeroDivisionError):
             raise UserError(f"--fail-under {text}: expected TASK=SCORE, such as arc_easy=0.3") from None
     return gates
 

@@ -179,13 +179,13 @@ def run(config: WriteChatsConfig) -> Summary | None:
             max_tokens=config.max_tokens,
         )
         _check_context(writer, shares)
+        judge = _judge(config, guide, stack)
         if config.dry_run:
             asked = writer.first_request(0).prompt
             for line in [*sampler.plan(), *(f"{message.role}: {message.text}" for message in asked)]:
                 say(line, config.quiet)
             return None
         sampler.check()
-        judge = _judge(config, guide, stack)
 
         # write
         names = {"guide": _hash(guide), "writer": sampler.name, **({"judge": judge.name} if judge else {})}
