@@ -312,3 +312,18 @@ def evaluation_rows(
         chosen = [bins[row] for row in order[:most] if 2 * sizes[row] >= longest]
         order = order[len(chosen) :]
         yield packed_comparisons([[comparisons[i] for i in row] for row in chosen], longest, pad), chosen
+
+
+def evaluated(
+    comparisons: Sequence[Candidates],
+    tokens: int,
+    length: int,
+    pad: int,
+    compute: Callable[[ComparisonRows], np.ndarray],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(number, (K, ...)) of each comparison, of what `compute` gives rows of `evaluation_rows`: (B, M, K, ...)."""
+    for batch, places in evaluation_rows(comparisons, tokens, length, pad):
+        values = compute(batch)
+        for row, numbers in enumerate(places):
+            for index, number in enumerate(numbers):
+                yield number, values[row, index, : len(comparisons[number].answers)]

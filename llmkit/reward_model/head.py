@@ -24,7 +24,7 @@ from llmkit.model.folder import SCORE, SavedTensors, load_config, save_tensors
 from llmkit.model.transformer import Transformer, evaluating
 from llmkit.model.transformers_backend import TransformersConfig, TransformersModel, TransformersReward
 from llmkit.model.weights import export_state_dict, import_state_dict
-from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluation_rows
+from llmkit.reward_model.comparisons import Candidates, ComparisonRows, evaluated
 from llmkit.training.distributed import is_sharded
 from llmkit.training.loss import Summed
 
@@ -117,7 +117,8 @@ def load_reward_model(
 
 def row_length(sizes: np.ndarray) -> int:
     """Tokens of a row in which most comparisons of these sizes (N,) fit; not more than all of them take."""
-    return max(min(ROW_TOKENS, int(sizes.sum())), int(np.quantile(sizes, FITTING, method="higher")))
+    most = int(np.quantile(sizes, FITTING, method="higher")) if len(sizes) else 0
+    return max(min(ROW_TOKENS, int(sizes.sum())), most)
 
 
 # of the squared sum of a pair's scores, which holds them about 0: Eisenstein et al. 2023 (arXiv 2312.09244), section 2
@@ -195,8 +196,6 @@ def score_comparisons(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number, float32 (K, heads)) of each comparison, as computed."""
     with evaluating(model):
-        for batch, places in evaluation_rows(comparisons, SCORED_TOKENS, row_tokens, pad):
-            scores = answer_scores(model, batch).cpu().numpy()
-            for row, numbers in enumerate(places):
-                for index, number in enumerate(numbers):
-                    yield number, scores[row, index, : len(comparisons[number].answers)]
+        yield from evaluated(
+            comparisons, SCORED_TOKENS, row_tokens, pad, lambda batch: answer_scores(model, batch).cpu().numpy()
+        )

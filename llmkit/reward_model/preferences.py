@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -34,7 +34,7 @@ from llmkit.io.hub import local_folder
 from llmkit.io.progress import Progress, counted, say
 from llmkit.kernels.attention import Branching
 from llmkit.model.transformer import evaluating
-from llmkit.reward_model.comparisons import Candidates, ComparisonRows, Comparisons, evaluation_rows, read_comparisons
+from llmkit.reward_model.comparisons import Candidates, ComparisonRows, Comparisons, evaluated, evaluation_rows
 from llmkit.reward_model.head import SCORED_TOKENS, row_length
 from llmkit.tokenizer.chat import Encoded
 from llmkit.training.distributed import is_sharded, world
@@ -121,23 +121,6 @@ def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
 
 
 # ---- data
-
-
-def read_preferences(
-    name: str,
-    paths: Sequence[str],
-    *,
-    loss: str,
-    reference: Reference | None,
-    context: int,
-    quiet: bool,
-    held_out: bool = False,
-    **options: Any,
-) -> tuple[Comparisons, str]:
-    """Read what a loss can learn from, compared with the reference, and a digest; options of `read_comparisons`."""
-    source, digest = read_comparisons(name, paths, context=context, quiet=quiet, **options)
-    source = policy_comparisons(source, loss, context, quiet)
-    return source if reference is None else reference.compare(source, held_out=held_out), digest
 
 
 def balanced(objective: Objective, sources: Sequence[Any]) -> Objective:
@@ -317,34 +300,35 @@ def sequence_logprobs(
 ) -> list[float]:
     """Log-probabilities of the answers, one after another, rounded as by `held_out_figures`, or as in training."""
     values: list[Sequence[float]] = [()] * len(candidates)
+    length = row_length(np.array([one.size for one in candidates], np.int64))
     # with gradients, of which frozen parameters keep nothing, a CPU rounds bfloat16 otherwise: .15 nats an answer
     trained = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter.requires_grad]
+
+    def compute(batch: ComparisonRows) -> np.ndarray:
+        batch = batch._replace(numbers=np.where(batch.numbers < 0, 0, batch.numbers))  # all of M, in order
+        return answer_logprobs(model, batch).logprobs.view(batch.ranks.shape).cpu().numpy()
+
     progress = Progress("reference", unit="comparisons", total=len(candidates), quiet=quiet)
     with ExitStack() as restored, evaluating(model), progress, torch.set_grad_enabled(not held_out):
         for parameter in trained:
             restored.callback(parameter.requires_grad_, True)
-        for batch, places in _batches(candidates, pad):
-            batch = batch._replace(numbers=np.where(batch.numbers < 0, 0, batch.numbers))  # all of M, in order
-            sums = answer_logprobs(model, batch).logprobs.view(batch.ranks.shape).tolist()
-            for row, numbers in enumerate(places):
-                for index, number in enumerate(numbers):
-                    values[number] = sums[row][index][: len(candidates[number].answers)]
-            progress.advance(sum(map(len, places)))
+        for number, logprobs in evaluated(candidates, SCORED_TOKENS, length, pad, compute):
+            values[number] = logprobs.tolist()
+            progress.advance()
     return [value for part in values for value in part]
-
-
-def _batches(candidates: Sequence[Candidates], pad: int) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
-    if candidates:
-        length = row_length(np.array([one.size for one in candidates], np.int64))
-        yield from evaluation_rows(candidates, SCORED_TOKENS, length, pad)
 
 
 @torch.no_grad()
 def held_out_figures(model: Any, sources: Sequence[Comparisons], loss: Loss, pad: int) -> dict[str, float]:
     """Figures of held-out comparisons: `val_loss`, and those of `figures_of` behind `val_`."""
     total, targets, parts = 0.0, 0, []
+    batches = (
+        batch
+        for source in sources
+        for batch, _ in evaluation_rows(source.candidates, SCORED_TOKENS, row_length(source.sizes), pad)
+    )
     with evaluating(model):
-        for batch in world().deal(batch for source in sources for batch, _ in _batches(source.candidates, pad)):
+        for batch in world().deal(batches):
             summed = loss(model, batch)
             total, targets = total + float(summed.total), targets + summed.targets
             parts.append(summed.figures or {})

@@ -454,9 +454,9 @@ def _preferences(
 
     from llmkit.data.overlap import read_sources
     from llmkit.formats.preferences import read_comparison, read_verdict
-    from llmkit.reward_model.comparisons import packed_comparisons
+    from llmkit.reward_model.comparisons import Comparisons, packed_comparisons, read_comparisons
     from llmkit.reward_model.head import row_length
-    from llmkit.reward_model.preferences import PreferenceLoss, Reference, balanced, read_preferences
+    from llmkit.reward_model.preferences import PreferenceLoss, Reference, balanced, policy_comparisons
     from llmkit.rl.evaluation import HeldOutAnswers
     from llmkit.rl.policy import reference_of
     from llmkit.training.preferences import Objective, figures_of
@@ -467,21 +467,16 @@ def _preferences(
     if objective.needs_reference and not config.dry_run:
         precision, check = f"{run.dtype} {config.quantize}", partial(asked.check, tuning, gold)
         reference = Reference(tuning, precision, run.folder.parent, config.quiet, check)
-    read = partial(
-        read_preferences,
-        loss=config.loss,
-        reference=reference,
-        chat=tuning.chat,
-        context=context,
-        bad=run.bad,
-        on_long=config.on_long,
-        limit=config.limit,
-        columns=parse_columns(config.columns),
-        quiet=config.quiet,
-        read=read_record,
-    )
-    held_out = partial(read, read=asked.read, held_out=True)
-    sources, held_out, digests = read_sources(read, files, config.val, config.quiet, held_out)
+    columns = parse_columns(config.columns)
+
+    def read(name: str, paths: list[str], held_out: bool = False, **options: Any) -> tuple[Comparisons, str]:
+        options |= {"on_long": config.on_long, "limit": config.limit, "columns": columns, "quiet": config.quiet}
+        options["read"] = asked.read if held_out else read_record
+        source, digest = read_comparisons(name, paths, tuning.chat, context, run.bad, **options)
+        source = policy_comparisons(source, config.loss, context, config.quiet)
+        return source if reference is None else reference.compare(source, held_out=held_out), digest
+
+    sources, held_out, digests = read_sources(read, files, config.val, config.quiet, partial(read, held_out=True))
     if config.loss == "kto":
         objective = balanced(objective, [source.examples for source in sources])
     before = reference_of(tuning.model, config.lora_rank is not None) if reference and config.val else None
