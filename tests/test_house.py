@@ -32,7 +32,7 @@ ROOMS = {
     "data": (1100, 1670),
     "generation": (2250, 3950),
     "training": (2500, 3250),
-    "reward_model": (800, 1180),
+    "reward_model": (800, 1169),
     "probing": (970, 1020),
     "rewards": (1400, 2070),
     "writing": (800, 1229),
