@@ -16,7 +16,6 @@ from llmkit.serving.engine import Delta, Job
 from llmkit.serving.models import Prompt, ServedModel
 from llmkit.serving.protocol import ChatBody, CompletionBody
 
-FINISH_REASONS = {"tool_limit": "length", "no_tool": "stop"}  # ours in OpenAI's terms
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's value for tokens that are very unlikely
 
 
@@ -62,16 +61,18 @@ class Answer:
     ) -> None:
         self._model, self._body, self._jobs, self._chat = model, body, jobs, isinstance(body, ChatBody)
         self._first = {job: body.n * number for number, job in enumerate(jobs)}  # choice of each job
-        self._echo = [prompt.text if isinstance(body, CompletionBody) and body.echo else "" for prompt in prompts]
         self._splitters = [ThinkSplitter(prompt.thinking) for prompt in prompts for _ in range(body.n)]
         self._offsets: Counter[int] = Counter()  # into the text, by choice
+        kind = "chat.completion" + ".chunk" * body.stream if self._chat else "text_completion"
         self._fields = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "object": "chat.completion" if self._chat else "text_completion",
+            "object": kind,
             "created": int(time.time()),
             "model": model.name,
             "seed": jobs[0].request.seed,
         }
+        if body.stream_options and body.stream_options.include_usage:
+            self._fields["usage"] = None
 
     @property
     def usage(self) -> dict[str, int]:
@@ -83,41 +84,41 @@ class Answer:
     def whole(self) -> dict[str, Any]:
         """Return the answer, after all jobs."""
         choices = []
-        completions = [(job, completion) for job in self._jobs for completion in job.completions]
-        for index, (job, completion) in enumerate(completions):
-            scores = [completion] if job.prompt is None else [job.prompt, completion]
-            choice = {"index": index, "logprobs": self._logprobs(index, scores)}
-            if self._chat:
-                choice["message"] = self._message(index, job, completion)
-            else:
-                choice["text"] = self._echo[index // self._body.n] + completion.text
-            choice["finish_reason"] = FINISH_REASONS.get(completion.finish_reason, completion.finish_reason)
-            if self._body.return_token_ids:
-                choice |= {"token_ids": completion.token_ids, "prompt_token_ids": list(job.request.prompt)}
-            choices.append(choice)
+        for job in self._jobs:
+            for index, completion in enumerate(job.completions, self._first[job]):
+                parts = [completion] if job.echo is None else [job.echo, completion]
+                choice = {"index": index, "logprobs": self._logprobs(index, parts)}
+                if self._chat:
+                    choice["message"] = self._message(index, job, completion)
+                else:
+                    choice["text"] = "".join(part.text for part in parts)
+                choice["finish_reason"] = _finish_reason(completion)
+                if self._body.return_token_ids:
+                    choice |= {"token_ids": completion.token_ids, "prompt_token_ids": list(job.request.prompt)}
+                choices.append(choice)
         return {**self._fields, "choices": choices, "usage": self.usage}
 
     def _message(self, index: int, job: Job, completion: Completion) -> dict[str, Any]:
-        reasoning, text = self._splitters[index].push(completion.text, last=True)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        if reasoning:
-            message["reasoning_content"] = reasoning
+        message: dict[str, Any] = {"role": "assistant", "content": "", **self._said(index, completion.text, last=True)}
         if completion.finish_reason == "tool_calls":
-            message |= {"content": text or None, "tool_calls": tool_calls_of(completion.tool_calls)}
+            message |= {"content": message["content"] or None, "tool_calls": tool_calls_of(completion.tool_calls)}
         elif completion.tool_calls and isinstance(tools := job.request.tools or self._model.generator.tools, ToolUse):
             parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
             message["content_parts"] = as_record([Message("assistant", parts)])[0]["content"]
         return message
 
+    def _said(self, index: int, text: str, last: bool = False) -> dict[str, str]:
+        """Return what more text adds to a message, its thoughts apart."""
+        reasoning, content = self._splitters[index].push(text, last)
+        fields = {"reasoning_content": reasoning, "content": content}
+        return {name: value for name, value in fields.items() if value}
+
     # ---- streams
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """Yield the chunks before all events: roles, or echoes that need no log-probabilities."""
-        for index in range(len(self._splitters)):
-            if self._chat:
-                yield self._chunk(index, delta={"role": "assistant", "content": ""})
-            elif self._body.alternatives is None and (echo := self._echo[index // self._body.n]):
-                yield self._chunk(index, text=echo)
+        """Yield the chunks before all events: the roles of a chat."""
+        for index in range(len(self._splitters) if self._chat else 0):
+            yield self._chunk(index, delta={"role": "assistant", "content": ""})
 
     def chunks(self, job: Job, delta: Delta | None) -> Iterator[dict[str, Any]]:
         """Yield the chunks of an event of the engine; None is the end of a job."""
@@ -127,9 +128,7 @@ class Answer:
                 yield from self._end(index, completion)
         elif delta.sample is None:
             for index in range(first, first + self._body.n):
-                yield self._chunk(
-                    index, text=self._echo[first // self._body.n], logprobs=self._logprobs(index, [delta])
-                )
+                yield self._chunk(index, text=delta.text, logprobs=self._logprobs(index, [delta]))
         elif delta.call is not None:
             part = {"type": RESULT, "text": delta.result}
             if delta.result is None:
@@ -139,20 +138,16 @@ class Answer:
                 yield self._chunk(first + delta.sample, delta={"content_parts": [part]})
         else:
             index = first + delta.sample
-            choice: dict[str, Any] = {"logprobs": self._logprobs(index, [delta])}
-            if self._body.return_token_ids:
-                choice["token_ids"] = list(delta.token_ids)
-            if self._chat:
-                yield self._chunk(index, delta=_content(*self._splitters[index].push(delta.text)), **choice)
-            else:
-                yield self._chunk(index, text=delta.text, **choice)
+            text = {"delta": self._said(index, delta.text)} if self._chat else {"text": delta.text}
+            tokens = {"token_ids": list(delta.token_ids)} if self._body.return_token_ids else {}
+            yield self._chunk(index, logprobs=self._logprobs(index, [delta]), **text, **tokens)
 
     def _end(self, index: int, completion: Completion) -> Iterator[dict[str, Any]]:
-        reason = FINISH_REASONS.get(completion.finish_reason, completion.finish_reason)
+        reason = _finish_reason(completion)
         if not self._chat:
             yield self._chunk(index, text="", finish_reason=reason)
             return
-        if rest := _content(*self._splitters[index].push("", last=True)):
+        if rest := self._said(index, "", last=True):
             yield self._chunk(index, delta=rest)
         if reason == "tool_calls":
             calls = [{"index": number, **call} for number, call in enumerate(tool_calls_of(completion.tool_calls))]
@@ -161,36 +156,27 @@ class Answer:
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """Yield the chunk after all events: the usage, if asked for."""
-        if self._include_usage:
-            yield {**self._chunk(0), "choices": [], "usage": self.usage}
-
-    @property
-    def _include_usage(self) -> bool:
-        return bool(self._body.stream_options and self._body.stream_options.include_usage)
+        if "usage" in self._fields:
+            yield {**self._fields, "choices": [], "usage": self.usage}
 
     def _chunk(self, index: int, **choice: Any) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        choices = [{"index": index, "logprobs": None, "finish_reason": None, **choice}]
-        return {**self._fields, "object": kind, "choices": choices, **({"usage": None} if self._include_usage else {})}
+        return {**self._fields, "choices": [{"index": index, "logprobs": None, "finish_reason": None, **choice}]}
 
     # ---- log-probabilities
 
-    def _logprobs(self, index: int, scores: Sequence[Delta | Completion]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, parts: Sequence[Delta | Completion]) -> dict[str, Any] | None:
         """Return tokens with log-probabilities and alternatives; None if the request asks for none."""
         if self._body.alternatives is None:
             return None
-        ids = [token for part in scores for token in part.token_ids]
-        logprobs = [logprob for part in scores for logprob in part.logprobs]
-        tops = [top for part in scores for top in part.top_logprobs]
+        ids = [token for part in parts for token in part.token_ids]
+        logprobs = [logprob for part in parts for logprob in part.logprobs]
+        tops = [top for part in parts for top in part.top_logprobs]
         if self._chat:
-            content = [self._entry(token, logprob) for token, logprob in zip(ids, logprobs, strict=True)]
-            sampled = [flag for part in scores for flag in part.sampled]
-            for place, entry in enumerate(content):
-                if not sampled[place]:
-                    entry["sampled"] = False
-                entry["top_logprobs"] = (
-                    [self._entry(token, logprob) for token, logprob in tops[place] or ()] if tops else []
-                )
+            sampled = [flag for part in parts for flag in part.sampled]
+            content = []
+            for token, logprob, is_sampled, top in zip(ids, logprobs, sampled, tops or [()] * len(ids), strict=True):
+                entry = self._entry(token, logprob) | {"top_logprobs": [self._entry(*other) for other in top or ()]}
+                content.append(entry if is_sampled else {**entry, "sampled": False})
             return {"content": content, "refusal": None}
         offsets = []
         for token in ids:
@@ -231,10 +217,10 @@ def tool_calls_of(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
+def _finish_reason(completion: Completion) -> str:
+    """Return how a completion ends, in OpenAI's terms."""
+    return {"tool_limit": "length", "no_tool": "stop"}.get(completion.finish_reason, completion.finish_reason)
+
+
 def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LOWEST_LOGPROB)
-
-
-def _content(reasoning: str, text: str) -> dict[str, str]:
-    fields = {"reasoning_content": reasoning, "content": text}
-    return {name: value for name, value in fields.items() if value}

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import orjson
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -291,18 +292,14 @@ async def _read(request: Request, schema: type[AnyBody]) -> AnyBody:
     too_large = ApiError(f"expected a body of {MAX_BODY:,} bytes at most", status=413)
     if int(request.headers.get("content-length", 0)) > MAX_BODY:
         raise too_large
-
-    async def read() -> bytearray:
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > MAX_BODY:
-                raise too_large
-        return data
-
+    data = bytearray()
     try:
-        data = await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(BODY_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_BODY:
+                    raise too_large
+    except TimeoutError:
         raise ApiError(f"the body did not arrive within {BODY_SECONDS:g} s", status=408) from None
     try:
         return read_body(schema, orjson.loads(data))

@@ -39,7 +39,7 @@ SCORE_POSITIONS = 256  # of a prompt whose logits, V each, are in memory at a ti
 class Delta:
     """What a step adds to a sample: text, tokens where the job asks for them; or a call of a tool, or its result.
 
-    sample  of the job; None for the tokens of its prompt, whose first has no log-probability
+    sample  of the job; None for its prompt, whose first token has no log-probability
     call    of a tool, and `result` as the model sees it; None when the tool is called
     """
 
@@ -57,18 +57,19 @@ class Delta:
 class Job:
     """A request to the engine.
 
-    stream           whether to send text as it is decided
-    tokens           whether to send tokens with it
-    prompt_logprobs  alternatives at each position of the prompt; None does not score the prompt
+    stream  whether to send text as it is decided
+    tokens  whether to send tokens with it
+    echo    the prompt, to stand before each sample
+    score   whether to add to `echo` tokens with log-probabilities and `request.top_logprobs` alternatives
 
-    Set by the engine: `prompt` (its scores) and `completions`; on the event loop `events`.
+    Set by the engine: `completions`; on the event loop `events`.
     """
 
     request: Request
     stream: bool = False
     tokens: bool = False
-    prompt_logprobs: int | None = None
-    prompt: Delta | None = None
+    echo: Delta | None = None
+    score: bool = False
     completions: list[Completion] = field(default_factory=list)
     events: Any = None  # asyncio.Queue
     created: float = field(default_factory=time.monotonic)
@@ -131,10 +132,11 @@ class _Worker:
             self._send_running()  # first tokens do not wait for the prompts of others
             self._deliver()
             job = self.jobs[number] = self.waiting.popleft()  # from here on a failure is the job's
-            if job.prompt_logprobs is not None:
-                job.prompt = self._score(job.request.prompt, job.prompt_logprobs)
+            if job.echo is not None:
+                if job.score:
+                    self._score(job.echo, job.request)
                 if job.stream:
-                    self._outbox.append((job, job.prompt))
+                    self._outbox.append((job, job.echo))
             if job.request.max_tokens == 0:
                 del self.jobs[number]
                 job.completions = [Completion("", [], "length", [], [], [], []) for _ in range(job.request.samples)]
@@ -144,17 +146,18 @@ class _Worker:
             number += 1
             yield job.request
 
-    def _score(self, prompt: Sequence[int], top: int) -> Delta:
-        """Return log-probabilities of a prompt's tokens under softmax(logits), and alternatives to them."""
+    def _score(self, echo: Delta, request: Request) -> None:
+        """Add a prompt's tokens, their log-probabilities under softmax(logits), and alternatives to them."""
+        prompt, top = list(request.prompt), request.top_logprobs
         logprobs: list[float | None] = [None]
         top_logprobs: list[list[tuple[int, float]] | None] = [None]
-        for start, logits_NV in self.generator.decoder.logits_in_pieces(list(prompt), SCORE_POSITIONS):
+        for start, logits_NV in self.generator.decoder.logits_in_pieces(prompt, SCORE_POSITIONS):
             following = torch.tensor(prompt[start + 1 : start + 1 + len(logits_NV)], device=logits_NV.device)
             rows_NV = torch.log_softmax(logits_NV[: len(following)].float(), -1)
             logprobs += rows_NV.gather(-1, following.unsqueeze(-1)).squeeze(-1).tolist()
             if top:
                 top_logprobs += likeliest(logits_NV[: len(following)], top, 1.0, self.generator.tokenizer.vocab_size)
-        return Delta(None, "", prompt, logprobs, [True] * len(prompt), top_logprobs)
+        echo.token_ids, echo.logprobs, echo.top_logprobs = prompt, logprobs, top_logprobs
 
     def _take_text(self, index: int, sample: int, text: str) -> None:
         job = self.jobs[index]

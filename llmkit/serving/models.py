@@ -20,7 +20,7 @@ from llmkit.generation.next_token import Sampling, request_number, seed_of_repea
 from llmkit.generation.requests import Request
 from llmkit.generation.tool_calls import ToolUse
 from llmkit.io.records import THOUGHTS, Row
-from llmkit.serving.engine import Job
+from llmkit.serving.engine import Delta, Job
 from llmkit.serving.protocol import ApiError, ChatBody, CompletionBody, ConversationBody
 from llmkit.tokenizer.chat import ChatFormat, Encoded
 from llmkit.tokenizer.encoding import JsonConstraint, JsonSchemas
@@ -200,9 +200,9 @@ class ServedModel:
     def jobs(self, body: ChatBody | CompletionBody, prompts: Sequence[Prompt]) -> list[Job]:
         """Return a job for each prompt. Raises ApiError for a prompt without room in the context."""
         if isinstance(body, ChatBody):
-            param, limit, score = "messages", body.max_completion_tokens or body.max_tokens, False
+            param, limit, echoed = "messages", body.max_completion_tokens or body.max_tokens, False
         else:
-            param, limit, score = "prompt", body.max_tokens, body.echo
+            param, limit, echoed = "prompt", body.max_tokens, body.echo
         top_p = 1e-9 if body.top_p == 0 else body.top_p  # the likeliest token alone
         top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None
         sampling = Sampling(body.temperature, top_k, None if top_p == 1 else top_p, body.min_p)
@@ -228,8 +228,9 @@ class ServedModel:
                 top_logprobs=body.alternatives or 0,
                 constraint=prompt.constraint,
             )
-            tokens = body.return_token_ids or body.alternatives is not None
-            jobs.append(Job(request, body.stream, tokens, body.alternatives if score else None))
+            scored = body.alternatives is not None
+            echo = Delta(None, prompt.text) if echoed else None
+            jobs.append(Job(request, body.stream, body.return_token_ids or scored, echo, scored))
         return jobs
 
 

@@ -173,12 +173,7 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool = True
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=20)
-
-    @property
-    def alternatives(self) -> int | None:
-        """As in ChatBody."""
-        return self.logprobs
+    alternatives: int | None = Field(None, alias="logprobs", ge=0, le=20)
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionBody:
