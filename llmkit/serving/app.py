@@ -7,8 +7,9 @@ import hmac
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,17 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
 }
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would buffer the stream
-METRICS = (  # name, type, help, samples
-    ("requests_total", "counter", "Requests answered.", ("",)),
-    ("prompt_tokens_total", "counter", "Tokens of prompts.", ("",)),
-    ("generation_tokens_total", "counter", "Tokens generated.", ("",)),
-    ("requests_open", "gauge", "Requests that run or wait.", ("",)),
-    ("slots", "gauge", "Sequences that can run at a time.", ("",)),
-    ("time_to_first_token_seconds", "summary", "From a request to its first text.", ("_sum", "_count")),
+METRICS = (  # name, type, help
+    ("requests_total", "counter", "Requests answered."),
+    ("prompt_tokens_total", "counter", "Tokens of prompts."),
+    ("generation_tokens_total", "counter", "Tokens generated."),
+    ("requests_open", "gauge", "Requests that run or wait."),
+    ("slots", "gauge", "Sequences that can run at a time."),
+    ("time_to_first_token_seconds", "summary", "From a request to its first text."),
 )
 
 
+@dataclass(eq=False)
 class Service:
     """The handlers of the routes.
 
@@ -66,22 +68,19 @@ class Service:
     timeout  seconds that a request may take
     """
 
-    def __init__(
-        self,
-        models: Sequence[ServedModel],
-        engine: Engine,
-        *,
-        slots: int,
-        queue: int,
-        timeout: float,
-        judgements: Judgements | None,
-        guide: str | None,
-    ) -> None:
-        self.models, self.engine, self.timeout = models, engine, timeout
-        self.judgements, self.guide, self._max_open = judgements, guide, slots + queue
-        self.metric_values: dict[str, Any] = defaultdict(Counter)  # by sample of METRICS and model
-        self.metric_values["slots"].update({model.name: slots for model in models})
-        self._open = self.metric_values["requests_open"]
+    models: Sequence[ServedModel]
+    engine: Engine
+    _: KW_ONLY
+    slots: int
+    queue: int
+    timeout: float
+    judgements: Judgements | None
+    guide: str | None
+
+    def __post_init__(self) -> None:
+        self._values: dict[str, Any] = defaultdict(Counter)  # by sample of METRICS and model
+        self._values["slots"].update({model.name: self.slots for model in self.models})
+        self._open = self._values["requests_open"]
 
     def _model(self, name: str | None) -> ServedModel:
         """Return the model that a request names; the only one for a request that names none."""
@@ -103,8 +102,8 @@ class Service:
         prompts = await run_in_threadpool(model.prompts, body)
         jobs = model.jobs(body, prompts)
         answer = Answer(model, body, prompts, jobs)
-        if self._open[model.name] >= self._max_open:
-            message = f"too many open requests, {self._max_open} at most; try again"
+        if self._open[model.name] >= self.slots + self.queue:
+            message = f"too many open requests, {self.slots + self.queue} at most; try again"
             raise ApiError(message, status=429, code="too_many_requests")
         self._open[model.name] += len(jobs)  # no await since the check
         release = partial(self._release, model, jobs, answer)
@@ -127,7 +126,7 @@ class Service:
         self._open[model.name] -= len(jobs)
         if not all(job.completions for job in jobs):
             return
-        values, name, usage = self.metric_values, model.name, answer.usage
+        values, name, usage = self._values, model.name, answer.usage
         values["requests_total"][name] += len(jobs)
         values["prompt_tokens_total"][name] += usage["prompt_tokens"]
         values["generation_tokens_total"][name] += usage["completion_tokens"]
@@ -142,16 +141,16 @@ class Service:
         return answer.whole()
 
     async def _chunks(self, model: ServedModel, jobs: Sequence[Job], answer: Answer) -> AsyncIterator[bytes]:
-        yield b"".join(map(_event, answer.first_chunks()))
+        yield _events(answer.first_chunks())
         try:
             async with aclosing(self.engine.run(model.name, jobs, self.timeout)) as events:
                 async for job, delta in events:
-                    if chunk := b"".join(map(_event, answer.chunks(job, delta))):
+                    if chunk := _events(answer.chunks(job, delta)):
                         yield chunk
         except ApiError as error:
-            yield _event(error.body)
+            yield _events([error.body])
             return
-        yield b"".join(map(_event, answer.last_chunks())) + b"data: [DONE]\n\n"
+        yield _events(answer.last_chunks()) + b"data: [DONE]\n\n"
 
     # ---- tokens
 
@@ -173,9 +172,8 @@ class Service:
         body = await _read(request, DetokenizeBody)
         model = self._model(body.model)
         model.check_ids(body.tokens, "tokens")
-        return _json(
-            {"prompt": model.tokenizer.decode(body.tokens)} | model.token_strings(body.tokens, body.return_token_strs)
-        )
+        strings = model.token_strings(body.tokens, body.return_token_strs)
+        return _json({"prompt": model.tokenizer.decode(body.tokens), **strings})
 
     # ---- judgements, models, the server itself
 
@@ -208,12 +206,12 @@ class Service:
     async def metrics(self, request: Request) -> Response:
         """Write counters in the text format of Prometheus."""
         lines = []
-        for name, kind, description, samples in METRICS:
+        for name, kind, description in METRICS:
             lines += [f"# HELP llmkit_{name} {description}", f"# TYPE llmkit_{name} {kind}"]
-            for sample in (name + suffix for suffix in samples):
+            for sample in (f"{name}_sum", f"{name}_count") if kind == "summary" else (name,):
                 for model in self.models:
                     label = json.dumps(model.name, ensure_ascii=False)
-                    lines.append(f"llmkit_{sample}{{model={label}}} {self.metric_values[sample][model.name]}")
+                    lines.append(f"llmkit_{sample}{{model={label}}} {self._values[sample][model.name]}")
         return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request: Request) -> Response:
@@ -323,5 +321,5 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     )
 
 
-def _event(content: Any) -> bytes:
-    return b"data: " + orjson.dumps(content) + b"\n\n"
+def _events(contents: Iterable[Any]) -> bytes:
+    return b"".join(b"data: " + orjson.dumps(content) + b"\n\n" for content in contents)

@@ -143,7 +143,8 @@ class ServedModel:
         with self._template_lock, _api_errors("messages"):
             chat = self._chat(body)
             tools = self._client_tools(body, chat)
-            schemas = tools.schemas if tools else self.generator.tools.schemas if self.generator.tools else ()
+            used = tools or self.generator.tools
+            schemas = used.schemas if used else ()
             begins, last = body.add_generation_prompt is not False, messages[-1]
             if not body.continue_final_message:
                 encoded = chat.encode(messages, prompt=begins, tools=schemas)
