@@ -69,23 +69,21 @@ class Judgements:
         sides = [messages_of([answer], "answers") for answer in body.answers]
         if len(sides) != 1 + (body.kind == "comparison") or any(side[0].role != "assistant" for side in sides):
             raise ApiError("'answers': expected one message of the assistant's, two of a comparison", "answers")
-        prompt = as_record(messages)
+        prompt, answers = as_record(messages), [as_record(side) for side in sides]
+        # the last answer alone is trained
+        earlier = [{**entry, "weight": 0} if entry["role"] == "assistant" else entry for entry in prompt]
         records: list[tuple[Path, dict[str, Any]]] = []
-        if body.kind == "rewrite":
-            sides.insert(0, (message("assistant", body.rewritten or ""),))
-        if body.kind != "thumb":
-            chosen, rejected = map(as_record, sides[::-1] if body.better == 1 and body.kind == "comparison" else sides)
-            pair: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
-            if body.kind == "comparison" and body.better is None:
-                pair = {"completions": [chosen, rejected], "ranking": [1, 1]}
-            records.append((self.preferences, {"prompt": prompt, **pair}))
-        if body.kind != "comparison":
-            entries = as_record([*messages, *sides[0]])
-            for entry in entries[:-1]:  # the last answer alone is trained
-                if entry["role"] == "assistant":
-                    entry["weight"] = 0
-            label = {"label": bool(body.better)} if body.kind == "thumb" else {}
-            records.append((self.conversations, {"messages": entries, **label}))
+        if body.kind == "thumb":
+            records.append((self.conversations, {"messages": earlier + answers[0], "label": bool(body.better)}))
+        elif body.kind == "rewrite":
+            ideal = as_record([message("assistant", body.rewritten or "")])
+            records.append((self.preferences, {"prompt": prompt, "chosen": ideal, "rejected": answers[0]}))
+            records.append((self.conversations, {"messages": earlier + ideal}))
+        elif body.better is None:
+            records.append((self.preferences, {"prompt": prompt, "completions": answers, "ranking": [1, 1]}))
+        else:
+            chosen, rejected = answers[body.better], answers[1 - body.better]
+            records.append((self.preferences, {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
         source = {
             "kind": body.kind,
             "labeller": (body.labeller or "")[:MAX_LABELLER] or None,
