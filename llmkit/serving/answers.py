@@ -63,10 +63,10 @@ class Answer:
         self._first = {job: body.n * number for number, job in enumerate(jobs)}  # choice of each job
         self._splitters = [ThinkSplitter(prompt.thinking) for prompt in prompts for _ in range(body.n)]
         self._offsets: Counter[int] = Counter()  # into the text, by choice
-        kind = "chat.completion" + ".chunk" * body.stream if self._chat else "text_completion"
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._fields = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "object": kind,
+            "object": kind if self._chat else "text_completion",
             "created": int(time.time()),
             "model": model.name,
             "seed": jobs[0].request.seed,
@@ -175,7 +175,8 @@ class Answer:
             sampled = [flag for part in parts for flag in part.sampled]
             content = []
             for token, logprob, is_sampled, top in zip(ids, logprobs, sampled, tops or [()] * len(ids), strict=True):
-                entry = self._entry(token, logprob) | {"top_logprobs": [self._entry(*other) for other in top or ()]}
+                alternatives = [self._entry(other, odds) for other, odds in top or ()]
+                entry = {**self._entry(token, logprob), "top_logprobs": alternatives}
                 content.append(entry if is_sampled else {**entry, "sampled": False})
             return {"content": content, "refusal": None}
         offsets = []

@@ -204,7 +204,7 @@ class Engine:
     async def run(
         self, model: str, jobs: Sequence[Job], timeout: float
     ) -> AsyncGenerator[tuple[Job, Delta | None], None]:
-        """Yield what becomes of jobs: the deltas of streams, and None at the end of each job.
+        """Yield the events of jobs: the deltas of streams, and None at the end of each job.
 
         Closing the generator cancels the jobs. Raises ApiError if one fails, or all take longer than `timeout` seconds.
         """
@@ -261,7 +261,7 @@ class Engine:
                 self._loop.call_soon_threadsafe(_put, events)
 
     def _receive(self) -> bool:
-        """Do what the event loop asks for, and wait for that while there is nothing to compute; False to stop."""
+        """Run actions of the event loop, waiting for one while there is nothing to compute; return False to stop."""
         busy = any(worker.busy for worker in self._workers.values())
         idle = all(worker.pool.idle for worker in self._workers.values())
         timeout = 0 if busy else None if idle else TOOL_POLL

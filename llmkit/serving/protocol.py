@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from llmkit.config import LARGEST_INTEGER
 from llmkit.io.records import kind_of
 
-# Fields of OpenAI's and of vLLM's that are accepted at the values which change nothing
+# Fields of OpenAI and vLLM that are accepted at the values that change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "best_of": (1,),
@@ -54,7 +54,7 @@ Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as
 
 
 class Schema(BaseModel):
-    """An object without other fields than those declared; no value is converted."""
+    """An object with the declared fields only; values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -1,4 +1,4 @@
-"""uvicorn on a listening socket, until a signal; what runs is finished, and nothing new begins."""
+"""Runs uvicorn on a listening socket until a signal; running requests are finished, new ones refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmkit.display import write_message
 from llmkit.errors import UserError
 
 HEADER_SECONDS = 30.0  # for the headers of a request to arrive, and for the next request on a connection
-THREADS = 4  # that read prompts and write judgements; of 40, anyio's default, each grows memory of its own
+THREADS = 4  # that read prompts and write judgements; each of anyio's 40 would grow memory of its own
 SWITCH_SECONDS = 0.0005  # until the event loop gets its turn beside the engine's thread; Python's default is 5 ms
 
 
@@ -90,7 +90,7 @@ class HttpProtocol(H11Protocol):
 
 
 class _Messages(logging.Handler):
-    """Writes errors of uvicorn's without control characters."""
+    """Writes uvicorn's errors without control characters."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):  # by a second Ctrl-C

@@ -103,7 +103,7 @@ def run(config: ServeConfig) -> None:
 
 
 def _names(config: ServeConfig) -> dict[str, str]:
-    """The folder of each name."""
+    """Return the folder of each name. Raises UserError for two of one name."""
     names: dict[str, str] = {}
     for path in config.models or (None,):
         check_model_folder(path, EXAMPLE)
@@ -136,28 +136,22 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
     from llmkit.tokenizer.encoding import load_tokenizer
 
-    chats: set[str] = set()  # beside them a base gets no tools, and is no reason to refuse them
+    chats: set[str] = set()  # a base model beside them gets no tools, instead of an error
     if len(names) > 1 and (config.tools or config.thinking != "auto"):
         tokenizers = {name: load_tokenizer(path) for name, path in names.items()}
         chats = {name for name, known in tokenizers.items() if has_chat_tokens(known) or has_own_template(known)}
     models = []
     for name, path in names.items():
         tools = None if chats and name not in chats else config
-        sampler: Any = stack.enter_context(
-            open_sampler(
-                path,
-                Sampling(),
-                device=config.device,
-                dtype=config.dtype,
-                slots=config.batch_size,
-                tools=tools,
-            )
+        opened = open_sampler(
+            path, Sampling(), device=config.device, dtype=config.dtype, slots=config.batch_size, tools=tools
         )
-        assert isinstance(sampler, Generator)
+        generator = stack.enter_context(opened)
+        assert isinstance(generator, Generator)
         if not config.dry_run:
-            with sampler.computing():
-                _ = sampler.decoder  # its weights
-        models.append(ServedModel(name, path, sampler, config.seed))
+            with generator.computing():
+                _ = generator.decoder  # loads the weights
+        models.append(ServedModel(name, path, generator, config.seed))
     if not config.dry_run and any(model.generator.device.type == "cpu" for model in models):
         threading.Thread(target=use_huge_pages, daemon=True).start()
     return models
@@ -189,9 +183,8 @@ def _serve(
             guide=guide,
         )
         hosts = () if keys else {*LOCAL, config.host}  # a page of another site has no key
-        app = build(
-            service, keys=keys, hosts=hosts, origins=[origin.lower().rstrip("/") for origin in config.allow_origin]
-        )
+        origins = [origin.lower().rstrip("/") for origin in config.allow_origin]
+        app = build(service, keys=keys, hosts=hosts, origins=origins)
         address = f"[{host}]" if ":" in host else host
         say(f"serving {', '.join(model.name for model in models)} on http://{address}:{sock.getsockname()[1]}")
         return app, engine.close
