@@ -13,9 +13,9 @@ from llmkit.rewards.numbers import ANNOUNCED, SENTENCE_END
 MARK = re.compile("(?<!#)####(?!#)")
 # what follows #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"
 HEADING = re.compile(
-    r"[\W\d_]*(?:(?:step|part|case|solution|conclusion|explanation|reasoning|summary|given|verification|check"
+    r"\A(?:[\W\d_]*(?:(?:step|part|case|solution|conclusion|explanation|reasoning|summary|given|verification|check"
     r"|calculation|method|approach|question|problem|plan|thought|analysis|example)s?\b"
-    r"|(?:final )?(?:answer|result)[\W_]*\Z)|[\W_]*\d+[.)]\s+[^\W\d_]",
+    r"|(?:final )?(?:answer|result)[\W_]*\Z)|[\W_]*\d+[.)]\s+[^\W\d_])",
     re.IGNORECASE,
 )
 THOUGHT = "</think>"
