@@ -281,7 +281,8 @@ class Guard:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode() if scheme.lower() == "bearer" else b""
         if not sum(hmac.compare_digest(given, known) for known in self._keys):  # all of them, in constant time
-            return ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
+            message = "Incorrect API key provided" if given else "expected a key: Authorization: Bearer KEY"
+            return ApiError(message, status=401, code="invalid_api_key")
         return None
 
 

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import as_record, message
 from llmkit.io.jsonl import PACKED
 from llmkit.serving.models import ServedModel, messages_of
 from llmkit.serving.protocol import ApiError, Body
-
-MAX_LABELLER = 200  # characters of a name
 
 
 class JudgementBody(Body):
@@ -32,9 +30,9 @@ class JudgementBody(Body):
     kind: Literal["thumb", "comparison", "rewrite"]
     messages: list[dict[str, Any]]
     answers: list[dict[str, Any]]
-    better: Literal[0, 1] | None = None
+    better: int | None = Field(None, ge=0, le=1)
     rewritten: str | None = None
-    labeller: str | None = None
+    labeller: str | None = Field(None, max_length=200)
     seeds: Any = None
     settings: Any = None
 
@@ -69,6 +67,8 @@ class Judgements:
         sides = [messages_of([answer], "answers") for answer in body.answers]
         if len(sides) != 1 + (body.kind == "comparison") or any(side[0].role != "assistant" for side in sides):
             raise ApiError("'answers': expected one message of the assistant's, two of a comparison", "answers")
+        if messages[-1].role == "assistant":
+            raise ApiError("'messages': expected a last message that is not the assistant's", "messages")
         prompt, answers = as_record(messages), [as_record(side) for side in sides]
         # the last answer alone is trained
         earlier = [{**entry, "weight": 0} if entry["role"] == "assistant" else entry for entry in prompt]
@@ -78,7 +78,7 @@ class Judgements:
         elif body.kind == "rewrite":
             ideal = as_record([message("assistant", body.rewritten or "")])
             records.append((self.preferences, {"prompt": prompt, "chosen": ideal, "rejected": answers[0]}))
-            records.append((self.conversations, {"messages": earlier + ideal}))
+            records.append((self.conversations, {"messages": earlier + ideal, "label": True}))
         elif body.better is None:
             records.append((self.preferences, {"prompt": prompt, "completions": answers, "ranking": [1, 1]}))
         else:
@@ -86,7 +86,7 @@ class Judgements:
             records.append((self.preferences, {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
         source = {
             "kind": body.kind,
-            "labeller": (body.labeller or "")[:MAX_LABELLER] or None,
+            "labeller": body.labeller or None,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": model.name,
             "fingerprint": model.fingerprint,

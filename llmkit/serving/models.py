@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import orjson
 
 from llmkit.errors import UserError
 from llmkit.formats.conversations import Message, definitions_of, read_messages
@@ -61,6 +62,8 @@ class ServedModel:
         self._template_lock = threading.Lock()
         self._chats: dict[bool, ChatFormat] = {}  # by whether to think
         self._bytes = self.tokenizer.token_bytes
+        # JSON of a prompt that leaves room in the context: 8 times its text, for escapes and what normalizers shorten
+        self._most_bytes = None if self._bytes is None else 8 * self.context * max(map(len, self._bytes))
         self._specials = {token: text for text, token in self.tokenizer.specials.items()}
 
     def info(self) -> dict[str, Any]:
@@ -111,7 +114,17 @@ class ServedModel:
     # ---- prompts
 
     def prompts(self, body: ChatBody | CompletionBody) -> list[Prompt]:
-        """Return the prompts of a request: of a conversation one, with the constraint of its `response_format`."""
+        """Return the prompts of a request: of a conversation one, with the constraint of its `response_format`.
+
+        Raises ApiError for texts that no context of this model holds, before they are cut into tokens: megabytes take
+        seconds, in which nobody else is served.
+        """
+        is_chat = isinstance(body, ChatBody)
+        for given in [body.messages] if is_chat else [prompt for prompt in body.prompt if isinstance(prompt, str)]:
+            if self._most_bytes is not None and (size := len(orjson.dumps(given))) > self._most_bytes:
+                message = f"maximum context length is {self.context} tokens, and the prompt has {size:,} bytes"
+                param = "messages" if is_chat else "prompt"
+                raise ApiError(f"This model's {message}", param, code="context_length_exceeded")
         if isinstance(body, CompletionBody):
             return [self.encode_text(prompt, body.add_special_tokens) for prompt in body.prompt]
         prompt, wanted = self.encode_chat(body), body.response_format

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llmkit.config import LARGEST_INTEGER
@@ -185,7 +186,7 @@ class CompletionBody(GenerationBody):
 class TokenizeBody(ConversationBody):
     """`/tokenize`, of a text (`prompt`) or of a conversation."""
 
-    prompt: str | None = None
+    prompt: str | None = Field(None, max_length=1 << 20, description="text of 1,048,576 characters at most")
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -222,12 +223,14 @@ def read_body(schema: type[AnyBody], body: Any) -> AnyBody:
         return schema.model_validate(fields)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
-    name = str(error["loc"][0])
-    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        values = " or ".join(map(repr, NEUTRAL.get(name, ())))
+    name, where = str(error["loc"][0]), ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        values = " or ".join(orjson.dumps(value).decode() for value in NEUTRAL.get(where, ()))
         reason = f"is supported at {values} alone" if values else "is not supported; leave it out"
-        raise ApiError(f"{name!r} {reason}", name, code="unsupported_parameter")
-    field, where = schema.model_fields.get(name), ".".join(map(str, error["loc"]))
+        raise ApiError(f"{where!r} {reason}", name, code="unsupported_parameter")
+    if error["type"] == "missing":
+        raise ApiError(f"{where!r}: expected a value, found none", name)
+    field = schema.model_fields.get(name)
     if field is not None and field.description:
         raise ApiError(f"{name!r}: expected {field.description}", name)
     message = error["msg"].partition(" or instance of ")[0].replace("valid dictionary", "JSON object")

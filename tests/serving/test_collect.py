@@ -43,6 +43,9 @@ def test_judgements_are_read_by_the_stages(tmp_path: Path) -> None:
             ("answers", [GOOD, BAD]),
             ("answers", [ASKED[0]]),
             ("better", 2),
+            ("better", True),
+            ("labeller", "A" * 201),
+            ("messages", ASKED[:2]),
             ("better", None),
             ("messages", []),
             ("stars", 5),
@@ -64,6 +67,7 @@ def test_judgements_are_read_by_the_stages(tmp_path: Path) -> None:
         "kind": "comparison",
         **{name: value for name, value in ABOUT.items() if name != "messages"},
     }
+    assert [json.loads(line)["label"] for line in files[1].read_bytes().splitlines()] == [True, True, False]
     assert len(record["fingerprint"]) == 16 and record["time"].endswith("+00:00")
 
 

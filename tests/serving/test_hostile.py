@@ -51,6 +51,8 @@ def head(server: Server, path: str, *headers: str, method: str = "POST") -> byte
 def test_a_text_of_a_megabyte_is_refused_with_the_context(server: Server, text: str) -> None:
     status, content = server.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": text}]})
     assert status == 400 and content["error"]["code"] == "context_length_exceeded"
+    assert "bytes" in content["error"]["message"]  # it is not cut into tokens, which would hold everybody up
+    assert server.post("/tokenize", {"prompt": "a" * 2_000_000})[0] == 400
 
 
 def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:

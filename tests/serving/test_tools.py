@@ -79,6 +79,8 @@ def test_the_tools_of_the_server_are_called_and_shown(server: Server) -> None:
     back = [*ASKED, choice.message.model_dump(exclude_none=True), *ASKED]
     tokens = server.post("/tokenize", {"model": "chat", "messages": back, "return_token_strs": True})[1]["token_strs"]
     assert "".join(tokens).count("<|calc_start|>1+2<|calc_end|><|result_start|>3<|result_end|>yeh<|im_end|>") == 1
+    cut = server.client.chat.completions.create(**request, stop=["h"]).choices[0].message
+    assert cut.content == "So ye" and cut.content_parts == [*PARTS[:-1], {"type": "text", "text": "ye"}]
     off = server.client.chat.completions.create(**request, tool_choice="none").choices[0]
     assert not hasattr(off.message, "content_parts")
 
