@@ -581,11 +581,12 @@ def test_people_say_which_answers_are_good_and_which_is_better(labelled: tuple[B
     page.click("#save")
     page.wait_for_selector("#edit", state="hidden")
     assert opened.turns() == ["One", "Wonderful."]
+    assert not page.locator(".assistant [data-does=up]").count()  # nobody judges a person's answer as the model's
     thumbs = jsonl.lines(folder / "judged.conversations.jsonl")
     assert [(one["kind"], one.get("label"), one["labeller"]) for one in thumbs] == [
         ("thumb", True, "Ada"),
         ("thumb", False, "Ada"),
-        ("rewrite", None, "Ada"),
+        ("rewrite", True, "Ada"),
     ]
     assert thumbs[2]["messages"][-1]["content"] == "Wonderful."
     opened.pick("chat")

@@ -316,7 +316,7 @@ function drawTurn(node) {
   if (!mine) tools.append(iconButton("again", "Another answer", () => answer(parent)));
   else if (!childrenOf(current, node.id).length) tools.append(iconButton("again", "Ask again", () => answer(node)));
   tools.append(iconButton("edit", mine ? "Edit, in a branch of its own" : "Rewrite the answer", () => edit(node)));
-  if (!mine && collecting) tools.append(iconButton("pair", "Compare with another answer", () => compare(parent, node)),
+  if (node.model && collecting) tools.append(iconButton("pair", "Compare with another answer", () => compare(parent, node)),
     iconButton("up", "Good answer", () => thumb(1), { pressed: node.thumb === 1 }),
     iconButton("down", "Bad answer", () => thumb(0), { pressed: node.thumb === 0 }));
   item.append(tools);
