@@ -83,12 +83,21 @@ def parts_of(
         yield work, results[0]
 
 
-def finished(out: str, recipe: Recipe) -> dict[str, Any] | None:
-    """The counts of a finished run, whose output and manifest stand there. Raises UserError for another recipe."""
-    manifest = None if Path(f"{out.rstrip('/')}{STATE}").exists() or not Path(out).exists() else read_manifest(out)
-    if manifest is None:
+DECISIVE = ("inputs", "listed", "base", "take", "limit", "columns", "rejects")  # for what is written, with the recipe
+
+
+def finished(out: str | None, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The counts of a finished run, whose output and manifest stand there.
+
+    Raises UserError for another recipe, and for other options that decide what is written.
+    """
+    if out is None or options["explain"] is not None:
         return None
-    check_identity(out, {"recipe": manifest["options"].get("recipe")}, {"recipe": as_json(recipe)})
+    manifest = None if Path(f"{out.rstrip('/')}{STATE}").exists() or not Path(out).exists() else read_manifest(out)
+    if manifest is None or not {"options", "results"} <= manifest.keys():
+        return None
+    noted, now = manifest["options"], {"recipe": as_json(recipe), **{name: options[name] for name in DECISIVE}}
+    check_identity(out, {name: noted.get(name) for name in now}, now)
     return {name: manifest["results"][name] for name in ("records", "documents", "dropped")}
 
 

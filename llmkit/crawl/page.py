@@ -71,7 +71,8 @@ class Skipped:
 
     def reject(self) -> dict[str, Any]:
         """The entry of --rejects."""
-        entry = {"id": f"{self.path}:{self.offset}" if self.id is None else self.id}
+        where = f"{self.path}:{self.offset}" if self.offset else self.path  # as of a document
+        entry = {"id": where if self.id is None else self.id}
         entry |= {"url": self.url} if self.url is not None else {}
         return entry | {"source": Path(self.path).name, "offset": self.offset, "step": READ, "reason": self.reason}
 

@@ -153,8 +153,9 @@ def open_sampler(
         raise UserError(f"{flag}: expected the folder of a model, or {EXAMPLE}, found {source}")
     chosen = choose_device(device)
     config, tokenizer = load_config(source, backend), load_tokenizer(source)
-    SavedTensors(source).check_kind()
     tokenizer.check_fits(config.vocab_size)
+    if not is_remote(source):  # others would be fetched by a dry run
+        SavedTensors(source).check_kind()
     model = ModelFolder(source, config, chosen, choose_precision(dtype, chosen, config.backend))
     with ExitStack() as stack:
         use = None

@@ -64,7 +64,10 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
                     raise UserError(f"{place}: expected UTF-8; convert the text first") from None
 
     fail = lambda error: failures.append(f"{place}: {error}")  # noqa: E731
-    talk(chat, piped_lines() if first is None else iter([first]), write, tell, fail=fail)
+    try:
+        talk(chat, piped_lines() if first is None else iter([first]), write, tell, fail=fail)
+    except UserError as error:
+        failures.append(str(error))
     if failures:
         raise UserError("; ".join(failures))
 

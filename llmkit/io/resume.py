@@ -191,17 +191,12 @@ def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str,
     for name, former, new in waiting:
         if isinstance(former, dict) and isinstance(new, dict):
             waiting += [(f"{name}.{key}", former.get(key), new.get(key)) for key in {**new, **former}]
-        elif _bare(former) != _bare(new):
+        elif former != new:
             former, new = ("none" if value is None else str(value)[:200] for value in (former, new))
             raise UserError(
                 f"{path}: another run: {name} was {former} and is now {new}; "
                 "resume with the same options and inputs, or start again with --force"
             )
-
-
-def _bare(value: Any) -> Any:
-    """A path, or several, without the slash at the end of a folder."""
-    return [*map(_bare, value)] if isinstance(value, list) else value.rstrip("/") if isinstance(value, str) else value
 
 
 def fingerprint(folder: Path) -> str:

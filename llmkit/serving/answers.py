@@ -105,9 +105,9 @@ class Answer:
             message |= {"content": message["content"] or None, "tool_calls": tool_calls_of(completion.tool_calls)}
         elif completion.tool_calls and isinstance(tools := job.request.tools or self._model.generator.tools, ToolUse):
             parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
-            if self._body.stop and parts[-1].kind == "text":  # what a stop string cuts off
-                said = sum(len(part.text) for part in parts if part.kind == "text")
-                last = parts[-1].text[: len(parts[-1].text) + len(completion.text) - said]
+            if self._body.stop and completion.finish_reason == "stop" and parts[-1].kind == "text":
+                before = sum(len(part.text) for part in parts[:-1] if part.kind == "text")
+                last = parts[-1].text[: max(len(completion.text) - before, 0)]  # without what a stop string cuts off
                 parts = (*parts[:-1], replace(parts[-1], text=last))
             message["content_parts"] = as_record([Message("assistant", parts)])[0]["content"]
         return message

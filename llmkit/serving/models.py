@@ -114,18 +114,10 @@ class ServedModel:
     # ---- prompts
 
     def prompts(self, body: ChatBody | CompletionBody) -> list[Prompt]:
-        """Return the prompts of a request: of a conversation one, with the constraint of its `response_format`.
-
-        Raises ApiError for texts that no context of this model holds, before they are cut into tokens: megabytes take
-        seconds, in which nobody else is served.
-        """
-        is_chat = isinstance(body, ChatBody)
-        for given in [body.messages] if is_chat else [prompt for prompt in body.prompt if isinstance(prompt, str)]:
-            if self._most_bytes is not None and (size := len(orjson.dumps(given))) > self._most_bytes:
-                message = f"maximum context length is {self.context} tokens, and the prompt has {size:,} bytes"
-                param = "messages" if is_chat else "prompt"
-                raise ApiError(f"This model's {message}", param, code="context_length_exceeded")
+        """Return the prompts of a request: of a conversation one, with the constraint of its `response_format`."""
         if isinstance(body, CompletionBody):
+            for prompt in body.prompt:
+                self._check_size(prompt if isinstance(prompt, str) else "", "prompt")
             return [self.encode_text(prompt, body.add_special_tokens) for prompt in body.prompt]
         prompt, wanted = self.encode_chat(body), body.response_format
         if wanted.type == "text":
@@ -138,6 +130,19 @@ class ServedModel:
         with _api_errors("response_format"):
             schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}
             return [replace(prompt, constraint=self._schemas.compile(schema))]
+
+    def _check_size(self, given: Any, param: str) -> None:
+        """Raise ApiError for what no context of this model holds.
+
+        It is not cut into tokens for that: megabytes take seconds, in which nobody else is served.
+        """
+        try:
+            size = len(orjson.dumps(given))
+        except TypeError as error:  # orjson reads deeper objects than it writes
+            raise ApiError(f"{param!r}: {error}", param) from None
+        if self._most_bytes is not None and size > self._most_bytes:
+            message = f"maximum context length is {self.context} tokens, and the prompt has {size:,} bytes"
+            raise ApiError(f"This model's {message}", param, code="context_length_exceeded")
 
     def encode_text(self, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
         """Return the prompt of a text or of token ids."""
@@ -152,6 +157,7 @@ class ServedModel:
         """Return the prompt of a conversation to answer, or whose last message is to be continued."""
         if not self.generator.is_assistant:
             raise ApiError(f"{self.name} is a base model, without a chat format; use /v1/completions", "model")
+        self._check_size([body.messages, body.tools], "messages")
         messages = messages_of(body.messages, "messages")
         with self._template_lock, _api_errors("messages"):
             chat = self._chat(body)

@@ -148,9 +148,9 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # load
     started = time.monotonic()
     recipe, recipe_name = _recipe(config)
-    if config.resume and config.out and (done := finished(config.out, recipe)):
+    if config.resume and (done := finished(config.out, recipe, as_options(config))):
         say(f"{config.out}: finished, nothing to do; without --resume, --force makes it again", config.quiet)
-        return Summary(config.out, config.rejects, **done, workers=0, seconds=0.0)
+        return Summary(str(config.out), config.rejects, **done, workers=0, seconds=0.0)
     inputs, out = _checked(config)
     paths = [source.path for source in sources(inputs)]
     total = sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None  # of a pipe

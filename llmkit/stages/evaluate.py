@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from fractions import Fraction
+from itertools import filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +27,7 @@ from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
 from llmkit.io.manifest import training_files, write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import CHOICES, first_of
+from llmkit.io.remote import is_remote
 from llmkit.io.resume import STATE, Kept
 from llmkit.io.run_folder import check_files, check_model_folder, uploaded
 
@@ -108,7 +110,7 @@ def run(config: EvaluateConfig) -> Summary | None:
     if config.dry_run:
         from llmkit.model.folder import SavedTensors
 
-        for folder in config.models if not config.is_served else ():
+        for folder in () if config.is_served else filterfalse(is_remote, config.models):
             SavedTensors(folder).check_kind()
         for one in loaded:
             say(f"{one.task.name}: {one.task.kind}, {counted(len(one.items), 'item')} of {one.task.path}", config.quiet)
@@ -177,8 +179,10 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     for text in config.gates:
         name, _, least = text.rpartition("=")
         try:
-            gates[name] = float(Fraction(least if name else ""))  # which knows no nan, that no score is under
-        except (ValueError, ZeroDivisionError):
+            gates[name] = float(least if name else "")
+            if not math.isfinite(gates[name]):
+                raise ValueError("no score is under nan")
+        except ValueError:
             raise UserError(f"--fail-under {text}: expected TASK=SCORE, such as arc_easy=0.3") from None
     return gates
 

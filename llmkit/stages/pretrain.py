@@ -244,8 +244,9 @@ def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
     model = None
     if config.model is not None:
         model = load_config(config.model)
-        SavedTensors(config.model).check_kind()
         tokenizer.check_fits(model.vocab_size)
+        if not is_remote(config.model):  # others would be fetched by a dry run
+            SavedTensors(config.model).check_kind()
         context = model.max_position_embeddings
         if config.sequence_length is not None and config.sequence_length > context:
             raise UserError(

@@ -215,24 +215,22 @@ def _save(
     """Write the pairs and the conversations, each with a manifest."""
     functions, out, total = selection.writer.sampler.tools, config.out or "-", len(selection.indices)
     schemas = [] if functions is None else [tool for tool in functions.schemas if tool["function"]["name"] not in TOOLS]
-    pairs = None
-    if config.pairs is not None:
-        pairs = 0
-        with open_output(config.pairs, config.force or config.resume) as write:
-            for best, worst, _ in selection.kept():
-                if worst is not None:
-                    chosen, rejected = (as_record(side.messages[-1:]) for side in (best, worst))
-                    write({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
-                    pairs += 1
-        if alike := total - pairs:
-            reason = "the answers are equally good, or one alone is kept"
-            say(f"{alike:,} of {counted(total, 'conversation')} gave no pair: {reason}", config.quiet)
-    with open_output(out, config.force or config.resume) as write:
-        for best, _, end in selection.kept():
+    pairs, replaces = None if config.pairs is None else 0, config.force or config.resume
+    with ExitStack() as outputs:  # appear together
+        write = outputs.enter_context(open_output(out, replaces))
+        write_pair = None if config.pairs is None else outputs.enter_context(open_output(config.pairs, replaces))
+        for best, worst, end in selection.kept():
             fields = {**names, **{name: end[name] for name in ("scores", "why") if end.get(name)}}
             if any(part.kind == CALL for turn in best.messages for part in turn.parts):
                 fields["tools"] = schemas
             write(best.as_line(**fields))
+            if write_pair is not None and pairs is not None and worst is not None:
+                chosen, rejected = (as_record(side.messages[-1:]) for side in (best, worst))
+                write_pair({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
+                pairs += 1
+    if pairs is not None and (alike := total - pairs):
+        reason = "the answers are equally good, or one alone is kept"
+        say(f"{alike:,} of {counted(total, 'conversation')} gave no pair: {reason}", config.quiet)
     results = {"conversations": total, "drafts": selection.decided, "pairs": pairs}
     inputs = input_files([str(config.guide), *config.topics, *config.documents], text=True)
     inputs += input_files([*config.seeds, *config.answer, *config.not_in])

@@ -219,4 +219,4 @@ class Writer:
         parts = [Part("text", begins + first.text.lstrip()), *rest]
         if parts[-1].kind == "text":
             parts[-1] = Part("text", parts[-1].text.rstrip())
-        return Message("assistant", tuple(parts if parts[0].text else rest))
+        return Message("assistant", tuple(parts if parts[0].text else parts[1:]))

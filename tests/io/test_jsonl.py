@@ -130,7 +130,7 @@ def test_inputs_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             check_inputs(paths)
-        assert len(set(paths)) < len(paths) or message in fails(paths[0])
+        assert len(set(paths)) < len(paths) or message.partition(";")[0] in fails(paths[0])
 
 
 def test_plain_text_is_one_document(tmp_path: Path) -> None:

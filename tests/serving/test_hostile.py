@@ -53,6 +53,12 @@ def test_a_text_of_a_megabyte_is_refused_with_the_context(server: Server, text: 
     assert status == 400 and content["error"]["code"] == "context_length_exceeded"
     assert "bytes" in content["error"]["message"]  # it is not cut into tokens, which would hold everybody up
     assert server.post("/tokenize", {"prompt": "a" * 2_000_000})[0] == 400
+    assert server.post("/tokenize", {"messages": [{"role": "user", "content": text}]})[0] == 400
+
+
+def test_deep_objects_are_refused(server: Server) -> None:
+    body = b'{"messages": [{"role": "user", "content": "a", "tool_calls": [' + b"[" * 600 + b"]" * 600 + b"]}]}"
+    assert server.post("/v1/chat/completions", body)[0] == 400
 
 
 def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:

@@ -548,7 +548,7 @@ def test_the_command_line(pipeline, tmp_path, llmkit, capsys):
     for options, message in (
         ({"runs": ()}, "RUN is missing"),
         ({}, "--out is required"),
-        ({"out": str(tmp_path), "force": True}, "choose another --out"),
+        ({"out": str(tmp_path), "force": True}, "choose another place"),
         ({"runs": (str(tmp_path / "f.json"),), "out": str(tmp_path / "f.json"), "force": True}, "choose another --out"),
     ):
         with pytest.raises(UserError, match=message):

@@ -222,7 +222,7 @@ FAULTS = {  # in rank 1 after 6 steps: where, what, and what is told
     "memory": ("_backward", "torch.OutOfMemoryError('CUDA out of memory')", "memory runs out with 4 rows at a time"),
     "a mistake": ("next", "UserError('docs.jsonl:7: expected text, found a number')", "docs.jsonl:7: expected text"),
     "a bug": ("next", "KeyError('x')", "a bug in llmkit"),
-    "an update": ("_muon", "MemoryError()", "not enough memory"),
+    "an update": ("_directions", "MemoryError()", "not enough memory"),
 }
 FAULTY = """
 import sys, torch
@@ -249,8 +249,8 @@ class Trainer(trainer.Trainer):
 
 if where == "_backward":
     torch.Tensor.backward = failing(torch.Tensor.backward)
-elif where == "_muon":
-    optimizer._Stack._muon = failing(optimizer._Stack._muon)
+elif where == "_directions":
+    optimizer._Stack._directions = failing(optimizer._Stack._directions)
 trainer.Trainer = Trainer
 main()
 """
