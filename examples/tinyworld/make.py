@@ -30,7 +30,7 @@ from world import FULL, QUICK, TOLD, Entity, Size, invent
 
 FILES = 4  # of the crawl
 LESSONS = {"sort": 0.2, "reverse": 0.18, "add": 0.25, "tool": 0.32, "even": 0.05}  # shares of the schoolbook
-CARELESS = 0.6  # of the problems solved in conversations: shown with their usual mistake, which rl can then mend
+CARELESS = 0.6  # of the problems solved in conversations get the usual mistake where they give occasion, .3 of all
 EXAMINED = (*school.KINDS, "tool")
 REHEARSED = 10  # problems for each sum for the calculator, question and question of who it is that rl only rehearses
 

@@ -20,6 +20,7 @@ from llmkit.generation.generator import Generator
 from llmkit.generation.next_token import Sampling, request_number, seed_of_repeat
 from llmkit.generation.requests import Request
 from llmkit.generation.tool_calls import ToolUse
+from llmkit.io.progress import counted
 from llmkit.io.records import THOUGHTS, Row
 from llmkit.serving.engine import Delta, Job
 from llmkit.serving.protocol import ApiError, ChatBody, CompletionBody, ConversationBody
@@ -141,7 +142,7 @@ class ServedModel:
         except TypeError as error:  # orjson reads deeper objects than it writes
             raise ApiError(f"{param!r}: {error}", param) from None
         if self._most_bytes is not None and size > self._most_bytes:
-            message = f"maximum context length is {self.context} tokens, and the prompt has {size:,} bytes"
+            message = f"maximum context length is {self.context} tokens, and the prompt has {counted(size, 'byte')}"
             raise ApiError(f"This model's {message}", param, code="context_length_exceeded")
 
     def encode_text(self, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
