@@ -477,6 +477,7 @@ def test_bad_items_are_named(models, tmp_path, rows, expected):
         ({"gates": ["thing=1"]}, "--fail-under thing: expected a task among things"),
         ({"gates": ["things"]}, "--fail-under things: expected TASK=SCORE"),
         ({"gates": ["0.5"]}, "--fail-under 0.5: expected TASK=SCORE"),
+        ({"gates": ["things=1e400"]}, "--fail-under things=1e400: expected TASK=SCORE"),
         ({"gates": ["things=nan"]}, "--fail-under things=nan: expected TASK=SCORE"),
         ({"few_shot": 6}, "expected 6 examples (--shots), found 5"),
         ({"chat": True}, "llmkit sft"),

@@ -221,20 +221,21 @@ def test_refusals_are_asked_for_where_the_guide_has_them(place, server, capsys):
     assert 2 < len(refused) < 15 and all("break into" in row["messages"][-2]["content"] for row in refused)
 
 
-def test_calls_of_tools_are_run(place, server):
+@pytest.mark.parametrize("said", ["Let me see. ", ""], ids=["text first", "call first"])
+def test_calls_of_tools_are_run(place, server, said):
     def calls(prompt, seed):
         if "How can I" in prompt and prompt.startswith("How"):
             call = {"id": "1", "type": "function", "function": {"name": "calc", "arguments": '{"expression": "6*7"}'}}
-            body = {"role": "assistant", "content": "Let me see. ", "tool_calls": [call]}
+            body = {"role": "assistant", "content": said, "tool_calls": [call]}
             return {"choices": [{"index": 0, "message": body, "finish_reason": "tool_calls"}]}
-        return f"{chat_writer(prompt, seed)} So it is {prompt}." if prompt == "42" else chat_writer(prompt, seed)
+        return f"{chat_writer(prompt, seed)} So it is {prompt}. \n" if prompt == "42" else chat_writer(prompt, seed)
 
     server.answer = calls
     assert write_chats(server, *TOPICS, "-n", 1, "--tools", "calc", "--mix", "system=0") == 0
     (row,) = lines(place / "chats.jsonl")
-    parts = row["messages"][-1]["content"]
-    assert [part["type"] for part in parts] == ["text", "calc", "result", "text"]
-    assert [part["text"] for part in parts[:3]] == ["Let me see. ", "6*7", "42"] and "So it is 42." in parts[3]["text"]
+    *before, call, result, answer = [(part["type"], part["text"]) for part in row["messages"][-1]["content"]]
+    assert before == [("text", said)] * bool(said) and [call, result] == [("calc", "6*7"), ("result", "42")]
+    assert answer[0] == "text" and answer[1].endswith(" So it is 42.")
     assert {"tools" in body for body in server.requests} == {True, False}  # the person has none
 
 

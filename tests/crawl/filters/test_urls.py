@@ -100,12 +100,13 @@ def test_what_is_no_list_is_an_error_with_its_place(tmp_path: Path) -> None:
 
 def test_lines_that_meet_no_address_are_counted(tmp_path: Path, ut1: Path, capsys) -> None:
     (tmp_path / "mixed").write_text(
-        "127.0.0.1 localhost\ngood.example\ncasino\n*.wild.example\n||a.example^/x\n[::1]\n"
+        "127.0.0.1 localhost\ngood.example\ncasino\n*.wild.example\n||a.example^/x\n[::1]\nasked.example?x=1\n"
     )
     with (ut1 / "gambling" / "domains").open("a") as handle:
         handle.write("poker\n")
     filter = UrlFilter([tmp_path / "mixed", ut1], NOTHING, quiet=False)
     assert filter.reason("http://good.example/") == "blocked_domain:mixed" == filter.reason("http://[::1]/")
+    assert filter.reason("http://asked.example/") == "blocked_domain:mixed"
     told = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
     ends = "left out 3 lines without a domain or URL", "left out 1 line without a domain or URL"
     assert told == [f"{tmp_path}/mixed: {ends[0]}", f"{ut1}/gambling/domains: {ends[1]}"]
