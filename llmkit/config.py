@@ -558,8 +558,16 @@ def lasting_options(config: Any) -> dict[str, Any]:
 
 
 def options_by_flag(config: Any, free: bool = True) -> dict[str, Any]:
-    """The resolved options, by flag, as plain JSON values; without `free` ones where these do not count."""
+    """The resolved options, by flag, as plain JSON values; without `free` ones where these do not count.
+
+    A path to read is the same with and without a slash at its end, and has none here.
+    """
+    bare = lambda value: (value.rstrip("/") or value) if isinstance(value, str) else value  # noqa: E731
     values, items = as_options(config), option_fields(type(config))
+    for item in items:
+        value = values[item.name]
+        if option_of(item).reads:
+            values[item.name] = list(map(bare, value)) if isinstance(value, list) else bare(value)
     return {flag_of(item): values[item.name] for item in items if free or not option_of(item).free}
 
 

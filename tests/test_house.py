@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "errors": (60, 0),
     "display": (90, 0),
-    "config": (420, 570),
+    "config": (420, 580),
     "kernels": (3000, 3010),
     "io": (2150, 4150),
     "formats": (950, 1130),
