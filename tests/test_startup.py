@@ -13,6 +13,7 @@ import pytest
 
 from llmkit.cli import COMMANDS
 from llmkit.config import Option, option_fields, option_of, resolve, value_type
+from tests.test_house import modules
 
 HEAVY = ["torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "selectolax", "fasttext"]
 HEAVY += ["prompt_toolkit"]
@@ -67,3 +68,20 @@ def test_the_defaults_of_every_command_are_values_that_it_accepts() -> None:
         required = {name: "x" for name, value in defaults.items() if value is MISSING}
         given = {name: value for name, value in defaults.items() if value is not None and value != ()}
         assert resolve(config_class, given | required) == config_class(**required)
+
+
+IMPORT_ALL = """
+import sys
+from importlib import import_module
+for name in sys.argv[1:]:
+    import_module(name)
+rare = ("torch._dynamo", "transformers", "triton", "scipy", "pyarrow", "openai")
+print(*(name for name in rare if name in sys.modules))
+"""
+
+
+def test_no_module_imports_what_few_runs_need() -> None:
+    """torch._dynamo alone is 1.2 s at the start of each command, and a decorator of torch.compiler imports it."""
+    names = [name for name in modules() if not name.endswith(("__main__", ".jail")) and ".kernels." not in name]
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -290,7 +290,6 @@ class TransformersModel(Transformer):
         scale = 1.0 if abs(scale - 1.0) < near else scale
         return scale if _close(logits_2LV, scale * plain_2LV, near) else None
 
-    @torch.compiler.disable
     def forward(
         self,
         token_ids_BT: Tensor,
