@@ -255,10 +255,11 @@ class Pool:
                 self._leave(sequence, reason, prefix)
         if not (running := self.running):
             return bool(self._more or self._calls)
-        for slot, sequence in enumerate(running):
-            if self._decoder.turns_anew(sequence.position, sequence.position + 1):
+        positions = [sequence.position for sequence in running]
+        for slot, (sequence, position) in enumerate(zip(running, positions, strict=True)):
+            if self._decoder.turns_anew(position, position + 1):
                 self._decoder.load(slot, self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids]))
-        logits = self._decoder.step([s.token_ids[-1] for s in running], [s.position for s in running])
+        logits = self._decoder.step([sequence.token_ids[-1] for sequence in running], positions)
         self._of.steps += 1
         self._of.rows += len(running)
         tokens = self._choose(logits, running)
@@ -372,9 +373,10 @@ class Pool:
         groups = [
             (sampling, bool(sequence.constraint)) for sampling, sequence in zip(samplings, sequences, strict=True)
         ]
-        for group in dict.fromkeys(groups):
-            rows = [row for row, other in enumerate(groups) if other == group]
-            logits, allowed = logits_BV if len(rows) == len(sequences) else logits_BV[rows], None
+        alike = groups.count(groups[0]) == len(groups)  # mostly one object, which is compared sooner than hashed
+        for group in groups[:1] if alike else dict.fromkeys(groups):
+            rows = [row for row, other in enumerate(groups) if alike or other == group]
+            logits, allowed = logits_BV if alike else logits_BV[rows], None
             if group[1]:
                 masks = [constraint.allowed() for row in rows if (constraint := sequences[row].constraint)]
                 allowed = torch.from_numpy(np.stack(masks)).to(logits.device)
