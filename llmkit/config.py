@@ -51,7 +51,7 @@ DROPPED = {
     "calibration": ("ProbeKnowledgeConfig", "--report has the log-probability of each answer and its judgement"),
     "retries": ("ServedConfig", "6 is fixed: 0.5 to 8 seconds lie between them, or as long as the server asks for"),
     "as_assistant": ("SampleConfig", "--shots assistant"),
-    "unordered": ("SampleConfig", "records come in the order of the input; --resume goes on where a run has ended"),
+    "unordered": ("SampleConfig", "records come in the order of the input; --resume continues where a run has ended"),
     "consistent": ("ProbeKnowledgeConfig", "two thirds of the answers must agree"),
     "prefix_tokens": ("ProbeKnowledgeConfig", "32 is fixed"),
     "reply_tokens": ("ProbeKnowledgeConfig", "2,048 is fixed"),

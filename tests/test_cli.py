@@ -185,11 +185,11 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: l
 def test_an_existing_output_needs_force(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("old")
-    assert mistake(toy("-", "-o", out)) == f"{out}: exists already; --force replaces it, or choose another place"
+    assert mistake(toy("-", "-o", out)) == f"{out}: already exists; --force replaces it, or choose another place"
     assert out.read_text() == "old"
     assert summary(toy("-", "-o", out, "--force"))["records"] == 1
     assert summary(toy("-o", tmp_path / "f", "--act", "folder"))["records"] == 0
-    assert "exists already" in mistake(toy("-o", tmp_path / "f", "--act", "folder"))
+    assert "already exists" in mistake(toy("-o", tmp_path / "f", "--act", "folder"))
     assert summary(toy("-o", tmp_path / "f", "--act", "folder", "--force"))["records"] == 0
     assert sorted(os.listdir(tmp_path)) == ["f", "out.jsonl"]
 
@@ -226,7 +226,7 @@ def test_a_dry_run_writes_nothing_but_finds_mistakes(tmp_path: Path) -> None:
     done = toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path)
     assert (done.returncode, os.listdir(tmp_path)) == (0, [])
     (tmp_path / "out.jsonl").write_text("old")
-    assert "exists already" in mistake(toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path))
+    assert "already exists" in mistake(toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path))
 
 
 # ---- options from flags, a file and defaults
@@ -243,7 +243,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
     found = summary(toy("-", "--config", toml, *flags))
     assert (found["size"], found["stop"], found["quiet"], found["tie"]) == (30_000, ["z"], False, True)
     assert "rate" not in found
-    assert "exists already" in mistake(toy("-", "--config", toml, "--no-force"))
+    assert "already exists" in mistake(toy("-", "--config", toml, "--no-force"))
 
 
 @pytest.mark.parametrize(

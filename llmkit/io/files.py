@@ -75,7 +75,7 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
         raise UserError(f"{path}: a mount point, which cannot be replaced; choose a place in it: --out {path}/result")
     if os.path.exists(path) and not resume and not is_empty_folder(path):
         if not force:
-            raise UserError(f"{path}: exists already; --force replaces it, or choose another place")
+            raise UserError(f"{path}: already exists; --force replaces it, or choose another place")
         ours = [*(f"{path}/{name}" for name in OURS), f"{path.rstrip('/')}.manifest.json"]
         if os.path.isdir(path) and os.listdir(path) and not any(map(os.path.exists, ours)):
             raise UserError(f"{path}: not a folder that llmkit wrote, so --force leaves it alone; choose another place")
@@ -103,7 +103,7 @@ def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
     """Raise UserError when a killed run has left one of these, and neither `--force` nor `--resume` is given."""
     there = next(filter(os.path.exists, left), None)
     if there is not None and not (force or resume):
-        raise UserError(f"{there}: an unfinished run; --resume goes on with it, --force starts again")
+        raise UserError(f"{there}: an unfinished run; --resume continues it, --force starts over")
 
 
 def output_folder(out: str | None, example: str) -> Path:

@@ -195,7 +195,7 @@ def check_upload(address: str, replaces: bool) -> None:
     if kind == "directory":
         raise UserError(f"{address}: expected a file, found a folder; choose another place")
     if kind is not None and not replaces:
-        raise UserError(f"{address}: exists already; --force replaces it, or choose another place")
+        raise UserError(f"{address}: already exists; --force replaces it, or choose another place")
     retried(address, begin, "written")
 
 

@@ -49,7 +49,7 @@ class Kept:
         if begun:
             check_file(str(path))
         elif resume:
-            say(f"--resume: nothing stands at {path} yet, so the run starts")
+            say(f"--resume: nothing at {path} yet: starting a new run")
         self._file: IO[bytes] = io.BytesIO()
         if path is not None:
             with errors_name(path, path):
@@ -157,8 +157,10 @@ class Kept:
         except BaseException as error:
             if not self:
                 self.remove()
-            advice = f"the same command with --resume goes on ({self.path})"
-            is_said = self.path is None or not self or any(word in str(error) for word in ("--resume goes", "--force"))
+            advice = f"the same command with --resume continues ({self.path})"
+            is_said = (
+                self.path is None or not self or any(word in str(error) for word in ("--resume continues", "--force"))
+            )
             if isinstance(error, KeyboardInterrupt) and not is_said:
                 raise Interrupted(f"interrupted; {advice}") from None
             if isinstance(error, UserError) and not is_said:

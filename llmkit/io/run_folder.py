@@ -129,7 +129,7 @@ class RunFolder:
         check_output(str(self.folder), force, resume)
         if resume and not self.work.is_dir() and (not self.folder.is_dir() or is_empty_folder(self.folder)):
             self.resume = resume = False
-            say(f"--resume: nothing stands at {self.work} yet, so the run starts")
+            say(f"--resume: nothing at {self.work} yet: starting a new run")
         check_unfinished(force, resume, self.work)
         if resume and (self.work / NOTES).exists():
             with suppress(UserError):  # `notes` tells of it

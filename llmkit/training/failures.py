@@ -215,7 +215,7 @@ def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int
         return note["message"] if common else f"rank {rank}: {note['message']}", note["code"]
     gone = [rank for rank in range(size) if rank not in notes]
     if gone:
-        return f"{_ranks(gone)}: no answer: killed, stopped or cut off; --resume goes on", UserError.exit_code
+        return f"{_ranks(gone)}: no answer: killed, stopped or cut off; --resume continues", UserError.exit_code
     if all(note["kind"] == "interrupted" for note in notes.values()):
         return "interrupted", Interrupted.exit_code
     lost = [note for note in notes.values() if note["kind"] == "lost"]

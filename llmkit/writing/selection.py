@@ -163,7 +163,7 @@ class Selection:
             ends = f", or ends with -n {len(self.indices)}" if self.indices else ""
             raise UserError(
                 f"--budget {self._budget.text}: spent after {counted(len(self.indices), 'conversation')}; the same "
-                f"command with --resume goes on with a higher one{ends}"
+                f"command with --resume continues with a higher one{ends}"
             )
 
     def _decide(self, wait: bool = False) -> None:
@@ -196,8 +196,8 @@ class Selection:
                 del self._written[index]
                 if self._useless < USELESS:
                     continue
-                is_too_long = self.dropped.most_common(1)[0][0] == f"form: {TOO_LONG}"
-                advice = "take a writer with a longer one" if is_too_long else "the same command with --resume goes on"
+                too_long = self.dropped.most_common(1)[0][0] == f"form: {TOO_LONG}"
+                advice = "use a writer with more context" if too_long else "the same command with --resume continues"
                 raise UserError(
                     f"--writer: the last {USELESS} drafts of {self.writer.sampler.name} were dropped; of all "
                     f"{self.decided:,}: {self._reasons()}; {advice}"

@@ -193,7 +193,7 @@ def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str
             shutil.rmtree(place)  # it was faster than the moment
             continue
         code = ended(start(stage, place, inputs), 600)
-        stood = code == 2 and "exists already" in (place / "log").read_text()  # finished before it was killed
+        stood = code == 2 and "already exists" in (place / "log").read_text()  # finished before it was killed
         if code != 0 and not stood:
             faults.append(f"{stage}: killed at {told} of {length:.2f} s, --resume ended with {code}")
             faults[-1] += f": {(place / 'log').read_text()[-1000:]}"

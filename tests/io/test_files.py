@@ -52,7 +52,7 @@ def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "manifest.json").write_text("{}")
     for name in ("file", "mine", "model"):
-        with pytest.raises(UserError, match="exists already; --force replaces it"):
+        with pytest.raises(UserError, match="already exists; --force replaces it"):
             check_output(str(tmp_path / name), force=False)
         check_output(str(tmp_path / name), force=False, resume=True)
     check_output(str(tmp_path / "model"), force=True)

@@ -215,7 +215,7 @@ def test_a_crawl_of_a_file_that_changes_ends_and_is_resumed(server: FileServer, 
     archive, lines = server.address + "a.warc.gz", server.address + "b.jsonl"
     run(CrawlFilterConfig(**{**options, "out": "whole.jsonl"}, inputs=("a.warc.gz",)))
     server.ways = {"short", "changes"}
-    with pytest.raises(UserError, match=r"a.warc.gz: changed while it was read; .*--resume goes on"):
+    with pytest.raises(UserError, match=r"a.warc.gz: changed while it was read; .*--resume continues"):
         run(CrawlFilterConfig(**options, inputs=(archive,)))
     assert not list(tmp_path.glob("out.jsonl")) and not list(tmp_path.glob("*.partial"))
     server.ways = {"short"}

@@ -244,10 +244,10 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
     out.mkdir()  # an empty one is taken
     run = folder_of(out, resume=True)
     assert not run.resume and not run.is_finished
-    assert "--resume: nothing stands at" in capsys.readouterr().err
+    assert "--resume: nothing at" in capsys.readouterr().err
     run.begin({})
     (run.work / "metrics.jsonl").write_text('{"step":1,"loss":2.0}\n')
-    with pytest.raises(UserError, match=r"base\.partial: an unfinished run; --resume goes on with it"):
+    with pytest.raises(UserError, match=r"base\.partial: an unfinished run; --resume continues it"):
         folder_of(out)
     folder_of(out, dry_run=True)
     resumed = folder_of(out, resume=True)
@@ -257,7 +257,7 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
     finish(resumed, {"steps": 1})
     assert os.listdir(tmp_path) == ["base"]
     assert set(os.listdir(out)) == {"manifest.json", "metrics.jsonl", "state"}
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         folder_of(out)
     again = folder_of(out, force=True)
     again.begin({})

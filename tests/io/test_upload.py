@@ -80,7 +80,7 @@ def test_two_outputs_at_one_address_are_refused(store: ObjectStore, rejects: str
 def test_tables_too_and_what_lies_there_is_replaced_by_force_alone(store: ObjectStore) -> None:
     crawl("s3://bucket/out.parquet")
     assert [row.value["id"] for row in read_jsonl(["s3://bucket/out.parquet"])] == list(range(50))
-    with pytest.raises(UserError, match=r"^s3://bucket/out.parquet: exists already; --force replaces it"):
+    with pytest.raises(UserError, match=r"^s3://bucket/out.parquet: already exists; --force replaces it"):
         crawl("s3://bucket/out.parquet")
     crawl("s3://bucket/out.parquet", limit=10, force=True)
     assert len(list(read_jsonl(["s3://bucket/out.parquet"]))) == 10
@@ -92,7 +92,7 @@ def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: Objec
     with pytest.raises(UserError, match=rf"^s3://bucket/a/out\.jsonl: not allowed .*check the credentials; {advice}"):
         crawl()
     assert store.objects() == {}
-    with pytest.raises(UserError, match="upload: an unfinished run; --resume goes on with it, --force starts again"):
+    with pytest.raises(UserError, match="upload: an unfinished run; --resume continues it, --force starts over"):
         crawl()
     store.refuse = lambda method, path: None
     with pytest.raises(UserError, match="another run: --limit was none and is now 5"):
@@ -128,7 +128,7 @@ def test_a_run_that_was_interrupted_goes_on(store: ObjectStore, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("llmkit.crawl.output.Collector.add", interrupt)
-        with pytest.raises(Interrupted, match=r"--resume goes on \(bucket-a-out.jsonl.upload/out/out.jsonl.state\)"):
+        with pytest.raises(Interrupted, match=r"--resume continues \(bucket-a-out.jsonl.upload/out/out.jsonl.state\)"):
             crawl()
     assert store.objects() == {}
     crawl(resume=True)

@@ -116,7 +116,7 @@ def test_beyond_the_bound_or_with_all_records_bad_a_run_ends_in_one_line(folders
 
 def test_a_sample_beyond_its_bound_is_resumed(folders, tmp_path, capsys):
     given = write(tmp_path / "p.jsonl", *[{"prompt": f"{n}"} for n in range(30)], *["{"] * 4)
-    with pytest.raises(UserError, match=r"4 of 34 records .*--resume goes on"):
+    with pytest.raises(UserError, match=r"4 of 34 records .*--resume continues"):
         run("sample", folders, given, tmp_path / "out.jsonl", batch_size=1)
     kept = (tmp_path / "out.jsonl.state").read_bytes().count(b"\n") // 3  # of a record, its key and its end
     assert kept > 20

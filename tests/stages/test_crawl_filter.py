@@ -143,10 +143,10 @@ def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, man
     if number == signal.SIGKILL:
         assert process.returncode == -number and not (tmp_path / "docs.jsonl").exists()
     else:
-        assert process.returncode == 130 and "the same command with --resume goes on" in said.splitlines()[-1]
+        assert process.returncode == 130 and "the same command with --resume continues" in said.splitlines()[-1]
         assert "Traceback" not in said and list(tmp_path.iterdir()) == [state]
     for words, message in (
-        ([archive], "an unfinished run; --resume goes on with it"),
+        ([archive], "an unfinished run; --resume continues it"),
         ([archive, "--resume", "--skip", "c4"], "another run: recipe.steps was"),
         ([crawl / "mixed.warc.gz", "--resume"], "not what the unfinished run has read"),
     ):
@@ -429,7 +429,7 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     command = ["-o", tmp_path / "out", "--only", "exact_duplicates", "--workers", "1"]
     ended = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--strict")
     assert ended.returncode == 2 and "z.jsonl: no JSON lines: the file is empty" in ended.stderr
-    assert f"the same command with --resume goes on ({tmp_path}/out.state)" in ended.stderr
+    assert f"the same command with --resume continues ({tmp_path}/out.state)" in ended.stderr
     (tmp_path / "z.jsonl").write_text('{"text": "the last"}\n')
     done = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--resume")
     assert done.returncode == 0, done.stderr
@@ -455,7 +455,7 @@ def test_a_run_killed_before_its_manifest_is_an_unfinished_one(llmkit, tmp_path,
     killed = subprocess.run([sys.executable, "-c", code, *command[:]], capture_output=True)
     assert killed.returncode == -signal.SIGKILL and os.path.exists("docs")
     again = llmkit(*command)
-    assert again.returncode == 2 and ".state: an unfinished run; --resume goes on with it" in again.stderr
+    assert again.returncode == 2 and ".state: an unfinished run; --resume continues it" in again.stderr
     assert llmkit(*command, "--resume").returncode == 0
     assert sorted(os.listdir()) == ["a.jsonl", "docs", "docs.manifest.json"]
 
@@ -502,7 +502,7 @@ def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
     assert len(rows) == json.loads(done.stdout)["documents"] > 0
     manifest = json.loads((tmp_path / "docs.manifest.json").read_bytes())
     assert [entry["path"] for entry in manifest["inputs"]] == [str(tmp_path / "a.warc.gz")]
-    assert "exists already" in llmkit(*command).stderr and llmkit(*command, "--force").returncode == 0
+    assert "already exists" in llmkit(*command).stderr and llmkit(*command, "--force").returncode == 0
     trained = llmkit("train-bpe", docs, "--vocab-size", "320", "-o", tmp_path / "tok")
     assert trained.returncode == 0 and json.loads(trained.stdout)["documents"] == len(rows)
     made = json.loads((tmp_path / "tok" / "manifest.json").read_bytes())

@@ -419,7 +419,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatc
         return whole(model, task, items)
 
     monkeypatch.setattr(evaluator.Model, "evaluate", dies)
-    with pytest.raises(BaseException, match="--resume goes on"):
+    with pytest.raises(BaseException, match="--resume continues"):
         evaluate(models / "base", models / "other", tasks=file, out=str(out))
     with pytest.raises(UserError, match="an unfinished run"):
         evaluate(models / "base", models / "other", tasks=file, out=str(out))

@@ -334,7 +334,7 @@ def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llm
     assert found["bytes"] == out.stat().st_size and found["files"] == 1
     assert json.loads((tmp_path / "chat.gguf.manifest.json").read_text())["stage"] == "export"
     assert sorted(os.listdir(tmp_path)) == ["chat.gguf", "chat.gguf.manifest.json"]
-    assert "exists already" in refused(chat, out)
+    assert "already exists" in refused(chat, out)
     for form in ("gguf", "hf"):
         dry = ExportConfig(model=str(chat), format=form, dtype="bfloat16", out=str(tmp_path / "dry"), dry_run=True)
         assert export.run(dry) is None and "parameters of qwen3, float32; to " in capsys.readouterr().err

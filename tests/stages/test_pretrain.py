@@ -207,7 +207,7 @@ def test_a_second_run_and_a_resume_with_other_options_are_refused(corpus, llmkit
     assert "--learning-rate was none and is now 0.5; resume with the same options" in done.stderr
     (tmp_path / "base.tokens").rename(tmp_path / "kept.tokens")
     done = llmkit(*arguments(corpus, out, "--max-steps", "100000"))
-    assert done.returncode == 2 and f"{out}.partial: an unfinished run; --resume goes on with it" in done.stderr
+    assert done.returncode == 2 and f"{out}.partial: an unfinished run; --resume continues it" in done.stderr
     assert not (tmp_path / "base.tokens").exists()  # it was said before the documents were read
     more = ["--max-steps", "100000", "--resume", "--dry-run", "--save-every", "9"]
     done = llmkit(*arguments(corpus, out, *more))

@@ -198,7 +198,7 @@ def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
     asked = questions(tmp_path / "q.jsonl")
     with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
         server.dies_after = 2
-        with pytest.raises(UserError, match="--resume goes on"):
+        with pytest.raises(UserError, match="--resume continues"):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, judge=server.spec)
         with pytest.raises(UserError, match=r"another run: --judge was openai:#tiny and is now match; .*--force"):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, resume=True)

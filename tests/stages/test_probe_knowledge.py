@@ -207,7 +207,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         probe(model, out, questions=asked, resume=True)
     write(asked, PARIS, ROME)
     out.unlink()
-    with pytest.raises(UserError, match=r"r.jsonl.state: an unfinished run; --resume goes on with it"):
+    with pytest.raises(UserError, match=r"r.jsonl.state: an unfinished run; --resume continues it"):
         probe(model, out, questions=asked)
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
     assert probe(model, out, questions=asked, resume=True).questions is None  # finished, nothing to do
@@ -286,6 +286,6 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
     with pytest.raises(UserError, match="no/where: expected a model folder, found nothing"):
         probe(Path("no/where"), out, questions=asked)
     out.write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         probe(parrot, out, questions=asked)
     assert out.read_text() == "mine"

@@ -60,7 +60,7 @@ def test_without_a_folder_questions_are_sent_as_messages(babbler, questions):
 def test_a_server_that_dies_is_resumed_to_the_same_bytes(babbler, questions):
     with ModelServer(babbler) as server:
         server.dies_after = 7
-        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*--resume goes on \(.*a\.state"):
+        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*--resume continues \(.*a\.state"):
             probe(babbler, questions, "a", engine=server.spec)
     with ModelServer(babbler) as server:
         probe(babbler, questions, "a", engine=server.spec, resume=True)

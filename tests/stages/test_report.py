@@ -533,7 +533,7 @@ def test_the_command_line(pipeline, tmp_path, llmkit, capsys):
     done = llmkit("report", tok, "-o", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"path": str(out), "bytes": out.stat().st_size, "runs": 1, "notes": []}
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         run(ReportConfig(runs=(str(tok),), out=str(out)))
     given = (str(pipeline[3]), str(pipeline[-1]))  # whose ancestors are told of alone
     summary = run(ReportConfig(runs=given, out=str(tmp_path / "two.html"), quiet=True))

@@ -345,7 +345,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp
     assert code == 130 and "out.jsonl.state)" in said
     kept = state.read_bytes()
     again = llmkit(*words)
-    assert again.returncode == 2 and "an unfinished run; --resume goes on with it" in again.stderr
+    assert again.returncode == 2 and "an unfinished run; --resume continues it" in again.stderr
     assert state.read_bytes() == kept and not out.exists()
 
 

@@ -92,7 +92,7 @@ def test_a_server_that_dies_is_resumed_to_the_same_bytes(folder, prompts, tmp_pa
     out, options = tmp_path / "out.jsonl", {"inputs": [str(prompts)], "samples": "2", "concurrency": "2"}
     with ModelServer(folder) as server:
         server.dies_after = dies_after
-        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*--resume goes on \(.*out.jsonl.state"):
+        with pytest.raises(UserError, match=r"cannot be reached after 1 retry.*--resume continues \(.*out.jsonl.state"):
             sample(folder, out, engine=server.spec, **options)
         assert not out.exists() and (tmp_path / "out.jsonl.state").read_bytes().count(b"completion") >= 1
     with ModelServer(folder) as server:  # at another port

@@ -169,7 +169,7 @@ def test_bad_options_are_refused_in_one_line(llmkit, corpus: Path, tmp_path: Pat
 def test_an_existing_folder_stays_unless_forced(llmkit, corpus: Path, trained: Path) -> None:
     before = (trained / "tokenizer.json").read_bytes()
     done = llmkit("train-bpe", corpus, "--vocab-size", "320", "-o", trained)
-    assert done.returncode == 2 and "exists already; --force" in done.stderr
+    assert done.returncode == 2 and "already exists; --force" in done.stderr
     assert (trained / "tokenizer.json").read_bytes() == before
 
 

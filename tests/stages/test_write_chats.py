@@ -293,7 +293,7 @@ def test_a_killed_run_goes_on_to_the_same_lines(place, server, capsys, one_retry
         ended.append(write_chats(server, *words, *(["--resume"] if more else [])))
         if ended[-1] == 0:
             break
-        assert "the same command with --resume goes on" in capsys.readouterr().err
+        assert "the same command with --resume continues" in capsys.readouterr().err
     assert ended.count(0) == 1 and len(ended) > 4
     assert (place / "chats.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
     assert len(server.requests) < 3 * asked + 300
@@ -346,7 +346,7 @@ def test_a_budget_that_the_last_prompt_spends_is_enough(place, server, capsys):
     assert write_chats(server, *words, "--budget", 200) == 0
     server.answer = lambda prompt, seed: ""
     assert write_chats(server, *words, "--budget", 1, out="none.jsonl") == 2
-    assert "--resume goes on with a higher one\n" in capsys.readouterr().err  # as nothing is kept to end with
+    assert "--resume continues with a higher one\n" in capsys.readouterr().err  # as nothing is kept to end with
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes_bit_for_bit(data, tmp_path):
     job = Running(2, tmp_path / "out", command)
     job.wait_for_step(10)
     os.kill(job.worker(1), signal.SIGKILL)
-    assert job.end() == ["llmkit: error: rank 1: no answer: killed, stopped or cut off; --resume goes on"]
+    assert job.end() == ["llmkit: error: rank 1: no answer: killed, stopped or cut off; --resume continues"]
     done = run(2, *command, "--resume")
     assert done.returncode == 0, done.stderr
     assert differences(tmp_path / "whole", tmp_path / "out", "loss") == (0, 0)
