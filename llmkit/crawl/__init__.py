@@ -1,1 +1,1 @@
-"""From web archives to documents: reading, main text, language, filters, duplicates, personal data."""
+"""From web archives to documents: reading, extraction, language, filters, dedup, personal data."""

@@ -33,12 +33,13 @@ def explain(
     on_bad: Callable[[UserError], object] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Write what became of each page whose address or id is `wanted`: a JSON line on stdout, and a table on stderr.
+    """Explain each page whose URL or id is `wanted`: a JSON line on stdout, and a table on stderr.
 
     `{"id", "url", "source", "offset", "kept", "step"?, "reason"?, "steps": [{"step", "verdict", "score"?,
-    "measures"?, "characters", "seconds"}], "text"?}`. Duplicates depend on all earlier documents: for a page that
-    comes so far they are filtered too, which takes as long as a run up to there, unless the input is stdin. `make`
-    makes a worker of the recipe that writes rejects. Raises UserError where there is no such page.
+    "measures"?, "characters", "seconds"}], "text"?}`. Duplicates depend on all earlier documents: if the page passes
+    the other steps, everything before it is filtered too, which takes as long as a run up to there. Stdin can be read
+    only once, so duplicates are not looked for there. `make`: factory of a worker that writes rejects. Raises
+    UserError if there is no such page.
     """
     worker, pages = make(), 0
     duplicates = [step for step in DUPLICATES if step in recipe.steps]
@@ -52,7 +53,7 @@ def explain(
         else:
             entry = _judged(page, worker.judge)
         if entry["kept"] and "-" in inputs:
-            entry["steps"] += [{"step": step, "verdict": "not looked for: read once"} for step in duplicates]
+            entry["steps"] += [{"step": step, "verdict": "not checked: stdin"} for step in duplicates]
         elif entry["kept"] and duplicates:
             outcome = _outcome(recipe, parts_of(inputs, make, workers, on_bad=on_bad), number)
             for step in duplicates:
@@ -68,11 +69,11 @@ def explain(
             handle.write(orjson.dumps(entry, option=JSON_LINE))
             handle.flush()
     if not pages:
-        raise UserError(f"--explain: no page with the address or id {wanted!r} in {' '.join(inputs)}")
+        raise UserError(f"--explain: no page with URL or id {wanted!r} in {' '.join(inputs)}")
 
 
 def _judged(page: Page, judge: Judge) -> dict[str, Any]:
-    """Take a page through the steps, and note each."""
+    """Run a page through the steps and return its explanation."""
     rows: list[dict[str, Any]] = []
 
     def note(step: str, document: Document, reason: Reason, seconds: float) -> None:
@@ -93,7 +94,7 @@ def _judged(page: Page, judge: Judge) -> dict[str, Any]:
 
 
 def _outcome(recipe: Recipe, parts: Parts, number: int) -> dict[str, Any]:
-    """Collect everything up to record `number`: its line in the output or among the rejects."""
+    """Filter everything up to record `number`, and return its output record or rejects entry."""
     last = deque[bytes](maxlen=1)
     collector, left = Collector(recipe, last.append, last.append), number + 1
     with closing(parts):
@@ -107,7 +108,7 @@ def _outcome(recipe: Recipe, parts: Parts, number: int) -> dict[str, Any]:
 
 
 def _show(entry: dict[str, Any]) -> None:
-    """Print a readable table of one explanation."""
+    """Print an explanation as a table."""
     lines = [f"{entry.get('url') or entry.get('id')}  ({entry['source']}, {entry['offset']})"]
     for row in entry["steps"]:
         details = [f"{row['language']} {row['language_score']}"] if "language" in row else []

@@ -1,11 +1,11 @@
-"""What one process does: frames become pages, and each page goes through the steps that look at it alone.
+"""The work of one process: parses frames into pages and runs each page through the steps that need no other page.
 
     judge = Judge(Recipe())
     judge(page)             # Document | Dropped
-    Worker(Recipe())(batch)     # the outcomes of a batch of frames
+    Worker(Recipe())(batch)     # the part of a batch of frames
 
-Everything here is a function of the record and the recipe alone, so that it does not matter which process does it.
-What depends on other records (duplicates) is done where the parts come together, in `llmkit.crawl.output`.
+The result depends on the record and the recipe only, so any process can do the work. Duplicates depend on other
+records; `llmkit.crawl.output` finds them.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from llmkit.io.jsonl import JSON_LINE
 from llmkit.text.words import Split
 from llmkit.tools.user_code import UserFunction
 
-Reason = tuple[str, float | None] | None  # why a page goes, and the measure that broke a threshold; None: it stays
+Reason = tuple[str, float | None] | None  # why a page is dropped, and the measure that broke a threshold; None: kept
 OnStep = Callable[[str, Document, Reason, float], object]  # step, the document after it, its verdict, seconds
 
 
 class Judge:
-    """The steps of a recipe, each a method from a document to the reason for dropping it."""
+    """The steps of a recipe, each a method that returns the reason to drop a document, or None."""
 
     def __init__(self, recipe: Recipe, url_filter: UrlFilter | None = None, items: Contamination | None = None) -> None:
-        """url_filter, items: the blocklists and evaluations of the recipe, where they are loaded already."""
+        """url_filter, items: the recipe's blocklists and evaluation items, if already loaded."""
         self.recipe, self.url_filter, self.items = recipe, url_filter, items
         self.steps: list[tuple[str, Callable[[Document], Reason]]] = [
             (name, getattr(self, name)) for name in recipe.taken if name in ALONE
         ]
 
     def __call__(self, page: Page, on_step: OnStep = lambda *of_step: None) -> Document | Dropped:
-        """Take a page through the steps until one drops it. on_step is told of each, with its CPU seconds."""
+        """Run a page through the steps until one drops it. on_step is called after each, with its CPU seconds."""
         document, name = Document(page, page.text), READ
         if document.text is None and "extract" not in self.recipe.steps:
             return Dropped(document, READ, "html_not_extracted")
@@ -65,20 +65,20 @@ class Judge:
     # ---- the steps
 
     def url(self, document: Document) -> Reason:
-        """Blocklists and rules for the address."""
+        """Check the URL against blocklists and rules."""
         if self.url_filter is None:
             self.url_filter = UrlFilter(self.recipe.url.blocklists, self.recipe.url)
         reason = self.url_filter.reason(document.page.url)
         return (reason, None) if reason else None
 
     def extract(self, document: Document) -> Reason:
-        """The main text of an HTML page; text that came as text stays."""
+        """Extract the main text of an HTML page; plain text is kept as it is."""
         page = document.page
         if page.html is None:
             return None
         extracted = self._extractor.extract(page.html, page.content_type, page.url)
         document.text, document.title = extracted.text, extracted.title
-        page.html = None  # the biggest part of a page, and done with
+        page.html = None  # frees most of the page's memory
         return (extracted.reason, None) if extracted.reason else None
 
     @cached_property
@@ -89,14 +89,14 @@ class Judge:
         return Extractor(wanted.extractor, wanted.favour, wanted.threshold)
 
     def language(self, document: Document) -> Reason:
-        """Only pages that are surely in one of the languages."""
+        """Drop pages that are not confidently identified as one of the languages."""
         wanted, score = self.recipe.language, self._identified(document)
         if wanted.languages and document.language not in wanted.languages:
             return "other_language", score
         return ("min_score", score) if wanted.min_score is not None and score < wanted.min_score else None
 
     def _identified(self, document: Document) -> float:
-        """Note the language of the text as it is now, if none is noted; its score."""
+        """Identify the language of the current text, unless already done, and return its score."""
         if document.language_score is None:
             from llmkit.text.language import identify
 
@@ -105,31 +105,31 @@ class Judge:
         return document.language_score
 
     def gopher_repetition(self, document: Document) -> Reason:
-        """Too much of the page repeats."""
+        """Apply Gopher's repetition rules."""
         verdict = gopher_repetition(document.words(), self.recipe.gopher_repetition)
         return _noted(document, "gopher_repetition", verdict)
 
     def gopher_quality(self, document: Document) -> Reason:
-        """It does not look like prose in its language."""
+        """Apply Gopher's quality rules for the page's language."""
         self._identified(document)
         verdict = gopher_quality(document.words(), self.recipe.gopher_quality, document.language or "")
         return _noted(document, "gopher_quality", verdict)
 
     def c4(self, document: Document) -> Reason:
-        """Lines that are no sentences are taken out; too little is left, or a sign of no prose."""
+        """Apply C4's rules: remove lines, and drop the page if too little is left or a line disqualifies it."""
         text, verdict = c4(document.words(), self.recipe.c4)
         if text != document.text:
             document.text = text
-            if not verdict.reason:  # else it was not counted to the end
+            if not verdict.reason:  # of a dropped page the words are not all counted
                 document.split = Split(text, int(verdict.measures["words"]))
         return (verdict.reason, verdict.score) if verdict.reason else None
 
     def fineweb(self, document: Document) -> Reason:
-        """Its lines are those of a list, a menu or a copy."""
+        """Apply FineWeb's line rules."""
         return _noted(document, "fineweb", fineweb_quality(document.words(), self.recipe.fineweb))
 
     def classifier(self, document: Document) -> Reason:
-        """A fastText model finds the text too little of what is wanted, or too much of what is not."""
+        """Apply the thresholds on fastText scores."""
         for classifier in self._classifiers:
             score = classifier.score(document.text or "")
             scores = document.measures.get("classifier", {})
@@ -143,11 +143,11 @@ class Judge:
         return [Classifier(spec) for spec in self.recipe.classifier.models]
 
     def own(self, document: Document) -> Reason:
-        """The user's own filters, each shown the document as it would be written now."""
+        """Apply the user's filters to the record as it would be written now."""
         for spec, reason_of in self._own:
             reason = reason_of(document.record(), document.identity)
             if reason is not None and not (isinstance(reason, str) and reason):
-                where = f"{OWN_FILTERS}: {spec}: expected None or the reason in a string"
+                where = f"{OWN_FILTERS}: {spec}: expected None or a reason (str)"
                 raise UserError(f"{where}, found {reason!r} for {document.identity}")
             if reason is not None:
                 return reason, None
@@ -158,7 +158,7 @@ class Judge:
         return [(spec, UserFunction(spec, f"{OWN_FILTERS}: {spec}")) for spec in self.recipe.own.filters]
 
     def contamination(self, document: Document) -> Reason:
-        """The text has an item of an evaluation, whose file is the reason."""
+        """Drop or redact text that contains an evaluation item; the reason is the item's file."""
         if self.items is None:
             self.items = Contamination(self.recipe.contamination)
         document.items = self.items.find(document.text or "")
@@ -171,7 +171,7 @@ class Judge:
         return item.rpartition(":")[0], score
 
     def pii(self, document: Document) -> Reason:
-        """Personal data is replaced, or its page dropped."""
+        """Redact personal data, or drop its page."""
         from llmkit.crawl.filters.personal_data import redact
 
         text, counts = redact(document.text or "")
@@ -183,13 +183,13 @@ class Judge:
 
 
 def _noted(document: Document, step: str, verdict: Verdict) -> Reason:
-    """Note the measures of a filter, and return its reason."""
+    """Store the measures of a filter in the document, and return its reason."""
     document.measures[step] = verdict.measures
     return (verdict.reason, verdict.score) if verdict.reason else None
 
 
 class Worker:
-    """Makes a batch of frames a part: what became of each record, and the signatures of the documents."""
+    """Turns a batch of frames into a part: the outcome of each record, and the signatures of kept documents."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class Worker:
         rejects: bool = False,
         columns: Mapping[str, str] = {},
     ) -> None:
-        """rejects: entries of --rejects are wanted; columns: as in `page_of`; the others as for `Judge`."""
+        """rejects: write --rejects entries; columns: as in `page_of`; others as for `Judge`."""
         self.judge, self.rejects, self.columns = Judge(recipe, url_filter, items), rejects, columns
         self.near = recipe.near_duplicates
         self.duplicates = [step for step in DUPLICATES if step in recipe.steps]
@@ -243,6 +243,6 @@ class Worker:
 def _line(record: Mapping[str, Any]) -> bytes:
     try:
         return orjson.dumps(record, option=JSON_LINE)
-    except TypeError:  # half of a surrogate pair, which no UTF-8 can hold
+    except TypeError:  # a lone surrogate, which UTF-8 cannot encode
         text = json.dumps(record, ensure_ascii=False)
         return text.encode("utf-8", "replace") + b"\n"

@@ -1,10 +1,9 @@
-"""The work of crawl-filter as Ray tasks, of one archive or a few smaller files each.
+"""crawl-filter as Ray tasks, each for one archive or a few small files.
 
     parts_of(files_of(paths), partial(FilesWorker, make, strict), workers, state, in_order)
 
-A task reads its files and hands back their part. The driver keeps the parts and merges them in the order of the input,
-as in a local run: what comes out is the same, byte for byte. A task whose process dies is done again by Ray, three
-times at most.
+A task reads its files and returns their part. The driver stores the parts and merges them in input order, as in a
+local run: the output is the same, byte for byte. Ray retries a task whose process dies up to three times.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from llmkit.io.ranks import available_cores
 from llmkit.io.remote import is_remote, size_and_version
 
 RETRIES = 3
-TASK_BYTES = 4 << 20  # of small files in one task
+TASK_BYTES = 4 << 20  # small files per task
 
 
 @dataclass(frozen=True)
 class Files:
-    """The work of one task."""
+    """The input of one task."""
 
     sources: tuple[Source, ...]
-    size: int  # bytes, of files here
+    size: int  # bytes of local files
 
     @cached_property
     def key(self) -> str:
-        """What tells the files from others: paths, sizes, and times of change or the versions at addresses."""
+        """Hash of paths, sizes, and modification times (or versions, of remote files)."""
         digest = hashlib.blake2b(digest_size=16)
         for path, _ in self.sources:
             status = os.stat(path) if os.path.exists(path) else None
@@ -49,13 +48,13 @@ class Files:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        """The files as errors name them."""
+        """Return the name used in error messages."""
         first, last = self.sources[0].path, self.sources[-1].path
         return first if first == last else f"{first} to {last}"
 
 
 def files_of(paths: Iterable[str]) -> Iterator[Files]:
-    """Cut the input into the work of tasks."""
+    """Split the input into tasks."""
     some: list[Source] = []
     size = 0
     for source in sources(paths):
@@ -69,16 +68,16 @@ def files_of(paths: Iterable[str]) -> Iterator[Files]:
 
 
 class FilesWorker:
-    """Makes some files one part.
+    """Turns the files of a task into one part.
 
-    make: makes the worker of batches; strict: a bad file is a UserError; columns: as in `Reader`
+    make: factory of the worker of batches; strict: raise UserError for a bad file; columns: as in `Reader`.
     """
 
     def __init__(self, make: Callable[[], Work], strict: bool, columns: Mapping[str, str] = {}) -> None:
         self.work, self.on_bad, self.columns = make(), None if strict else lambda error: None, columns
 
     def __call__(self, files: Files) -> tuple[Part]:
-        """Return the part of some files."""
+        """Return the part of these files."""
         reader = Reader(files.sources, on_bad=self.on_bad, columns=self.columns)
         return (Part.joined([part for batch in batches(reader) for part in self.work(batch)]),)
 
@@ -88,9 +87,9 @@ def in_order(
 ) -> Iterator[tuple[Any, Iterable[Any]]]:
     """Yield (item, its results) in the order of `items`, as `llmkit.io.pool.in_order` does.
 
-    `RAY_ADDRESS` names the cluster; without it Ray is started on this machine alone, with `workers` processes (all
-    cores unless told). On a cluster `workers` is the number of tasks that run at once, the cluster's cores unless told.
-    Raises UserError where Ray is not installed, and what the work raises.
+    `RAY_ADDRESS` names the cluster; without it Ray is started on this machine only, with `workers` processes (default:
+    all cores). On a cluster `workers` is the number of concurrent tasks (default: the cluster's cores).
+    Raises UserError if Ray is not installed, and whatever the work raises.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -101,16 +100,16 @@ def in_order(
         try:
             answer = ray.get(reference) if reference is not None else ()
         except ray.exceptions.WorkerCrashedError:
-            raise WorkerDied(f"{item}: the process that worked on this was ended {RETRIES + 1} times") from None
+            raise WorkerDied(f"{item}: the worker process was killed {RETRIES + 1} times") from None
         except ray.exceptions.OutOfMemoryError:
-            raise WorkerDied(f"{item}: not enough memory for this; fewer --workers need less") from None
+            raise WorkerDied(f"{item}: out of memory; use fewer --workers") from None
         if isinstance(answer, str):
             raise UserError(answer)
         return answer
 
     with _cluster(ray, workers) as count:
         task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work_on)
-        pickled = [ray.put(pickle.dumps(make))]  # in a list, or Ray would hand its content to every task
+        pickled = [ray.put(pickle.dumps(make))]  # in a list, or Ray would pass its content to every task
         waiting = deque[tuple[Any, Any]]()
         for item in items:
             waiting.append((item, None if finished(item) else task.remote(item, pickled, os.getcwd())))
@@ -123,7 +122,7 @@ def in_order(
 
 @contextmanager
 def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
-    """Ray running: yields how many tasks are to run at once."""
+    """Start Ray or connect to it; yield the number of concurrent tasks."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no calls home
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = os.environ.get("RAY_ADDRESS")
@@ -134,13 +133,13 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[int]:
         ray.init(**options)
     except ConnectionError as error:
         raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers, or not with this token; see docs/crawl-on-ray.md"
+            f"RAY_ADDRESS={address}: no Ray cluster answers, or it rejects the token; see docs/crawl-on-ray.md"
         ) from error
     except Exception as error:
-        if type(error) is not Exception:  # Ray's own word for a node that did not come up
+        if type(error) is not Exception:  # a plain Exception is how Ray reports a node that did not come up
             raise
         raise UserError(f"--engine ray: Ray does not start: {error}") from error
-    with suppress(ValueError):  # not the main thread, in which Ray has set no handler
+    with suppress(ValueError):  # not in the main thread: Ray has set no handler
         signal.signal(signal.SIGTERM, terminate)
     try:
         yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -152,7 +151,7 @@ _works: dict[Any, Work] = {}
 
 
 def _work_on(item: Any, pickled: list[Any], folder: str) -> list[Any] | str:
-    """The task: the results of an item, or a user's mistake, to be raised again in the driver."""
+    """Run the task: return the results of an item, or the message of a UserError for the driver to raise again."""
     import ray  # pyright: ignore[reportMissingImports]
 
     os.chdir(folder)  # the driver's: paths are relative to it

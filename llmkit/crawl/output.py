@@ -1,4 +1,4 @@
-"""Where the parts come together, in the order of the input: duplicates, the funnel, and the files that are written."""
+"""Collects the parts in input order: drops duplicates, counts the funnel, writes the output."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ from llmkit.io.pool import Work, in_order
 from llmkit.io.remote import is_remote, size_and_version
 from llmkit.io.resume import STATE, Kept, check_identity
 
-BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons of records that were to be read
+BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons that mean damaged input
 
 Write = Callable[[bytes], object]
 Versions = dict[str, tuple[int | None, str]]  # size and version of files at addresses
-Parts = Generator[
-    tuple[Any, Part], None, None
-]  # all work, which has a `size` in bytes, with its part, in the order of the input
+Parts = Generator[tuple[Any, Part], None, None]  # (work item with a `size` in bytes, its part), in input order
 
 
 def parts_of(
@@ -50,9 +48,9 @@ def parts_of(
 ) -> Parts:
     """Yield the parts of the input.
 
-    make: makes the worker of batches. state: keeps the parts, and has those of an earlier run.
-    on_bad, columns: as in `Reader`; with Ray, what it would be told is in the part alone.
-    versions: gets size and version of each file at an address that was read, but for Ray
+    make: factory of the worker. state: stores the parts, and provides those of an interrupted run.
+    on_bad, columns: as in `Reader`; with Ray on_bad is not called, bad records appear only in the part.
+    versions: filled with size and version of each remote file that was read, except with Ray.
     """
     reader_of = partial(Reader, on_bad=on_bad, columns=columns)
     works: Iterable[Any] = _batches(inputs, state, reader_of, {} if versions is None else versions)
@@ -67,10 +65,10 @@ def parts_of(
     def is_done(work: Any) -> bool:
         nonlocal is_first
         done = state is not None and work.key in state
-        # of a file that could not be opened then, another frame is known
+        # a file that could not be opened in the earlier run is stored as a bad_file frame
         failed = Batch([Frame(work.frames[0].path, "bad", 0, "bad_file")], 0, 0.0) if isinstance(work, Batch) else None
         if state and is_first and not done and (failed is None or failed.key not in state):
-            raise UserError(f"{state.path}: {work}: not what the unfinished run has read; start again with --force")
+            raise UserError(f"{state.path}: {work}: not what the unfinished run read; start again with --force")
         is_first = False
         return done
 
@@ -83,13 +81,14 @@ def parts_of(
         yield work, results[0]
 
 
-DECISIVE = ("inputs", "listed", "base", "take", "limit", "columns", "rejects")  # for what is written, with the recipe
+# the options that, with the recipe, determine the output
+DECISIVE = ("inputs", "listed", "base", "take", "limit", "columns", "rejects")
 
 
 def finished(out: str | None, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The counts of a finished run, whose output and manifest stand there.
+    """Return the counts of a finished run from its manifest, or None if there is no finished run.
 
-    Raises UserError for another recipe, and for other options that decide what is written.
+    Raises UserError if the recipe or an option that determines the output differs.
     """
     if out is None or options["explain"] is not None:
         return None
@@ -102,7 +101,7 @@ def finished(out: str | None, recipe: Recipe, options: Mapping[str, Any]) -> dic
 
 
 class DoneBefore(NamedTuple):
-    """A batch, by its key, of a file that an earlier run has read to its end and this one does not read again."""
+    """A batch, by its key, of a remote file that an earlier run read to the end; it is not read again."""
 
     key: str
     size: int = 0
@@ -114,9 +113,9 @@ def _batches(
     reader_of: Callable[[Iterable[Source]], Reader],
     versions: Versions,
 ) -> Iterator[Batch | DoneBefore]:
-    """Yield the batches of the input, those of a file at an address apart from others.
+    """Yield the batches of the input; a remote file shares no batch with other files.
 
-    state: gets the keys of the batches of each file at an address that was read to its end.
+    state: gets the batch keys of each remote file that was read to the end.
     """
     resumed = bool(state)
     for at_address, group in groupby(sources(inputs), key=lambda source: is_remote(source.path)):
@@ -125,7 +124,7 @@ def _batches(
             continue
         for source in group:
             versions[source.path] = None, ""
-            with suppress(UserError):  # which the reader raises, too
+            with suppress(UserError):  # the reader raises it again
                 versions[source.path] = size_and_version(source.path) if resumed else (None, "")
             identity = _identity(source.path, versions[source.path])
             known = orjson.loads(state[identity]) if state is not None and identity in state else []
@@ -142,12 +141,12 @@ def _batches(
 
 
 def _identity(address: str, of: tuple[int | None, str]) -> str:
-    """What tells the file at an address, of a size and a version, from a later one; "" where its server does not."""
+    """Return a key for this version of a remote file, or "" if its server reports no version."""
     return f"{address} {of[0]} {of[1]}" if of[1] else ""
 
 
 class Collector:
-    """Takes parts in order, drops what repeats an earlier document, and writes each line where it belongs."""
+    """Takes parts in order, drops duplicates, and writes documents and rejects."""
 
     def __init__(
         self,
@@ -158,7 +157,7 @@ class Collector:
         limit: int | None = None,
         on_bad: Callable[[str, str, int], object] = lambda where, reason, count: None,
     ) -> None:
-        """on_bad is told of each record that is not what it should be: where it is, why, and how many there were."""
+        """on_bad is called for each damaged record with its place, the reason, and the count so far."""
         self.funnel, self.findings = Funnel([READ, *recipe.taken]), Findings()
         self.bad, self.limit, self.on_bad = 0, limit, on_bad
         self._document, self._reject = document, reject
@@ -172,7 +171,7 @@ class Collector:
 
     @property
     def full(self) -> bool:
-        """True if as many pages were taken as are wanted."""
+        """True if `limit` pages were taken."""
         return self.limit is not None and self.funnel.pages >= self.limit
 
     def add(self, part: Part) -> None:
@@ -217,7 +216,7 @@ class Collector:
 
 
 class Names:
-    """The ids of documents by number, to name the one that another repeats; on disk where there is a spill folder.
+    """Document ids by number, to report which document a duplicate repeats; on disk if there is a spill folder.
 
     In memory a WARC-Record-ID takes 57 bytes.
     """
@@ -227,7 +226,7 @@ class Names:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=spill) if spill else io.BytesIO()  # noqa: SIM115
 
     def add(self, line: bytes) -> None:
-        """The id of the next document, given its line."""
+        """Append the id of the next document, given its JSON line."""
         self._file.seek(self._ends[-1])
         self._ends.append(self._ends[-1] + self._file.write(dump_json(load_json(line)["id"])))
 
@@ -259,11 +258,11 @@ class Funnel:
 
     @property
     def pages(self) -> int:
-        """The records that were pages."""
+        """Records that were pages."""
         return self.records - self.dropped[READ].total()
 
     def count(self, step: str | None, reason: str | None) -> None:
-        """One record more: kept when `step` is None, else dropped by that step for that reason."""
+        """Count a record: kept if `step` is None, else dropped by `step` for `reason`."""
         if step is None:
             self.kept += 1
         else:
@@ -271,12 +270,12 @@ class Funnel:
             self.dropped[step][reason] += 1
 
     def spend(self, seconds: Mapping[str, float]) -> None:
-        """Add the seconds of the processor that steps took, summed over processes."""
+        """Add CPU seconds by step."""
         for step, amount in seconds.items():
             self.seconds[step] += amount
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object a step, in order: `{"step", "in", "kept", "dropped": {reason: count}, "redacted"?, "seconds"}`."""
+        """Return one row per step: `{"step", "in", "kept", "dropped": {reason: count}, "redacted"?, "seconds"}`."""
         rows, left = [], self.records
         for step, counts in self.dropped.items():
             passed = left - counts.total()
@@ -289,7 +288,7 @@ class Funnel:
         return rows
 
     def show(self, to: TextIO, recipe: str) -> None:
-        """Print the recipe's name and the table."""
+        """Print the recipe's name and the funnel table."""
         rows: list[tuple[str, ...]] = [("step", "in", "kept", "dropped", "share", "seconds")]
         for step in self.as_json():
             share = lambda count, step=step: f"{count / step['in']:.1%}" if step["in"] else ""  # noqa: E731

@@ -1,11 +1,10 @@
-"""What passes from step to step of a crawl, and the bound on the work for one page.
+"""The records that pass between the steps of a crawl, and the CPU limit for one page.
 
-    read      Frame -> Page | Skipped           the bytes of a record become a page
-    judge     Page -> Document | Dropped        a page becomes a text that stays, or goes for a reason
+    read      Frame -> Page | Skipped           parses the bytes of a record
+    judge     Page -> Document | Dropped        extracts the text, and keeps or drops it
     seen      Document -> Repeat | None         (llmkit.crawl.dedup.duplicates)
 
-A `Batch` of frames is the work of one process at a time, the `Part` made of it its answer, and a piece of the state on
-disk.
+A worker process turns a `Batch` of frames into a `Part`. The resume state on disk consists of parts.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ import numpy as np
 from llmkit.text.words import Split
 
 MAX_PAGE_BYTES = 50_000_000
-READ = "read"  # the step before all others: a record that is no page ends there
-SECONDS, BYTES_PER_SECOND = 30.0, 30_000  # of the processor: for every page, and more for a long one
+READ = "read"  # the first step; records that are not pages end here
+SECONDS, BYTES_PER_SECOND = 30.0, 30_000  # CPU limit of a page: 30 s plus 1 s per 30 kB
 
 
 class Frame(NamedTuple):
-    """The bytes of one record, or the reason why there are none."""
+    """The bytes of one record, or the reason why they could not be read."""
 
     path: str
     kind: str  # warc (and arc), jsonl, html
@@ -45,23 +44,23 @@ class Frame(NamedTuple):
 class Page:
     """One record that may become a document.
 
-    `offset` is the byte at which the record starts in its file: for `.gz`, of its gzip member in the
-    compressed file, or in the unpacked bytes where the whole file is one compressed stream. It is the line
-    number for JSONL, and 0 for an HTML file. Exactly one of `html` and `text` is not None.
+    `offset` is the byte offset of the record in its file; for `.gz`, the offset of its gzip member in the
+    compressed file, or the offset in the unpacked bytes if the whole file is one compressed stream. For JSONL
+    it is the line number, for an HTML file 0. Exactly one of `html` and `text` is not None.
     """
 
     path: str
     offset: int
     url: str | None
-    html: bytes | str | None  # bytes: the character set is not yet decided
+    html: bytes | str | None  # bytes if the character set is not decided yet
     content_type: str | None  # the HTTP header, with the charset if it names one
-    text: str | None  # ready text: WET, JSONL `text`
-    record: dict[str, Any]  # what passes through: JSONL keys but `html` and `text`; "id" and "date" of a WARC record
+    text: str | None  # plain text: WET, or JSONL `text`
+    record: dict[str, Any]  # passed through: JSONL keys except `html` and `text`; "id" and "date" of WARC
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that is no page, or bytes that are no record: counted by reason."""
+    """A record that is not a page, or bytes that are not a record; counted by reason."""
 
     path: str
     offset: int
@@ -70,8 +69,8 @@ class Skipped:
     id: Any = None
 
     def reject(self) -> dict[str, Any]:
-        """The entry of --rejects."""
-        where = f"{self.path}:{self.offset}" if self.offset else self.path  # as of a document
+        """Return the --rejects entry."""
+        where = f"{self.path}:{self.offset}" if self.offset else self.path  # as in Document.identity
         entry = {"id": where if self.id is None else self.id}
         entry |= {"url": self.url} if self.url is not None else {}
         return entry | {"source": Path(self.path).name, "offset": self.offset, "step": READ, "reason": self.reason}
@@ -79,36 +78,36 @@ class Skipped:
 
 @dataclass(slots=True)
 class Document:
-    """A page with what the steps have found of it so far: after the last, a document."""
+    """A page and the results of the steps so far; after the last step, a document."""
 
     page: Page
     text: str | None = None
     title: str | None = None
     language: str | None = None
     language_score: float | None = None
-    items: Sequence[tuple[str, float]] = ()  # of evaluations, that it holds or held, with scores, the highest first
+    items: Sequence[tuple[str, float]] = ()  # evaluation items found, with scores, highest first
     measures: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by step
     split: Split | None = None
 
     def words(self) -> Split:
-        """The text with its words, split once for all filters until a step changes the text."""
+        """Return the text split into words; cached until a step changes the text."""
         if self.split is None or self.split.text is not self.text:
             self.split = Split(self.text or "")
         return self.split
 
     @property
     def contamination(self) -> str | None:
-        """The item of the highest score."""
+        """The evaluation item with the highest score."""
         return self.items[0][0] if self.items else None
 
     @property
     def identity(self) -> Any:
-        """The record's own id, or where it stands."""
+        """The record's own id, or its path and offset."""
         page = self.page
         return page.record.get("id", f"{page.path}:{page.offset}" if page.offset else page.path)
 
     def record(self, tell_language: bool = True) -> dict[str, Any]:
-        """The line of the output: our fields first, then what passes through."""
+        """Return the output record: our fields first, then those passed through."""
         record = {"text": self.text, "id": self.identity, "url": self.page.url, "source": Path(self.page.path).name}
         own = self.page.record
         if tell_language:
@@ -118,7 +117,7 @@ class Document:
         return {key: value for key, value in record.items() if value is not None} | own
 
     def entry(self, step: str | None = None, reason: str | None = None, score: float | None = None) -> dict[str, Any]:
-        """The entry of --rejects for a page that is dropped here, with its text where it came so far."""
+        """Return the --rejects entry of a page dropped by this step, with its text if already extracted."""
         record = self.record()
         entry = {key: record[key] for key in ("id", "url", "source") if key in record}
         entry |= {"offset": self.page.offset, "step": step, "reason": reason, "score": score}
@@ -129,7 +128,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A page that goes, with what was found of it: by which step, for which reason, by which measure."""
+    """A dropped page with its results so far: the step, the reason, and the measure that broke a threshold."""
 
     document: Document
     step: str
@@ -137,24 +136,24 @@ class Dropped:
     score: float | None = None
 
     def reject(self) -> dict[str, Any]:
-        """The entry of --rejects."""
+        """Return the --rejects entry."""
         return self.document.entry(self.step, self.reason, self.score)
 
 
-# ---- to the processes and back
+# ---- the input and output of worker processes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames in a row; which ones depends on the input alone, never on the number of processes."""
+    """Consecutive frames. Batch boundaries depend on the input only, not on the number of processes."""
 
     frames: list[Frame]
-    size: int  # bytes of the input that they were read from
-    seconds: float  # of the processor that reading them took
+    size: int  # input bytes read
+    seconds: float  # CPU time of reading
 
     @cached_property
     def key(self) -> str:
-        """CRC-32 of all that decides what becomes of the batch."""
+        """CRC-32 of everything that determines the resulting part."""
         checksum = 0
         for path, kind, offset, data in self.frames:
             checksum = crc32(f"{path} {kind} {offset} {len(data)}\n".encode("utf-8", "surrogateescape"), checksum)
@@ -162,7 +161,7 @@ class Batch:
         return f"{checksum:08x}"
 
     def __str__(self) -> str:
-        """The batch as errors name it."""
+        """Return the batch's name for error messages."""
         first, last = self.frames[0], self.frames[-1]
         end = f"{last.offset}" if first.path == last.path else f"{last.path}: {last.offset}"
         return f"{first.path}: {first.offset} to {end}"
@@ -170,27 +169,27 @@ class Batch:
 
 @dataclass(slots=True)
 class Outcome:
-    """Fate of one record: kept so far when `step` is None, else dropped by that step for that reason."""
+    """Fate of one record: kept so far if `step` is None, else dropped by `step` for `reason`."""
 
     step: str | None
     reason: str | None
     path: str
     offset: int
-    line: bytes = b""  # JSON and a newline: the document, or the entry of --rejects; empty where nobody asked
-    identity: Any = None  # of a document that holds or held
-    items: Sequence[tuple[str, float]] = ()  # of evaluations: each with its score
+    line: bytes = b""  # JSON and a newline: the document, or its --rejects entry; empty without --rejects
+    identity: Any = None  # set if there are items
+    items: Sequence[tuple[str, float]] = ()  # evaluation items found, with scores
 
 
 @dataclass(slots=True)
 class Part:
-    """Outcomes in the order of their records, with the signatures (n,) of the n kept ones."""
+    """Outcomes in the order of their records, and the signatures (n,) of the n kept ones."""
 
     outcomes: list[Outcome]
     signatures: np.ndarray | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # of the processor, by step
+    seconds: dict[str, float] = field(default_factory=dict)  # CPU time by step
 
     def pack(self) -> bytes:
-        """The part as bytes: the size of a JSON header, the header, the lines, the signatures.
+        """Serialize as header size, JSON header, lines, signatures.
 
         >>> part = Part([Outcome(None, None, "a", 0, b"{}\\n"), Outcome("c4", "few", "a", 9)], None, {"c4": 0.5})
         >>> Part.unpack(part.pack()) == part
@@ -201,7 +200,7 @@ class Part:
             for o in self.outcomes
         ]
         header = {"outcomes": outcomes, "seconds": self.seconds}
-        head = json.dumps(header).encode()  # orjson refuses the name of a file that is no UTF-8
+        head = json.dumps(header).encode()  # orjson rejects file names that are not UTF-8
         packed = io.BytesIO()
         packed.write(len(head).to_bytes(8, "little") + head)
         packed.writelines(outcome.line for outcome in self.outcomes)
@@ -211,7 +210,7 @@ class Part:
 
     @classmethod
     def unpack(cls, packed: bytes) -> Part:
-        """The part that `pack` made."""
+        """Deserialize the output of `pack`."""
         at = 8 + int.from_bytes(packed[:8], "little")
         header = json.loads(packed[8:at])
         outcomes = []
@@ -224,7 +223,7 @@ class Part:
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:
-        """Several parts, in order, as one."""
+        """Concatenate parts."""
         signatures = [part.signatures for part in parts if part.signatures is not None]
         seconds = Counter[str]()
         for part in parts:
@@ -233,19 +232,19 @@ class Part:
         return cls(outcomes, np.concatenate(signatures) if signatures else None, dict(seconds))
 
 
-# ---- no page stops a crawl
+# ---- the CPU limit
 
 
 class TooMuchWork(BaseException):
-    """A page took more than its time; no `except Exception` of a library may take it for its own."""
+    """A page exceeded its CPU limit. A BaseException, so that no library's `except Exception` swallows it."""
 
 
 @contextmanager
 def work_limit(size: int) -> Iterator[None]:
-    """Raise TooMuchWork inside the block when a page of `size` bytes takes far longer than any should.
+    """Raise TooMuchWork inside the block if a page of `size` bytes exceeds its CPU limit.
 
-    The bound is a hundred times what slow pages take, so that what is kept does not depend on the machine. Without
-    effect outside of the main thread, and where the system has no such clock.
+    The limit is a hundred times what slow pages take, so that the output does not depend on the machine. No effect
+    outside the main thread, or if the system has no CPU timer.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -255,7 +254,7 @@ def work_limit(size: int) -> Iterator[None]:
         raise TooMuchWork
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    # raised again each second, for a library that calls back into Python and prints what is raised there
+    # raised again every second: a library that calls back into Python may print the exception and carry on
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS + size / BYTES_PER_SECOND, 1.0)
     try:
         yield

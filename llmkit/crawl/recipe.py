@@ -1,10 +1,10 @@
-"""The recipe: which steps a page goes through, and every threshold of each, from and to TOML.
+"""The recipe: the steps of a crawl and all their thresholds, from and to TOML.
 
-    recipe = read_recipe("recipe.toml")          # what the file does not say stays at the default
+    recipe = read_recipe("recipe.toml")          # missing keys keep their defaults
     print(recipe_toml(recipe))
 
-A table of the file is a step, its keys are the fields of that step's dataclass; `"none"` stands for None, which
-switches a rule off. An unknown table or key is refused by name.
+Each table of the file is a step; its keys are the fields of the step's dataclass. `"none"` stands for None, which
+switches a rule off. Unknown tables and keys are errors.
 """
 
 from __future__ import annotations
@@ -27,70 +27,70 @@ from llmkit.tools.user_code import check_spelling
 
 QUALITY = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 ALONE = ("url", "extract", "language", *QUALITY, "classifier", "own", "contamination", "pii")
-DUPLICATES = ("exact_duplicates", "near_duplicates")  # steps that look at other pages, too
+DUPLICATES = ("exact_duplicates", "near_duplicates")  # steps that compare pages
 STEPS = (*ALONE, *DUPLICATES)
 
 
 @dataclass(frozen=True, slots=True)
 class Url(UrlRules):
-    """Which addresses are dropped."""
+    """URLs to drop."""
 
     blocklists: tuple[str, ...] = ()  # hosts files, lists of domains or URLs, UT1 folders
 
 
 @dataclass(frozen=True, slots=True)
 class Extract:
-    """What finds the main text of an HTML page."""
+    """Main-text extraction from HTML."""
 
     extractor: str = "model"  # model, fast or trafilatura
     favour: str = "balance"  # balance, precision (extract less) or recall (extract more)
-    threshold: float | None = None  # the model keeps blocks of this probability, whatever is favoured
+    threshold: float | None = None  # the model keeps blocks of at least this probability; overrides favour
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """Which languages stay."""
+    """Languages to keep."""
 
-    languages: tuple[str, ...] = ("en",)  # ISO 639 codes as lid.176 gives them; none: all stay
+    languages: tuple[str, ...] = ("en",)  # ISO 639 codes as in lid.176; empty: keep all
     min_score: float | None = 0.65  # of lid.176 on the first 4,000 characters
 
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """Which texts fastText models must find good."""
+    """fastText models that score each text."""
 
-    models: tuple[str, ...] = ()  # MODEL.bin:LABEL>=SCORE each; < in the place of >= keeps what scores below
+    models: tuple[str, ...] = ()  # MODEL.bin:LABEL>=SCORE each; with <, keep texts that score below
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Which pages go by rules of your own (docs/extending.md)."""
+    """Your own filters (docs/extending.md)."""
 
-    filters: tuple[str, ...] = ()  # py:FILE.py:FUNCTION each: a document to the reason for dropping it, or None
+    filters: tuple[str, ...] = ()  # py:FILE.py:FUNCTION each: takes a document, returns a reason to drop it or None
 
 
 @dataclass(frozen=True, slots=True)
 class PersonalData:
-    """What is done with e-mail addresses, phone, card and other numbers."""
+    """Personal data: e-mail addresses, phone, card and other numbers."""
 
-    mode: str = "redact"  # redact: placeholders in their place; drop: the page goes
+    mode: str = "redact"  # redact: replace with placeholders; drop: drop the page
 
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """How much alike two texts must be for the later one to be dropped."""
+    """Similarity at which the later of two texts is dropped."""
 
-    min_similarity: float = 0.7  # of the sets of 5-grams of words (Jaccard), as the MinHashes estimate it
-    # FineWeb's 14 of 8 find .957 of pairs with 2% of the words replaced, these .989; both have 112 MinHashes
-    bands: int = 16  # texts are compared that agree in all MinHashes of one band
-    rows: int = 7  # MinHashes in a band
+    min_similarity: float = 0.7  # Jaccard similarity of the sets of word 5-grams, estimated by MinHash
+    # 16 bands of 7 find .989 of pairs with 2% of the words replaced, FineWeb's 14 of 8 .957; both use 112 MinHashes
+    bands: int = 16  # texts that agree in all MinHashes of a band are compared
+    rows: int = 7  # MinHashes per band
 
     def __post_init__(self) -> None:
         if not (1 <= self.bands < 255 and 1 <= self.rows <= 64):
             raise UserError(f"expected 1 to 254 bands of 1 to 64 rows, found {self.bands} of {self.rows}")
 
 
-OWN_FILTERS = "[own] filters"  # as errors name them
+OWN_FILTERS = "[own] filters"  # for error messages
 CHOICES = {
     "extractor": ("model", "fast", "trafilatura"),
     "favour": ("balance", "precision", "recall"),
@@ -113,7 +113,7 @@ def check_steps(names: tuple[str, ...], prefix: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice that decides what comes out. The order of the fields is that of the steps."""
+    """All settings that determine the output. Fields are in the order of the steps."""
 
     steps: tuple[str, ...] = STEPS
     url: Url = field(default_factory=Url)
@@ -134,7 +134,7 @@ class Recipe:
 
     @property
     def taken(self) -> tuple[str, ...]:
-        """The steps that there is something to do in."""
+        """The steps that have something to do."""
         given = {
             "classifier": self.classifier.models,
             "own": self.own.filters,
@@ -143,24 +143,21 @@ class Recipe:
         return tuple(step for step in self.steps if given.get(step, True))
 
     def files(self) -> list[str]:
-        """The files that steps read: of the user's filters, classifiers and evaluations.
-
-        Raises UserError for a filter that is not there.
-        """
+        """Return the files that the steps read. Raises UserError if a filter's file does not exist."""
         filters = [check_spelling(spec, OWN_FILTERS)[0] for spec in self.own.filters]
         models = [spec.rpartition(":")[0] for spec in self.classifier.models]
         read = {"own": filters, "classifier": models, "contamination": self.contamination.files}
         return [path for step in self.taken for path in read.get(step, ())]
 
     def changed(self, table: str, **values: Any) -> Recipe:
-        """The recipe with some values of one table replaced."""
+        """Return a copy with some values of one table replaced."""
         return replace(self, **{table: replace(getattr(self, table), **values)})
 
 
 NAMED = {
     "fineweb": Recipe(),
-    # Documentation and threads stay that FineWeb's drops, lists and menus go: numbers, code and quoted lines are no
-    # reason to drop a page, lists are (benchmarks/crawl_recipes.py)
+    # keeps documentation and threads that FineWeb's recipe drops, and drops lists and menus: numbers, code and quoted
+    # lines do not count against a page, lists do (benchmarks/crawl_recipes.py)
     "llmkit": Recipe(
         gopher_quality=GopherQuality(min_alphabetic_word_fraction=0.75),
         c4=C4(drop_curly_bracket=False),
@@ -172,7 +169,7 @@ NAMED = {
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON values, for the manifest and to compare two."""
+    """Convert a recipe to plain JSON values, for the manifest and for comparison."""
     return json.loads(json.dumps(asdict(recipe)))
 
 
@@ -180,14 +177,14 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_recipe(path: str) -> Recipe:
-    """The recipe of that name, or of a TOML file over FineWeb's. Raises UserError naming file, table and key."""
+    """Return a named recipe, or FineWeb's with the values of a TOML file. Raises UserError naming the key."""
     if path in NAMED:
         return NAMED[path]
     return _with_values(Recipe(), read_toml(path, "recipe"), path)
 
 
 def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
-    """A dataclass with the values of a TOML table in place of its own."""
+    """Return a dataclass with its values replaced by those of a TOML table."""
     names = [item.name for item in fields(target)]
     hints = get_type_hints(type(target))
     values = {}
@@ -214,7 +211,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return None
     if many and not isinstance(value, list):
         raise UserError(f"{where}: expected a list of strings, found {value!r}")
-    try:  # a number in quotes is none
+    try:  # a number in quotes is an error
         parts = [[part] if isinstance(part, str) and base is not str else part for part in (value if many else [value])]
         values = [bounded(convert(part, base, Option("")), Option("", at_least=0)) for part in parts]
     except ValueError as error:
@@ -226,7 +223,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """The recipe as TOML, each value with what its field's comment says of it."""
+    """Return the recipe as TOML, with the comment of each field."""
     lines = [
         '# a recipe of llmkit crawl-filter: a table for each step; "none" switches a threshold off',
         f"steps = {_toml(recipe.steps)}",
@@ -237,7 +234,7 @@ def recipe_toml(recipe: Recipe) -> str:
             continue
         lines += ["", f"[{item.name}]  # {(type(table).__doc__ or '').splitlines()[0]}"]
         source = ""
-        with suppress(OSError):  # no source beside the byte code; else the one place where a threshold is explained
+        with suppress(OSError):  # no comments if only byte code is installed
             source = "".join(inspect.getsource(kind) for kind in type(table).__mro__ if is_dataclass(kind))
         comments = dict(re.findall(r"^ {4}(\w+): [^#\n]*# (.+)$", source, re.MULTILINE))
         for name in fields(table):
@@ -251,6 +248,6 @@ def _toml(value: Any) -> str:
         return '"none"'
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):  # a JSON string is a TOML one but for the delete character
+    if isinstance(value, str):  # a JSON string is a TOML string, except for U+007F
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)

@@ -148,7 +148,7 @@ def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, man
     for words, message in (
         ([archive], "an unfinished run; --resume continues it"),
         ([archive, "--resume", "--skip", "c4"], "another run: recipe.steps was"),
-        ([crawl / "mixed.warc.gz", "--resume"], "not what the unfinished run has read"),
+        ([crawl / "mixed.warc.gz", "--resume"], "not what the unfinished run read"),
     ):
         refused = llmkit("crawl-filter", *words, *more)
         assert refused.returncode == 2 and message in refused.stderr
@@ -329,7 +329,7 @@ def test_explain_finds_records_that_are_no_page(llmkit, tmp_path):
 
 def test_explain_says_when_there_is_no_such_page(crawl, llmkit):
     done = llmkit("crawl-filter", crawl / "mixed.warc.gz", "--explain", "https://nowhere.example/")
-    assert done.returncode == 2 and "no page with the address or id" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and "no page with URL or id" in done.stderr and done.stdout == ""
 
 
 # ---- bad input

@@ -98,7 +98,7 @@ def test_filters_of_ones_own_in_any_process(filtered):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("def wells(document): return True", "py:mine.py:wells: expected None or the reason in a string, found True"),
+        ("def wells(document): return True", "py:mine.py:wells: expected None or a reason (str), found True"),
         ("def wells(document): return document['words']", "mine.py:3: KeyError: 'words' for mill\n"),
         ("def well(document): return None", "expected a function 'wells' in mine.py, found ['short', 'well']"),
     ],

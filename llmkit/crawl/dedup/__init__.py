@@ -1,1 +1,1 @@
-"""Exact and near duplicates."""
+"""Finding exact and near duplicates."""

@@ -1,15 +1,15 @@
-"""Index of the document that had each key first: sorted runs of (key, document), merged as they grow.
+"""Index from each key to the first document that had it: sorted runs of (key, document), merged as they grow.
 
     index = BandIndex()
     index.find(keys)                 # the document of each key, or NOBODY
-    index.insert(keys, documents)    # keys that find() did not know
+    index.insert(keys, documents)    # new keys only
 
-A log-structured merge tree (O'Neil et al., 1996) of numpy arrays: 13 bytes a key, and while the largest runs are merged
-in memory 26. A Python dict takes 100. Keys are hashes, so that a table of where each 1/m of their range begins in a run
-leaves few to look at: a binary search in 6 million keys took 5 times as long, most of it waiting for memory.
+A log-structured merge tree (O'Neil et al., 1996) of numpy arrays: 13 bytes per key, 26 while the largest runs are
+merged in memory; a Python dict takes 100. Keys are hashes, so a table of where each 1/m of their range begins in a run
+leaves few to compare: a binary search in 6 million keys took 5 times as long, mostly waiting for memory.
 
-All of it lies in memory, or in files of a folder where one is given: `ArrayWriter` writes an array from front to back,
-and `Rows` holds rows that are appended and read by number.
+Everything is in memory, or in files of a folder if one is given: `ArrayWriter` writes an array from front to back, and
+`Rows` stores rows that are appended and read by number.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 1 << 16  # rows that are in memory before they go to a file: 8 MiB of 128 bytes
-TOUCHED_ROWS = 1 << 10  # rows read before their pages are released; the system maps 64 KiB around each, at most 64 MiB
+BLOCK = 1 << 16  # rows buffered in memory before they go to a file: 8 MiB of 128-byte rows
+TOUCHED_ROWS = 1 << 10  # rows read before their pages are released; the system maps 64 KiB for each, at most 64 MiB
 NOBODY = np.uint32(0xFFFFFFFF)
-RATIO = 4  # a run is merged into the one before it where that has fewer than 4 times its keys
-IN_FILE = 1 << 18  # keys from which a run is worth a file
+RATIO = 4  # a run is merged into the one before it if that has fewer than 4 times as many keys
+IN_FILE = 1 << 18  # fewest keys for which a run goes to a file
 CHUNK = 1 << 18  # keys merged at once
-BUCKET = 4  # keys between two entries of a run's table, on average; the fullest bucket of millions has 20
-LOOKED_UP = 1 << 11  # keys at once
-TOUCHED = 1 << 11  # keys looked up before their pages are released; the system maps 64 KiB around each that is read
+BUCKET = 4  # mean keys per bucket of a run's table; the fullest of millions of buckets has 20
+LOOKED_UP = 1 << 11  # keys per lookup
+TOUCHED = 1 << 11  # keys looked up before their pages are released; the system maps 64 KiB for each
 
 
 class ArrayWriter:
-    """An array of `count` items that is written from front to back.
+    """An array of `count` items, written from front to back.
 
-    With a folder it lies in a file without a name there, which not even a killed process leaves behind; it can be read
-    only, and its pages are the system's to drop when memory is short.
+    With a folder, the array is a read-only memory map of an unnamed temporary file there: not even a killed process
+    leaves it behind, and the system can drop its pages when memory is short.
     """
 
     def __init__(self, dtype: np.dtype | type, count: int, folder: Path | None = None) -> None:
@@ -53,18 +53,18 @@ class ArrayWriter:
             self._written += len(part)
 
     def array(self) -> np.ndarray:
-        """The array, when all was written."""
+        """Return the array after everything was written."""
         if self._file:
             with self._file:
                 self._file.flush()
                 pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
             self._array = np.frombuffer(pages, self._array.dtype)
-            advise([self._array], "MADV_RANDOM")  # or a lookup reads 16 pages around the one that it needs
+            advise([self._array], "MADV_RANDOM")  # otherwise a lookup reads 16 pages instead of one
         return self._array
 
 
 def advise(arrays: Iterable[np.ndarray], advice: str) -> None:
-    """Say how those arrays that lie in files are about to be read; MADV_DONTNEED takes their pages out of memory."""
+    """Call madvise for those arrays that are in files; MADV_DONTNEED frees their pages."""
     for array in arrays:
         pages = getattr(array.base, "obj", None)
         if isinstance(pages, mmap.mmap) and hasattr(mmap, advice):  # not on Windows
@@ -72,7 +72,7 @@ def advise(arrays: Iterable[np.ndarray], advice: str) -> None:
 
 
 class Rows:
-    """Rows that are appended, and read by number: the last 65,536 at most in memory where there is a folder."""
+    """Rows that are appended, and read by number. With a folder, at most the last 65,536 are in memory."""
 
     def __init__(self, dtype: np.dtype, folder: Path | None = None) -> None:
         self._folder, self._count, self._touched = folder, 0, 0
@@ -92,7 +92,7 @@ class Rows:
                 self._blocks.append(block.array())
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (n,), in their order."""
+        """Return the rows with these numbers (n,), in the order of the numbers."""
         taken = np.empty(len(numbers), self._last.dtype)
         blocks = numbers // BLOCK
         for block in np.unique(blocks):
@@ -107,21 +107,21 @@ class Rows:
 
 
 class Pairs(NamedTuple):
-    """Distinct keys in ascending order (n,) uint64, and the document that had each first (n,) uint32."""
+    """Distinct keys in ascending order (n,) uint64, and the first document with each (n,) uint32."""
 
     keys: np.ndarray
     documents: np.ndarray
 
 
 class Run(NamedTuple):
-    """Pairs, with the table of where each bucket begins (buckets,) uint32, and the size of the largest bucket."""
+    """Pairs, the start of each bucket (buckets,) uint32, and the size of the largest bucket."""
 
     pairs: Pairs
     starts: np.ndarray
     width: int
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The places of those keys (n,) that the run holds, and their documents."""
+        """Return the indices of the keys (n,) that are in the run, and their documents."""
         buckets = _buckets(keys, len(self.starts))
         at = self.starts[buckets][:, None] + np.arange(self.width)
         index, column = np.nonzero(self.pairs.keys.take(at, mode="clip") == keys[:, None])
@@ -129,7 +129,7 @@ class Run(NamedTuple):
 
 
 class BandIndex:
-    """Keys and the documents that had them first; large runs in files of the folder where one is given."""
+    """Keys and the first document with each; with a folder, large runs are in files there."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -137,7 +137,7 @@ class BandIndex:
         self._touched = 0
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The document of each key (n,) uint64, NOBODY where it is new: (n,) uint32. Sorted keys are found faster."""
+        """Return the document of each key (n,) uint64, NOBODY for new keys: (n,) uint32. Fastest for sorted keys."""
         firsts = np.full(len(keys), NOBODY)
         for start in range(0, len(keys), LOOKED_UP):
             some = keys[start : start + LOOKED_UP]
@@ -160,7 +160,7 @@ class BandIndex:
             self._runs.append(self._written(_merging(large, small), len(large.keys) + len(small.keys)))
 
     def _written(self, pieces: Iterable[Pairs], count: int) -> Run:
-        """Pieces in the order of their keys, `count` keys in all, as a run."""
+        """Write a run from pieces in ascending order of keys, `count` keys in total."""
         folder = self._folder if count >= IN_FILE else None
         keys, documents = ArrayWriter(np.uint64, count, folder), ArrayWriter(np.uint32, count, folder)
         table = np.zeros(count // BUCKET + 2, np.uint32)
@@ -176,18 +176,18 @@ class BandIndex:
 
 
 def _buckets(keys: np.ndarray, count: int) -> np.ndarray:
-    """The number of each key's part of the range of keys, of `count` equal parts: int64."""
+    """Return the bucket of each key, of `count` equal parts of the range of keys: int64."""
     return (((keys >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)).astype(np.int64)
 
 
 def _merging(large: Pairs, small: Pairs) -> Iterator[Pairs]:
-    """Two runs as one, in pieces, so that the memory for it is bounded."""
+    """Merge two runs, in pieces to bound the memory."""
     advise([*large, *small], "MADV_SEQUENTIAL")
     at = 0
     for start in range(0, len(large.keys), CHUNK):
         stop, before = start + CHUNK, at
         at = int(np.searchsorted(small.keys, large.keys[stop])) if stop < len(large.keys) else len(small.keys)
         keys = np.concatenate([large.keys[start:stop], small.keys[before:at]])
-        order = np.argsort(keys, kind="stable")  # merges what is sorted: 4 times as fast as numpy's default
+        order = np.argsort(keys, kind="stable")  # merges sorted runs: 4 times as fast as numpy's default
         yield Pairs(keys[order], np.concatenate([large.documents[start:stop], small.documents[before:at]])[order])
         advise([*large, *small], "MADV_DONTNEED")

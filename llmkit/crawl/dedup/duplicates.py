@@ -5,24 +5,25 @@
         for repeat in duplicates.seen(signatures(texts)):
             ...                                     # None: keep the document; Repeat: it repeats document `index`
 
-The rule looks only backwards, so that documents can be written as they come, and does not depend on the batches:
+The rule only looks back, so that documents can be written as they arrive, and does not depend on the batches:
 
-- a document repeats an earlier one exactly when their 128-bit hashes are equal;
-- else nearly when in one of the bands no document had the same key before that one, and the estimate of their
-  similarity is at least the threshold; of several the most similar counts, of equals the earliest;
-- the earlier one may be a repeat itself; named is the document at the end of that chain, which was kept.
+- a document is an exact repeat of an earlier one if their 128-bit hashes are equal;
+- otherwise it is a near repeat of a document that was the first with the same key in some band, if their estimated
+  similarity is at least the threshold; the most similar one counts, of equally similar ones the earliest;
+- the earlier document may be a repeat itself; the one reported is at the end of that chain and was kept.
 
-Found are, of pairs with 2% of the words replaced, inserted or deleted in documents of 100 to 1,000 words, .996
-[measured by benchmarks/duplicates.py]. A pair whose similarity is .5 is joined with a probability of 7e-6, one of .4
-with 5e-11 (the sum over the binomial distributions of the matches in the bands). A chain can join two documents that
-are less alike than any of its links.
+Recall: .996 of pairs of documents of 100 to 1,000 words with 2% of the words replaced, inserted or deleted
+[measured by benchmarks/duplicates.py]. False positives: a pair of similarity .5 is joined with a probability of 7e-6,
+one of .4 with 5e-11 (the sum over the binomial distributions of the matches in the bands). A chain can join two
+documents that are less similar than any of its links.
 
-A signature is a hash for exact repeats and MinHash for near ones, computed where the document is. A shingle is 5 words
-in a row; the similarity of two documents is the Jaccard similarity of their sets of shingles. Each of 112 permutations
-of the hashes keeps its minimum, which two documents share with a probability of just that similarity (Broder, "On the
-resemblance and containment of documents", 1997). 16 bands of 7 minima find the pairs: similarity s shares a band with
-probability 1 - (1 - s^7)^16, which is .99 at .82, what is left with 2% of the words replaced. Of each minimum 8 bits
-are kept to estimate the similarity (Li and König, "b-Bit Minwise Hashing", 2010), where 32 would take 4 times the disk.
+A signature, computed by the worker, is a hash for exact repeats and a MinHash for near ones. A shingle is 5 consecutive
+words; the similarity of two documents is the Jaccard similarity of their sets of shingles. Two documents have the same
+minimum under a permutation of the hashes with a probability equal to that similarity (Broder, "On the resemblance and
+containment of documents", 1997); there are 112 permutations. 16 bands of 7 minima find the pairs: at similarity s, two
+documents share a band with probability 1 - (1 - s^7)^16, which is .99 at .82, the similarity after 2% of the words are
+replaced. 8 bits of each minimum are kept to estimate the similarity (Li and König, "b-Bit Minwise Hashing", 2010);
+32 would take 4 times the disk.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from llmkit.crawl.dedup.band_index import NOBODY, BandIndex, Rows
 from llmkit.errors import UserError
 from llmkit.text.words import UNSPACED
 
-THRESHOLD = 0.7  # of the estimated Jaccard similarity; what 2% of edits leave is .82
+THRESHOLD = 0.7  # estimated Jaccard similarity; 2% of edits leave .82
 BANDS, ROWS = 16, 7
 SHINGLE = 5  # words
-CHUNK = 1024  # shingles at once: with 112 permutations 448 KiB, which the second-level cache holds
-KNOWN_WORDS = 200_000  # whose hashes are remembered: some 25 MB
-CHANCE = 1 / 256  # that the 8 bits of two different minima are equal
+CHUNK = 1024  # shingles per chunk: 448 KiB with 112 permutations, fits the L2 cache
+KNOWN_WORDS = 200_000  # cached word hashes, about 25 MB
+CHANCE = 1 / 256  # probability that the 8 bits of two different minima are equal
 
 _WORD = re.compile(r"\w+")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
@@ -55,10 +56,10 @@ _ANY_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 class Repeat(NamedTuple):
-    """Earlier document that a dropped one repeats.
+    """The earlier document that a dropped one repeats.
 
-    `index`: the document that was kept; `kind`: "exact" or "near"; `similarity`: the estimate for the document that
-    it was found by, which was dropped itself if it is not `index`; 1.0 for an exact repeat.
+    `index`: the document that was kept; `kind`: "exact" or "near"; `similarity`: estimated with the document that
+    matched, which is `index` or a repeat that was dropped itself; 1.0 for an exact repeat.
     """
 
     index: int
@@ -67,24 +68,24 @@ class Repeat(NamedTuple):
 
 
 class Duplicates:
-    """Finds the repeats among documents that come in batches.
+    """Finds repeats among documents that arrive in batches.
 
-    A document takes 17 keys of 12 bytes, 128 bytes of signature and 4 more; with a folder all but the 4 are in files.
+    A document takes 17 keys of 12 bytes, 128 bytes of signature and 4 more; with `spill`, all but the 4 are in files.
     """
 
     def __init__(
         self, spill: Path | None = None, threshold: float = THRESHOLD, exact: bool = True, near: bool = True
     ) -> None:
-        """`exact`, `near`: the kinds to look for. Without exact ones, an equal text is a near repeat."""
+        """`exact`, `near`: the kinds to look for. Without `exact`, an equal text is a near repeat."""
         self._threshold, self._exact, self._near = threshold, exact, near
         self._spill = spill
         self._index = BandIndex(spill)
-        self._rows: Rows | None = None  # their type is that of the first signatures
-        self._roots = np.empty(1 << 12, np.uint32)  # the document at the end of each one's chain
+        self._rows: Rows | None = None  # dtype taken from the first signatures
+        self._roots = np.empty(1 << 12, np.uint32)  # the document at the end of each chain
         self._count = 0
 
     def seen(self, signatures: np.ndarray) -> list[Repeat | None]:
-        """Return the repeat of each of the next documents (n,), or None. Batches of thousands are fastest."""
+        """Return what each of the next documents (n,) repeats, or None. Fastest with batches of thousands."""
         start, stop = self._count, self._count + len(signatures)
         if stop > int(NOBODY):
             raise UserError(f"expected at most {int(NOBODY):,} documents, found more; filter them in several runs")
@@ -102,7 +103,7 @@ class Duplicates:
         self._count = stop
         own = np.arange(start, stop)
         row, column = np.nonzero(firsts < own[:, None])
-        # each pair once, however many bands it shares; 2^32 rows of 2^32 documents fit
+        # each pair once, even if it shares several bands; fits 2^32 rows of 2^32 documents
         row, other = np.divmod(np.unique((row << 32) | firsts[row, column]), 1 << 32)
         mine, theirs = signatures[row], self._rows.take(other)
         alike = shared(mine["minima"], theirs["minima"])
@@ -116,7 +117,7 @@ class Duplicates:
         if stop > len(self._roots):
             self._roots = np.concatenate([self._roots, np.empty(max(stop, len(self._roots)), np.uint32)])
         own[row] = other[pairs]
-        # union-find without the union: a document has one parent for ever, and each round halves the chains
+        # union-find without unions: parents never change, and each round halves the chains
         self._roots[start:stop] = own
         roots = self._roots[:stop]
         while not np.array_equal(further := roots[roots[start:]], roots[start:]):
@@ -129,7 +130,7 @@ class Duplicates:
 
 
 def keys(signatures: np.ndarray) -> np.ndarray:
-    """Return the keys by which documents are compared: (n, bands + 1) uint64, the last column for exact repeats."""
+    """Return the index keys: (n, bands + 1) uint64, the last column for exact repeats."""
     bands = signatures["bands"]
     exact = numbered(signatures["exact"][:, :1], np.uint64(bands.shape[1]))
     return np.concatenate([bands, exact], 1)
@@ -139,7 +140,7 @@ def keys(signatures: np.ndarray) -> np.ndarray:
 
 
 def signature_type(bands: int = BANDS, rows: int = ROWS) -> np.dtype:
-    """A signature: 256 bytes with 16 bands of 7.
+    """Return the dtype of a signature, 256 bytes with 16 bands of 7.
 
     `exact`: 128 bits of the text; `bands`: a key for each band, its lowest byte the number of the band;
     `minima`: 8 bits of each minimum.
@@ -148,11 +149,11 @@ def signature_type(bands: int = BANDS, rows: int = ROWS) -> np.dtype:
 
 
 def signatures(texts: Sequence[str], bands: int = BANDS, rows: int = ROWS) -> np.ndarray:
-    """The signatures of texts: (n,) of `signature_type`; each depends on its text alone.
+    """Compute the signatures of texts: (n,) of `signature_type`; each depends on its own text only.
 
-    Exact repeats are equal after Unicode's NFC and with runs of white space as one space. Words are lower-cased
-    runs of `\\w`, in scripts that are written without spaces single letters. A text of fewer than 5 words has its
-    words for shingles, one without words itself.
+    Exact repeats are equal after NFC normalization and with runs of white space as one space. Words are lower-cased
+    runs of `\\w`, or single letters in scripts written without spaces. The shingles of a text of fewer than 5 words are
+    its words; a text without words is its own only shingle.
     """
     assert bands < 255, "the lowest byte of a key numbers its band"
     records = np.zeros(len(texts), signature_type(bands, rows))
@@ -170,21 +171,21 @@ def signatures(texts: Sequence[str], bands: int = BANDS, rows: int = ROWS) -> np
 
 
 def minhash(hashes: np.ndarray) -> np.ndarray:
-    """8 bits of the minimum of a set of hashes (n,) uint32 in each permutation, for `shared`: (112,) uint8."""
+    """Return 8 bits of the minimum of hashes (n,) uint32 under each permutation: (112,) uint8, for `shared`."""
     return _short(_minima(hashes, BANDS * ROWS))
 
 
 def shared(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Estimate the Jaccard similarity of sets by their `minhash`: (n, 112) and (n, 112), or (112,) -> (n,) float64.
+    """Estimate the Jaccard similarity of sets from their `minhash`: (n, 112) and (n, 112) or (112,) -> (n,) float64.
 
-    Unbiased; its standard deviation is sqrt(s (1 - s) / 112), .047 at .5. Of disjoint sets it may be negative.
+    Unbiased, with standard deviation sqrt(s (1 - s) / 112), .047 at .5. May be negative for disjoint sets.
     """
     equal = (some == others).sum(1, dtype=np.uint16) / some.shape[-1]
     return (equal - CHANCE) / (1 - CHANCE)
 
 
 class _WordHashes(dict[str, int]):
-    """CRC-32 of words, remembered: 40 ns each where a hash function takes 120."""
+    """Cached CRC-32 of words: 40 ns per word instead of 120 for a hash function."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= KNOWN_WORDS:
@@ -197,10 +198,10 @@ _hashes = _WordHashes()
 
 
 def _shingles(text: str, digest: bytes) -> np.ndarray:
-    """A hash of each shingle, repeats among them: (shingles,) uint32.
+    """Hash each shingle, including repeated ones: (shingles,) uint32.
 
-    The multilinear family on 64 bits, of which the upper half is kept: two different shingles are equal with a
-    probability of 2^-32 (Lemire and Kaser, "Strongly universal string hashing is fast", 2014).
+    The upper half of the 64-bit multilinear family: two different shingles collide with a probability of 2^-32
+    (Lemire and Kaser, "Strongly universal string hashing is fast", 2014).
     """
     text = text.lower()
     words = (_ANY_WORD if not text.isascii() and _UNSPACED.search(text) else _WORD).findall(text)
@@ -217,12 +218,12 @@ def _shingles(text: str, digest: bytes) -> np.ndarray:
 
 
 def _short(minima: np.ndarray) -> np.ndarray:
-    """The low bits of minima, mixed: uint8."""
+    """Reduce minima to 8 bits each: uint8."""
     return ((minima * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
 
 
 def _minima(shingles: np.ndarray, permutations: int) -> np.ndarray:
-    """The minimum of the shingles in each permutation x -> a x + b mod 2^32, a odd: (permutations,) uint32."""
+    """Return the minimum shingle under each permutation x -> a x + b mod 2^32, a odd: (permutations,) uint32."""
     factors = _numbers("permutations", permutations)
     odd = (factors >> np.uint64(32)).astype(np.uint32)[:, None] | np.uint32(1)
     shift = factors.astype(np.uint32)[:, None]
@@ -235,14 +236,14 @@ def _minima(shingles: np.ndarray, permutations: int) -> np.ndarray:
 
 
 def numbered(keys: np.ndarray, column: np.ndarray | np.uint64) -> np.ndarray:
-    """Keys with the number of their column in the lowest byte, so that those of two columns never meet."""
+    """Put the column number into the lowest byte of keys, so that keys of different columns never match."""
     return (keys & np.uint64(0xFFFFFFFFFFFFFF00)) | column
 
 
 @cache
 def _numbers(purpose: str, count: int) -> np.ndarray:
-    """Random 64-bit numbers, the same in every process and with every version: (count,) uint64.
+    """Return random 64-bit numbers, the same in every process and version: (count,) uint64.
 
-    The first ones do not depend on the count.
+    A smaller count gives a prefix of a larger one.
     """
     return np.frombuffer(hashlib.shake_128(f"llmkit {purpose}".encode()).digest(8 * count), "<u8").astype(np.uint64)

@@ -1,1 +1,1 @@
-"""A page becomes its main text."""
+"""Main-text extraction from HTML pages."""

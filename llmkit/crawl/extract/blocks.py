@@ -1,11 +1,11 @@
-"""An HTML page as blocks of text in document order, each with its place in the tree.
+"""Cut an HTML page into blocks of text in document order, each with its place in the tree.
 
-A block is what a browser sets apart: the text of a paragraph, a heading, a list item, a table cell, or a bare
-stretch between two of them. The walk uses no recursion, and its work is bounded by `MAX_BYTES`, `MAX_NODES` and
-`MAX_DEPTH`: the blocks of a page depend on the page alone, never on the clock.
+A block is what a browser displays separately: the text of a paragraph, a heading, a list item, a table cell, or loose
+text between two of them. The traversal is not recursive, and its work is bounded by `MAX_BYTES`, `MAX_NODES` and
+`MAX_DEPTH`: the blocks depend on the page only, never on time.
 
-`table_cells` finds the blocks in data tables, which are kept or dropped as a whole. Many pages lay out their columns by
-tables, too; a cell of such a table is a part of the page and not of a row.
+`table_cells` finds the blocks in data tables, which are kept or dropped as a whole. Cells of layout tables, which many
+pages use for columns, are ordinary blocks.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from llmkit.crawl.extract.markup import check_size, inline_formulas, plain_html, visible
 
-_BREAK = "\v"  # <br>; `split` and `isspace` take it for a space
-MAX_CELL_BLOCKS = 3  # a cell of more is a part of the page
-FOLDED_CHARS = 200  # undisplayed text as long is a tab or an accordion: on dev pages all of it dropped costs F1 .013
+_BREAK = "\v"  # <br>; white space for `split` and `isspace`
+MAX_CELL_BLOCKS = 3  # a cell with more belongs to a layout table
+FOLDED_CHARS = 200  # longer hidden text is a tab or an accordion: dropping all hidden text costs F1 .013 on dev pages
 
 # ruff: noqa: SIM905 -- lists of words
 
-# what holds no running text; <noscript> stays, as Discourse puts whole threads into it
+# elements without running text; not <noscript>: Discourse puts complete threads into it
 _DROPPED = frozenset(
     "script style svg template iframe object canvas select datalist textarea audio video head link".split()
 )
-# ids of the dialogs that ask for consent to cookies: text that a site's every page has, shown or not
+# ids of cookie consent dialogs, whose text is on every page of a site, shown or hidden
 _CONSENT = frozenset(
     "onetrust-consent-sdk qc-cmp2-container CybotCookiebotDialog didomi-host usercentrics-root truste-consent-track "
     "cmplz-cookiebanner-container".split()
@@ -43,14 +43,14 @@ _MARKED_TAGS = (
     "p div section article main aside header footer nav form ul ol li dl dd tr td pre code blockquote figure "
     "figcaption h1 h2 h3 h4 button noscript (hidden)"
 )
-TAG_BITS = {tag: 1 << bit for bit, tag in enumerate(_MARKED_TAGS.split())}  # at most 31: they live in an int32
+TAG_BITS = {tag: 1 << bit for bit, tag in enumerate(_MARKED_TAGS.split())}  # at most 31: int32
 
 
 def table_cells(tags: np.ndarray, parent: np.ndarray, leaf: np.ndarray) -> np.ndarray | None:
-    """int32 (3, blocks): the elements of the table and the row, and the column from 0, of each block; or -1 each.
+    """Return int32 (3, blocks): the table element, the row element, and the column of each block; -1 outside tables.
 
-    tags: (elements,) of strings, parent: of each element, leaf: the element of each block. Only rows of data count:
-    with text in two cells or more, at most MAX_CELL_BLOCKS blocks in each of them, and no table within. None: the page
+    tags: strings (elements,); parent: the parent of each element; leaf: the element of each block. Only data rows
+    count: text in at least two cells, at most MAX_CELL_BLOCKS blocks per cell, and no nested table. None if the page
     has no cells.
     """
     is_cell = ((tags == "td") | (tags == "th")) & (tags == "tr")[parent]
@@ -61,7 +61,7 @@ def table_cells(tags: np.ndarray, parent: np.ndarray, leaf: np.ndarray) -> np.nd
     rows = parent[cells]
     holds_table = np.zeros(len(parent), bool)
     holds_table[parent[nearest[rows]]] = nearest[rows] > 0
-    # a cell's column is its place among its row's
+    # a cell's column is its position in the row
     order = np.argsort(rows, kind="stable")
     _, first, members = np.unique(rows[order], return_index=True, return_counts=True)
     column = np.zeros(len(parent), np.int32)
@@ -78,7 +78,7 @@ def table_cells(tags: np.ndarray, parent: np.ndarray, leaf: np.ndarray) -> np.nd
 
 
 def _nearest(wanted: np.ndarray, parent: np.ndarray) -> np.ndarray:
-    """The nearest wanted element of each, itself if it is one, in steps that double the way; 0 where there is none."""
+    """Return the nearest wanted ancestor or self of each element, or 0, by pointer doubling."""
     nearest = np.where(wanted, np.arange(len(parent)), parent)
     while not np.array_equal(further := nearest[nearest], nearest):
         nearest = further
@@ -86,7 +86,7 @@ def _nearest(wanted: np.ndarray, parent: np.ndarray) -> np.ndarray:
 
 
 class ElementKey(NamedTuple):
-    """Kind of an element; a page has a few hundred kinds."""
+    """The kind of an element; a page has a few hundred kinds."""
 
     tag: str
     names: str = ""  # the attributes class, id, role and itemprop
@@ -94,35 +94,35 @@ class ElementKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """The elements of a page in document order, the body first: int32 arrays of their number, but for `keys`."""
+    """The elements of a page in document order, the body first: int32 arrays (elements,), except `keys`."""
 
     keys: list[ElementKey]  # the kinds of elements
-    kind: np.ndarray  # into `keys`
+    kind: np.ndarray  # index into `keys`
     parent: np.ndarray  # the body's is 0
-    depth: np.ndarray  # of the body 0
-    tags: np.ndarray  # TAG_BITS of the element and all above it
-    holder: np.ndarray  # the nearest element laid out as a block; itself if it is one
+    depth: np.ndarray  # the body's is 0
+    tags: np.ndarray  # TAG_BITS of the element and its ancestors
+    holder: np.ndarray  # the nearest block-level ancestor or self
     first_block: np.ndarray
-    end_block: np.ndarray  # the blocks within are range(first_block, end_block)
+    end_block: np.ndarray  # contains the blocks range(first_block, end_block)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTree:
-    """The blocks of a page in document order, int32 arrays of their number but for `text`, and its elements."""
+    """The blocks of a page in document order, as int32 arrays (blocks,) except `text`, and its elements."""
 
     text: list[str]
-    leaf: np.ndarray  # the element that holds the block's first letter
+    leaf: np.ndarray  # the element of the block's first character
     link_chars: np.ndarray
     links: np.ndarray
     pieces: np.ndarray  # text nodes
-    breaks: np.ndarray  # <br> within
-    cells: np.ndarray | None  # `table_cells`: the table, row and column of each block in a table of data
+    breaks: np.ndarray  # <br> elements
+    cells: np.ndarray | None  # (3, blocks), see `table_cells`
     elements: Elements
     title: str | None
 
 
 def cut_blocks(html: bytes) -> BlockTree:
-    """Parse a page of UTF-8 bytes and cut it into blocks. Raises PageLimitError."""
+    """Parse a page (UTF-8) and cut it into blocks. Raises PageLimitError."""
     check_size(html)
     html = plain_html(html)
     tree = LexborHTMLParser(html)
@@ -141,29 +141,29 @@ def cut_blocks(html: bytes) -> BlockTree:
 
 
 class _Walk:
-    """One pass over the nodes under the body. It notes no more than it must; numpy works out the rest."""
+    """One pass over the nodes of the body. Records the minimum; numpy derives the rest."""
 
     def __init__(self) -> None:
         self.keys: list[ElementKey] = []
-        self.bits: list[int] = []  # of each kind
+        self.bits: list[int] = []  # by kind
         self.kinds, self.parents, self.firsts, self.ends = (array("i") for _ in range(4))
-        self.inlines: list[bool] = []  # of each kind
+        self.inlines: list[bool] = []  # by kind
         self.texts: list[str] = []
         self.counts = array("i")  # leaf, link_chars, links, pieces and breaks of each block
 
     def run(self, body: LexborNode) -> None:
-        """Walk; in one function, since a page has 2,000 nodes and methods for their kinds took half as long again."""
+        """Traverse the body. A single function: with a method per kind of node, 2,000 nodes took 1.5 times as long."""
         kinds, parents, firsts, ends, inlines = self.kinds, self.parents, self.firsts, self.ends, self.inlines
         texts = self.texts
         kind_of: dict[object, int] = {}
         open_elements: list[int] = []
-        addresses: list[int] = []  # where they lie in memory, which is what tells them apart
+        addresses: list[int] = []  # memory addresses of the open elements, their identity in lexbor
         strings: list[str] = []  # of the block being read
-        leaf = link = pre = -1  # the element of its first letter; the open <a href>; the open <pre>
-        unseen = folded = -1  # the open elements that are not displayed: an inline one, and one of blocks
+        leaf = link = pre = -1  # the element of its first character; the open <a href>; the open <pre>
+        unseen = folded = -1  # the open hidden elements: an inline one, and a block-level one
         link_chars = links = pieces = breaks = 0
         text = ""
-        resume = 0  # where the node lies that follows a dropped element
+        resume = 0  # address of the node after a dropped element
 
         def end_block() -> None:
             nonlocal leaf, link_chars, links, pieces, breaks
@@ -198,11 +198,11 @@ class _Walk:
                     continue
             elif tag is None or tag == "-comment":
                 continue
-            elif tag in _DROPPED:  # a selector that finds them beforehand takes 5% of the page's time
+            elif tag in _DROPPED:  # finding them first with a selector takes 5% of the time
                 resume = _following(node)
                 continue
             if open_elements:
-                above = node.parent.mem_id  # pyright: ignore[reportOptionalMemberAccess]  # all but the body have one
+                above = node.parent.mem_id  # pyright: ignore[reportOptionalMemberAccess]  # only the body has none
                 while addresses[-1] != above:
                     addresses.pop()
                     closed = open_elements.pop()
@@ -231,7 +231,7 @@ class _Walk:
             if tag == "br":
                 if leaf >= 0:
                     if breaks and _BREAK in takewhile(str.isspace, reversed(strings)):
-                        end_block()  # two in a row part paragraphs on pages that know no <p>
+                        end_block()  # two in a row separate paragraphs on pages without <p>
                     else:
                         strings.append(_BREAK)
                         breaks += 1
@@ -279,7 +279,7 @@ class _Walk:
             ends[number] = len(texts)
 
     def _drop_if_short(self, element: int) -> None:
-        """Drop the last blocks, which an undisplayed element holds, unless they look like a part shown on a click."""
+        """Drop the blocks of a hidden element, the last ones, unless they are long enough for a tab or an accordion."""
         first = self.firsts[element]
         if sum(map(len, self.texts[first:])) >= FOLDED_CHARS:
             return
@@ -289,7 +289,7 @@ class _Walk:
             self.ends[number] = min(self.ends[number], first)
 
     def elements(self) -> Elements:
-        """Follow the parents of all elements at once, in steps that double the way: log2(depth) of them."""
+        """Build `Elements`: pointer doubling propagates along all ancestors in log2(depth) steps."""
         kind, parent = np.frombuffer(self.kinds, np.int32), np.frombuffer(self.parents, np.int32)
         tags = np.array(self.bits, np.int32)[kind]
         numbers = np.arange(len(kind), dtype=np.int32)
@@ -306,7 +306,7 @@ class _Walk:
 
 
 def _following(node: LexborNode) -> int:
-    """Where the next node lies that is not within this one; -1 where there is none."""
+    """Return the address of the next node outside this one, or -1."""
     above: LexborNode | None = node
     while above is not None:
         if above.next is not None:

@@ -1,9 +1,9 @@
 """Features of each block of a page: its text, its place in the tree, and its surroundings.
 
-No feature asks for a word of some language: characters are classed by their Unicode category, and the words of scripts
-without spaces are counted from their letters. The words that stand in class names and ids, which are English on most
-pages of any language, count by learnt weights; one that was not met in training counts 0. Whole-page quantities let
-the trees tell an article from a thread or a list of products.
+No feature depends on the words of a language: characters are classified by Unicode category, and words of scripts
+without spaces are estimated from their letters. Class names and ids, mostly English words in any language, have learnt
+weights; words not seen in training have weight 0. Page-level features let the trees distinguish an article from a
+thread or a list of products.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import numpy as np
 
 from llmkit.crawl.extract.blocks import TAG_BITS, BlockTree, ElementKey
 
-Columns = dict[str, np.ndarray | float]  # features by name: of each block, or one number for the page
-LEVELS = 5  # ancestors looked at, each of which holds more blocks than the one below
+Columns = dict[str, np.ndarray | float]  # features by name: (blocks,), or one number for the page
+LEVELS = 5  # ancestors used, each with more blocks than the one below
 WINDOWS = (1, 2, 4, 8)  # blocks before and after
 _CACHED_NAMES = 200_000  # about 20 MB
 _WORD_OF_NAME = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 
 
 def name_words(name: str) -> list[str]:
-    """The words of a class or an id: `postBody-list_item` is post, body, list, item."""
-    if name.islower():  # most are; splitting them so takes a fifth of the pattern's time
+    """Split a class name or an id into words: `postBody-list_item` gives post, body, list, item."""
+    if name.islower():  # most are; a fifth of the time of the pattern
         return name.replace("_", "-").split("-")
     return [word.lower() for word in _WORD_OF_NAME.findall(name)]
 
 
 class NameWeights(dict[str, float]):
-    """Learnt log-odds of the tags (`<p`) and of the names that elements bear; a name's are its words' sum, kept."""
+    """Learnt log-odds of tags (`<p`) and of class names and ids, the sum over their words; cached."""
 
     def __init__(self, word_weights: dict[str, float]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class NameWeights(dict[str, float]):
         return weight
 
     def of(self, keys: list[ElementKey]) -> list[float]:
-        """The sum over the tag and the names of each key."""
+        """Return the sum over the tag and the names of each key."""
         weights = []
         for tag, names in keys:
             weight = self["<" + tag]
@@ -57,16 +57,16 @@ class NameWeights(dict[str, float]):
         return weights
 
 
-_STOPS = ".!?\u3002\uff01\uff1f\u2026\u061f\u0964"  # also of Chinese and Japanese, Arabic and Hindi
+_STOPS = ".!?\u3002\uff01\uff1f\u2026\u061f\u0964"  # including Chinese and Japanese, Arabic, Hindi
 _COMMAS = ",;:\uff0c\u3001\uff1b\uff1a\u060c"
 
-# one bit for each class of characters
+# one bit per class of characters
 _UPPER, _LOWER, _STOP, _COMMA, _MARK, _SPACE, _WIDE = (1 << bit for bit in range(7))
 
 
 @cache
 def _character_classes() -> np.ndarray:
-    """uint8 (65536,): the class of each character of the Basic Multilingual Plane; the last stands for all others."""
+    """Return uint8 (65536,): the class of each character of the Basic Multilingual Plane, the last for all others."""
     classes = np.zeros(1 << 16, np.uint8)
     of_category = {"Ll": _LOWER, "Lu": _UPPER, "Lt": _UPPER, "Cc": _SPACE}
     of_major = {"P": _MARK, "S": _MARK, "Z": _SPACE}
@@ -81,7 +81,7 @@ def _character_classes() -> np.ndarray:
 
 
 class _Text:
-    """Counts of each block's text, float64 (blocks,), from one pass over the joined text."""
+    """Counts over the text of each block, float64 (blocks,), from one pass over the joined text."""
 
     def __init__(self, texts: list[str], link_chars: np.ndarray) -> None:
         codes = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "replace"), np.uint32)
@@ -97,7 +97,7 @@ class _Text:
 
         self.upper, self.stops, self.commas, self.marks = (count(classes == c) for c in (_UPPER, _STOP, _COMMA, _MARK))
         self.letters = self.upper + count(classes == _LOWER) + 1
-        # a word of Chinese, Japanese or Thai has about two letters
+        # a word in Chinese, Japanese or Thai has about two letters
         self.words = np.maximum(count(word_starts) + count(classes == _WIDE) / 2, 1)
         self.chars = np.maximum(lengths, 1).astype(np.float64)
         self.ends_in_stop = classes[starts + lengths - 1] == _STOP
@@ -109,16 +109,16 @@ class _Text:
         self.running = {name: np.concatenate([[0.0], np.cumsum(getattr(self, name))]) for name in summed}
 
     def total(self, name: str) -> float:
-        """The sum of a count over the page, more than 0."""
+        """Return the sum of a count over the page, at least 1e-9."""
         return max(float(self.running[name][-1]), 1e-9)
 
     def over(self, name: str, start: Any, stop: Any) -> np.ndarray:
-        """The sums of a count over ranges of blocks."""
+        """Return the sums of a count over ranges of blocks."""
         return self.running[name][stop] - self.running[name][start]
 
 
 def block_features(tree: BlockTree, weights: NameWeights) -> Columns:
-    """The features of a page of at least one block, by name: float (blocks,), or one number for the whole page."""
+    """Compute the features of a page with at least one block, by name: float (blocks,), or one number for the page."""
     text = _Text(tree.text, tree.link_chars)
     return {**_of_text(tree, text), **_of_place(text), **_of_tree(tree, text, weights)}
 
@@ -187,13 +187,13 @@ def _of_tree(tree: BlockTree, text: _Text, weights: NameWeights) -> Columns:
     leaf = tree.leaf
     holder, tags = elements.holder[leaf], elements.tags[leaf]
     own = np.array(weights.of(elements.keys))[kind]
-    # each element's weight and those above it but the body's, in log2(depth) steps that double the way
+    # the summed weights of each element and its ancestors except the body, by pointer doubling in log2(depth) steps
     path, above = own.copy(), parent
     path[0] = 0.0
     while above.any():
         path += path[above]
         above = above[above]
-    # the nearest ancestor of each element that holds more blocks than it; the body where there is none
+    # the nearest ancestor of each element with more blocks than the element; the body if there is none
     size, wider = end - first, parent.copy()
     while len(same := np.flatnonzero((size[wider] == size) & (wider > 0))):
         wider[same] = wider[wider[same]]
@@ -242,7 +242,7 @@ def _of_ancestors(
 
 
 def _of_main(first: np.ndarray, end: np.ndarray, depth: np.ndarray, own_depth: np.ndarray, text: _Text) -> Columns:
-    """Where the block stands to the deepest element that holds half, or four fifths, of the page's prose."""
+    """Relate each block to the deepest element with at least half, or four fifths, of the page's prose."""
     index = np.arange(len(own_depth))
     sought = "prose" if text.prose.any() else "words"
     columns: Columns = {}
@@ -258,7 +258,7 @@ def _of_main(first: np.ndarray, end: np.ndarray, depth: np.ndarray, own_depth: n
 
 
 def _of_kin(name: str, makes: np.ndarray, text: _Text) -> dict[str, np.ndarray]:
-    """Measure the blocks whose elements are of the same make: a page's paragraphs, its menu entries, its comments."""
+    """Measure each group of blocks with the same kinds of elements: paragraphs, menu entries, comments."""
     _, group = np.unique(makes, return_inverse=True)
     members, words = np.bincount(group), np.bincount(group, text.words)
     measures = {

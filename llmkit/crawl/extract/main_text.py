@@ -1,7 +1,7 @@
-"""The main text of an HTML page: by our model over its blocks, by resiliparse (`fast`), or by trafilatura.
+"""Extract the main text of an HTML page: with our model over blocks, with resiliparse (`fast`), or with trafilatura.
 
-The model says how surely each block is main text: oblivious trees, run by numpy alone. Such a tree asks one question of
-all blocks at each of its levels, so that a page goes through all trees in a few array operations.
+The model gives each block the probability of being main text. It consists of oblivious trees, which split on the same
+feature and border across a level, so that all trees run on all blocks of a page in a few numpy operations.
 `examples/train_extractor.py` trains it.
 """
 
@@ -23,25 +23,25 @@ from llmkit.crawl.extract.markup import PageLimitError, article_body, check_size
 from llmkit.errors import UserError
 
 MODEL = Path(__file__).with_name("extractor.safetensors")
-_AT_ONCE = 4096  # blocks: bounds the memory of a huge page to about 10 MB
-# the beta of the F score that the model's choice of blocks aims at; on domains that it has not seen there is a little
-# less main text than it expects: F1 of .8808 at .85, .8794 at 1 and .8801 at .75
+_AT_ONCE = 4096  # blocks; bounds the memory for a huge page to about 10 MB
+# beta of the expected F score that the choice of blocks maximizes; on unseen domains the model slightly overestimates
+# the main text: F1 of .8808 at .85, .8794 at 1 and .8801 at .75
 FAVOURS = {"balance": 0.85, "precision": 0.5, "recall": 2.0}
-# a page of so few blocks does not say again what its heading says; what the model learnt from mostly has none
+# on a page with so few kept blocks the heading is not redundant; most training pages are annotated without headings
 _FEW_BLOCKS = 3
 _HEADINGS = sum(TAG_BITS[tag] for tag in ("h1", "h2", "h3", "h4"))
-# the page's text gives way to its JSON-LD's where it is shorter than this part of it
+# the article in the page's JSON-LD replaces an extracted text shorter than this share of it
 ARTICLE_SHARE = 0.5
 _BOILERPLATE = "script,style,noscript,template,svg,head,nav,header,footer,aside,form,button,iframe,select,textarea"
 
 
 @dataclass(frozen=True)
 class BlockModel:
-    """Oblivious trees over named features, and the weights of the names that elements bear."""
+    """Oblivious trees over named features, and the weights of tags, class names and ids."""
 
     feature_names: tuple[str, ...]
-    features: np.ndarray  # int16 (trees, depth): which feature a level asks about
-    borders: np.ndarray  # float32 (trees, depth): level d sets bit d of the leaf where the feature is above it
+    features: np.ndarray  # int16 (trees, depth): the feature of each split
+    borders: np.ndarray  # float32 (trees, depth): level d sets bit d of the leaf index if the feature is above it
     leaves: np.ndarray  # float32 (trees, 2**depth), depth at most 8: log-odds
     bias: float
     name_weights: dict[str, float]
@@ -49,7 +49,7 @@ class BlockModel:
     @classmethod
     @cache
     def load(cls, path: Path = MODEL) -> BlockModel:
-        """Read the file of a model, once a process."""
+        """Load a model file, once per process."""
         tensors = load_file(path)
 
         def strings(name: str) -> list[str]:
@@ -66,21 +66,21 @@ class BlockModel:
 
     @cached_property
     def names(self) -> NameWeights:
-        """The weights with those of the names met so far."""
+        """The weights, with a cache of the names seen so far."""
         return NameWeights(self.name_weights)
 
     @cached_property
     def _splits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The features and the borders of the distinct questions, and intp (depth, trees): which a level asks."""
+        """The features and the borders of the distinct splits, and their index at each level: intp (depth, trees)."""
         pairs = np.stack([self.features.ravel(), self.borders.ravel()])
         (features, borders), which = np.unique(pairs, axis=1, return_inverse=True)
         return features.astype(np.intp), borders.astype(np.float32)[:, None], which.reshape(self.features.shape).T
 
     def probabilities(self, tree: BlockTree) -> np.ndarray:
-        """float64 (blocks,): how surely each block is main text.
+        """Return float64 (blocks,): the probability that each block is main text.
 
-        The blocks of a table of data share the highest mean of its rows over their characters, so that it is kept or
-        dropped whole; chosen for themselves, cells went missing in 82 of 222 pages with such tables.
+        The blocks of a data table share the highest of its rows' mean probabilities, weighted by characters, so that
+        the table is kept or dropped as a whole; chosen one by one, cells were lost on 82 of 222 pages with such tables.
         """
         n = len(tree.text)
         if n == 0:
@@ -99,8 +99,8 @@ class BlockModel:
         return probabilities
 
     def of_features(self, rows_FN: np.ndarray) -> np.ndarray:
-        """float64 (N,): how surely each block is main text, from float32 features (F, N)."""
-        # 300 trees ask 1,300 questions; in numbers of a byte, which stay in the cache, 300 blocks take .24 ms
+        """Return float64 (N,): the probability that each block is main text, from float32 features (F, N)."""
+        # 300 trees have 1,300 distinct splits; as uint8, which fits the cache, 300 blocks take .24 ms
         features, borders_Q1, which_DT = self._splits
         first_T1 = np.arange(len(self.features))[:, None] * self.leaves.shape[1]
         scores = []
@@ -115,7 +115,7 @@ class BlockModel:
 
 
 def feature_rows(columns: dict[str, np.ndarray | float], names: tuple[str, ...], n: int) -> np.ndarray:
-    """float32 (features, blocks) of the named features, one number for the page repeated for its `n` blocks."""
+    """Return float32 (features, blocks) of the named features; page-level features are repeated for all `n` blocks."""
     rows = np.empty((len(names), n), np.float32)
     for row, name in enumerate(names):
         rows[row] = columns[name]
@@ -123,12 +123,12 @@ def feature_rows(columns: dict[str, np.ndarray | float], names: tuple[str, ...],
 
 
 def best_blocks(probabilities: np.ndarray, words: np.ndarray, beta: float) -> np.ndarray:
-    """bool (blocks,): the blocks to keep for the highest F score that is to be expected of the page.
+    """Return bool (blocks,): the blocks to keep for the highest expected F score of the page.
 
-    Blocks are taken from the surest down, `words` of each, to where (1 + beta^2) TP / (kept + beta^2 relevant) is
-    highest with the sums that the probabilities lead to expect. Beta below 1 weighs precision more, above 1 recall.
-    A page of which the model is unsure, such as a list of products, so gets a lower threshold than an article. On pages
-    of unseen domains that gave word F1 .880, and the best threshold for all pages .873.
+    Blocks are added in descending order of probability until the expected (1 + beta^2) TP / (kept + beta^2 relevant),
+    counted in words, is highest. Beta below 1 favours precision, above 1 recall. A page on which the model is unsure,
+    such as a list of products, thus gets a lower threshold than an article. On unseen domains the word F1 was .880,
+    with the best global threshold .873.
     """
     order = np.argsort(-probabilities, kind="stable")
     expected = np.cumsum((probabilities * words)[order])
@@ -138,7 +138,7 @@ def best_blocks(probabilities: np.ndarray, words: np.ndarray, beta: float) -> np
 
 
 class Extraction(NamedTuple):
-    """What was found; `reason` says why a page has no text: "empty", "too_large", "too_many_nodes" or "too_deep"."""
+    """The result. `reason`: why a page has no text: "empty", "too_large", "too_many_nodes" or "too_deep"."""
 
     text: str
     title: str | None
@@ -146,23 +146,23 @@ class Extraction(NamedTuple):
 
 
 class Extractor:
-    """Finds the main text of pages. Cheap to make; the model is read once a process."""
+    """Extracts the main text of pages. Cheap to create; the model is loaded once per process."""
 
     def __init__(self, name: str = "model", favour: str = "balance", threshold: float | None = None) -> None:
-        """name: "model", "fast" or "trafilatura"; favour: of FAVOURS, which `fast` does not heed.
+        """name: "model", "fast" or "trafilatura"; favour: a key of FAVOURS, ignored by `fast`.
 
-        With a `threshold` the model keeps the blocks that it gives at least this probability, whatever is favoured;
-        without, it chooses one for each page. Raises UserError for trafilatura where it is not installed.
+        With `threshold`, the model keeps blocks of at least this probability and ignores `favour`; otherwise it
+        chooses a threshold per page. Raises UserError if trafilatura is chosen and not installed.
         """
         self.threshold, self.favour = threshold, favour
         finders = {"model": self._by_model, "fast": _by_resiliparse, "trafilatura": self._by_trafilatura}
-        # each begins with check_size, as cut_blocks does
+        # each calls check_size first; `model` does so in cut_blocks
         self._find: Callable[[bytes, str | None], tuple[str, str | None]] = finders[name]
         if name == "trafilatura":
             _trafilatura()
 
     def extract(self, html: bytes | str, content_type: str | None = None, url: str | None = None) -> Extraction:
-        """The main text and the title of a page, blocks parted by newlines. Never raises for what a page holds."""
+        """Extract the main text, blocks separated by newlines, and the title. No page content makes it raise."""
         try:
             text, title = self._find(utf8_html(html, content_type), url)
         except PageLimitError as limit:
@@ -176,9 +176,9 @@ class Extractor:
         return article if len(text) < ARTICLE_SHARE * len(article) else text, tree.title
 
     def keep(self, tree: BlockTree, probabilities: np.ndarray) -> np.ndarray:
-        """bool (blocks,): which blocks of a page are its main text, given the model's probabilities.
+        """Return bool (blocks,): the blocks that are main text, given the model's probabilities.
 
-        A heading right above the text of a short page is kept with it.
+        On short pages a heading directly above kept text is kept too.
         """
         if self.threshold is not None or len(probabilities) == 0:
             return probabilities >= (self.threshold or 0)
@@ -197,9 +197,9 @@ class Extractor:
 
 
 def text_of(tree: BlockTree, keep: np.ndarray) -> str:
-    """The kept blocks' text in document order: a line each, and a line for a row of a table, its cells parted by "|".
+    """Join the kept blocks in document order, one line per block or per table row, cells separated by "|".
 
-    An empty cell before another leaves its place, so that what stands below it can be told: `| Q1 | Q2`, `a | | c`.
+    Empty cells before another keep their place, so that columns line up: `| Q1 | Q2`, `a | | c`.
     """
     numbers = np.flatnonzero(keep)
     texts = tree.text
@@ -213,7 +213,7 @@ def text_of(tree: BlockTree, keep: np.ndarray) -> str:
             text = text.replace("\n", " ")
         if row < 0 or row != last_row:
             pieces.append("\n" if pieces else "")
-            pieces.append("| " * column)  # -1 outside of tables
+            pieces.append("| " * column)  # column is -1 outside tables
         else:
             pieces.append(" |" * (column - last_column) + " ")
         pieces.append(text)
@@ -222,7 +222,7 @@ def text_of(tree: BlockTree, keep: np.ndarray) -> str:
 
 
 def _by_resiliparse(page: bytes, url: str | None) -> tuple[str, str | None]:
-    """resiliparse's main text, or the page without its navigation where that is less than 30% of it."""
+    """Extract with resiliparse; if that finds less than 30% of the page without its boilerplate, return the latter."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
@@ -247,7 +247,6 @@ def _trafilatura() -> Callable[..., str | None]:
         from trafilatura import extract  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            "--extractor trafilatura: it is not installed; pip install trafilatura lxml_html_clean, "
-            "or use --extractor model"
+            "--extractor trafilatura: not installed; pip install trafilatura lxml_html_clean, or use --extractor model"
         ) from None
     return extract

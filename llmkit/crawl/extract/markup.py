@@ -1,13 +1,12 @@
-"""The bytes of a page before they are parsed: their character set, limits, and markup that a parser of HTML gets wrong.
+"""Prepare the bytes of a page for parsing: character set, limits, and markup that HTML parsers get wrong.
 
     html = utf8_html(body, "text/html; charset=koi8-r")
     check_size(html)    # raises PageLimitError
     tree = LexborHTMLParser(plain_html(html))
     inline_formulas(tree, html)
 
-The parser's work grows with the square of what the limits bound, so that all HTML is checked before it is parsed, also
-that in JSON or in scripts. What mends the markup of a few pages looks for some bytes first and costs the others next to
-nothing.
+Parsing time is quadratic in what the limits bound, so all HTML is checked before it is parsed, including HTML in JSON
+or scripts. Fixes that few pages need first search for a marker, and cost other pages almost nothing.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ _HEADER = re.compile(r"\bcharset\s*=\s*[\"']?\s*([^\s\"';,]+)", re.IGNORECASE)
 _META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
 _XML = re.compile(rb"^\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']([^\"'>]+)", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
-# Python's codecs that read what browsers read under these names, which are supersets of what the names say
+# browsers decode these names as supersets of the named encodings: the Python codecs that do the same
 _SUPERSETS = {"gbk": "gb18030", "shift_jis": "cp932", "euc-kr": "cp949", "big5": "big5hkscs"}
 MAX_BYTES = 16_000_000  # Common Crawl cuts pages at 5 MiB
 MAX_NODES = 500_000
-MAX_DEPTH = 1_000  # the parser's work grows with the square of the depth: 100,000 nested <div> take it 20 s
-MAX_ATTRIBUTES = 5_000  # of one element; with the square of these too: 40,000 take it 3 s
+MAX_DEPTH = 1_000  # parsing time is quadratic in the depth: 100,000 nested <div> take 20 s
+MAX_ATTRIBUTES = 5_000  # per element; quadratic too: 40,000 take 3 s
 _MANY_TAGS = 20_000
-# browsers close these by themselves or never open them, so they add no depth
+# void elements, and those that browsers close implicitly or ignore: they add no depth
 _FLAT_TAGS = (
     b"area base body br col colgroup dd dt embed frame head hr html img input li link meta option optgroup p param "
     b"rp rt source tbody td tfoot th thead tr track wbr"
 )
 _FLAT = frozenset(_FLAT_TAGS.split())
-# what has no end runs to the page's, as in browsers; were it no match, 20,000 "<!--" took 10 s
+# unclosed ones extend to the end of the page, as in browsers; without "|\Z", 20,000 "<!--" took 10 s
 _RAW_TEXT = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(rb"<(/?)([a-zA-Z][^\s/<>]*)")
 _QUOTED = re.compile(rb"\"[^\"]*\"|'[^']*'")
 _WHOLE_TAG = re.compile(rb"<(?:[^>\"']+|\"[^\"]*\"|'[^']*')*")
-# what has no end runs to the page's; attributes hold no "<", or every unclosed tag would look through the page
+# unclosed ones extend to the end of the page; no "<" in attributes, or every unclosed tag would scan the page
 _RAW = rb"<!--.*?(?:-->|\Z)|<(?P<raw>script|style)\b[^<>]*(?<!/)>.*?(?:</(?P=raw)|\Z)"
 _SWALLOWS = rb"script|style|title|textarea|iframe|noscript|noframes|template|object|canvas|select|audio|video|button"
 _XHTML = re.compile(
@@ -57,17 +56,17 @@ _DISPLAY_STYLE = re.compile(r"\{\\(?:displaystyle|textstyle) (.*)\}", re.DOTALL)
 _RENDERED = ".MathJax,.MathJax_Preview,.MathJax_Display,.MathJax_SVG,.MathJax_SVG_Display,.MathJax_CHTML,.mjx-chtml"
 
 
-# zero-width spaces, soft hyphens, byte order marks, word joiners; joiners and non-joiners beside ASCII, where they join
-# nothing: they stay in emoji, in Persian and in the scripts of India
+# zero-width spaces, soft hyphens, byte order marks, word joiners; also zero-width (non-)joiners next to ASCII, where
+# they have no effect: they are needed in emoji, Persian and Indic scripts
 _INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u2060]|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])")
-_PERHAPS_INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u2060\u200c\u200d]")  # in a fifth of the time
+_PERHAPS_INVISIBLE = re.compile("[\u200b\u00ad\ufeff\u2060\u200c\u200d]")  # a quick check, in a fifth of the time
 
 
 # ---- character sets
 
 
 def codec_of(label: str) -> str | None:
-    """The Python codec that reads what browsers read under a label; None for a label that they do not know.
+    """Return the Python codec for the encoding that browsers use for a label; None for unknown labels.
 
     https://encoding.spec.whatwg.org/#names-and-labels
     """
@@ -78,7 +77,7 @@ def codec_of(label: str) -> str | None:
 
 
 def declared_codec(html: bytes, content_type: str | None) -> str | None:
-    """The codec that the byte order mark, the HTTP header or the page's first 1,024 bytes name, in this order."""
+    """Return the codec declared by byte order mark, HTTP header or the page's first 1,024 bytes, in this order."""
     for mark, codec in _BOMS:
         if html.startswith(mark):
             return codec
@@ -89,14 +88,14 @@ def declared_codec(html: bytes, content_type: str | None) -> str | None:
     for pattern in (_META, _XML):
         inside = pattern.search(start)
         if inside and (codec := codec_of(inside[1].decode("latin-1"))):
-            return "utf-8" if codec.startswith("utf-16") else codec  # one that was read as ASCII is not UTF-16
+            return "utf-8" if codec.startswith("utf-16") else codec  # it was readable as ASCII, so not UTF-16
     return None
 
 
 def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
-    """Recode a page to UTF-8 as browsers read it: as declared, as UTF-8 if it is but for single bytes, or by a guess.
+    """Recode a page to UTF-8: from its declared encoding, else from UTF-8 if mostly valid, else by detection.
 
-    Bytes that the character set does not know become U+FFFD, lone surrogates of a `str` question marks.
+    Undecodable bytes become U+FFFD, lone surrogates in a `str` question marks.
     """
     if isinstance(html, str):
         return html.encode("utf-8", "replace")
@@ -110,7 +109,7 @@ def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
 
         text = html.decode("utf-8", "replace")
         bad = text.count("\ufffd")
-        # text in another character set has next to no sequence of bytes that is UTF-8
+        # text in another encoding has almost no valid multi-byte UTF-8 sequences
         if sum(text.count(character) for character in set(text) if not character.isascii()) - bad > 4 * bad:
             codec = "utf-8"
         elif (codec := codec_of(detect_encoding(html) or "")) in (None, "utf-8"):
@@ -122,11 +121,11 @@ def utf8_html(html: bytes | str, content_type: str | None = None) -> bytes:
 
 
 class PageLimitError(Exception):
-    """The page is beyond a limit; the message is the reason by which it is counted."""
+    """The page exceeds a limit; the message is the reason in the funnel."""
 
 
 def check_size(html: bytes) -> None:
-    """Raise PageLimitError, "too_large", "too_many_nodes" or "too_deep", for a page that would cost too much."""
+    """Raise PageLimitError ("too_large", "too_many_nodes" or "too_deep") for a page that is too expensive to parse."""
     if len(html) > MAX_BYTES:
         raise PageLimitError("too_large")
     data = np.frombuffer(html + b" ", np.uint8)
@@ -140,8 +139,8 @@ def check_size(html: bytes) -> None:
         tag = _WHOLE_TAG.match(html, start, start + (1 << 20))
         if tag and len(_QUOTED.sub(b"", tag[0]).split()) > MAX_ATTRIBUTES:
             raise PageLimitError("too_many_nodes")
-    # the climb of start tags over end tags is no less than the depth, unless some end tags have no start; nested,
-    # _MANY_TAGS of that sort take 0.6 s
+    # the largest rise of start tags minus end tags bounds the depth from above, unless some end tags have no start;
+    # _MANY_TAGS nested in that way take 0.6 s
     level = np.cumsum(starts.astype(np.int64) - (following == ord("/")))
     climb = (level - np.minimum(np.minimum.accumulate(level), 0)).max(initial=0)
     if (climb > MAX_DEPTH or len(at) > _MANY_TAGS) and _nesting(html) > MAX_DEPTH:
@@ -149,7 +148,7 @@ def check_size(html: bytes) -> None:
 
 
 def _nesting(html: bytes) -> int:
-    """About how many elements are open at once at the most."""
+    """Return the approximate maximum nesting depth."""
     stack: list[bytes] = []
     opened: dict[bytes, int] = {}
     deepest = 0
@@ -172,13 +171,13 @@ def _nesting(html: bytes) -> int:
 
 
 def visible(text: str) -> str:
-    """The text without characters that take no room and carry no meaning."""
+    """Remove invisible characters that carry no meaning."""
     return text if text.isascii() or not _PERHAPS_INVISIBLE.search(text) else _INVISIBLE.sub("", text)
 
 
 def plain_html(html: bytes) -> bytes:
-    """The page with XHTML's self-closed elements closed, CDATA as text, and declarative shadow roots as elements."""
-    open_roots: list[bool] = []  # of each open template
+    """Close XHTML's self-closed elements, turn CDATA into text, and declarative shadow roots into elements."""
+    open_roots: list[bool] = []  # for each open <template>: is it a shadow root
 
     def closed(match: re.Match[bytes]) -> bytes:
         if match["cdata"] is not None:
@@ -202,13 +201,13 @@ def plain_html(html: bytes) -> bytes:
 
 
 def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
-    """Put each formula once, as a line of text, in its place: TeX where the page has it, else MathML written flat."""
-    if b"math" not in html:  # to look through a page of 300 kB takes .1 ms
+    """Replace each formula by one line of text: its TeX source if the page has it, else linearized MathML."""
+    if b"math" not in html:  # the search takes .1 ms in a page of 300 kB
         return
     if b"math/" in html:
         scripts = [node for node in tree.css("script") if (node.attributes.get("type") or "").startswith("math/")]
         if scripts:
-            for node in reversed(tree.css(_RENDERED)):  # what is within first
+            for node in reversed(tree.css(_RENDERED)):  # innermost first
                 if not node.css("script"):
                     node.decompose()
         for node in scripts:
@@ -222,12 +221,12 @@ def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
         return
     for node in tree.css("mjx-math"):
         node.decompose()
-    for node in tree.css(".katex-html"):  # beside its MathML
+    for node in tree.css(".katex-html"):  # next to its MathML
         if node.prev is not None and node.prev.tag == "span":
             node.decompose()
     for node in reversed(tree.css("math")):
         element, text = node, _one_line(_formula(node))
-        # Wikipedia's is for screen readers, hidden behind an image
+        # on Wikipedia it is hidden, for screen readers, next to an image
         above = node.parent
         if above is not None and above.tag == "span" and "display" in (above.attributes.get("style") or ""):
             element = above if len(above.css("math")) == 1 else node
@@ -235,7 +234,7 @@ def inline_formulas(tree: LexborHTMLParser, html: bytes) -> None:
 
 
 def _parsed(html: str) -> LexborHTMLParser | None:
-    """HTML that stands in a script or in JSON, where the page's own check has not seen it; None beyond the limits."""
+    """Parse HTML from a script or JSON, which the check of the page did not cover; None if it exceeds the limits."""
     try:
         check_size(html.encode("utf-8", "replace"))
     except PageLimitError:
@@ -257,7 +256,7 @@ def _formula(math: LexborNode) -> str:
 
 
 def _flat(node: LexborNode, depth: int) -> str:
-    """MathML in a line, such as `1/2`, `x^{n+1}` and `sqrt(x)`."""
+    """Linearize MathML, as in `1/2`, `x^{n+1}` and `sqrt(x)`."""
     if node.tag == "-text":
         return (node.text_content or "").strip()
     if depth > 50:
@@ -287,7 +286,7 @@ def _group(text: str, brackets: str) -> str:
 
 
 def article_body(html: bytes) -> str:
-    """The longest `articleBody` of the page's JSON-LD as text, a line a paragraph; "" where there is none."""
+    """Return the longest `articleBody` in the page's JSON-LD as text, one line per paragraph; "" if there is none."""
     if b"articleBody" not in html:
         return ""
     longest = ""

@@ -1,1 +1,1 @@
-"""Rules that keep or drop a text: addresses, Gopher, C4, FineWeb, personal data."""
+"""Filters that keep or drop a text: URLs, Gopher, C4, FineWeb, classifiers, contamination, personal data."""

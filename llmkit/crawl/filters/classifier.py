@@ -1,4 +1,4 @@
-"""Texts scored by fastText models: FineWeb-Edu's, DCLM's and whatever else one trains (examples/quality/)."""
+"""Score texts with fastText models, such as FineWeb-Edu's, DCLM's or your own (examples/quality/)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MAGIC = b"\xba\x16\x4f\x2f"  # FASTTEXT_FILEFORMAT_MAGIC_INT32
 
 
 class Classifier:
-    """One model and what its label's probability must be: `model.bin:__label__hq>=0.5`, the prefix may be left out."""
+    """A model and the bound on its label's probability: `model.bin:__label__hq>=0.5`; the prefix is optional."""
 
     def __init__(self, spec: str) -> None:
-        """Load the model. Raises UserError for a spec of another form, a file that is no model, an unknown label."""
+        """Load the model. Raises UserError for a malformed spec, a file that is not a model, or an unknown label."""
         import fasttext
 
         match = _SPEC.fullmatch(spec)
@@ -28,7 +28,7 @@ class Classifier:
         except ValueError:
             bound = -1.0
         if match is None or not 0 <= bound <= 1:
-            raise UserError(f"--classifier {spec}: expected MODEL.bin:LABEL>=SCORE or LABEL<SCORE, a score of 0 to 1")
+            raise UserError(f"--classifier {spec}: expected MODEL.bin:LABEL>=SCORE or LABEL<SCORE, SCORE from 0 to 1")
         self.path, self._at_least, self._bound = match["path"], match["relation"] == ">=", bound
         self.label = PREFIX + match["label"].removeprefix(PREFIX)
         labels = labels_of(self.path)
@@ -38,25 +38,25 @@ class Classifier:
         self._model = fasttext.load_model(self.path)
 
     def score(self, text: str) -> float:
-        """The probability of the label, 0 to 1."""
+        """Return the probability of the label, 0 to 1."""
         labels, scores = self._model.predict(text.replace("\n", " "), -1)
         return min(float(scores[labels.index(self.label)]), 1.0) if self.label in labels else 0.0
 
     def keeps(self, score: float) -> bool:
-        """True if a text with that score stays."""
+        """Return True if a text with this score is kept."""
         return score >= self._bound if self._at_least else score < self._bound
 
 
 def local_spec(spec: str) -> str:
-    """A spec whose model lies on this machine: one at an address is fetched into --cache. Raises UserError."""
+    """Return the spec with a local path; a remote model is downloaded to --cache. Raises UserError."""
     path, colon, rest = spec.rpartition(":")
     return f"{cached_file(path)}:{rest}" if colon and is_remote(path) and "/" in path.partition("://")[2] else spec
 
 
 def labels_of(path: str) -> set[str]:
-    """The labels of a fastText model. Its file is walked to the end, for the library takes a cut one and crashes.
+    """Return the labels of a fastText model, and check that its file is complete: fasttext crashes on truncated files.
 
-    The layout is that of FastText::saveModel, version 12. Raises UserError for another file and for a cut one.
+    The layout is that of FastText::saveModel, version 12. Raises UserError for other and for truncated files.
     """
     labels, is_model, whole = set(), False, False
     try:
@@ -73,7 +73,7 @@ def labels_of(path: str) -> set[str]:
                     labels.add(data[position:end].decode())
                 position = end + 10
             position += 8 * max(pruned, 0)
-            for _ in range(2):  # of words, of labels; a quantized one of words need not have one of labels
+            for _ in range(2):  # word and label matrix; if the former is quantized, the latter need not be
                 is_quantized, position = data[position], position + 1
                 if not is_quantized:
                     rows, columns = unpack_from("<2q", data, position)
@@ -81,16 +81,16 @@ def labels_of(path: str) -> set[str]:
                     continue
                 has_norms, rows, _, codes = unpack_from("<?2qi", data, position)
                 position += 21 + codes
-                for extra in (0, rows)[: 1 + has_norms]:  # the quantizer of the rows, and their norms with one
+                for extra in (0, rows)[: 1 + has_norms]:  # the rows' quantizer; then the norms and theirs
                     (dimensions,) = unpack_from("<i", data, position + extra)
                     position += extra + 16 + 4 * 256 * dimensions
             whole = position == len(data)
     except OSError as error:
         raise UserError(f"{path}: cannot read the classifier: {str(error.strerror).lower()}") from error
-    except (ValueError, IndexError, StructError):  # an empty file, and what is behind the end
+    except (ValueError, IndexError, StructError):  # an empty file, or a read past the end
         pass
     if not is_model:
         raise UserError(f"{path}: expected a fastText model (.bin or .ftz), found another file")
     if not whole:
-        raise UserError(f"{path}: a damaged or cut fastText model; fetch it again")
+        raise UserError(f"{path}: damaged or truncated fastText model; download it again")
     return labels

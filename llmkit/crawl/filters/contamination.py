@@ -1,14 +1,14 @@
-"""Evaluation items that stand in a text: what is trained on must not hold what is tested with.
+"""Find evaluation items in texts, to keep test data out of training data.
 
     index = Contamination(ContaminationRules(("eval.jsonl",)))
     index.find("... What is the capital of France? It is Paris. ...")  # [Match('eval.jsonl:7', 1.0)]
 
-An item is its question, with the right answer where the question is short. Of item and text only letters and digits
-count, so that line ends, punctuation and case do not. The score is the share of the item's runs of RUN letters
-(overlapping) that stand together in the text. Of 3,000 of 70,851 items of 26 public sets, planted into documents as
-they are, in capitals, wrapped anew, with punctuation removed or replaced, .992 are found at a score of .8 (the others
-are too short); of 5,167 documents 2 are taken for contaminated, 3 with 99,623 items of 45 sets. 13-grams of words, as
-GPT-3 has it (arXiv:2005.14165, appendix C), do not find items of fewer words.
+An item is its question, with the right answer if the question is short. Only letters and digits are compared, so line
+breaks, punctuation and case do not matter. The score is the share of the item's overlapping runs of RUN letters that
+occur together in the text. Recall at a score of .8 is .992 for 3,000 of 70,851 items of 26 public sets, planted into
+documents as they are, in capitals, re-wrapped, or with punctuation removed or replaced (the rest are too short). False
+positives: 2 of 5,167 documents, 3 with 99,623 items of 45 sets. GPT-3's 13-grams of words (arXiv:2005.14165,
+appendix C) do not find items of fewer words.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import ANSWERS, CHOICES, CONVERSATIONS, QUESTIONS, Row
 
 RUN = 16  # letters, a power of 2
-SHORT = 24  # letters of a question that says little without its answer
-SHORTEST = 18  # letters of an item, with its answer
-OF_PIQA = ("goal", "sol1")  # question and an answer, which may be the wrong one: no label stands beside them
+SHORT = 24  # letters; a shorter question is combined with its answer
+SHORTEST = 18  # letters; a shorter item, with its answer, is left out
+OF_PIQA = ("goal", "sol1")  # question, and an answer that may be wrong: the records have no label
 OF_BLIMP = "sentence_good"
 ASKERS = ("user", "human")
-_BITS = 26  # of a hash, for two tables that tell 98% of other runs apart from those of 57,000 items
+_BITS = 26  # hash bits of each of two bit tables, which reject 98% of runs that are in none of 57,000 items
 _SHIFT, _LOW = np.uint64(64 - _BITS), np.uint64((1 << _BITS) - 1)
 _BYTE, _BIT = np.uint64(3), np.uint64(7)
-# Of a text that is a list of items: those looked at together, and the places of a run; of 1 MB of BBH's 2,635 took 41 s
+# limits for texts that are lists of items: items examined together, and places of a run; 1 MB of BBH's 2,635 took 41 s
 MOST_ITEMS, MOST = 500, 100
-APART = 200  # letters that may stand between a short question and its answer
-ARRAYS = ("_lengths", "_sizes", "_keys", "_owners", "_seen")  # of an index
-LISTED = 100  # documents of an item, in a report
-REPORT = "contamination.json"  # in a run folder, and
-OF_FILE = f".{REPORT}"  # after the name of an output
+APART = 200  # letters allowed between a short question and its answer
+ARRAYS = ("_lengths", "_sizes", "_keys", "_owners", "_seen")  # shared between processes
+LISTED = 100  # documents listed per item in a report
+REPORT = "contamination.json"  # file in a run folder
+OF_FILE = f".{REPORT}"  # suffix to the name of an output file
 
 
 @dataclass(frozen=True, slots=True)
 class ContaminationRules:
-    """What is done with texts that hold items of an evaluation."""
+    """Texts that contain evaluation items."""
 
-    files: tuple[str, ...] = ()  # JSONL of items, as they are evaluated
-    min_score: float = 0.8  # the share of an item's runs of 16 letters that a text has
-    mode: str = "drop"  # drop: the text goes; redact: what it has of the item goes
+    files: tuple[str, ...] = ()  # JSONL of evaluation items
+    min_score: float = 0.8  # share of an item's runs of 16 letters that the text contains
+    mode: str = "drop"  # drop: drop the text; redact: cut the item out
 
 
 class Match(NamedTuple):
-    """An item that a text has, as FILE:LINE, and the share of it that the text has."""
+    """An item found in a text, as FILE:LINE, and the share of it that the text contains."""
 
     item: str
     score: float
@@ -69,7 +69,7 @@ class Match(NamedTuple):
 
 @dataclass
 class Findings:
-    """The items that were found in documents, for a report."""
+    """Items found in documents, for a report."""
 
     documents: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # documents, by item
@@ -77,7 +77,7 @@ class Findings:
     _highest: dict[str, float] = field(default_factory=dict)
 
     def add(self, document: Any, matches: Iterable[tuple[str, float]]) -> None:
-        """Note what was found in a document, which goes by its id or place."""
+        """Record the matches of a document, given by its id or place."""
         self.documents += 1
         for item, score in matches:
             self.counts[item] += 1
@@ -86,11 +86,11 @@ class Findings:
                 self._listed.setdefault(item, []).append((document, score))
 
     def __str__(self) -> str:
-        """The figures in words."""
+        """Summarize the counts in words."""
         return f"{counted(len(self.counts), 'item')} in {counted(self.documents, 'document')}"
 
     def write(self, path: str | os.PathLike[str]) -> dict[str, int]:
-        """Write a report, the items of most documents first, and return how many documents and items it has."""
+        """Write a report, most frequent items first, and return its numbers of documents and items."""
         items = [
             {
                 "item": item,
@@ -105,9 +105,9 @@ class Findings:
 
 
 class Contamination:
-    """The runs of all items of some files of JSONL."""
+    """An index of the runs of all items of some JSONL files."""
 
-    _folder: tempfile.TemporaryDirectory[str] | str | None = None  # of the arrays, once they are shared
+    _folder: tempfile.TemporaryDirectory[str] | str | None = None  # the arrays' files, once they are shared
 
     def __init__(self, rules: ContaminationRules, quiet: bool = False, flag: str = "--not-in") -> None:
         self.rules = rules
@@ -127,8 +127,8 @@ class Contamination:
                     runs.append(np.unique(_runs(letters)))
         read = int(progress.done)
         if short := read - len(self.items):
-            least = f"under {SHORTEST} letters with the answer, or {SHORT} without one"
-            say(f"{flag}: {counted(short, 'item')} of {read} left out: {least}", quiet)
+            least = f"shorter than {SHORTEST} letters with the answer, or {SHORT} without one"
+            say(f"{flag}: ignored {counted(short, 'item')} of {read}: {least}", quiet)
         if not runs:
             raise UserError(f"{flag} {' '.join(rules.files)}: expected items of {SHORTEST} letters or more, found none")
         self._lengths = np.array(lengths)
@@ -141,7 +141,7 @@ class Contamination:
         self._seen = np.packbits(seen, axis=1, bitorder="little")
 
     def share(self) -> None:
-        """Move the arrays into temporary files, which other processes of this machine map, without copies of theirs."""
+        """Move the arrays to temporary files, which other processes on this machine map instead of copying."""
         self._folder = tempfile.TemporaryDirectory(prefix="llmkit-")
         for name in ARRAYS:
             np.save(f"{self._folder.name}/{name}.npy", getattr(self, name))
@@ -152,7 +152,7 @@ class Contamination:
             setattr(self, name, np.asarray(np.load(f"{folder}/{name}.npy", mmap_mode="r")))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process is sent: of shared arrays their folder."""
+        """Pickle only the folder of shared arrays."""
         if not isinstance(self._folder, tempfile.TemporaryDirectory):
             return self.__dict__
         return {**{name: self.__dict__[name] for name in ("rules", "items")}, "_folder": self._folder.name}
@@ -163,12 +163,12 @@ class Contamination:
             self._map(self._folder)
 
     def find(self, text: str) -> list[Match]:
-        """Return the items that a text has at min_score or above, that of the highest score first."""
+        """Return the items that a text contains with at least min_score, highest score first."""
         matches = [Match(self.items[item], score) for item, score, _ in self._found(_letters(text)[0])]
         return sorted(matches, key=lambda match: -match.score)
 
     def redact(self, text: str) -> str:
-        """Return a text without what it has of items at min_score or above."""
+        """Return the text without the items that it contains with at least min_score."""
         letters, places = _letters(text)
         while items := self._found(letters):
             pieces, end = [], 0
@@ -181,7 +181,7 @@ class Contamination:
         return text
 
     def _found(self, letters: np.ndarray) -> list[tuple[int, float, np.ndarray]]:
-        """The items that stand among some letters, by number, with scores, and where the runs of each begin."""
+        """Return (item number, score, places where its runs begin) of each item found in the letters."""
         runs = _runs(letters)
         places = np.flatnonzero(self._may_have(0, runs >> _SHIFT))
         places = places[self._may_have(1, runs[places] & _LOW)]
@@ -197,17 +197,17 @@ class Contamination:
         if not len(items):
             return []
         by_owner = np.argsort(owners, kind="stable")
-        owned = np.repeat(np.arange(len(known)), counts)[by_owner]  # numbers of runs, those of an item together
+        owned = np.repeat(np.arange(len(known)), counts)[by_owner]  # run numbers, grouped by item
         ends = np.searchsorted(owners[by_owner], items, "right")
         occurring = []
         for item, begin, end in zip(items.tolist(), np.searchsorted(owners[by_owner], items), ends, strict=True):
             own = owned[begin:end]
             size, width = int(self._sizes[item]), 2 * int(self._lengths[item]) + APART
             enough = math.ceil(self.rules.min_score * size - 1e-9)
-            # an occurrence lacks no more than size - enough runs: one of those that stand in fewest places is in it
+            # an occurrence lacks at most size - enough runs, so it has one of the (size - enough + 1) rarest
             rarest = own[np.argsort(repeats[own], kind="stable")[: len(own) - enough + 1]]
             some = [places[starts[run] : starts[run] + min(repeats[run], MOST)] for run in rarest]
-            some = np.unique(np.concatenate(some))  # and all places within `width` of these
+            some = np.unique(np.concatenate(some))  # candidates; all places within `width` of them are examined
             apart = np.flatnonzero(np.diff(some) > 2 * width)
             lows, highs = some[np.r_[0, apart + 1]] - width, some[np.r_[apart, len(some) - 1]] + width + 1
             around = zip(lows.tolist(), highs.tolist(), strict=True)
@@ -223,10 +223,10 @@ class Contamination:
 
 
 def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tuple[int, list[int]]:
-    """The most different runs that begin within `width` letters, and the places in stretches that have enough."""
+    """Return the most distinct runs that begin within `width` letters, and the places of all windows with enough."""
     most, start, within = 0, 0, Counter[int]()
     dense: list[int] = []
-    listed = 0  # places before it are dense, or left behind
+    listed = 0  # earlier places are already in `dense`
     for end, run in enumerate(runs):
         within[run] += 1
         while places[end] - places[start] > width:
@@ -242,7 +242,7 @@ def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tup
 
 
 def _item(row: Row) -> tuple[str, str]:
-    """The question of a record of an evaluation, and its right answer where the question is short."""
+    """Return the question of an evaluation record, and its right answer if the question is short, or ""."""
     value = row.value
     chosen = _choice(value)
     if "context_options" in value:
@@ -271,7 +271,7 @@ def _item(row: Row) -> tuple[str, str]:
 
 
 def _choice(value: Mapping[str, Any]) -> str:
-    """The right one of the choices of a record, which tells it by its place, from 0, or by its letter."""
+    """Return the right choice of a record, which gives it by index (from 0) or by letter; "" if there is none."""
     listed = next((value[name] for name in ("context_options", *CHOICES) if value.get(name)), None)
     labels: Any = "ABCDEFGHIJ"
     if isinstance(listed, dict):  # ARC's columns
@@ -289,13 +289,13 @@ def _choice(value: Mapping[str, Any]) -> str:
 
 @cache
 def _numbers() -> np.ndarray:
-    """A random number for each letter: uint64, (2^16,)."""
+    """Return a random number for each letter: uint64 (2^16,)."""
     return np.random.default_rng(0).integers(0, 2**64, 1 << 16, np.uint64)
 
 
 @cache
 def _folded() -> np.ndarray:
-    """The letter or digit that each of the first 2^16 characters stands for, without case and accents; 0 for none."""
+    """Map the first 2^16 characters to letters and digits without case and accents; 0 for all others."""
     table = np.zeros(1 << 16, np.uint16)
     for code in range(len(table) - 1):
         plain = unicodedata.normalize("NFKD", chr(code)).casefold()[:1]
@@ -305,7 +305,7 @@ def _folded() -> np.ndarray:
 
 
 def _letters(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The letters and digits of a text, and where they stand in it: uint16 and int64, (letters,)."""
+    """Return the folded letters and digits of a text, and their positions: uint16 and int64 (letters,)."""
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     letters = _folded()[np.minimum(codes, (1 << 16) - 1)]
     places = np.flatnonzero(letters)
@@ -313,7 +313,7 @@ def _letters(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _runs(letters: np.ndarray) -> np.ndarray:
-    """The hash of each run of RUN letters: uint64, (letters - RUN + 1,)."""
+    """Hash each run of RUN letters: uint64 (letters - RUN + 1,)."""
     hashes, size = _numbers()[letters], 1
     while size < RUN:
         hashes = hashes[:-size] * np.uint64(2 * size + 1) + hashes[size:]

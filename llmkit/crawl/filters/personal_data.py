@@ -1,20 +1,20 @@
-"""Personal data in a text: found, checked, and replaced by values that are reserved for examples.
+"""Find personal data in a text and replace it with values reserved for examples.
 
-| kind | found | replaced by |
+| kind | found | replaced with |
 |---|---|---|
-| email | addresses, `name (at) host (dot) org` too | `email@example.com` |
-| ip | public IPv4 and IPv6, but no version numbers and no public resolvers | `192.0.2.1`, `2001:db8::1` |
-| phone | telephone numbers, as below | `+1 202 555 0100` |
+| email | addresses, also `name (at) host (dot) org` | `email@example.com` |
+| ip | public IPv4 and IPv6, except version numbers and public resolvers | `192.0.2.1`, `2001:db8::1` |
+| phone | telephone numbers, see below | `+1 202 555 0100` |
 | ssn | US social security numbers with hyphens | `000-00-0000` |
-| card | payment cards by prefix, length and Luhn's digit | `0000 0000 0000 0000` |
+| card | payment cards by prefix, length and Luhn checksum | `0000 0000 0000 0000` |
 | iban | accounts by country, length and check digits (mod 97) | `XX00 0000 0000 0000` |
 
-The text stays natural, and what was replaced is never found again. All patterns read a text once: a million digits,
-dots or @ cost a second at most.
+The text stays natural, and placeholders are never matched again. All patterns run in linear time: a million digits,
+dots or @ cost at most a second.
 
-Digits with a country's code are a telephone number if their length is possible there. Without a code, they must be
-valid in one of the regions below and written as people there write them, or stand behind a word such as `Tel.`. Digits
-behind `Order no.`, dates, prices, ISBNs and parts of longer codes are no telephone numbers.
+Digits with a country code are a telephone number if their length is possible in that country. Without a code, they must
+be valid in one of the regions below and formatted as is usual there, or follow a word such as `Tel.`. Digits after
+`Order no.`, dates, prices, ISBNs and parts of longer codes are not telephone numbers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import NamedTuple
 
 from llmkit.text.words import JOINED
 
-# Steps through the text once and never goes back: a million digits are one match.
 DASHES = "\\-\u2010\u2011\u2013"  # for a character class
-_BETWEEN = rf"\)?(?:[ \u00a0]?[{DASHES}./(][ \u00a0]?|[ \u00a0])?"  # what may part the groups of one number
-_W = rf"[^\W{JOINED}]"  # \w, but for letters that may touch a number without being part of it
+_BETWEEN = rf"\)?(?:[ \u00a0]?[{DASHES}./(][ \u00a0]?|[ \u00a0])?"  # separators between the groups of a number
+_W = rf"[^\W{JOINED}]"  # \w, except letters that may touch a number without being part of it
+# never backtracks: a million digits are one match
 NUMBER = re.compile(rf"(?:[+(]{{1,2}}|(?<!{_W})(?<!\.))\d(?:{_BETWEEN}\d+)*")
-FEWEST_DIGITS, MOST_DIGITS = 7, 17  # 00 and the 15 of the longest international number
+FEWEST_DIGITS, MOST_DIGITS = 7, 17  # 00 and the 15 digits of the longest international number
 LONGEST = 40  # characters of one number as written
 _CUE = re.compile(
     rf"(?:(?<!{_W})(?:tel|telephone|phones?|telefono|teléfono|telefon|telefonnummer|téléphone|tél|telefone|puhelin|telefoon"
@@ -51,15 +51,15 @@ _OTHER = re.compile(
     r"(?:nummer|\s?(?:no|nr|number|code|id))?|[#№$€£¥])[^\w\n]{0,3}\Z",
     re.I,
 )
-_NO_END = re.compile(rf"{_W}|[%°€$£@=/年月日元円号個个番월일원번]|[,.:]\d")  # units of East Asia among them
+_NO_END = re.compile(rf"{_W}|[%°€$£@=/年月日元円号個个番월일원번]|[,.:]\d")  # including East Asian units
 _DATE = re.compile(
     r"\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}\b.*|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d\d\b.*"
     rf"|(?:1[5-9]|20)\d\d ?[{DASHES}/] ?\d{{2,4}}\b.*"
 )
 _AMERICAN = re.compile(rf"(?:\+?1[{DASHES}. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[{DASHES}.])[2-9]\d\d[{DASHES}. ]\d{{4}}")
 _TRUNK = re.compile(rf"\(?0[1-9]\d{{0,4}}\)?(?:[ \u00a0./{DASHES}]{{1,3}}\d{{2,8}}){{1,4}}")
-_NO_PHONE = re.compile(r"\+?\d+\.\d+|\d{1,3}(?:\.\d{3})+|\d{5}-\d{4}")  # decimals, thousands, American postcodes
-_COUNTING = re.compile(r"\d{3}(?: \d{3})+")  # 012 013 023: groups that no country writes behind its 0
+_NO_PHONE = re.compile(r"\+?\d+\.\d+|\d{1,3}(?:\.\d{3})+|\d{5}-\d{4}")  # decimals, thousands, US ZIP codes
+_COUNTING = re.compile(r"\d{3}(?: \d{3})+")  # 012 013 023: no country groups digits so after its 0
 _BRACKETED = re.compile(r"\([1-9]\d{1,2}\) ?\d{3,5}[-. ]?\d{4}")
 _TRUNK_REGIONS = ("GB", "DE", "FR", "IT", "AU", "NL", "CH", "AT", "SE", "BE", "IE", "JP", "IN", "NZ", "ZA", "TR", "PL")
 PLACEHOLDERS = {
@@ -72,17 +72,17 @@ PLACEHOLDERS = {
 }
 IPV6_PLACEHOLDER = "2001:db8::1"
 
-# Addresses that everybody may know: Google, Cloudflare, Quad9, OpenDNS, Level 3, Yandex, 114DNS, AliDNS, Comodo
+# public DNS resolvers: Google, Cloudflare, Quad9, OpenDNS, Level 3, Yandex, 114DNS, AliDNS, Comodo
 RESOLVERS = frozenset(
     """8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 1.1.1.2 1.0.0.2 9.9.9.9 149.112.112.112 208.67.222.222 208.67.220.220 4.2.2.1
     4.2.2.2 4.2.2.3 4.2.2.4 77.88.8.8 77.88.8.1 114.114.114.114 114.114.115.115 223.5.5.5 223.6.6.6 8.26.56.26
     8.20.247.20 94.140.14.14 94.140.15.15 2001:4860:4860::8888 2001:4860:4860::8844 2606:4700:4700::1111
     2606:4700:4700::1001 2620:fe::fe 2620:fe::9""".split()  # noqa: SIM905
 )
-# Where numbers may stand: one quick pass, so that the careful patterns, 0.25 ms each for a page, read only there.
+# candidates for numbers, in one quick pass: the strict patterns, 0.25 ms each for a page, run only on these
 _STRETCH = re.compile(r"\d[\dA-Z \u00a0()./\u2010\u2011\u2013-]{6,}")
 _LOCAL = re.compile(rf"(?:{_W}|[.+%!#$&*/=?^`{{|}}~'-]){{1,64}}")  # read from right to left
-_PARTED = re.compile(r"[/=?&|{}]|%[0-9a-f]{2}", re.I)  # parts of a URL; an address has the like in theory alone
+_PARTED = re.compile(r"[/=?&|{}]|%[0-9a-f]{2}", re.I)  # separators in URLs; hardly ever in e-mail addresses
 _LETTER = rf"[^\W\d_{JOINED}]"
 _HOST = re.compile(
     rf"(?:[^\W_{JOINED}](?:(?:{_W}|-){{0,61}}[^\W_{JOINED}])?\.){{1,8}}(?:xn--[a-z0-9-]{{2,59}}|{_LETTER}{{2,24}})"
@@ -147,7 +147,7 @@ def _is_phone(text: str, start: int, written: str, digits: str) -> bool:
 
 
 def _is_valid(number: str, regions: Sequence[str | None]) -> bool:
-    """True if a number is valid in one of the regions; for None it is written with its country's code, and possible."""
+    """Return True if a number is valid in one of the regions. Region None: it has a country code; check its length."""
     import phonenumbers
 
     for region in regions:
@@ -159,7 +159,7 @@ def _is_valid(number: str, regions: Sequence[str | None]) -> bool:
 
 
 class Found(NamedTuple):
-    """One piece of personal data: what it is and where it stands."""
+    """A piece of personal data and its place."""
 
     kind: str  # a key of PLACEHOLDERS
     start: int
@@ -167,14 +167,14 @@ class Found(NamedTuple):
 
 
 def find(text: str) -> list[Found]:
-    """All personal data of a text, in order, none within another."""
+    """Find all personal data in a text, in order and without overlaps."""
     taken = [Found("email", *span) for finder in (_emails, _spelt_emails) for span in finder(text)]
     taken += [Found("ip", *span) for span in _ipv6(text)]
     for stretch in _STRETCH.finditer(text):
-        start, stop = max(0, stretch.start() - 4), stretch.end() + 3  # what may stand before and must not behind
+        start, stop = max(0, stretch.start() - 4), stretch.end() + 3  # context that the patterns look at
         if sum(map(str.isdigit, stretch[0])) >= FEWEST_DIGITS or stretch[0].count(".") > 2:
             taken += [Found(kind, *span) for kind, finder in _FINDERS.items() for span in finder(text, start, stop)]
-    order = list(PLACEHOLDERS)  # of two that overlap, the kind with the stricter check
+    order = list(PLACEHOLDERS)  # of two that overlap, the kind with the stricter check wins
     apart: list[Found] = []
     for item in sorted(taken, key=lambda item: (item.start, order.index(item.kind))):
         if apart and item.start < apart[-1].stop:
@@ -186,7 +186,7 @@ def find(text: str) -> list[Found]:
 
 
 def redact(text: str) -> tuple[str, dict[str, int]]:
-    """The text with placeholders, and how many of each kind were replaced.
+    """Replace personal data by placeholders; return the text and the count of each kind.
 
     >>> redact("Write to ann.hill@example.org or call +44 20 7946 0958.")
     ('Write to email@example.com or call +1 202 555 0100.', {'email': 1, 'phone': 1})
@@ -222,7 +222,7 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _spelt_emails(text: str) -> Iterator[tuple[int, int]]:
-    """`name [at] host [dot] org`; the dot may be one."""
+    """Find `name [at] host [dot] org` and `name [at] host.org`."""
     for sign in _SPELT_OUT.finditer(text):
         stop = sign.start() - (text[sign.start() - 1 : sign.start()] == " ")
         local = re.match(rf"(?:{_W}|[.+-]){{1,64}}", text[max(0, stop - 64) : stop][::-1])
@@ -235,7 +235,7 @@ def _ipv4(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     for match in _IPV4.finditer(text, start, stop):
         before = text[max(0, match.start() - 16) : match.start()]
         named = re.search(r"\bips?\b[^\w\n]*(?:address(?:es)?\b)?[^\n\w]{0,3}\Z", before, re.I)
-        # four small numbers are a version or a heading; of the public addresses, one in 5,000 looks so
+        # four small numbers are a version or a heading; one in 5,000 public addresses looks like that
         small = all(int(part) < 30 for part in match[0].split("."))
         if _is_public(match[0]) and not _VERSION.search(before) and (named or not small):
             yield match.span()
@@ -275,15 +275,15 @@ def _ibans(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
     for match in _IBAN.finditer(text, start, stop):
         groups = match[0].split(" ")
-        for count in range(len(groups), 0, -1):  # the word behind may have been taken for a group
+        for count in range(len(groups), 0, -1):  # the last groups may be ordinary words
             written = " ".join(groups[:count])
-            # the banks that stdnum's rules by country know are not all
+            # stdnum's country rules do not know all banks
             if len(written) >= 15 and iban.is_valid(written, check_country=False):
                 yield match.start(), match.start() + len(written)
                 break
 
 
-# Each looks between two places of the text.
+# each searches between two positions of the text
 _FINDERS: dict[str, Callable[[str, int, int], Iterator[tuple[int, int]]]] = {
     "iban": _ibans,
     "card": _cards,

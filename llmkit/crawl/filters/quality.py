@@ -1,13 +1,13 @@
-"""Rules for the quality of a text: Gopher's, C4's and FineWeb's.
+"""Quality rules for texts: Gopher's, C4's and FineWeb's.
 
-Gopher's are those of Rae et al. 2021 (section A1.1 and table A1), C4's those of Raffel et al. 2020 (section 2.2) with
-FineWeb's choices, FineWeb's own those of Penedo et al. 2024 (section 3.6). Each family is a dataclass of thresholds,
-whose defaults are the papers' and FineWeb's, and a function that measures a text and gives the verdict:
+Sources: Gopher: Rae et al. 2021 (section A1.1 and table A1); C4: Raffel et al. 2020 (section 2.2), with FineWeb's
+choices; FineWeb: Penedo et al. 2024 (section 3.6). Each family is a dataclass of thresholds, with the defaults of the
+papers and of FineWeb, and a function that measures a text and returns a verdict:
 
     verdict = gopher_quality(Split(text), GopherQuality())
 
-A fraction of characters has all characters of the text beneath it. In a script without spaces an n-gram has n times as
-many letters as a word has there (Split.letters_per_word).
+Fractions of characters are relative to all characters of the text. In scripts without spaces an n-gram has n times
+Split.letters_per_word letters.
 """
 
 # ruff: noqa: RUF001 -- words of other scripts look like ours
@@ -34,8 +34,8 @@ DUPLICATE_N_GRAMS = range(5, 11)
 BULLETS = ("•", "-", "‣", "◦", "●", "▪", "■", "*", "–", "·")
 ELLIPSES = ("...", "…")
 
-# The eight of the paper for English; for others the words of like rank and office. A language that is not here
-# has no such rule: the English words would drop every page of it.
+# English: the eight of the paper; other languages: words of similar rank and function. The rule is off for languages
+# that are not listed: with the English words it would drop all their pages.
 _STOP_WORDS = {
     "en": "the be to of and that have with",
     "de": "der die und in den von zu das mit sich ist nicht",
@@ -72,9 +72,10 @@ STOP_WORDS = {language: frozenset(words.split()) for language, words in _STOP_WO
 
 
 class Verdict(NamedTuple):
-    """Why a page is dropped: a threshold's name (`min_words`) or a rule's, and the measure that broke it.
+    """The result of a filter.
 
-    The reason is None for a page that stays. `measures` are all that the filter measured.
+    reason: the name of the threshold (`min_words`) or rule that drops the page, or None; score: the measure that broke
+    the threshold; measures: all that the filter measured.
     """
 
     reason: str | None
@@ -83,9 +84,9 @@ class Verdict(NamedTuple):
 
 
 def judge(measures: Mapping[str, float], thresholds: Any) -> Verdict:
-    """Find the first threshold, in the order of its dataclass, that the measures break.
+    """Find the first threshold, in the order of the fields, that the measures break.
 
-    A field `max_NAME` is broken by a measure NAME above it, `min_NAME` by one below it; None is off.
+    A measure NAME breaks `max_NAME` if it is above it, and `min_NAME` if it is below; None is off.
 
     >>> judge({"words": 12, "mean_word_length": 4.5}, GopherQuality())[:2]
     ('min_words', 12)
@@ -102,19 +103,19 @@ def judge(measures: Mapping[str, float], thresholds: Any) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class FineWebQuality:
-    """What a page of prose looks like line by line; None switches a rule off."""
+    """Rules on the lines of a page; none switches a rule off."""
 
     min_terminal_line_fraction: float | None = 0.12  # lines that end a sentence
     max_short_line_fraction: float | None = 0.67  # lines of at most `short_line_length`
-    max_duplicate_line_character_fraction: float | None = 0.01  # of lines that stood before; the paper says 0.1
+    max_duplicate_line_character_fraction: float | None = 0.01  # in repeated lines; the paper says 0.1
     max_newline_to_word_ratio: float | None = 0.3
     short_line_length: int = 30  # characters
 
 
 def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:
-    """Drop a page whose lines are those of a list, a menu or a copy; the `terminal_line_fraction` of no line is 0.
+    """Drop a page whose lines look like a list, a menu or a copy. Without lines `terminal_line_fraction` is 0.
 
-    A full stop counts behind a closing quotation mark or bracket too, as in `he said "no."`.
+    Terminal punctuation may be followed by a closing quotation mark or bracket, as in `he said "no."`.
     """
     lines = split.lines
     count, characters = max(1, len(lines)), max(1, sum(map(len, lines)))
@@ -130,23 +131,23 @@ def fineweb_quality(split: Split, thresholds: FineWebQuality) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class C4:
-    """Which lines and pages go; False or None switches a rule off."""
+    """Rules on lines and pages; false or none switches a rule off."""
 
-    min_sentences: int | None = 5  # in the lines that are left
+    min_sentences: int | None = 5  # in the remaining lines
     min_words_per_line: int | None = 3
-    max_word_length: int | None = 1000  # characters; a line with a longer word goes
-    remove_citations: bool = True  # [12], [edit] and [citation needed] go, the line stays
-    remove_javascript_lines: bool = True  # lines that say "javascript"
-    remove_policy_lines: bool = True  # lines that say "privacy policy", "use cookies" and the like
-    remove_unterminated_lines: bool = False  # lines that end in no . ? ! or quotation mark; FineWeb keeps them
-    drop_lorem_ipsum: bool = True  # pages with the printers' placeholder text
-    drop_curly_bracket: bool = True  # pages with a "{" in a line that would stay: code
+    max_word_length: int | None = 1000  # characters; removes lines with a longer word
+    remove_citations: bool = True  # [12], [edit] and [citation needed], but not their lines
+    remove_javascript_lines: bool = True  # lines with "javascript"
+    remove_policy_lines: bool = True  # lines with "privacy policy", "use cookies" and the like
+    remove_unterminated_lines: bool = False  # lines that do not end in . ? ! or a quotation mark; FineWeb keeps them
+    drop_lorem_ipsum: bool = True  # pages with "lorem ipsum"
+    drop_curly_bracket: bool = True  # pages with a "{" in a remaining line: code
 
 
 def c4(split: Split, rules: C4) -> tuple[str, Verdict]:
-    """The text without the lines that go, whole where its page is dropped for one of them; and the verdict.
+    """Return the text without the removed lines, and the verdict. If a line drops the page, return the complete text.
 
-    The measures count the lines removed by each rule (`javascript_lines`, ...), and the `sentences` and `words` left.
+    Measures: the lines removed by each rule (`javascript_lines`, ...), and the remaining `sentences` and `words`.
     """
     page = split.text.lower()
     is_suspect = any(phrase in page for phrase in (LOREM_IPSUM, JAVASCRIPT, *POLICIES))
@@ -171,9 +172,9 @@ def c4(split: Split, rules: C4) -> tuple[str, Verdict]:
 
 
 def _c4_rule(line: str, rules: C4, letters_per_word: int, is_suspect: bool) -> str | None:
-    """Name the rule that takes a line out or drops its page. Where a letter counts as a word, no word is long.
+    """Return the rule that removes a line or drops its page. In scripts without spaces the rule on long words is off.
 
-    Few pages have any of the phrases; in the others, which are no suspects, they need not be looked for in each line.
+    is_suspect: the page contains one of the phrases. Few do; in the others the lines need not be searched.
     """
     longest, least = rules.max_word_length, rules.min_words_per_line
     if letters_per_word > 1:
@@ -198,16 +199,16 @@ def _c4_rule(line: str, rules: C4, letters_per_word: int, is_suspect: bool) -> s
 
 @dataclass(frozen=True, slots=True)
 class GopherRepetition:
-    """How much of a page may repeat; None switches a rule off."""
+    """Repetition within a page; none switches a rule off."""
 
-    max_duplicate_paragraph_fraction: float | None = 0.30  # paragraphs that stood before
+    max_duplicate_paragraph_fraction: float | None = 0.30  # repeated paragraphs
     max_duplicate_paragraph_character_fraction: float | None = 0.20
-    max_duplicate_line_fraction: float | None = 0.30  # lines that stood before
+    max_duplicate_line_fraction: float | None = 0.30  # repeated lines
     max_duplicate_line_character_fraction: float | None = 0.20
     max_top_2_gram_character_fraction: float | None = 0.20  # all occurrences of the most frequent pair of words
     max_top_3_gram_character_fraction: float | None = 0.18
     max_top_4_gram_character_fraction: float | None = 0.16
-    max_duplicate_5_gram_character_fraction: float | None = 0.15  # 5-grams that stood before, overlaps counted once
+    max_duplicate_5_gram_character_fraction: float | None = 0.15  # repeated 5-grams, overlaps counted once
     max_duplicate_6_gram_character_fraction: float | None = 0.14
     max_duplicate_7_gram_character_fraction: float | None = 0.13
     max_duplicate_8_gram_character_fraction: float | None = 0.12
@@ -217,22 +218,22 @@ class GopherRepetition:
 
 @dataclass(frozen=True, slots=True)
 class GopherQuality:
-    """What a page of prose looks like; None switches a rule off."""
+    """Properties of prose; none switches a rule off."""
 
-    min_words: int | None = 50  # symbols left out
+    min_words: int | None = 50  # without symbols
     max_words: int | None = 100_000
     min_mean_word_length: float | None = 3.0  # in characters
     max_mean_word_length: float | None = 10.0
-    max_hash_to_word_ratio: float | None = 0.1  # "#" for each word or symbol
-    max_ellipsis_to_word_ratio: float | None = 0.1  # "..." and "…" for each word or symbol
+    max_hash_to_word_ratio: float | None = 0.1  # "#" per word or symbol
+    max_ellipsis_to_word_ratio: float | None = 0.1  # "..." and "…" per word or symbol
     max_bullet_line_fraction: float | None = 0.9  # lines that begin with a bullet
     max_ellipsis_line_fraction: float | None = 0.3  # lines that end in an ellipsis
-    min_alphabetic_word_fraction: float | None = 0.8  # words and symbols that hold a letter
-    min_stop_words: int | None = 2  # different stop words of the page's language; see STOP_WORDS
+    min_alphabetic_word_fraction: float | None = 0.8  # words and symbols that contain a letter
+    min_stop_words: int | None = 2  # distinct stop words of the page's language
 
 
 def gopher_repetition(split: Split, thresholds: GopherRepetition) -> Verdict:
-    """Drop a page of which too much repeats; all measures of an empty text are 0."""
+    """Drop a page with too much repetition. All measures of an empty text are 0."""
     characters = max(1, len(split.text))
     paragraphs, paragraph_characters = repeated(split.paragraphs)
     lines, line_characters = repeated(split.lines)
@@ -249,10 +250,10 @@ def gopher_repetition(split: Split, thresholds: GopherRepetition) -> Verdict:
 
 
 def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
-    """For each n, the characters of the most frequent n-gram and those of n-grams that stood before.
+    """Return by n the characters of the most frequent n-gram, and those of repeated n-grams.
 
-    An n-gram that occurs twice begins and ends with (n-1)-grams that do: each n looks only at the pairs of neighbours
-    that n-1 left, with numbers for the n-grams that are exact, no hashes. Of 1,300 words 20 are left at n = 6.
+    An n-gram that occurs twice begins and ends with (n-1)-grams that do, so each n only examines neighbouring pairs
+    left by n-1. n-grams are numbered exactly, not hashed. Of 1,300 words 20 are left at n = 6.
     """
     import numpy as np
 
@@ -264,11 +265,11 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
     def size(start: int, length: int) -> int:
         return int(ends[start + length] - ends[start]) + space * (length - 1)
 
-    # where all n-grams are equally frequent, the first counts
+    # if all n-grams are equally frequent, the first counts
     top = {n: size(0, n * letters) if len(ids) >= n * letters else 0 for n in TOP_N_GRAMS}
     duplicate = dict.fromkeys(DUPLICATE_N_GRAMS, 0)
-    starts = (split.counts[ids] > 1).nonzero()[0]  # of the n-grams that occur twice: the first word,
-    names = ids[starts]  # and a number for each
+    starts = (split.counts[ids] > 1).nonzero()[0]  # first words of the n-grams that occur twice
+    names = ids[starts]  # n-gram numbers
     for length in range(2, DUPLICATE_N_GRAMS[-1] * letters + 1):
         pairs = (starts[1:] == starts[:-1] + 1).nonzero()[0]
         names, first, counts = _group(names[pairs] * len(ids) + names[pairs + 1])
@@ -278,7 +279,7 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
             top[n] = most * size(int(starts[first[counts == most].min()]), length)
         again = counts[names] > 1
         starts, names = starts[again], names[again]
-        if not len(starts):  # by n = 8 on half of all pages
+        if not len(starts):  # on half of all pages by n = 8
             break
         if n in duplicate:
             duplicate[n] = _duplicate(starts.tolist(), names.tolist(), ends, length)
@@ -286,9 +287,9 @@ def _n_gram_characters(split: Split) -> tuple[dict[int, int], dict[int, int]]:
 
 
 def _group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A number for each key, and for each number where its key stands first and how often it occurs.
+    """Number the keys; return each key's number, and by number the first index and the count.
 
-    What np.unique gives when asked for everything, at half its price for a few hundred keys.
+    np.unique with all its results, in half the time for a few hundred keys.
     """
     import numpy as np
 
@@ -303,7 +304,7 @@ def _group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _duplicate(starts: list[int], names: list[int], ends: np.ndarray, n: int) -> int:
-    """The characters of n-grams that stood before, read from the left, none counted twice."""
+    """Count the characters in repeated n-grams, from left to right, each once."""
     seen: set[int] = set()
     characters = free = 0
     for start, name in zip(starts, names, strict=True):
@@ -319,8 +320,8 @@ def _duplicate(starts: list[int], names: list[int], ends: np.ndarray, n: int) ->
 def gopher_quality(split: Split, thresholds: GopherQuality, language: str = "en") -> Verdict:
     """Drop a page that does not look like prose in its language.
 
-    Without `stop_words` for a language that has no list, and without what LEFT_OUT says of the script. An empty text
-    has only `words`, which is 0.
+    `stop_words` is not measured for languages without a list, nor what LEFT_OUT names for the script. An empty text
+    only has `words`, which is 0.
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""Drop pages by their address: blocklists of domains and URLs, and words (FineWeb's first step).
+"""Drop pages by URL: blocklists of domains and URLs, and banned words (FineWeb's first step).
 
-A blocklist is read once into sorted 64-bit hashes, 10 bytes an entry: a list of 4.6 million domains, as UT1's for
-adults, takes 46 MB. Of 10^13 addresses that are not in a list of a million, about one is taken for one that is.
+A blocklist is loaded into sorted 64-bit hashes, 10 bytes per entry: UT1's list of 4.6 million adult domains takes
+46 MB. With a list of a million entries, about one in 10^13 unlisted URLs is dropped by a hash collision.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 
 Entries = tuple[str, str, Sequence[str]]  # category, kind, entries
 KINDS = ("domain", "url", "word", "soft", "part")
-LONGEST_URL = 2000  # characters looked at, and at most so many prefixes of it
-MOST_PREFIXES = 64
+LONGEST_URL = 2000  # characters examined
+MOST_PREFIXES = 64  # of a URL, looked up in the lists
 _BOUNDARY = re.compile(r"[/?#&=;,.]|$")  # where an entry may end inside a URL
 _SCHEME = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.I)
 _PLAIN = re.compile(r"[a-z][a-z0-9_-]{0,62}(?:\.[a-z0-9_-]{1,63}){1,8}")
-_HOST = re.compile(r"[\w.:-]+")  # not *.example or ||example^ of other programs
+_HOST = re.compile(r"[\w.:-]+")  # not *.example or ||example^ as in other formats
 _NO_LETTER = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True, slots=True)
 class UrlRules:
-    """The rules beside the blocklists."""
+    """The rules other than blocklists."""
 
-    own_blocklist: bool = True  # the small list of domains and words that comes with llmkit
+    own_blocklist: bool = True  # llmkit's small list of domains and words
     banned_words: tuple[str, ...] = ()  # one of these in a URL drops the page
-    soft_banned_words: tuple[str, ...] = ()  # `min_soft_banned_words` different ones of these do
+    soft_banned_words: tuple[str, ...] = ()  # `min_soft_banned_words` distinct ones in a URL drop the page
     min_soft_banned_words: int = 2
 
 
 class UrlFilter:
-    """The lists and rules, ready for use; small to pickle."""
+    """The compiled lists and rules; compact to pickle."""
 
     def __init__(self, blocklists: Sequence[str | Path] = (), rules: UrlRules = UrlRules(), quiet: bool = True) -> None:
         """Read UT1 folders (`category/{domains,urls}`, one category or a folder of them) and hosts files.
 
-        Each may be gzipped; an entry of two categories belongs to the first. Lines that meet no address are counted on
-        stderr. Raises UserError where a list cannot be read or has no other lines.
+        Each may be gzipped; an entry in two categories belongs to the first. Lines that match no URL are counted on
+        stderr. Raises UserError if a list cannot be read or has no usable lines.
         """
         lists: dict[str, list[tuple[str, int]]] = {kind: [] for kind in KINDS}
         numbers: dict[str, int] = {}
@@ -68,12 +68,12 @@ class UrlFilter:
         self._part = re.compile("|".join(map(re.escape, self._parts)) or "(?!)")
 
     def reason(self, url: str | None) -> str | None:
-        """Why the page is dropped, such as `blocked_domain:gambling`, or None."""
+        """Return why the page is dropped, such as `blocked_domain:gambling`, or None."""
         if not url:
             return None
         host, path = split_url(url[:LONGEST_URL])
         labels = host.split(".")
-        is_address = ":" in host or labels[-1].isdecimal()  # which is under no domain
+        is_address = ":" in host or labels[-1].isdecimal()  # has no parent domains
         starts = [0] if is_address else range(max(0, len(labels) - 16), len(labels))
         if (number := self._domains.find([".".join(labels[start:]) for start in starts])) is not None:
             return f"blocked_domain:{self.categories[number]}"
@@ -97,7 +97,7 @@ class UrlFilter:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Host and path as the lists have them: lower case, no scheme, user, port or `www.`, punycode, no % escapes.
+    """Normalize a URL to (host, path): lower case, punycode, without scheme, user, port, `www.` and % escapes.
 
     >>> split_url("HTTPS://user@WWW.Bücher.example:8080/Neu%20hier/?q=1")
     ('xn--bcher-kva.example', '/neu hier/?q=1')
@@ -110,7 +110,7 @@ def split_url(url: str) -> tuple[str, str]:
     host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     host = host.strip(".").removeprefix("www.")
     with suppress(ValueError):  # UnicodeError among them
-        if host.startswith("0x") or host.isdecimal() or ":" in host:  # of an address, as http://3232235777/ and [::1]
+        if host.startswith("0x") or host.isdecimal() or ":" in host:  # IP address: 3232235777, [::1]
             host = str(ip_address(host if ":" in host else int(host, 0 if host.startswith("0x") else 10)))
         elif not host.isascii():
             host = host.encode("idna").decode("ascii")
@@ -136,17 +136,17 @@ def _entries(blocklists: Sequence[str | Path], rules: UrlRules, quiet: bool) -> 
             lists = [folder / name for folder in folders for name in names if (folder / name).is_file()]
         if not lists:
             raise UserError(
-                f"{path}: expected a blocklist, a folder that holds `domains` or `urls` or folders of these, "
-                f"found {sorted(child.name for child in path.iterdir())[:5]}; name hosts files one by one"
+                f"{path}: expected a blocklist, or a folder with `domains` or `urls` or with folders of these, "
+                f"found {sorted(child.name for child in path.iterdir())[:5]}; list hosts files one by one"
             )
         entries = [entry for file in lists for entry in _file_entries(file, file != path, quiet)]
         if not any(texts for _, _, texts in entries):
-            raise UserError(f"{path}: expected domains or URLs, one a line, found none")
+            raise UserError(f"{path}: expected domains or URLs, one per line, found none")
         yield from entries
 
 
 def _file_entries(path: Path, is_ut1: bool, quiet: bool) -> Iterator[Entries]:
-    """The entries of one file of UT1; another is a hosts file, or holds a domain or a URL in each line."""
+    """Read the entries of a UT1 file, of a hosts file, or of a list with one domain or URL per line."""
     category, kind = path.name.removesuffix(".gz"), None
     if is_ut1:
         category, kind = path.parent.name, "domain" if path.name.startswith("domains") else "url"
@@ -162,13 +162,13 @@ def _file_entries(path: Path, is_ut1: bool, quiet: bool) -> Iterator[Entries]:
             continue
         is_listed = len(words) == 1
         if not is_listed and (kind is not None or not _is_address(words.pop(0))):
-            raise UserError(f"{path}:{number}: expected one domain or URL, or a line of a hosts file, found {line!r}")
+            raise UserError(f"{path}:{number}: expected a domain, a URL or a hosts entry, found {line!r}")
         tokens += [word for word in words if is_listed or "." in word or ":" in word]  # not localhost
     is_url = lambda token: kind == "url" or (kind is None and "/" in token)  # noqa: E731
     urls = [url for url in map(_plain_url, filter(is_url, tokens)) if url]
     domains = [domain for domain in map(_plain_domain, filterfalse(is_url, tokens)) if "." in domain or ":" in domain]
     if lost := len(tokens) - len(urls) - len(domains):
-        say(f"{path}: left out {counted(lost, 'line')} without a domain or URL", quiet)
+        say(f"{path}: ignored {counted(lost, 'line')} without a domain or URL", quiet)
     yield from ((category, "url", urls), (category, "domain", domains))
 
 
@@ -178,7 +178,7 @@ def _plain_url(token: str) -> str:
 
 
 def _plain_domain(token: str) -> str:
-    if _PLAIN.fullmatch(token):  # spares 3 microseconds for nearly every one
+    if _PLAIN.fullmatch(token):  # saves 3 microseconds for nearly every entry
         return token.removeprefix("www.")
     host = split_url(token[:LONGEST_URL])[0]
     return host if _HOST.fullmatch(host) else ""
@@ -189,7 +189,7 @@ def _lines(path: Path) -> list[str]:
         data = handle.read()
         data = gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
     if b"\0" in data:
-        raise UserError(f"{path}: expected a text of domains, found binary data")
+        raise UserError(f"{path}: expected text, found binary data")
     return data.decode("utf-8", "replace").splitlines()
 
 
@@ -201,11 +201,11 @@ def _is_address(token: str) -> bool:
         return False
 
 
-# ---- looking up
+# ---- lookup
 
 
 class _HashTable:
-    """Strings and a small number for each, as sorted hashes; of one string twice the first number stays."""
+    """Strings and a small number for each, as sorted hashes; of a repeated string the first number counts."""
 
     def __init__(self, items: list[tuple[str, int]]) -> None:
         import numpy as np
@@ -214,7 +214,7 @@ class _HashTable:
         self._numbers = np.array([number for _, number in items], np.uint16)[first]
 
     def find(self, texts: list[str]) -> int | None:
-        """The number of the first of the texts that is in the table."""
+        """Return the number of the first text that is in the table, or None."""
         if not len(self._keys):
             return None
         hashes = _hashes(texts)
@@ -224,7 +224,7 @@ class _HashTable:
 
 
 def _hashes(texts: Iterable[str]) -> np.ndarray:
-    """uint64 (texts,): 8 bytes of BLAKE2b each."""
+    """Hash texts: uint64 (texts,), 8 bytes of BLAKE2b each."""
     import numpy as np
 
     digests = (blake2b(text.encode("utf-8", "replace"), digest_size=8).digest() for text in texts)

@@ -1,1 +1,1 @@
-"""Archives, files and pipes become pages."""
+"""Reading pages from archives, files and pipes."""

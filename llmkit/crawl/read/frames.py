@@ -1,15 +1,16 @@
-"""From what a user names to the bytes of records: WARC, ARC, WET, HTML files and folders of them, JSONL, stdin.
+"""Read the records of WARC, ARC, WET, HTML and JSONL files, of folders, and of stdin as bytes.
 
     for batch in batches(Reader(["crawl.warc.gz", "pages/", "-"])):
-        for path, kind, offset, data in batch.frames:    # data: the bytes of one record, or why there are none
+        for path, kind, offset, data in batch.frames:    # data: the bytes of one record, or the reason they are missing
             ...
 
-What cannot be read is one frame with a reason: `truncated` (the file ends inside of a record), `damaged`, `too_large`,
-`garbage` (bytes that are no record) or `unsearched` (to search them for records would take minutes). Reading goes on at
-the next record. The libraries for WARC do not do this: FastWARC 2.0 takes a record cut at the end of its file for a
-whole one, and ends for good at garbage.
+Unreadable bytes become one frame with a reason: `truncated` (the file ends inside a record), `damaged`, `too_large`,
+`garbage` (not a record) or `unsearched` (searching them for records would take minutes). Reading continues at the next
+record. WARC libraries do not do this: FastWARC 2.0 accepts a record truncated at the end of the file as complete, and
+stops at garbage.
 
-One process reads for all: 1,360 pages of 118 kB take 0.4 s of the processor and all steps 16 s, so one reader feeds 35.
+A single process reads: 1,360 pages of 118 kB take 0.4 s of CPU time to read and 16 s to filter, so one reader can feed
+35 workers.
 """
 
 from __future__ import annotations
@@ -52,27 +53,27 @@ from llmkit.io.jsonl import (
 from llmkit.io.tables import Lines, table_lines
 
 PACKING_ERRORS = (*GZIP_ERRORS, DamagedData)
-Record = tuple[int, bytes | str]  # where it begins, and its bytes or the reason why there are none
+Record = tuple[int, bytes | str]  # offset, and the bytes or the reason why they could not be read
 
 BLOCK = 1 << 18
-FIRST_STEP = 1 << 12  # of a member; those behind it in the file are no part of it
+FIRST_STEP = 1 << 12  # first bytes of a member to inflate; doubles, so that steps do not run far past its end
 FOREVER = 1 << 62
-BATCH_FRAMES, BATCH_BYTES = 64, 4 << 20  # in one batch; its bytes are those unpacked
+BATCH_FRAMES, BATCH_BYTES = 64, 4 << 20  # per batch; bytes after decompression
 HTML_NAMES = (".html", ".htm", ".xhtml")
 _JSONL_NAME = re.compile(r"\.(jsonl|ndjson|parquet|csv|tsv)(\.gz|\.zst)?$")
 _ARCHIVE_NAME = re.compile(r"\.w?arc(\.w[ea]t)?(\.gz|\.zst)?$")
-# Budget for unpacking what turns out to be no gzip member: WASTE bytes for each byte passed over, beyond the first
-# 64 MB; each attempt counts as 16 kB at least. Otherwise input that looks like a member every ten bytes, or members
+# Budget for inflating bytes that turn out not to be a gzip member: WASTE bytes per byte skipped, beyond the first
+# 64 MB; each attempt counts as at least 16 kB. Otherwise input that looks like a member every ten bytes, or members
 # damaged near their end, would take minutes. In noise, one position in 2^29 looks like a member.
 WASTE, LEAST_WASTE, FIRST_WASTE = 16, 1 << 14, 1 << 26
 
 GZIP_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]")
 _WARC_TYPE = re.compile(rb"(?im)^warc-type:")
-_ARC_LINE = re.compile(rb"(?<=\n)" + ARC_START.pattern, re.MULTILINE)  # not from the midst of a line
+_ARC_LINE = re.compile(rb"(?<=\n)" + ARC_START.pattern, re.MULTILINE)  # only at the start of a line
 
 
 class Window:
-    """The bytes of a stream from `position` on: looked at before they are passed over. Not seekable."""
+    """A look-ahead buffer over a stream that cannot seek. `position` counts the bytes skipped."""
 
     def __init__(self, handle: Any) -> None:
         self.position, self.cut = 0, False  # cut: the compressed stream ended early or is damaged
@@ -80,7 +81,7 @@ class Window:
         self._read = handle.read1 if hasattr(handle, "read1") else handle.read
 
     def look(self, size: int) -> bytearray:
-        """The bytes ahead, at least `size` of them unless the stream ends before; good until the next call."""
+        """Return the bytes ahead, at least `size` unless the stream ends first. Valid until the next call."""
         while len(self._ahead) < size and not self._ended:
             try:
                 block = self._read(BLOCK)
@@ -91,7 +92,7 @@ class Window:
         return self._ahead
 
     def skip(self, size: int) -> None:
-        """Pass over `size` bytes, or as many as there are, without keeping them."""
+        """Skip `size` bytes, or as many as there are."""
         while size and self.look(1):
             count = min(size, len(self._ahead))
             del self._ahead[:count]
@@ -99,7 +100,7 @@ class Window:
             size -= count
 
     def skip_over(self, what: bytes) -> None:
-        """Pass over all bytes ahead that are among `what`."""
+        """Skip all leading bytes that are in `what`."""
         while head := self.look(1)[:4096]:
             count = len(head) - len(head.lstrip(what))
             self.skip(count)
@@ -107,7 +108,7 @@ class Window:
                 return
 
     def as_file(self) -> io.BufferedReader:
-        """The bytes ahead, for readers of files."""
+        """Return the remaining bytes as a file object."""
 
         def blocks() -> Iterator[bytes]:
             while block := bytes(self.look(1)):
@@ -118,9 +119,9 @@ class Window:
 
 
 def gzip_blocks(window: Window) -> Iterator[bytes]:
-    """Yield the unpacked bytes of gzip members that follow one another; EOFError at a cut, after all that can be had.
+    """Yield the contents of consecutive gzip members. A truncated stream raises EOFError after its last good byte.
 
-    Python's GzipFile loses the last 256 KB there.
+    Python's GzipFile loses the last 256 KB then.
     """
     inflater: Any = None
     while True:
@@ -129,7 +130,7 @@ def gzip_blocks(window: Window) -> Iterator[bytes]:
             inflater = inflating.decompressobj(31)
             if not window.look(1):
                 return
-        step = bytes(window.look(1)[:4096])  # of one with an error inside, all is lost
+        step = bytes(window.look(1)[:4096])  # small: a step with an error in it is lost completely
         if not step:
             raise EOFError
         data = inflater.decompress(step)
@@ -140,9 +141,9 @@ def gzip_blocks(window: Window) -> Iterator[bytes]:
 
 
 def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Callable[[], int]) -> bool:
-    """Move the window to the first record at its position or after, if it begins before `stop`, else no further.
+    """Move the window to the next record that begins before `stop`, or else to `stop`. Return True if there is one.
 
-    bytes_without: how many bytes there are ahead in which no record begins; 0 where one does
+    bytes_without: counts the bytes ahead in which no record begins, 0 if one begins here.
     """
     while window.position < stop and window.look(1):
         ahead = window.look(BLOCK)
@@ -160,23 +161,23 @@ def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Cal
 
 
 def beginning(window: Window) -> bytes:
-    """The first bytes ahead, a kilobyte or more where there is so much, unpacked where they begin a gzip member."""
+    """Return the first bytes ahead, at least a kilobyte if there is as much, decompressed if they are gzip."""
     ahead = bytes(window.look(OVERLAP)[:STEP])
     return inflated(ahead[:OVERLAP], 31, OVERLAP, 512) if ahead.startswith(GZIP_MAGIC) else ahead
 
 
 class Records:
-    """The records of a file, in order, each with the offset at which it begins.
+    """The records of a file, in order, each with its offset.
 
-    kind: "warc" or "arc", with ".gz" where each record is a gzip member of its own
+    kind: "warc" or "arc", with ".gz" if each record is a separate gzip member.
     """
 
     def __init__(self, window: Window, kind: str, max_bytes: int = MAX_PAGE_BYTES) -> None:
         self.window, self.max_bytes = window, max_bytes
         self.arc, self.packed = kind.startswith("arc"), kind.endswith(".gz")
         self._start = _ARC_LINE if self.arc else WARC_START
-        self._wasted, self._wasted_until = 0, window.position  # bytes unpacked in vain, and where that was counted
-        self._unpacked_to = window.position  # in vain: what begins behind it unpacks nothing again
+        self._wasted, self._wasted_until = 0, window.position  # bytes inflated in vain, and the position of that count
+        self._unpacked_to = window.position  # end of the bytes inflated in vain; attempts after it share none of them
         self._unsearched = False
 
     def __iter__(self) -> Iterator[Record]:
@@ -191,7 +192,7 @@ class Records:
             yield window.position, "truncated"
 
     def _record(self) -> Iterator[bytes | str]:
-        """The record that starts here."""
+        """Yield the record that starts here."""
         window = self.window
         head = window.look(MAX_HEADER)
         header = header_of(head, self.arc)
@@ -201,7 +202,7 @@ class Records:
             yield from self._resume()
             return
         size = sum(header)
-        if header[1] > self.max_bytes:  # pass over it; where a length is wrong, as far as the next record alone
+        if header[1] > self.max_bytes:  # skip it; if the length is wrong, only up to the next record
             stop = window.position + size
             window.skip(header[0])
             if find(window, stop, self._start, lambda: self._bytes_without_record() or int(not self._is_record(0))):
@@ -217,7 +218,7 @@ class Records:
             return
         if not self._is_followed(0, *header):
             ahead = window.look(size + OVERLAP)
-            # behind every block is an end of line: without one, the length is wrong, and with one by chance
+            # every WARC block ends in a newline: without one the length is wrong; with one it may be there by chance
             chance = self.arc or not ahead[size : size + 1].strip(b"\r\n")
             swallowed = self._start.search(ahead, header[0], size + OVERLAP)
             at = swallowed.start() if swallowed else size
@@ -230,10 +231,10 @@ class Records:
         yield data
 
     def _bytes_without_record(self) -> int:
-        """Count the bytes ahead in which no record begins; 0 where one does, by its header: pages quote first lines.
+        """Count the bytes ahead in which no record begins; 0 if one begins here.
 
-        Of text that begins like records ten thousand times, each is not searched to the end of its header: what the
-        first lacks is missing behind it, too, up to the blank line that ends it.
+        Checks the complete header, because pages quote the first line of records. If a field is missing, everything up
+        to the blank line is skipped: text with ten thousand such first lines is not searched again for each.
         """
         header = header_of(self.window.look(MAX_HEADER), self.arc)
         if self.arc:
@@ -246,12 +247,12 @@ class Records:
         return max(1, behind if behind <= MAX_HEADER else behind - MAX_HEADER)
 
     def _is_record(self, at: int) -> bool:
-        """True if a record begins so many bytes ahead, and is followed by another."""
+        """Return True if a record begins `at` bytes ahead and another follows it."""
         header = header_of(self.window.look(at + MAX_HEADER)[at : at + MAX_HEADER], self.arc)
         return header is not None and header[1] <= self.max_bytes and self._is_followed(at, *header)
 
     def _is_followed(self, at: int, header: int, block: int) -> bool:
-        """True if behind such a record, which begins so many bytes ahead, is another one or the end."""
+        """Return True if a record of these sizes, `at` bytes ahead, is followed by another one or by the end."""
         end = at + header + block
         ahead = self.window.look(end + OVERLAP)
         behind = ahead[end : end + OVERLAP].lstrip(b"\r\n")
@@ -259,7 +260,7 @@ class Records:
         return len(ahead) >= end and (not behind or bool(start.match(behind)))
 
     def _member(self) -> Iterator[bytes | str]:
-        """The records of the gzip member that starts here, as a rule one."""
+        """Yield the records of the gzip member that starts here, usually one."""
         window = self.window
         magic = bytes(window.look(4)[:4])
         if not GZIP_START.match(magic):
@@ -275,13 +276,13 @@ class Records:
         header = header_of(data, self.arc)
         size = sum(header) if header else 0
         if header and header[1] <= self.max_bytes and size <= len(data) and not data[size:].strip(b"\r\n"):
-            yield data  # as all others would be read too, three copies later
+            yield data  # shortcut for the usual case, saves three copies
             return
         for _, record in Records(Window(io.BytesIO(data)), "arc" if self.arc else "warc", self.max_bytes):
             yield record
 
     def _unpack(self) -> bytes | str:
-        """The bytes of the gzip member that starts here, the window then being behind it; or why there are none."""
+        """Inflate the gzip member that starts here and move the window past it; or return why that failed."""
         window, inflater = self.window, inflating.decompressobj(31)
         chunks, size, at, start = [], 0, 0, window.position
         most, count = self.max_bytes + 2 * MAX_HEADER, FIRST_STEP
@@ -299,7 +300,7 @@ class Records:
             at += len(step) - len(inflater.unused_data)
             size += len(part)
             chunks.append(part)
-            if size > most:  # on to its end, keeping nothing
+            if size > most:  # read to its end, but keep nothing
                 chunks.clear()
                 window.skip(at)
                 at = 0
@@ -307,13 +308,13 @@ class Records:
         return b"".join(chunks) if size <= most else "too_large"
 
     def _note_vain(self, start: int, ahead: int, unpacked: int) -> None:
-        """Count what a member that is none has cost, unless it shares no byte with those before: those are not many."""
+        """Add a failed attempt to the budget, if it overlaps an earlier one; the others cost linear time only."""
         if start < self._unpacked_to:
             self._wasted += max(ahead, unpacked)
         self._unpacked_to = max(self._unpacked_to, self.window.position + ahead)
 
     def _bytes_without_member(self) -> int:
-        """0 where a gzip member starts ahead that begins with a record, else how many bytes are passed over."""
+        """Return 0 if a gzip member that begins with a record starts here, else the number of bytes to skip."""
         position = self.window.position
         self._wasted = max(0, self._wasted - WASTE * (position - self._wasted_until))
         self._wasted_until = position
@@ -326,7 +327,7 @@ class Records:
         return 1
 
     def _resume(self) -> Iterator[str]:
-        """Look for the next record, past a byte that starts none, and tell of bytes that were not searched."""
+        """Skip a byte and move to the next record; yield "unsearched" if bytes were skipped without a search."""
         self.window.skip(1)
         if self.packed:
             find(self.window, FOREVER, GZIP_START, self._bytes_without_member)
@@ -338,7 +339,7 @@ class Records:
 
 
 def is_one_stream(window: Window, arc: bool, max_bytes: int = MAX_PAGE_BYTES) -> bool:
-    """True if the gzip member ahead holds more than its first record, so that records cannot be sought."""
+    """Return True if the gzip member ahead contains more than one record."""
     inflater, unpacked, at = inflating.decompressobj(31), bytearray(), 0
     while not inflater.eof and len(unpacked) <= max_bytes:
         step = window.look(at + STEP)[at : at + STEP]
@@ -359,16 +360,16 @@ def is_one_stream(window: Window, arc: bool, max_bytes: int = MAX_PAGE_BYTES) ->
 
 
 class Source(NamedTuple):
-    """A file, or `-` for stdin; `page`: it is one page by its name, or by where it lies."""
+    """A file, or `-` for stdin. `page`: the file is a single page, by its name or because it is in a folder."""
 
     path: str
     page: bool = False
 
 
 def sources(paths: Iterable[str]) -> Iterator[Source]:
-    """Yield the files named, those of the folders named, and those of patterns, in sorted order.
+    """Expand paths, folders and glob patterns to files, those of a folder or pattern in sorted order.
 
-    Archives and JSONL in a folder are known by their names; what else lies there is a page or passed over.
+    In a folder, archives and JSONL are recognized by name; every other file is a page, or skipped if it is not HTML.
     """
     for path in paths:
         if path == "-" or not os.path.isdir(path):
@@ -385,12 +386,12 @@ def sources(paths: Iterable[str]) -> Iterator[Source]:
 
 
 class Reader:
-    """The frames of files, folders and stdin, in the order in which they are named; iterated once.
+    """Iterate once over the frames of files, folders and stdin, in the given order.
 
-    max_page_bytes: larger records are passed over as `too_large`.
-    on_bad: is told of a missing file, a folder without files, a file of a kind that is not read, and one that holds
-    no records; each gives one frame `bad_file`. Without it the UserError is raised.
-    columns: of `--columns`; a table without one of them is refused, and `page_of` renames the fields.
+    max_page_bytes: larger records are skipped as `too_large`.
+    on_bad: called with the UserError of a missing file, an empty folder, a file of an unknown kind or one without
+    records; each gives one frame `bad_file`. Without on_bad the UserError is raised.
+    columns: from `--columns`; a table without one of them is a bad file. `page_of` renames the fields.
     """
 
     def __init__(
@@ -402,11 +403,11 @@ class Reader:
     ) -> None:
         self.paths, self.max_bytes, self.on_bad, self._columns = paths, max_page_bytes, on_bad, columns
         self._read, self._window = 0, None
-        self.version: tuple[int | None, str] = None, ""  # of a file at an address that has been read, size and ETag
+        self.version: tuple[int | None, str] = None, ""  # size and ETag of the last remote file read
 
     @property
     def position(self) -> int:
-        """Bytes read so far, of the files as they lie."""
+        """Bytes read so far, before decompression."""
         return self._read + (self._window.position if self._window else 0)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -423,10 +424,10 @@ class Reader:
                 self._read, self._window = self.position, None
 
     def _page(self, path: str) -> Iterator[Frame]:
-        """A file that is one page."""
+        """Yield the frame of a file that is one page."""
         html: bytes | str = "unreadable"
         with suppress(OSError):
-            if os.path.isfile(path):  # a pipe would be waited for
+            if os.path.isfile(path):  # opening a named pipe would block
                 with open(path, "rb") as handle:
                     html = handle.read(self.max_bytes + 1)
         if isinstance(html, bytes):
@@ -440,7 +441,7 @@ class Reader:
         yield Frame(path, "html", 0, html)
 
     def _file(self, path: str) -> Iterator[Frame]:
-        """The frames of one file, or of stdin."""
+        """Yield the frames of one file, or of stdin."""
         name = name_of(path)
         if path != "-" and os.path.isdir(path):
             raise UserError(f"{path}: expected files in this folder, found none that can be read")
@@ -470,7 +471,7 @@ class Reader:
 
 
 def _kind_of(name: str, head: bytes) -> str:
-    """The kind of a file by its name or, where that says nothing, by its first bytes (unpacked)."""
+    """Return the kind of a file, by its name or its first (decompressed) bytes."""
     path = file_path(name).lower()
     archive = _ARCHIVE_NAME.search(path)
     if WARC_START.match(head) or ARC_START.match(head) or archive:
@@ -481,12 +482,12 @@ def _kind_of(name: str, head: bytes) -> str:
         return "jsonl"
     if begins.startswith(b"<") or looks_like_html(head):
         return "html"
-    content = f"one that begins with {bytes(head[:16])!r}" if head else "nothing in it"
-    raise UserError(f"{name}: expected WARC, ARC, WET, HTML or JSONL, found {content}; convert or leave out the file")
+    content = f"a file that begins with {bytes(head[:16])!r}" if head else "an empty file"
+    raise UserError(f"{name}: expected WARC, ARC, WET, HTML or JSONL, found {content}; convert or omit it")
 
 
 def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) -> list[Record]:
-    """The records up to the first whole one. Raises UserError where there is none at all."""
+    """Return the records up to the first complete one. Raises UserError if there is none."""
     first: list[Record] = []
     for record in records:
         first.append(record)
@@ -494,16 +495,16 @@ def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) 
             return first
     what = {"jsonl": "JSON lines", "html": "page"}.get(kind, kind.upper() + " records")
     if not head:
-        reason = "the file is empty, or a table without rows"
+        reason = "the file is empty or a table without rows"
     elif first and first[0][1] == "truncated":
-        reason = "it is cut off inside the first"
+        reason = "it ends inside the first one"
     else:
         reason = f"it begins with {bytes(head[:16])!r}"
-    raise UserError(f"{name}: no {what}: {reason}; mend or leave out the file")
+    raise UserError(f"{name}: no {what}: {reason}; repair or omit the file")
 
 
 def _lines(window: Window, max_bytes: int) -> Iterator[Record]:
-    """The lines of a file that are not blank, by number; the last of a cut file is `truncated`."""
+    """Yield the non-blank lines of a file with their numbers; the last line of a truncated file is `truncated`."""
     source, number = window.as_file(), 0
     while line := source.readline(max_bytes + 1):
         number += 1
@@ -519,13 +520,13 @@ def _lines(window: Window, max_bytes: int) -> Iterator[Record]:
         yield number + 1, "truncated"
 
 
-# ---- the work of the processes
+# ---- batches for worker processes
 
 
 def batches(reader: Reader) -> Iterator[Batch]:
-    """Yield the frames in batches of at most 64, the first of one and then of twice as many each, or of 4 MB.
+    """Yield frames in batches of 1, 2, 4, ... 64 frames, or of 4 MB if that is less.
 
-    What was read before an error is yielded before it is raised.
+    Frames read before an error are yielded before it is raised.
     """
     frames: list[Frame] = []
     most, size, position, started = 1, 0, 0, thread_time()

@@ -1,4 +1,4 @@
-"""The bytes of a record as a page, or the reason why it is none.
+"""Parse the bytes of a record into a page.
 
 Sources: WARC 1.1 (ISO 28500:2017), the ARC 1.0 format of the Internet Archive, RFC 9112 (HTTP/1.1).
 """
@@ -17,29 +17,29 @@ from llmkit.io.jsonl import GZIP_MAGIC, ZSTD_MAGIC, json_row
 from llmkit.io.records import with_columns
 
 try:
-    from isal import isal_zlib as inflating  # unpacks twice as fast as zlib
-except ImportError:  # no wheels for this machine
+    from isal import isal_zlib as inflating  # twice as fast as zlib
+except ImportError:  # no wheel for this platform
     inflating = zlib
 
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, getattr(inflating, "error", zlib.error))
-STEP = 1 << 16  # of compressed bytes unpacked at once: at most 68 MB come out
+STEP = 1 << 16  # compressed bytes per call: unpack to at most 68 MB
 MAX_HEADER = 1 << 16
-OVERLAP = 1 << 13  # the start of a record that lies across two blocks; the longest header line of an ARC file
+OVERLAP = 1 << 13  # for record starts that cross a block border; also the longest header line of an ARC file
 BLANK_LINE = re.compile(rb"\n\r?\n")
 WARC_START = re.compile(rb"WARC/\d\.\d+\r?\n(?=[A-Za-z-]+:)")
 _WARC_LENGTH = re.compile(rb"(?im)^content-length:[ \t]*(\d{1,18})[ \t]*\r?$")
-# URL, address, date, type, length; a URL may hold spaces
+# URL, IP address, date, type, length; a URL may contain spaces
 ARC_START = re.compile(rb"[a-z][a-z0-9+.-]*:[^\n]* [0-9a-f.:]+ \d{8,14} [^ \n]+ (\d{1,18})\r?$", re.MULTILINE)
 
 HTML_TYPES = ("text/html", "application/xhtml+xml", "application/vnd.wap.xhtml+xml", "text/xhtml")
-# types that servers send for want of a better one, or for XHTML: the body tells
+# types sent by servers that do not know better, or for XHTML: look at the body
 UNSURE_TYPES = ("", "unknown", "unk", "no-type", "application/octet-stream", "*/*", "text/xml", "application/xml")
 KNOWN_TYPES = ("warcinfo", "request", "revisit", "metadata", "continuation", "resource", "conversion", "response")
 
 _STATUS = re.compile(rb"HTTP/\d(?:\.\d)?[ \t]+(\d{3})(?!\d)")
 # the tags of https://mimesniff.spec.whatwg.org/#identifying-a-resource-with-an-unknown-mime-type
 _HTML = re.compile(
-    rb"(?i)(?:<!--(?:(?!-->).)*-->|<\?xml[^>]*>|\s)*"  # one way alone through many comments
+    rb"(?i)(?:<!--(?:(?!-->).)*-->|<\?xml[^>]*>|\s)*"  # unambiguous: many comments cause no backtracking
     rb"<(?:!doctype html|html|head|script|iframe|h1|div|font|table|a|style|title|b|body|br|p|meta|link)[\s/>]",
     re.DOTALL,
 )
@@ -47,11 +47,10 @@ _CHUNK = re.compile(rb"(?:\r?\n)?[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?
 
 
 def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES, columns: Mapping[str, str] = {}) -> Page | Skipped:
-    """Read a frame as a page, or the reason why it is none.
+    """Parse a frame into a page, or return why it is not one.
 
-    The fields of a line of JSONL are renamed as `columns` (of `--columns`) has it. One that is no JSON object in UTF-8
-    is skipped as `bad_json`, one without a string under `html` or `text` as `no_text`. For records of archives see
-    `page_of_record`.
+    Fields of JSONL are renamed by `columns` (from `--columns`). A line that is not a JSON object in UTF-8 is skipped
+    as `bad_json`, one without a string under `html` or `text` as `no_text`. For archives see `page_of_record`.
     """
     path, kind, offset, data = frame
     if isinstance(data, str):
@@ -81,12 +80,12 @@ def page_of(frame: Frame, max_bytes: int = MAX_PAGE_BYTES, columns: Mapping[str,
 
 
 def page_of_record(path: str, offset: int, data: bytes, max_bytes: int) -> Page | Skipped:
-    """Read a record of WARC or ARC as a page, from the bytes of its header and block.
+    """Parse a WARC or ARC record, given the bytes of its header and block.
 
-    A `response` of status 200, or a `resource`, that is HTML by its Content-Type, or by its beginning where that
-    says nothing, is a page of `html`; a `conversion` to plain text is one of `text`. The reasons of the rest are
-    the record's type, `http_status`, `not_html`, `no_http` (a response without its header), `empty`, and
-    `too_large` (when unpacked).
+    A `response` with status 200, or a `resource`, gives a page with `html` if its Content-Type is HTML, or if the
+    Content-Type is inconclusive and the body begins like HTML. A `conversion` to plain text gives a page with `text`.
+    Reasons to skip others: the record's type, `http_status`, `not_html`, `no_http` (a response without HTTP header),
+    `empty`, and `too_large` (after decompression).
     """
     fields, block = _head_of(data)
     url = fields.get("warc-target-uri", "").strip("<>") or None
@@ -107,7 +106,7 @@ def page_of_record(path: str, offset: int, data: bytes, max_bytes: int) -> Page 
 
 
 def header_of(ahead: bytes | bytearray, arc: bool) -> tuple[int, int] | None:
-    """The bytes of the header with which a record begins and of its block; None where no record begins."""
+    """Return the sizes in bytes of the header and the block of the record that begins here; None if none does."""
     if arc:
         match = ARC_START.match(ahead, 0, OVERLAP)
         return (match.end() + 1, int(match[1])) if match else None
@@ -119,7 +118,7 @@ def header_of(ahead: bytes | bytearray, arc: bool) -> tuple[int, int] | None:
 
 
 def _head_of(data: bytes) -> tuple[dict[str, str], memoryview]:
-    """The fields of a WARC header by their lower-cased names, and the block; an ARC header is put in WARC's terms."""
+    """Return the WARC header fields by lower-case name, and the block. An ARC header is converted to WARC fields."""
     arc = not data.startswith(b"WARC/")
     header = header_of(data, arc)
     assert header, "a frame begins with a whole header"
@@ -140,7 +139,7 @@ def _head_of(data: bytes) -> tuple[dict[str, str], memoryview]:
 
 
 def fields_of(head: bytes) -> dict[str, str]:
-    """The fields of a header whose first line names the protocol; of a repeated field the first, folded lines joined.
+    """Parse the header fields after the first line. The first of repeated fields counts; folded lines are joined.
 
     >>> fields_of(b"HTTP/1.1 200 OK\\r\\nContent-Type: text/html;\\r\\n charset=x\\r\\nbad line")
     {'content-type': 'text/html; charset=x'}
@@ -181,7 +180,7 @@ def _media_type(content_type: str) -> str:
 
 
 def _read_html(page: Page, content_type: str, body: bytes) -> str | None:
-    """Make it a page of `html`, or return the reason why it is none."""
+    """Set the page's `html`, or return the reason why the body is not HTML."""
     kind = _media_type(content_type)
     if kind not in HTML_TYPES and not (kind in UNSURE_TYPES and looks_like_html(body)):
         return "not_html"
@@ -192,7 +191,7 @@ def _read_html(page: Page, content_type: str, body: bytes) -> str | None:
 
 
 def looks_like_html(body: bytes) -> bool:
-    """True if bytes begin as HTML does, after byte order mark, space and comments; UTF-16 by its mark."""
+    """Return True if the bytes begin like HTML after a byte order mark, space and comments; UTF-16 needs its mark."""
     head = body[:4096]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         head = head.replace(b"\0", b"")[2:]
@@ -200,22 +199,22 @@ def looks_like_html(body: bytes) -> bool:
 
 
 def decoded(body: bytes, fields: Mapping[str, str], max_bytes: int) -> bytes:
-    """An HTTP body without the chunks and packing that its header names and that it has, as far as it is whole.
+    """Undo transfer and content encodings of an HTTP body, if it really has those that its header names.
 
-    The result is longer than `max_bytes` where the body would be: it is cut there.
+    Of a truncated body, decode what there is. A result beyond `max_bytes` is cut, but stays longer than `max_bytes`.
     """
     if "chunked" in fields.get("transfer-encoding", "").lower():
         body = without_chunks(body)
     names = [name.strip() for name in fields.get("content-encoding", "").lower().split(",")]
     for name in reversed(names):
-        if looks_like_html(body):  # archives often store the body unpacked and the header as it came
+        if looks_like_html(body):  # archives often store the decoded body with the original header
             break
         body = _unpacked(body, name, max_bytes + 1)
     return body
 
 
 def without_chunks(body: bytes) -> bytes:
-    """A chunked body joined; as it is where it does not begin with a chunk.
+    """Join a chunked body; return it unchanged if it does not begin with a chunk.
 
     >>> without_chunks(b"5\\r\\n<p>hi\\r\\n4;x=y\\r\\n</p>\\r\\n0\\r\\n\\r\\n")
     b'<p>hi</p>'
@@ -233,7 +232,7 @@ def without_chunks(body: bytes) -> bytes:
 
 
 def _unpacked(body: bytes, name: str, most: int) -> bytes:
-    """The body unpacked, about `most` bytes at most, of a cut one what there is; as it is where it is not packed so."""
+    """Decompress a body to about `most` bytes; of a truncated one, what there is. Others are returned unchanged."""
     if body.startswith(GZIP_MAGIC):  # whatever the header says
         return inflated(body, 31, most)
     if body.startswith(ZSTD_MAGIC):
@@ -242,7 +241,7 @@ def _unpacked(body: bytes, name: str, most: int) -> bytes:
         with suppress(ZstdError):
             return ZstdDecompressor().stream_reader(body, read_across_frames=True).read(most)
         return b""
-    if name == "deflate":  # with the header of zlib, as RFC 9110 says, or without, as many servers do
+    if name == "deflate":  # with zlib's header, as in RFC 9110, or without, as many servers send it
         return inflated(body, 15, most) or inflated(body, -15, most) or body
     if name == "br":
         import brotli
@@ -251,13 +250,13 @@ def _unpacked(body: bytes, name: str, most: int) -> bytes:
         with suppress(brotli.error):
             chunks.append(unpacker.process(body, output_buffer_limit=most))
             while chunks[-1] and not unpacker.is_finished() and (size := size + len(chunks[-1])) < most:
-                chunks.append(unpacker.process(b"", output_buffer_limit=most))  # of a cut body it gives 32 kB at a time
+                chunks.append(unpacker.process(b"", output_buffer_limit=most))  # a truncated body gives 32 kB at a time
         return b"".join(chunks) or body
     return body
 
 
 def inflated(body: bytes, format: int, most: int, step: int = STEP) -> bytes:
-    """What can be unpacked of a body, about `most` bytes at most; format: the `wbits` of zlib."""
+    """Decompress as much of a body as possible, to about `most` bytes; format: `wbits` of zlib."""
     inflater, chunks, size = inflating.decompressobj(format), [], 0
     with suppress(*GZIP_ERRORS):
         for begin in range(0, len(body), step):

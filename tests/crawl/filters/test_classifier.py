@@ -91,7 +91,7 @@ def test_what_was_found_is_reported_by_item(filtered, llmkit, tmp_path) -> None:
     [
         (["--classifier", f"{MODEL}:xx>=0.5"], "xx>=0.5: the model has no such label; it has af, "),
         (["--classifier", f"{MODEL}:en"], "expected MODEL.bin:LABEL>=SCORE"),
-        (["--classifier", f"{MODEL}:en>=2"], "a score of 0 to 1"),
+        (["--classifier", f"{MODEL}:en>=2"], "SCORE from 0 to 1"),
         (["--classifier", "t.jsonl:en>=0.5"], "t.jsonl: expected a fastText model"),
         (["--classifier", "none.bin:en>=0.5"], "none.bin: cannot read the classifier"),
         (["--classifier", "empty.bin:en>=0.5"], "empty.bin: expected a fastText model"),
@@ -134,7 +134,7 @@ def test_a_model_that_is_not_quantized(filtered, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert [row["text"] for row in lines(tmp_path / "d.jsonl")] == ["good good"]
     (tmp_path / "m.bin").write_bytes(tiny_model()[:-1])
-    assert "m.bin: a damaged or cut fastText model" in filtered("--classifier", f"{tmp_path}/m.bin:hq>=0.5").stderr
+    assert "m.bin: damaged or truncated fastText model" in filtered("--classifier", f"{tmp_path}/m.bin:hq>=0.5").stderr
 
 
 def test_a_damaged_model_is_no_crash(filtered, tmp_path) -> None:
@@ -142,4 +142,4 @@ def test_a_damaged_model_is_no_crash(filtered, tmp_path) -> None:
     for _ in range(2):
         (tmp_path / "cut.ftz").write_bytes(data[: chance.randrange(100, len(data) - 1000)])
         done = filtered("--classifier", f"{tmp_path / 'cut.ftz'}:en>=0.5")
-        assert done.returncode == 2 and "cut.ftz: a damaged or cut fastText model" in done.stderr, os.fspath(tmp_path)
+        assert done.returncode == 2 and "cut.ftz: damaged or truncated fastText" in done.stderr, os.fspath(tmp_path)

@@ -83,14 +83,14 @@ def test_what_is_no_list_is_an_error_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "hollow" / "adult").mkdir(parents=True)
     (tmp_path / "hollow" / "adult" / "domains").touch()
     for name, message in (
-        ("prose", "prose:2: expected one domain or URL"),
+        ("prose", "prose:2: expected a domain, a URL or a hosts entry"),
         ("cut.gz", "cut.gz: damaged or cut gzip"),
         ("picture", "found binary data"),
         ("missing", "missing: expected a file that can be read"),
-        ("empty", "empty: expected a blocklist, a folder that holds"),
-        ("blank", "blank: expected domains or URLs, one a line, found none"),
-        ("words", "words: expected domains or URLs, one a line, found none"),
-        ("hollow", "hollow: expected domains or URLs, one a line, found none"),
+        ("empty", "empty: expected a blocklist, or a folder with"),
+        ("blank", "blank: expected domains or URLs, one per line, found none"),
+        ("words", "words: expected domains or URLs, one per line, found none"),
+        ("hollow", "hollow: expected domains or URLs, one per line, found none"),
         ("mis/sing", "mis/sing: expected a file that can be read: no such file or directory$"),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -108,7 +108,7 @@ def test_lines_that_meet_no_address_are_counted(tmp_path: Path, ut1: Path, capsy
     assert filter.reason("http://good.example/") == "blocked_domain:mixed" == filter.reason("http://[::1]/")
     assert filter.reason("http://asked.example/") == "blocked_domain:mixed"
     told = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
-    ends = "left out 3 lines without a domain or URL", "left out 1 line without a domain or URL"
+    ends = "ignored 3 lines without a domain or URL", "ignored 1 line without a domain or URL"
     assert told == [f"{tmp_path}/mixed: {ends[0]}", f"{ut1}/gambling/domains: {ends[1]}"]
 
 

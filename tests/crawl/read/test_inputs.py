@@ -204,10 +204,10 @@ def test_a_page_may_come_by_itself(monkeypatch, tmp_path):
         ("x.warc.gz", b"", "no WARC records: the file is empty"),
         ("x.warc", b"words, not records", "no WARC records: it begins with b'words, not recor'"),
         ("x.warc.gz", gzip.compress(b"words"), "no WARC records: it begins with b'words'"),
-        ("x.warc.gz", members(RECORDS[:1])[:60], "no WARC records: it is cut off inside the first"),
+        ("x.warc.gz", members(RECORDS[:1])[:60], "no WARC records: it ends inside the first one"),
         ("x.arc", b"words, lines\n", "no ARC records: it begins with b'words, lines"),
-        ("x.pdf", b"%PDF-1.4", "expected WARC, ARC, WET, HTML or JSONL, found one that begins with b'%PDF-1.4'"),
-        ("x", b"", "expected WARC, ARC, WET, HTML or JSONL, found nothing in it"),
+        ("x.pdf", b"%PDF-1.4", "expected WARC, ARC, WET, HTML or JSONL, found a file that begins with b'%PDF-1.4'"),
+        ("x", b"", "expected WARC, ARC, WET, HTML or JSONL, found an empty file"),
         ("x.jsonl", b"\n\n", "no JSON lines: it begins with"),
     ],
     ids=["empty", "words", "packed words", "cut", "arc", "pdf", "nothing", "lines"],  # packed bytes hold the time
