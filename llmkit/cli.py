@@ -140,7 +140,7 @@ def run_command_line(arguments: list[str]) -> int:
 
         if is_full_disk(error):
             _abandon_stdout()
-            return _fail(f"{getattr(error, 'filename', None) or 'output'}: no space left there", UserError.exit_code)
+            return _fail(f"{getattr(error, 'filename', None) or 'output'}: no space left on disk", UserError.exit_code)
         if isinstance(error, OSError) and error.filename is not None:
             return _fail(f"{error.filename}: {str(error.strerror).lower()}", UserError.exit_code)
         if launch().size > 1:

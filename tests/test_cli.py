@@ -145,8 +145,8 @@ def test_a_signal_cleans_up_and_exits_130(tmp_path: Path, number: signal.Signals
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left there; make room and run it again"
-    assert mistake(shell(f"echo '{RECORD.strip()}' | toy > /dev/full", tmp_path)) == "output: no space left there"
+    assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left on disk; free some and run it again"
+    assert mistake(shell(f"echo '{RECORD.strip()}' | toy > /dev/full", tmp_path)) == "output: no space left on disk"
 
 
 def test_closed_streams_are_one_line(tmp_path: Path) -> None:
@@ -167,11 +167,11 @@ def test_closed_streams_are_one_line(tmp_path: Path) -> None:
         (["--size", "2M"], ["--size: expected at most 1,000,000, found '2M'"]),
         (["--config", "no.toml"], ["no.toml: cannot read the config file: no such file or directory"]),
         (["--force=yes"], ["--force", "does not take a value"]),
-        (["no such.jsonl"], ["no such.jsonl: expected a file that can be read: no such file"]),
-        (["."], [".: expected a file that can be read: found a folder"]),
+        (["no such.jsonl"], ["no such.jsonl: expected a readable file: no such file"]),
+        (["."], [".: expected a readable file: found a folder"]),
         (["-", "-"], ["stdin: '-' can be read only once"]),
         (["-", "-o", "thesis.tex/x"], ["thesis.tex/x: expected a folder at ", "found a file"]),
-        (["-", "-o", ".", "--force"], [".: the result needs a name of its own"]),
+        (["-", "-o", ".", "--force"], [".: expected the name of a new file or folder"]),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: list[str], words: list[str]) -> None:

@@ -66,7 +66,7 @@ def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(t
         ("\0", "expected one JSON"),
     ):
         place.write_text(f'{{"step": 1}}\n{line}\n')
-        with pytest.raises(UserError, match=rf"metrics\.jsonl:2: .*{found}.*; mend"):
+        with pytest.raises(UserError, match=rf"metrics\.jsonl:2: .*{found}.*; fix"):
             trim_metrics(place, 5)
         wrong: list[str] = []
         assert list(scan_metrics(place, wrong.append)) == [{"step": 1}]

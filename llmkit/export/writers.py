@@ -175,7 +175,7 @@ def open_adapter(folder: str) -> Adapter:
     try:
         return Adapter(adapter, config, load_file(adapter / ADAPTER_WEIGHTS), notes)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{adapter / ADAPTER_WEIGHTS}: damaged or cut safetensors file: {error}") from None
+        raise UserError(f"{adapter / ADAPTER_WEIGHTS}: damaged or truncated safetensors file: {error}") from None
 
 
 def write_adapter(work: Path, adapter: Adapter, dtype: str) -> None:

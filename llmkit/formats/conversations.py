@@ -433,4 +433,4 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError("a lone surrogate in the text, which is no character; mend or remove the record") from None
+        raise UserError("a lone surrogate in the text, which is no character; fix or remove the record") from None

@@ -1,12 +1,12 @@
-"""Files and folders that appear whole or not at all, and the checks that a place is fit for one.
+"""Atomic output files and folders, and checks of output paths.
 
     check_output("model/", force=False)  # before the work
     with atomic_folder("model/") as folder:
         (folder / "README.md").write_text("Mine")
 
-What is written stands beside its place, under its name + ".partial", until it is renamed. It is on the disk before
-that, and the new name is before the former content is deleted: a power cut at any moment leaves one of the two whole.
-Two processes that write one output would spoil each other's; `sole_writer` keeps the second away.
+Output is written to `path` + ".partial", synced to disk, and renamed; only then is the old content deleted. A power
+cut at any moment leaves either the old or the new content intact. `sole_writer` keeps two processes from writing the
+same output.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from llmkit.io.remote import is_remote
 PARTIAL = ".partial"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BLOCK = 1 << 16  # bytes read at a time
-OURS = ("manifest.json", "tokenizer.json")  # one of them stands in every folder that a stage writes
-# formats that a name may promise and no stage writes
+OURS = ("manifest.json", "tokenizer.json")  # every folder that a stage writes contains one of them
+# extensions of formats that no stage writes
 NOT_WRITTEN = (".arrow", ".feather", ".csv", ".tsv", ".xlsx", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z")
 
 
 def file_path(path: str) -> str:
-    """An address without the query of a web server; other paths as they are.
+    """Strip query and fragment from a web address; return other paths unchanged.
 
     >>> file_path("https://host/docs.csv?version=1"), file_path("what?.csv")
     ('https://host/docs.csv', 'what?.csv')
@@ -45,24 +45,24 @@ def file_path(path: str) -> str:
 
 
 def check_output(path: str, force: bool, resume: bool = False, is_file: bool = False) -> None:
-    """Raise UserError when `path` cannot become the output: call it before the work, not after.
+    """Raise UserError if `path` cannot become the output. Call it before the work starts.
 
-    It exists, is no empty folder, and neither `--force` nor `--resume` says what to do with it; or `--force` would
-    delete a folder that no stage has written; or it cannot be renamed to: a mount point, a link to nothing, a place
-    that cannot be written; or, where `is_file`, its name is that of a folder or of a format that is not written. A
-    missing parent folder is made later.
+    Refused are: an existing file or non-empty folder without `--force` or `--resume`; a folder that no stage wrote,
+    even with `--force`; a mount point, a dangling link or a folder without write permission, where a rename would
+    fail; and, with `is_file`, the name of a folder or of a format that no stage writes. A missing parent folder is
+    created later.
     """
     if path == "-" or _is_special(path):
         return
-    if re.match(r"[A-Za-z][\w+.-]+:/", path):  # also S3:// and s3:/, which would become folders here
-        where = "to addresses, of s3:// and gs:// (docs/own-data.md)"
-        raise UserError(f"{path}: records alone are written {where}; write the file here, and copy it there")
+    if re.match(r"[A-Za-z][\w+.-]+:/", path):  # also S3:// and s3:/, which would become local folders
+        where = "to s3:// and gs:// addresses (docs/own-data.md)"
+        raise UserError(f"{path}: only records are written {where}; write a local file and copy it there")
     if is_file and path.endswith("/"):
-        raise UserError(f"{path}: expected the name of a file, such as {path.rstrip('/')}.jsonl or .parquet")
+        raise UserError(f"{path}: expected a file name, such as {path.rstrip('/')}.jsonl or .parquet")
     if is_file:
         check_format(path)
     if os.path.basename(os.path.normpath(path)) in ("", ".", ".."):
-        raise UserError(f"{path}: the result needs a name of its own; choose another place")
+        raise UserError(f"{path}: expected the name of a new file or folder; choose another place")
     final = os.path.realpath(path)
     parent = os.path.dirname(final)
     if os.path.islink(path) and not os.path.isdir(parent):
@@ -72,7 +72,7 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
         lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
         mounts = {line.split()[4] for line in lines}
     if os.path.ismount(final) or final.replace(" ", "\\040") in mounts:
-        raise UserError(f"{path}: a mount point, which cannot be replaced; choose a place in it: --out {path}/result")
+        raise UserError(f"{path}: a mount point cannot be replaced; choose a place inside it: --out {path}/result")
     if os.path.exists(path) and not resume and not is_empty_folder(path):
         if not force:
             raise UserError(f"{path}: already exists; --force replaces it, or choose another place")
@@ -84,38 +84,38 @@ def check_output(path: str, force: bool, resume: bool = False, is_file: bool = F
     if not os.path.isdir(parent):
         raise UserError(f"{path}: expected a folder at {parent}, found a file; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written: permission denied in {parent}; choose another place")
+        raise UserError(f"{path}: cannot be written: permission denied for {parent}; choose another place")
 
 
 def check_format(path: str) -> None:
-    """Raise UserError where the name of a file promises a format that no stage writes."""
+    """Raise UserError if the file name has the extension of a format that no stage writes."""
     if path.lower().endswith(NOT_WRITTEN):
         kind = os.path.splitext(path)[1]
-        raise UserError(f"{path}: {kind} is not written; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
+        raise UserError(f"{path}: {kind} is not supported; choose .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
 
 
 def is_empty_folder(path: str | os.PathLike[str]) -> bool:
-    """True if a folder stands there in which there is nothing: an output may take its place."""
+    """Return True if `path` is an empty folder, which an output may replace."""
     return os.path.isdir(path) and not os.listdir(path)
 
 
 def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
-    """Raise UserError when a killed run has left one of these, and neither `--force` nor `--resume` is given."""
+    """Raise UserError if a killed run left one of these paths, and neither `--force` nor `--resume` is given."""
     there = next(filter(os.path.exists, left), None)
     if there is not None and not (force or resume):
         raise UserError(f"{there}: an unfinished run; --resume continues it, --force starts over")
 
 
 def output_folder(out: str | None, example: str) -> Path:
-    """The folder that a stage is to write, such as `example`. Raises UserError where it is none, `-` or a file."""
+    """Return the output folder of a stage. Raise UserError if `out` is missing, `-`, an address or a file."""
     if out is None:
-        raise UserError(f"--out is required: the folder for the result, such as -o {example}")
+        raise UserError(f"--out is required: the output folder, such as -o {example}")
     if out == "-":
         raise UserError(f"--out: expected a folder, such as -o {example}, found -")
     if is_remote(out):
-        raise UserError(f"{out}: records alone are written to addresses; write the folder here, and copy it there")
+        raise UserError(f"{out}: only records are written to addresses; write a local folder and copy it there")
     folder = Path(out.rstrip("/") or "/")
-    if folder.exists() and not folder.is_dir():  # which --force does not allow either
+    if folder.exists() and not folder.is_dir():  # refused even with --force
         raise UserError(f"{folder}: expected a folder, found a file; choose another place")
     return folder
 
@@ -133,10 +133,10 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def sole_writer(path: str) -> Iterator[None]:
-    """Keep other processes from writing the output `path` meanwhile, by a lock on `path` + ".partial.lock".
+    """Hold a lock on `path` + ".partial.lock" so that no other process writes the output `path`.
 
-    The lock goes with its process, also after kill -9; where the place takes none, there is none. Raises UserError
-    where another process has it.
+    The kernel releases the lock when the process ends, even by kill -9. A file system without locks gets none.
+    Raise UserError if another process holds the lock.
     """
     lock = f"{os.path.realpath(path)}{PARTIAL}.lock"
     new_folders = [] if _is_special(path) or os.path.islink(path) else _make_parents(lock)
@@ -148,24 +148,24 @@ def sole_writer(path: str) -> Iterator[None]:
             with suppress(OSError):
                 os.unlink(lock)
             handle.close()
-        for folder in new_folders:  # a mistake leaves nothing behind
+        for folder in new_folders:  # a run that failed leaves no empty folders
             with suppress(OSError):
                 os.rmdir(folder)
 
 
 def _make_parents(path: str | os.PathLike[str]) -> list[str]:
-    """Make the folders above a place, and return those that were missing, the lowest first."""
+    """Create the missing parent folders of `path` and return them, the deepest first."""
     missing, parent = [], os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(parent):
         missing.append(parent)
         parent = os.path.dirname(parent)
-    with suppress(OSError):  # whoever writes there says so
+    with suppress(OSError):  # the write that follows reports it
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return missing
 
 
 def create(path: str | os.PathLike[str], mode: str = "wb") -> IO[Any]:
-    """Open a new file for writing in the place of what stands there, be it a link that somebody else has planted."""
+    """Open a new file for writing after deleting any existing file or link; never follow a planted link."""
     with suppress(OSError):
         os.unlink(path)
     return open(path, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
@@ -175,15 +175,15 @@ def _lock(path: str, lock: str) -> IO[bytes] | None:
     no_link = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
     try:
         handle = open(lock, "a+b", buffering=0, opener=no_link)  # noqa: SIM115
-    except OSError as error:  # no such folder, or it cannot be written: whoever writes the output says so
+    except OSError as error:  # a missing or read-only folder, which writing the output reports
         if error.errno == errno.ELOOP:
-            raise UserError(f"{lock}: a link, which no run has made; remove it, or choose another place") from None
+            raise UserError(f"{lock}: a link that no run has made; remove it, or choose another place") from None
         return None
     status = os.fstat(handle.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise UserError(f"{lock}: not a file that a run has made; remove it, or choose another place")
     try:
-        # of this process alone: flock's would pass to its forked workers, which may outlive it
+        # lockf, not flock: forked workers would inherit flock's lock and may outlive this process
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.exists(lock) and os.path.samestat(os.stat(lock), status):
             handle.truncate(0)
@@ -198,7 +198,7 @@ def _lock(path: str, lock: str) -> IO[bytes] | None:
             f"{path}: another run is writing it (process {number}); wait for it, or choose another place"
         ) from None
     handle.close()
-    return _lock(path, lock)  # its holder has removed it
+    return _lock(path, lock)  # the previous holder has just deleted the lock file
 
 
 # ---- a file, a folder
@@ -206,9 +206,9 @@ def _lock(path: str, lock: str) -> IO[bytes] | None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open `path` + ".partial" for writing and rename it to `path` at the end; remove it on an error.
+    """Open `path` + ".partial" for writing and rename it to `path` at the end; delete it on an error.
 
-    A link is followed; a device or pipe is written in place; text is UTF-8.
+    Links are followed, devices and pipes are written in place, and text is UTF-8.
     """
     encoding = None if "b" in mode else "utf-8"
     if _is_special(path):
@@ -226,7 +226,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             handle.flush()
             usual = os.fstat(handle.fileno()).st_mode & 0o777
             if not os.path.samestat(os.stat(partial), os.fstat(handle.fileno())):
-                os.chmod(partial, usual)  # a library has put its own file there, safetensors one for the owner alone
+                os.chmod(partial, usual)  # a library replaced the file: safetensors by one with mode 0600
             replace_file(partial, final)
     except BaseException:
         with suppress(OSError):
@@ -236,7 +236,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder `path` + ".partial"; at the end it replaces `path`, on an error it is removed."""
+    """Yield an empty folder `path` + ".partial"; it replaces `path` at the end and is deleted on an error."""
     if not force:
         check_output(os.fspath(path), force)
     final = Path(os.path.realpath(output_folder(os.fspath(path), "")))
@@ -254,12 +254,12 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
 
 @contextmanager
 def errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of writing `partial` name the output `path`; safetensors wraps the OSError of a full disk in its own."""
+    """Turn errors of writing `partial` into a UserError that names `path`, also a full disk that safetensors wraps."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, UserError) and is_full_disk(error):
-            raise UserError(f"{os.fspath(path)}: no space left there; make room and run it again") from error
+            raise UserError(f"{os.fspath(path)}: no space left on disk; free some and run it again") from error
         if isinstance(error, OSError) and error.filename in (partial, os.fspath(partial)):
             reason = str(error.strerror).lower()
             raise UserError(f"{os.fspath(path)}: cannot be written: {reason}; choose another place") from error
@@ -267,18 +267,18 @@ def errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -
 
 
 def is_full_disk(error: Exception) -> bool:
-    """True if a write failed for want of space, of quota, or at a limit on the size of files."""
+    """Return True if a write failed because of a full disk, a quota or a limit on file sizes."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Return when the content of a file, or the names in a folder, have reached the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # some file systems of networks and of users have none for folders
+        # some network and FUSE file systems cannot sync folders
         if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
             raise
     finally:
@@ -286,17 +286,17 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def replace_file(new: str | os.PathLike[str], old: str | os.PathLike[str]) -> None:
-    """Put a file in the place of another, which may exist, so that a power cut leaves one of them whole."""
+    """Rename `new` to `old`, which may exist; a power cut leaves one of them intact."""
     sync(new)
     os.replace(new, old)
     sync(os.path.dirname(os.path.abspath(old)))
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put the folder `new` in the place of `old` (which may exist), so that `old` is always whole.
+    """Replace the folder `old`, which may not exist, by `new`; a power cut leaves one of them intact.
 
-    Linux and macOS exchange the two names in one step; on a file system that cannot, there is a moment in
-    which the former folder stands under `old` + ".former". It is deleted when the new one is on the disk.
+    Linux and macOS swap the two names atomically. On file systems that cannot, the old folder is moved to
+    `old` + ".former" first. It is deleted once the new one is on disk.
     """
     for parent, _, names in os.walk(new, topdown=False):
         for name in names:
@@ -319,7 +319,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
+    """Delete a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -328,6 +328,7 @@ def remove(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically; return False if the system cannot."""
     at_cwd, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP
     names = os.fsencode(first), os.fsencode(second)
     libc = ctypes.CDLL(None) if os.name == "posix" else None
@@ -339,7 +340,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def cut_torn_line(handle: IO[bytes]) -> None:
-    """Remove a last line that a kill cut in two, from a file open for reading and writing, which then is at its end."""
+    """Remove an incomplete last line, left by a kill, from a file open for reading and writing; seek to the end."""
     end = handle.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - BLOCK)
@@ -352,27 +353,26 @@ def cut_torn_line(handle: IO[bytes]) -> None:
     handle.seek(end)
 
 
-# ---- a file that may be anything
+# ---- files that llmkit did not write
 
 
 def check_file(path: str | os.PathLike[str], largest: int | None = None) -> None:
-    """Raise UserError where a file is a folder, a pipe, a Git LFS pointer or too large, OSError where there is none."""
+    """Raise UserError for a folder, a pipe, a Git LFS pointer or a file above `largest` bytes; OSError if missing."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise UserError(f"{path}: expected a file, found {kind}; replace it by the file itself")
+        raise UserError(f"{path}: expected a file, found {kind}; put the file itself there")
     if largest is not None and status.st_size > largest:
         raise UserError(f"{path}: expected at most {largest >> 20} MB, found {status.st_size >> 20} MB")
     with open(path, "rb") as handle:
         if handle.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
-                f"{path}: a Git LFS pointer, which stands for a file that was not downloaded; "
-                "run git lfs pull in its folder"
+                f"{path}: a Git LFS pointer to a file that was not downloaded; run git lfs pull in its folder"
             )
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
+    """Return the SHA-256 of a file, as hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):
@@ -381,6 +381,6 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def read_file(path: Path, largest: int = 16 << 20) -> bytes:
-    """The content of a file of at most so many bytes. Raises UserError as `check_file` does."""
+    """Return the content of a file of at most `largest` bytes. Raise UserError as `check_file` does."""
     check_file(path, largest)
     return path.read_bytes()

@@ -1,7 +1,7 @@
-"""Read files from elsewhere behind checks of kind and size, and of the types and sizes of their values.
+"""Checks of files that other people made: the types, sizes and ranges of their values.
 
-A folder that somebody else made may hold anything. A fault raises UserError, with the file, the expected and the found,
-before memory or time is spent on it.
+Files of unknown origin may contain anything. A bad value raises UserError with the file, the expected and the found
+value, before memory or time is spent on it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ MOST_STEPS, LARGEST_TEXT, LARGEST_GROWTH = 1000, 20_000, 1000
 
 
 def check_no_adapter(folder: str | os.PathLike[str]) -> None:
-    """Raise UserError for the folder of an adapter, where a whole model is wanted."""
+    """Raise UserError if the folder contains an adapter instead of a complete model."""
     adapter = Path(folder)
     if not (adapter / "adapter_config.json").is_file() or (adapter / "config.json").is_file():
         return
     merged = adapter.absolute().parent
     if (merged / "config.json").is_file():
-        way = f"give {os.path.relpath(merged)}, into which it is merged; llmkit export --format adapter copies it alone"
+        way = f"use the merged model, {os.path.relpath(merged)}; llmkit export --format adapter copies the adapter"
     else:
         way = (
-            "give the folder of llmkit sft --lora-rank R --keep-adapter, into which it is merged, or merge it by "
-            "peft's merge_and_unload and save_pretrained"
+            "use the merged model that llmkit sft --lora-rank R --keep-adapter writes, or merge it with peft's "
+            "merge_and_unload and save_pretrained"
         )
-    raise UserError(f"{folder}: expected a whole model, found an adapter without its base; {way}")
+    raise UserError(f"{folder}: expected a complete model, found an adapter without its base; {way}")
 
 
 # ---- values
@@ -48,7 +48,7 @@ def integer(
     at_least: int = 1,
     at_most: int = LARGEST_SIZE,
 ) -> Any:
-    """An integer field within bounds; null and a missing one are `default`. Raises UserError."""
+    """Return an integer field within bounds, or `default` if it is null or missing. Raise UserError."""
     value = values.get(name)
     if value is None:
         return default
@@ -58,7 +58,7 @@ def integer(
 
 
 def number(values: Mapping[str, Any], name: str, where: str, default: Any = None, above: float = 0.0) -> Any:
-    """A finite number above `above`; null and a missing one are `default`. Raises UserError."""
+    """Return a finite number above `above`, or `default` if it is null or missing. Raise UserError."""
     value = values.get(name)
     if value is None:
         return default
@@ -68,7 +68,7 @@ def number(values: Mapping[str, Any], name: str, where: str, default: Any = None
 
 
 def switch(values: Mapping[str, Any], name: str, where: str) -> bool:
-    """A field that is true or false; null and a missing one are false. Raises UserError."""
+    """Return a boolean field, or False if it is null or missing. Raise UserError."""
     value = values.get(name)
     if value is not None and not isinstance(value, bool):
         raise UserError(f"{where}: expected true or false for {name}, found {shown(value)}")
@@ -76,7 +76,7 @@ def switch(values: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and no longer than that."""
+    """Format a value for a message: on one line, of at most 60 characters."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = repr(value) if not isinstance(value, list | dict | tuple) or len(value) < 8 else f"a {type(value).__name__}"
@@ -87,9 +87,9 @@ def shown(value: Any) -> str:
 
 
 def check_tokenizer(spec: Any, where: str) -> None:
-    """Raise UserError for a parsed tokenizer.json with ids, steps or texts at which the library ends the process."""
+    """Raise UserError for a parsed tokenizer.json whose ids, steps or texts would make the library abort."""
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
-        raise UserError(f"{where}: not a tokenizer.json that tokenizers can read: it has no model")
+        raise UserError(f"{where}: not a tokenizer.json that tokenizers can read: it has no 'model'")
     vocabulary = spec["model"].get("vocab")
     if isinstance(vocabulary, dict):
         odd = next(
@@ -107,7 +107,7 @@ def check_tokenizer(spec: Any, where: str) -> None:
             not isinstance(token.get("content"), str)
             or integer(token, "id", where, None, 0, LARGEST_VOCABULARY) is None
         ):
-            raise UserError(f"{where}: expected a text and an id of each added token, found {shown(token)}")
+            raise UserError(f"{where}: expected text and id of each added token, found {shown(token)}")
         if not isinstance(token.get("special"), bool):
             raise UserError(f"{where}: expected true or false for special of {shown(token['content'])}")
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
@@ -117,7 +117,7 @@ def check_tokenizer(spec: Any, where: str) -> None:
 
 
 def _check_steps(step: Any, where: str) -> None:
-    """Raise UserError for too many steps, one within the other or in a row, and for texts that multiply."""
+    """Raise UserError for too many nested or consecutive steps, and for replacements that multiply a text."""
     waiting, count, growth = [step], 0, 1
     while waiting:
         node = waiting.pop()
@@ -125,14 +125,14 @@ def _check_steps(step: Any, where: str) -> None:
             waiting += node.values() if isinstance(node, dict) else node
             count += 1
         if isinstance(node, dict):
-            for key in ("content", "prepend"):  # what Replace and Prepend put in a text, for each place of it
+            for key in ("content", "prepend"):  # text that Replace and Prepend insert at each match
                 growth *= max(1, len(node[key])) if isinstance(node.get(key), str) else 1
             texts = [value for key, value in node.items() if isinstance(value, str) and key != "precompiled_charsmap"]
             if max(map(len, texts), default=0) > LARGEST_TEXT:
                 raise UserError(f"{where}: expected texts of at most {LARGEST_TEXT} characters")
         if count > MOST_STEPS or growth > LARGEST_GROWTH:
             raise UserError(
-                f"{where}: expected at most {MOST_STEPS} steps, whose replacements make a text at most "
+                f"{where}: expected at most {MOST_STEPS} steps, and replacements that make a text at most "
                 f"{LARGEST_GROWTH} times as long"
             )
 
@@ -142,7 +142,7 @@ def _check_steps(step: Any, where: str) -> None:
 
 @contextmanager
 def no_panic(where: object, what: str) -> Iterator[None]:
-    """Make a panic of a library in Rust, which is no Exception and passes every handler, a UserError."""
+    """Turn the panic of a Rust library, which does not derive from Exception, into a UserError."""
     try:
         yield
     except BaseException as error:

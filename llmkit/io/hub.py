@@ -1,10 +1,10 @@
-"""Model folders at addresses, read as folders of this machine.
+"""Model folders at addresses, fetched into a local cache.
 
     local_folder("hf://org/model@main")               # configuration and tokenizer, in the hub's own cache
-    local_folder("hf://org/model", weights=True)      # the weights, too
+    local_folder("hf://org/model", weights=True)      # also the weights
 
-A revision is asked for once a process, and all its files are those of one commit. Of a repository only safetensors and
-texts are fetched: no pickle, no code. What the cache has is not fetched again, and read where there is no network.
+A revision is resolved once per process, so that all files are of one commit. Only safetensors and text files are
+fetched: no pickles, no code. Cached files are not fetched again and are also read without a network.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from llmkit.io.remote import Unreachable, cached_file, is_remote, listing, retri
 
 EXAMPLE = "hf://ORG/MODEL or hf://ORG/MODEL@REVISION, such as hf://Qwen/Qwen3-0.6B"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TEXTS = ("", ".json", ".jinja", ".model", ".md", ".txt")  # ends of names: configuration, tokenizers, terms of use
+TEXTS = ("", ".json", ".jinja", ".model", ".md", ".txt")  # extensions of configurations, tokenizers and licenses
 TEMPLATES = "additional_chat_templates/"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-THREADS = 4  # files of a model that come at a time
+THREADS = 4  # files fetched at a time
 OTHER_KINDS = ("datasets/", "spaces/", "buckets/")
 _ADDRESS = re.compile(r"hf://(?:models/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>.+?))?/?")
 _NAME = re.compile(r"(?:hf:/*|(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+(?:@[\w./-]+)?)", re.IGNORECASE)
 _models: dict[str, HubModel] = {}
-_pinned: dict[str, str] = {}  # the commit of an address
+_pinned: dict[str, str] = {}  # address to commit
 
 
 def local_folder(path: str | os.PathLike[str], *, weights: bool = False) -> Path:
-    """The folder itself, or one with the files of an address, its weights only where they are asked for.
+    """Return a local folder unchanged, or the folder of the files fetched from an address, with `weights` also those.
 
-    Raises UserError where there is no such model, where it has no safetensors, and where it cannot be fetched.
+    Raise UserError if there is no such model, if it has no safetensors, or if it cannot be fetched.
     """
     if not is_remote(os.fspath(path)):
         return Path(path)
@@ -55,47 +55,47 @@ def local_folder(path: str | os.PathLike[str], *, weights: bool = False) -> Path
 
 
 def is_model(path: str) -> bool:
-    """True for a folder, and for an address that is the form of a model's."""
+    """Return True for a folder, and for an address of the form of a model's."""
     match = _ADDRESS.fullmatch(path)
     return os.path.isdir(path) if match is None else not match["repo"].startswith(OTHER_KINDS)
 
 
 def hub_hint(path: str) -> str:
-    """The end of a message on a folder that is not there: the address that was meant, where its form tells."""
+    """Return the end of a message about a missing folder: the hub address that a name like ORG/MODEL suggests."""
     match = _NAME.fullmatch(path)
-    return f"; a model of the hub: hf://{match[1]}" if match else ""
+    return f"; for the model on the hub: hf://{match[1]}" if match else ""
 
 
 def hub_name(path: str) -> str:
-    """The name by which other libraries load a model of the hub; the path itself where it is none."""
+    """Return the name under which other libraries load a hub model; other paths unchanged."""
     match = _ADDRESS.fullmatch(path)
     return path if match is None else match["repo"]
 
 
 def check_weights(address: str) -> None:
-    """Raise UserError where the address of a model has no weights that can be read; they are not fetched."""
+    """Raise UserError if a model's address has no readable weights, without fetching them."""
     _model(address).weights()
 
 
 def fetched(address: str) -> dict[str, Any]:
-    """The commit of a model at an address, and its files that were read, with size in bytes and SHA-256."""
+    """Return the commit of a model at an address and its fetched files, with size in bytes and SHA-256."""
     model = _model(address)
     files: list[dict[str, Any]] = []
     for name in sorted(model.read):
         path = model.folder / name
-        stored = path.resolve().name  # of a large file the SHA-256 in the hub's cache
+        stored = path.resolve().name  # the hub's cache names large files by their SHA-256
         digest = stored if re.fullmatch("[0-9a-f]{64}", stored) else file_sha256(path)
         files.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
     return {"revision": model.commit, "files": files} if model.repo else {"files": files}
 
 
 def commits() -> dict[str, str]:
-    """The commit of each model's address that was read so far."""
+    """Return the commit of each model address read so far."""
     return {address: model.commit for address, model in _models.items() if model.repo}
 
 
 def pin(commits: Mapping[str, str]) -> None:
-    """Read these addresses at these commits from now on: a resumed run goes on with the model that it began with."""
+    """Read these addresses at these commits from now on, so that a resumed run uses the model it started with."""
     _pinned.update(commits)
 
 
@@ -104,28 +104,28 @@ def _model(address: str) -> HubModel:
         return _models[address]
     if match := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)", address):
         raise UserError(f"{address}: expected {EXAMPLE}; write hf://{match[1]}")
-    if address.startswith(("http://", "https://")):  # which do not list their files
-        raise UserError(f"{address}: expected a model folder of this machine or of a bucket, or {EXAMPLE}")
+    if address.startswith(("http://", "https://")):  # web servers do not list their files
+        raise UserError(f"{address}: expected a model folder, local or in a bucket, or {EXAMPLE}")
     _models[address] = HubModel(address) if address.startswith("hf://") else BucketModel(address)
     return _models[address]
 
 
 class HubModel:
-    """A commit of a model's repository: `sizes` of its files, by name, and the `folder` of those that were fetched."""
+    """A commit of a model repository: the `sizes` of its files by name, and the `folder` of those fetched."""
 
     def __init__(self, address: str) -> None:
-        """Fetch all but the weights. Raises UserError."""
+        """Fetch everything except the weights. Raise UserError."""
         match = _ADDRESS.fullmatch(address)
         if match is None or match["repo"].startswith(OTHER_KINDS):
             raise UserError(f"{address}: expected the address of a model, {EXAMPLE}")
         try:
             from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each try that fails
+            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every failed attempt
         except ImportError:
             raise UserError(f'{address}: needs the package huggingface_hub; pip install "llmkit[remote]"') from None
         self.address, self.repo, revision = address, match["repo"], _pinned.get(address) or match["revision"] or "main"
-        self.read: set[str] = set()  # names of the files that were asked for
+        self.read: set[str] = set()  # names of the files requested so far
         self.offline: Unreachable | None = None
         if constants.HF_HUB_OFFLINE:
             self.offline = Unreachable(f"{address}: not in the hub's cache, and HF_HUB_OFFLINE is set")
@@ -142,7 +142,7 @@ class HubModel:
             if folder is None:
                 raise
             if not self.offline:
-                say(f"{error}; so it is read from the hub's cache, commit {folder.name}")
+                say(f"{error}; using the hub's cache, commit {folder.name}")
             self.commit, self.offline = folder.name, error
             files = [path for path in folder.rglob("*") if path.is_file()]
             self.sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
@@ -152,32 +152,32 @@ class HubModel:
         self.fetch(texts, revision)
 
     def weights(self) -> list[str]:
-        """The names of the files of weights. Raises UserError where there are none in safetensors."""
+        """Return the names of the weight files. Raise UserError if there are none in safetensors."""
         if WEIGHTS in self.sizes:
             return [WEIGHTS]
         if INDEX in self.sizes:
-            # whoever loads it says what is wrong
+            # a damaged index is reported when the model is loaded
             with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
                 names = set(json.loads((self.folder / INDEX).read_bytes())["weight_map"].values())
                 return sorted(names & self.sizes.keys())
             return []
         if self.offline:
-            raise UserError(f"{self.offline}; the cache has its texts alone, without weights")
+            raise UserError(f"{self.offline}; the cache has the model's text files, but not its weights")
         if "adapter_config.json" in self.sizes:
             raise UserError(
-                f"{self.address}: expected a whole model, found an adapter without its base; merge it into its base by "
-                "peft's merge_and_unload and save_pretrained"
+                f"{self.address}: expected a complete model, found an adapter without its base; merge it into its base "
+                "with peft's merge_and_unload and save_pretrained"
             )
         pickles = sorted(name for name in self.sizes if name.endswith((".bin", ".pt", ".pth")) and "/" not in name)
         if pickles:
             raise UserError(
-                f"{self.address}: expected {WEIGHTS}, found {pickles[0]}, a pickle, which can run code, so it is not "
-                f"read; many a model has a revision with safetensors, such as hf://{self.repo}@refs/pr/1"
+                f"{self.address}: expected {WEIGHTS}, found {pickles[0]}, a pickle, which is not read because it can "
+                f"run code; many models have a revision with safetensors, such as hf://{self.repo}@refs/pr/1"
             )
         raise UserError(f"{self.address}: expected {WEIGHTS} or {INDEX}, found {_listed(self.sizes)}")
 
     def fetch(self, names: list[str], revision: str | None = None) -> None:
-        """Have these files in `folder`, and with `revision` its commit in the cache. Raises UserError."""
+        """Fetch the missing files into `folder`; `revision` is noted in the cache. Raise UserError."""
         from huggingface_hub import try_to_load_from_cache
 
         self.read.update(names)
@@ -190,27 +190,27 @@ class HubModel:
         size = sum(self.sizes[name] for name in missing)
         if missing:
             what = f"{counted(len(missing), 'file')}, {quantity(size)}B"
-            say(f"{self.address}: fetching {what}, of commit {self.commit[:12]}", settings.quiet)
-        if revision and not self.offline:  # the cache notes the commit of a revision that a file was asked by
+            say(f"{self.address}: fetching {what}, commit {self.commit[:12]}", settings.quiet)
+        if revision and not self.offline:  # the cache notes the commit of a revision when a file is requested by it
             missing[names[0]] = revision
         if missing:
             self._download(missing, size)
 
     def _download(self, revisions: Mapping[str, str], size: int) -> None:
-        """Fetch files by name and revision, `size` bytes in all, in threads that an interrupted process leaves behind.
+        """Fetch files, name to revision, `size` bytes in total, in daemon threads that end with the process.
 
-        Those of the hub's snapshot_download would go on to the end of their files.
+        The threads of the hub's snapshot_download keep an interrupted process alive until their files are complete.
         """
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
         from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()  # each would stay on the screen
+        disable_progress_bars()  # each file's bar would stay on the screen
         waiting, errors = deque(revisions.items()), list[BaseException]()
         blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo, repo_type="model") / "blobs"
 
         def stored() -> int:
-            with suppress(OSError):  # none there yet, or one is renamed
+            with suppress(OSError):  # no such folder yet, or a file was just renamed
                 return sum(entry.stat().st_size for entry in os.scandir(blobs))
             return 0
 
@@ -246,22 +246,22 @@ class HubModel:
         except LocalEntryNotFoundError as error:  # the hub went away
             raise (error.__cause__ or ConnectionError(str(error))) from None
         except OSError as error:
-            if error.errno is None or (error.filename is None and error.errno not in FULL):  # no error of this machine
+            if error.errno is None or (error.filename is None and error.errno not in FULL):  # not a local error
                 raise
-            reason = f"cannot be written: {str(error.strerror).lower()}; HF_HOME names another place"
-            raise UserError(f"{error.filename or constants.HF_HUB_CACHE}: {reason} for the hub's cache") from None
+            reason = f"cannot be written: {str(error.strerror).lower()}; set HF_HOME to move the hub's cache"
+            raise UserError(f"{error.filename or constants.HF_HUB_CACHE}: {reason}") from None
         if self.commit not in path.parts:
-            raise ConnectionError(f"{revision} is another commit now")
+            raise ConnectionError(f"{revision} is now another commit")
         return path
 
 
 class BucketModel(HubModel):
-    """A model folder of a bucket: its files stand in the cache, links to them in `folder`."""
+    """A model folder in a bucket: its files are fetched into `--cache` and linked in `folder`."""
 
     def __init__(self, address: str) -> None:
-        """Fetch all but the weights. Raises UserError."""
+        """Fetch everything except the weights. Raise UserError."""
         if settings.cache is None:
-            raise UserError(f"{address}: expected --cache DIR beside it, a folder into which the model is fetched")
+            raise UserError(f"{address}: expected --cache DIR, a folder to fetch the model into")
         entries = listing(address)
         if not entries:
             raise UserError(f"{address}: expected a model folder, found nothing")
@@ -272,7 +272,7 @@ class BucketModel(HubModel):
         self.fetch([name for name in self.sizes if _is_text(name)])
 
     def fetch(self, names: list[str], revision: str | None = None) -> None:
-        """Have these files in `folder`. Raises UserError."""
+        """Fetch the missing files and link them in `folder`. Raise UserError."""
         self.read.update(names)
         for name in names:
             file = cached_file(f"{self.address}/{name}")

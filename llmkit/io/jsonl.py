@@ -1,10 +1,10 @@
-"""JSON in and out: JSONL or a table, from plain files, gzip, zstd and stdin, to a file or stdout; files of one value.
+"""Read and write JSONL, tables and JSON files: plain, gzip, zstd, or by stdin and stdout.
 
     with open_output("kept.jsonl") as write:
         for row in read_jsonl(["docs.jsonl.gz", "-"]):
             write(row.value)
 
-Every input is opened once and read forward, so that a pipe or a shell's `<(command)` will do for a file.
+Inputs are opened once and read forward, so that a pipe or a shell's `<(command)` works as a file.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from llmkit.io.tables import FOLDER_GROUPS, Lines, dump_json, load_json, table_l
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ZSTD_DICTIONARY_MAGIC = b"\x5d\x2a\x4d\x18"  # https://iipc.github.io/warc-specifications/ : WARC with zstd
 LARGEST_DICTIONARY = 1 << 25
-ZSTD_STEP = 1 << 11  # compressed bytes at once: at most 64 MB come out, of which a frame of 4 bytes may hold 128 kB
+ZSTD_STEP = 1 << 11  # compressed bytes at once: they decompress to at most 64 MB (4 bytes to at most 128 kB)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20
-PACKED = (".gz", ".zst", ".parquet")  # ends of names of outputs that are not JSONL as it stands
+PACKED = (".gz", ".zst", ".parquet")  # extensions of outputs that are not plain JSONL
 NOT_READ = (".arrow", ".feather", ".xlsx")
 RECORDS, TEXTS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv"), (".txt", ".md")
-# Ends of names: what describes data and stands beside them
+# files that describe a data set and are stored with it
 DESCRIPTIONS = ("manifest.json", "contamination.json", "dataset_infos.json", "dataset_dict.json")
-PARTS = "part-{:05d}.parquet"  # of a folder of Parquet
-MOST_NAMED = 6  # files in a message
+PARTS = "part-{:05d}.parquet"  # files of a Parquet folder
+MOST_NAMED = 6  # files listed in a message
 STDIN_ONCE = "stdin: '-' can be read only once; save one of the inputs to a file"
 JSON_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-DEEPEST = 200  # levels of a JSON value: orjson writes 254
+DEEPEST = 200  # levels of nesting in a JSON value; orjson writes at most 254
 _stdin_taken: Any = None
 
 T = TypeVar("T")
@@ -64,15 +64,15 @@ def name_of(path: str) -> str:
 
 
 def names_of(paths: Sequence[str]) -> str:
-    """Name several inputs for messages, of many the first."""
+    """Name several inputs for messages; of more than MOST_NAMED only the first."""
     few = len(paths) <= MOST_NAMED
     return " ".join(map(name_of, paths)) if few else f"{name_of(paths[0])} and {counted(len(paths) - 1, 'other file')}"
 
 
 def expanded(path: str) -> list[str]:
-    """The files that a pattern such as `data/**/*.parquet` names, sorted, also at addresses; other paths as they are.
+    """Expand a pattern such as `data/**/*.parquet`, also at an address, to sorted files; return other paths unchanged.
 
-    Raises UserError where a pattern names none.
+    Raise UserError if a pattern matches no file.
     """
     if is_remote(path):
         return matching(path) if "*" in path else [path]
@@ -80,15 +80,15 @@ def expanded(path: str) -> list[str]:
         return [path]
     files = sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
     if not files:
-        raise UserError(f"{path}: expected files of such names, found none")
+        raise UserError(f"{path}: expected files that match this pattern, found none")
     return files
 
 
 def input_files(paths: Sequence[str], text: bool = False) -> list[str]:
-    """The files of records that paths, patterns and folders name, in this order, those of each sorted by name.
+    """Return the record files that paths, patterns and folders name, in the given order, sorted by name within each.
 
-    In a folder, also at an address that ends in a slash, these are files whose names end in RECORDS, and of `text` in
-    TEXTS; not what begins with a dot, nor models, nor descriptions of data sets. Raises UserError as `check_inputs`
+    From a folder, or an address that ends in a slash, files with an extension in RECORDS are taken, with `text` also
+    those in TEXTS; hidden files, models and descriptions of data sets are left out. Raise UserError as `check_inputs`
     does, and for a folder without such files.
     """
     files: list[str] = []
@@ -102,22 +102,22 @@ def input_files(paths: Sequence[str], text: bool = False) -> list[str]:
             continue
         records = [name for name in listed if _ends(name, RECORDS) and not name.endswith(DESCRIPTIONS)]
         texts = [name for name in listed if text and _ends(name, TEXTS)]
-        if records:  # among which a readme describes them
+        if records:  # then a readme describes them
             texts = [name for name in texts if not os.path.basename(name).lower().startswith(("readme", "license"))]
         if not records and not texts:
             wanted = " ".join(RECORDS + TEXTS * text)
             more = "; llmkit crawl-filter reads web pages and archives" if text else ""
             raise UserError(f"{path}: expected files in this folder that end in {wanted}, found none{more}")
         files += sorted(records + texts)
-    check_inputs([file for file in files if file in paths or not is_remote(file)])  # a listing has the others
+    check_inputs([file for file in files if file in paths or not is_remote(file)])  # listed addresses exist
     return files
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    """The files of a folder and those below it that may be data."""
+    """Yield the possible data files of a folder and its subfolders."""
     for parent, folders, names in os.walk(folder):
         if any(name in ("config.json", "tokenizer.json") or name.endswith(".safetensors") for name in names):
-            folders.clear()  # of a model, a tokenizer or token shards
+            folders.clear()  # a folder of a model, a tokenizer or token shards
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
@@ -128,9 +128,9 @@ def _ends(name: str, kinds: tuple[str, ...]) -> bool:
 
 
 def check_inputs(paths: Sequence[str]) -> None:
-    """Raise the UserError that reading these files would raise at its start; nothing is opened, be it a pipe.
+    """Raise the UserError that opening these files would raise, without opening them: they may be pipes.
 
-    An address is asked for, so that a wrong one ends the work before it begins.
+    Addresses are requested, so that a wrong one is an error before the work begins.
     """
     if paths.count("-") > 1:
         raise UserError(STDIN_ONCE)
@@ -140,7 +140,7 @@ def check_inputs(paths: Sequence[str]) -> None:
             continue
         if path != "-" and not os.path.exists(path):
             is_name = path.count("/") == 1 and "." not in path and path[0] != "/" != path[-1]
-            of_hub = f"; a data set of the hub: hf://datasets/{path}/" if is_name else ""
+            of_hub = f"; for the data set on the hub: hf://datasets/{path}/" if is_name else ""
             raise UserError(f"{_unreadable(path, errno.ENOENT)}{of_hub}")
         if path != "-" and (os.path.isdir(path) or not os.access(path, os.R_OK)):
             raise _unreadable(path, errno.EISDIR if os.path.isdir(path) else errno.EACCES)
@@ -148,20 +148,20 @@ def check_inputs(paths: Sequence[str]) -> None:
 
 def _unreadable(path: str, number: int | None) -> UserError:
     reason = "found a folder" if number == errno.EISDIR else os.strerror(number or 0).lower()
-    return UserError(f"{name_of(path)}: expected a file that can be read: {reason}")
+    return UserError(f"{name_of(path)}: expected a readable file: {reason}")
 
 
 @contextmanager
 def open_input(path: str, columns: Mapping[str, str] = {}, fields: Sequence[str] = ()) -> Iterator[io.BufferedReader]:
-    """Open a file, an address, or stdin for `-`: what gzip and zstd hold, and the rows of a table as lines of JSON.
+    """Open a file, an address, or stdin for `-`; decompress gzip and zstd, and turn rows of tables into JSON lines.
 
-    columns: the column of each field that has another name in the file (`--columns`); a table without it is refused,
-             and `json_rows` renames the fields
-    fields:  those that the reader uses, if it is not all: others are not read from Parquet
+    columns: field name to the column it is read from (`--columns`); a table without the column is an error, and
+             `json_rows` renames the fields
+    fields:  the fields that the reader uses, if not all; others are not read from Parquet
 
-    Compression and Parquet are known by the first bytes, CSV and TSV by the name.
-    Raises UserError when it cannot be opened, when stdin is asked for a second time, and when the reading
-    meets a damaged or cut archive.
+    Compression and Parquet are recognized by their first bytes, CSV and TSV by the file name.
+    Raise UserError if the input cannot be opened, if stdin is opened twice, and, while reading, for damaged or
+    truncated data.
     """
     with open_packed(path) as packed:
         raw: Any = packed
@@ -176,7 +176,7 @@ def open_input(path: str, columns: Mapping[str, str] = {}, fields: Sequence[str]
 
 @contextmanager
 def open_packed(path: str) -> Iterator[io.BufferedReader]:
-    """Open a file, or stdin for `-`, as the bytes that it holds; errors are those of `open_input`."""
+    """Open a file, an address, or stdin for `-` without decompression; errors are those of `open_input`."""
     global _stdin_taken
     try:
         if path == "-":
@@ -193,12 +193,12 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
                 try:
                     yield remote
                 except (EOFError, zlib.error, gzip.BadGzipFile, UserError):
-                    file.check()  # which may be why it looks damaged
+                    file.check()  # a file that changed meanwhile looks damaged
                     raise
                 file.check()
         else:
             with open(path, "rb", buffering=BLOCK) as handle:
-                number, raw = os.dup(handle.fileno()), cast(Any, handle)  # readers of tables close it
+                number, raw = os.dup(handle.fileno()), cast(Any, handle)  # table readers close the handle
                 try:
                     before = os.fstat(number)
                     yield raw
@@ -207,10 +207,10 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
                     os.close(number)
                 changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
                 if changed and stat.S_ISREG(before.st_mode):
-                    raise UserError(f"{path}: changed while it was read; start again when it is whole")
+                    raise UserError(f"{path}: changed while it was read; start again when it is complete")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error).lower()
-        raise UserError(f"{name_of(path)}: damaged or cut gzip data: {reason}; fetch or write it again") from error
+        raise UserError(f"{name_of(path)}: damaged or truncated gzip data: {reason}; fetch it again") from error
     except OSError as error:
         if error.filename != path:
             raise
@@ -218,7 +218,7 @@ def open_packed(path: str) -> Iterator[io.BufferedReader]:
 
 
 def check_no_archive(handle: io.BufferedReader, path: str) -> None:
-    """Raise UserError for a web archive or a table of another kind, which may be text by its bytes and is none."""
+    """Raise UserError for a web archive or an unsupported table format, which might otherwise pass as text."""
     if file_path(path).lower().endswith(NOT_READ):
         kind = os.path.splitext(file_path(path))[1].lower()
         raise UserError(f"{name_of(path)}: expected JSONL, a table or text, found {kind}; convert it to Parquet first")
@@ -227,7 +227,7 @@ def check_no_archive(handle: io.BufferedReader, path: str) -> None:
 
 
 def read_text(handle: IO[bytes], path: str) -> str:
-    """All of an open file of text. Raises UserError naming line and byte of what is not UTF-8."""
+    """Read an open text file. Raise UserError naming line and byte if it is not UTF-8."""
     try:
         return handle.read().removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -239,23 +239,23 @@ def read_text(handle: IO[bytes], path: str) -> str:
 
 
 def is_zstd(magic: bytes | bytearray) -> bool:
-    """True if a file that begins so is zstd, with its dictionary in front of it or not."""
+    """Return True if these are the first bytes of zstd data, with or without a leading dictionary."""
     return magic.startswith((ZSTD_MAGIC, ZSTD_DICTIONARY_MAGIC))
 
 
 class DamagedData(UserError):
-    """A compressed stream ends early, or holds what it cannot."""
+    """A compressed stream is truncated or invalid."""
 
 
 def zstd_frames(raw: IO[bytes], name: str) -> Iterator[bytes]:
-    """The content of zstd frames, one after another; a cut frame is DamagedData, after all that it gives.
+    """Yield the content of consecutive zstd frames; raise DamagedData after the content of a truncated one.
 
-    A first frame that is skippable and holds a dictionary, as ArchiveTeam writes it, serves for all others.
-    zstandard's own stream_reader takes a cut file for a whole one and ends early without a word (0.25).
+    A leading skippable frame may contain the dictionary of the others, as ArchiveTeam writes it.
+    zstandard's own stream_reader ends at a truncated frame without an error (0.25).
     """
     import zstandard
 
-    damaged = lambda reason: DamagedData(f"{name}: damaged or cut zstd data: {reason}")  # noqa: E731
+    damaged = lambda reason: DamagedData(f"{name}: damaged or truncated zstd data: {reason}")  # noqa: E731
     packed = memoryview(raw.read(1 << 16))
     dictionary = None
     if packed[:4] == ZSTD_DICTIONARY_MAGIC:
@@ -263,13 +263,13 @@ def zstd_frames(raw: IO[bytes], name: str) -> Iterator[bytes]:
         while len(content) < size <= LARGEST_DICTIONARY and (more := raw.read(size - len(content))):
             content += more
         if size > LARGEST_DICTIONARY or len(content) < size:
-            raise damaged("its dictionary is not whole")
+            raise damaged("its dictionary is incomplete")
         content, packed = content[:size], memoryview(content[size:])
         if content.startswith(ZSTD_MAGIC):
             content = zstandard.ZstdDecompressor().stream_reader(content).read(LARGEST_DICTIONARY)
         dictionary = zstandard.ZstdCompressionDict(content)
     decompressor = zstandard.ZstdDecompressor(dict_data=dictionary)
-    frame: Any = None  # the one being read; None between two
+    frame: Any = None  # the current one; None between two
     while packed or (packed := memoryview(raw.read(1 << 16))):
         frame = frame or decompressor.decompressobj()
         try:
@@ -294,12 +294,12 @@ def read_jsonl(
     bad: BadRecords | None = None,
     columns: Mapping[str, str] = {},
 ) -> Iterator[T]:
-    """Yield what `read` makes of the objects of JSONL files, blank lines left out, at most `limit` in all.
+    """Yield `read(row)` for the objects of JSONL files, at most `limit` in total; blank lines are ignored.
 
-    `columns` names the column of each field that has another name in the files (`--columns`).
+    columns: field name to the column it is read from (`--columns`)
 
-    A bad record is one that `read` refuses by a UserError, or a line that is not a JSON object, is not UTF-8, or holds
-    a lone surrogate. It is skipped as `bad` has it; without that, the first raises UserError naming file and line.
+    A record is bad if `read` raises UserError, or if its line is not a JSON object, is not UTF-8, or contains a lone
+    surrogate. `bad` skips and counts it; without `bad`, raise UserError naming file and line.
     """
     yield from records_of(paths, json_rows, read, limit, bad, columns)
 
@@ -312,12 +312,11 @@ def read_documents(
     fields: Sequence[str] = (),
     read: Callable[[Row], Row] | None = None,
 ) -> Iterator[Row]:
-    """Yield documents `{"text", ...}` from JSONL, or from plain text: a file of plain text is one document.
+    """Yield documents `{"text", ...}` from JSONL, or from plain text files, each of which is one document.
 
-    `.jsonl`, `.json` and `.ndjson` are JSONL, `.txt` and `.md` are text; stdin and files of other names are
-    JSONL when their first character is `{`. A record whose `text` is missing or no string is bad, as in `read_jsonl`,
-    unless `read` takes it.
-    `columns` and `fields` are those of `open_input`. Raises UserError for plain text that is not UTF-8.
+    `.jsonl`, `.json` and `.ndjson` are JSONL, `.txt` and `.md` are text; stdin and other files are JSONL if their
+    first character is `{`. A record whose `text` is missing or not a string is bad, as in `read_jsonl`, unless `read`
+    accepts it. `columns` and `fields` are those of `open_input`. Raise UserError for text that is not UTF-8.
     """
 
     def rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str]) -> Iterator[Row | UserError]:
@@ -340,7 +339,7 @@ def records_of(
     columns: Mapping[str, str] = {},
     fields: Sequence[str] = (),
 ) -> Iterator[T]:
-    """Yield what `read` makes of the rows of files, at most `limit` in all; bad ones are skipped as `bad` has it."""
+    """Yield `read(row)` for the rows of files, at most `limit` in total; `bad` skips and counts bad ones."""
     left = limit
     for path in paths:
         if left == 0:
@@ -352,7 +351,7 @@ def records_of(
 
 
 def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
-    """True if an open file is JSONL, by its name or, where that says nothing, by its first character."""
+    """Return True if an open file is JSONL, by its extension or else by its first character."""
     name = file_path(path).removesuffix(".gz").removesuffix(".zst")
     if name.endswith((".jsonl", ".json", ".ndjson")):
         return True
@@ -363,9 +362,9 @@ def is_jsonl(handle: io.BufferedReader, path: str) -> bool:
 
 
 def json_rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str] = {}) -> Iterator[Row | UserError]:
-    """The objects of an open file of JSONL, or of one that is one JSON array, with the fields that `columns` names.
+    """Yield the objects of an open JSONL file or JSON array, with fields renamed by `columns`.
 
-    In the place of a record that cannot be read stands a UserError; for a file that is none of these it is raised.
+    Yield a UserError in place of an unreadable record; raise it if the file is neither JSONL nor an array.
     """
     for row in _rows(handle, path):
         if columns and isinstance(row, Row):
@@ -377,9 +376,9 @@ def json_rows(handle: io.BufferedReader, path: str, columns: Mapping[str, str] =
 
 
 def _rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
-    """The objects of an open file of JSONL, or of one that is one JSON array (numbered from 1 as lines are).
+    """Yield the objects of an open JSONL file, or of a JSON array, numbered from 1 like lines.
 
-    The array may stand under `examples` or `data` of an object that begins on a line of its own.
+    The array may be the value of `examples` or `data` in an object whose `{` is alone on its line.
     """
     if handle.peek(1)[:1] not in (b"{", b"["):
         check_no_archive(handle, path)
@@ -402,13 +401,13 @@ def _rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
         try:
             dump_json(value)
         except TypeError:
-            yield UserError(f"{name}:{number}: a lone surrogate, NaN or Infinity, which no JSON has; mend the record")
+            yield UserError(f"{name}:{number}: a lone surrogate, NaN or Infinity, invalid in JSON; fix the record")
             continue
         yield Row(value, name, number)
 
 
 def _array(data: bytes, name: str) -> list[Any]:
-    """The array of a file. Lone surrogates are read, and for NaN one stands: `json_rows` says in which record."""
+    """Parse the array of a file. Lone surrogates are kept and stand for NaN, so that `_rows` can name the record."""
     try:
         values = load_json(data)
     except orjson.JSONDecodeError as error:
@@ -416,19 +415,19 @@ def _array(data: bytes, name: str) -> list[Any]:
             values = json.loads(data, parse_constant=lambda name: "\ud800")
         except (ValueError, RecursionError):
             if data.lstrip()[:1] == b"{":
-                raise UserError(f"{name}:1: expected one JSON object a line, found {{ alone ({error})") from None
+                raise UserError(f"{name}:1: expected one JSON object per line, found only {{ ({error})") from None
             wanted = "expected JSONL or one JSON array"
-            raise UserError(f"{name}:{error.lineno}: {wanted}, {_found(error)}; mend or replace the file") from None
+            raise UserError(f"{name}:{error.lineno}: {wanted}, {_found(error)}; fix or replace the file") from None
     if isinstance(values, dict):
         arrays = [values[key] for key in ("examples", "data") if isinstance(values.get(key), list)]
         if not arrays:
-            raise UserError(f"{name}: expected JSONL or one JSON array, found an object over several lines")
+            raise UserError(f"{name}: expected JSONL or one JSON array, found an object on several lines")
         return arrays[0]
     return values
 
 
 def json_row(line: bytes, name: str, number: int) -> Row | None:
-    """The object on one line of JSONL, None for a blank line; errors are those of `read_jsonl`."""
+    """Parse one line of JSONL; return None for a blank line. Errors are those of `read_jsonl`."""
     if number == 1:
         line = line.removeprefix(BYTE_ORDER_MARK)
     if line.isspace() or not line:
@@ -441,26 +440,26 @@ def json_row(line: bytes, name: str, number: int) -> Row | None:
         if isinstance(value, dict):
             return Row(value, name, number)
         instead = f"found {kind_of(value)}"
-    raise UserError(f"{name}:{number}: expected one JSON object a line, {instead}; mend or remove the line")
+    raise UserError(f"{name}:{number}: expected one JSON object per line, {instead}; fix or remove the line")
 
 
 @contextmanager
 def open_output(path: str, force: bool = False) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-    """Yield a function that writes one record. A file appears when all is written; `-` is stdout, at once."""
-    import jsonlines  # with what it needs .03 s of the start, for those alone who write by it
+    """Yield a function that writes one record. A file appears when it is complete; stdout (`-`) is written at once."""
+    import jsonlines  # imported here: .03 s of startup
 
     check_output(path, force, is_file=True)
     dumps: Any = lambda record: dump_json(record, orjson.OPT_SERIALIZE_NUMPY)  # noqa: E731
-    # flushed, so that the reader of a pipe sees each record as it comes
+    # flushed, so that the reader of a pipe sees each record at once
     with open_bytes(path) as handle, jsonlines.Writer(handle, dumps=dumps, flush=path == "-") as writer:  # type: ignore
         yield writer.write
 
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that appears when all is written, packed as its name says (.gz .zst .parquet); stdout for `-`.
+    """Open a file that appears when it is complete, in the format of its name (.gz .zst .parquet); stdout for `-`.
 
-    A name that ends in a slash is that of a folder, in which lines of JSON become Parquet files.
+    With a trailing slash, write the JSON lines as Parquet files in a folder.
     """
     if path == "-":
         yield stdout_bytes()
@@ -472,7 +471,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
         return
     with atomic_file(path) as handle:
         if path.lower().endswith(".gz"):
-            with gzip.GzipFile("", "wb", 6, handle, mtime=0) as packed:  # no time, so that the bytes are the same again
+            with gzip.GzipFile("", "wb", 6, handle, mtime=0) as packed:  # no time: equal content gives equal bytes
                 yield packed  # type: ignore[misc]
         elif path.lower().endswith(".zst"):
             import zstandard
@@ -491,25 +490,25 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
 
 def _found(error: json.JSONDecodeError) -> str:
-    """Describe where JSON fails, for a message: `found '}' at column 15 (trailing comma is not allowed)`."""
+    """Describe a JSON error, for a message: `found '}' at column 15 (trailing comma is not allowed)`."""
     if "UTF-8" in error.msg:
         return "found bytes that are not UTF-8"
     if "end of data" in error.msg or not error.doc.strip():
-        return "found the end of the text before that of the JSON"
+        return "found incomplete JSON"
     return f"found {error.doc[error.pos :][:12]!r} at column {error.colno} ({error.msg})"
 
 
 def read_object(path: Path, largest: int = 16 << 20) -> dict[str, Any]:
-    """The JSON object that is the content of a file of at most `largest` bytes; errors are those of `object_of`."""
+    """Read a JSON object from a file of at most `largest` bytes; errors are those of `object_of`."""
     return object_of(read_file(path, largest), path)
 
 
 def object_of(content: bytes, path: str | Path) -> dict[str, Any]:
-    """The JSON object that is a file's content. Raises UserError where it is none, or has more than DEEPEST levels."""
+    """Parse a file's content as a JSON object. Raise UserError if it is not one, or has more than DEEPEST levels."""
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: expected JSON, {_found(error)}; mend or replace the file") from None
+        raise UserError(f"{path}:{error.lineno}: expected JSON, {_found(error)}; fix or replace the file") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {kind_of(value)}")
     level: list[Any] = [value]
@@ -522,6 +521,6 @@ def object_of(content: bytes, path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Make a JSON value the content of a file, whole or not at all; NaN becomes null, as JSON wants it."""
+    """Write a JSON value to a file atomically; NaN becomes null."""
     with atomic_file(path) as handle:
         handle.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | JSON_LINE))

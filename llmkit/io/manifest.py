@@ -1,8 +1,7 @@
-"""The manifest of an output, a folder's or a single file's: how it was made, from what, back to the first ancestor.
+"""Manifests of output folders and files: how each was made and from what, back to the first ancestor.
 
-A manifest names the manifests of its parents and inputs by digest (`manifest_sha256`), and has those of all its
-ancestors in one list, `ancestors`: it grows by one for each. Before, they stood one within the other; `flattened` reads
-both.
+A manifest names the manifests of its parents and inputs by digest (`manifest_sha256`), and contains those of all its
+ancestors in one flat mapping, `ancestors`. In version 1 they were nested; `flattened` reads both.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from llmkit.io.progress import counted, say
 from llmkit.io.remote import is_remote, size_and_version
 
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
-OF_FILE = ".manifest.json"  # after the name of the file whose manifest it is
-SOURCES = ("parents", "inputs")  # of a manifest: what may have manifests of their own
+OF_FILE = ".manifest.json"  # appended to the name of a file
+SOURCES = ("parents", "inputs")  # fields of a manifest whose items may have manifests
 TRAINING = ("pretrain", "sft", "rl")  # stages whose inputs a model learns
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
-LARGEST_MANIFEST = 64 << 20  # bytes; of a run 2 to 4 kB, and 250 for each input
-# By kind of model: the task, by the Hub's name; a command; what loads it in transformers, and what it is used for
+LARGEST_MANIFEST = 64 << 20  # bytes; a run has 2 to 4 kB, and 250 per input
+# Kind of model to the Hub's name of its task, an example command, its class in transformers, and its use
 USES = {
     "base": (
         "text-generation",
@@ -60,13 +59,13 @@ USES = {
 
 
 def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of a folder or of a single file, or None where one of foreign origin has none."""
+    """Return the manifest of a folder or file, or None if there is none."""
     path = _manifest_path(output)
     return read_object(path, LARGEST_MANIFEST) if path.exists() else None
 
 
 def _manifest_path(output: str | os.PathLike[str]) -> Path:
-    """Beside a file or a folder of Parquet, whose readers expect nothing else in it; inside any other folder."""
+    """Return the manifest's path: in the folder, but next to a file or to a Parquet folder, which has only Parquet."""
     path = os.fspath(output).rstrip("/")
     beside = os.path.isfile(path) or os.path.isfile(f"{path}/{PARTS.format(0)}")
     return Path(f"{path}{OF_FILE}") if beside else Path(output) / MANIFEST
@@ -79,13 +78,13 @@ def sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """The SHA-256 that identifies a manifest: of its own run, without its ancestors."""
+    """Return the SHA-256 that identifies a manifest, without its ancestors."""
     own, _ = flattened({**manifest, "ancestors": None})
     return hashlib.sha256(orjson.dumps(own, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A manifest whose parents and inputs name theirs by digest alone, and all its ancestors' by digest, likewise."""
+    """Return a manifest that names those of its parents and inputs by digest, and all ancestors' likewise by digest."""
     ancestors: dict[str, dict[str, Any]] = {}
 
     def named(item: dict[str, Any]) -> dict[str, Any]:
@@ -112,17 +111,17 @@ def flattened(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, di
 
 
 def training_files(model: str) -> tuple[list[str], list[str]]:
-    """Return the files that a model and its ancestors were trained on, and what of that cannot be read: files that are
-    gone or have changed, and models without a manifest.
+    """Return the files that a model and its ancestors were trained on, and the sources that cannot be read: files that
+    are missing or have changed, and models without a manifest.
 
-    Raises UserError where the model has no manifest.
+    Raise UserError if the model has no manifest.
     """
     manifest = read_manifest(local_folder(model))
     if manifest is None:
-        expected = f"expected {MANIFEST}, which names what a model was trained on, found none"
+        expected = f"expected {MANIFEST}, which lists the training data of a model, found none"
         raise UserError(f"{model}: {expected}; name the training documents themselves")
     own, ancestors = flattened(manifest)
-    unchanged: dict[str, bool] = {}  # by path: whether it is as it was
+    unchanged: dict[str, bool] = {}  # by path
     for run in (own, *ancestors.values()):
         options = run.get("options", {})
         if run.get("stage") not in TRAINING:
@@ -170,11 +169,11 @@ def describe_inputs(paths: Iterable[str], known: Mapping[str, tuple[int | None, 
             continue
         content = _content(path) if os.path.isfile(path) else {}
         described.append({"path": path.encode(errors="replace").decode(), **content})  # a name may be no UTF-8
-        with suppress(UserError, OSError):  # after the work: what stands beside a file is no reason to lose it
+        with suppress(UserError, OSError):  # a damaged manifest is no reason to lose the finished work
             manifest = read_manifest(path) if content else None
-            # another file may have taken the place of what the stage had written
+            # the file may no longer be the one that the manifest describes
             if content and (manifest or {}).get("output") != content:
-                manifest = read_manifest(os.path.dirname(path) or ".") or {}  # of a folder of files
+                manifest = read_manifest(os.path.dirname(path) or ".") or {}  # of a Parquet folder
                 manifest = manifest if manifest.get("outputs", {}).get(os.path.basename(path)) == content else None
             if manifest:
                 described[-1]["manifest"] = manifest
@@ -198,13 +197,13 @@ def write_manifest(
     not_in: Sequence[str] = (),
     known: Mapping[str, tuple[int | None, str]] = {},
 ) -> dict[str, Any]:
-    """Write the manifest of a folder into it, of a single file beside it, and return it.
+    """Write the manifest of `output` into its folder, or next to it if it is a file, and return it.
 
-    not_in: evaluations among the inputs, whose items were taken out of the others. The manifest names them, and those
-    that all other inputs had been rid of before.
+    not_in: evaluations among the inputs whose items were removed from the others. The manifest lists these, and those
+    whose items had already been removed from all other inputs.
     known: as in `describe_inputs`
     """
-    from importlib.metadata import PackageNotFoundError, version  # 11 ms that no --help need pay
+    from importlib.metadata import PackageNotFoundError, version  # 11 ms that --help does not pay
 
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -218,8 +217,8 @@ def write_manifest(
             if is_remote(parent["path"]):
                 parent |= fetched(parent["path"])
             parent["manifest"] = read_manifest(local_folder(parent["path"]))
-        except (UserError, OSError) as error:  # after the work, which it is no reason to lose
-            say(f"{error}; so the manifest does not tell how {parent['path']} was made")
+        except (UserError, OSError) as error:  # no reason to lose the finished work
+            say(f"{error}; the manifest does not record how {parent['path']} was made")
     described = describe_inputs(inputs, known)
     before = [item.get("not_in", []) for item in described if item["path"] not in not_in]
     absent = [{"path": item["path"], "sha256": item.get("sha256")} for item in described if item["path"] in not_in]
@@ -248,7 +247,7 @@ def write_manifest(
 
 
 def write_model_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `README.md` into a folder that this manifest is of."""
+    """Write `README.md` into the folder that this manifest describes."""
     name = folder.name.removesuffix(PARTIAL)
     results = {
         k: v for k, v in manifest.get("results", {}).items() if v is not None and not isinstance(v, (dict, list))
@@ -302,13 +301,13 @@ def _commands(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:
-    """A key of USES, by the stages that led here, each from its first parent."""
+    """Return the key of USES for a model, from the stages of its first parents."""
     current, ancestors = flattened(manifest)
     stages: list[str] = []
     while current:
         stages.append(current.get("stage", "?"))
         first = next(iter(sources({"parents": current.get("parents")})), {})
-        current = ancestors.pop(first.get("manifest_sha256", ""), {})  # a file that was edited may have circles
+        current = ancestors.pop(first.get("manifest_sha256", ""), {})  # pop: an edited file may have cycles
     training_stages = [stage for stage in stages if stage != "export"]
     if training_stages[:1] == ["train-reward"]:
         return "judge"

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` of a run: a row for each step that has figures, and copies for trackers.
+"""Read and write the `metrics.jsonl` of a run, and copy its rows to TensorBoard and Weights & Biases.
 
 with MetricsLog(folder / METRICS) as log:
     log.write({"step": 1, "loss": 2.5})
@@ -28,9 +28,9 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, each on disk as soon as the first process has written it.
+    """`metrics.jsonl`, written by rank 0, one object per line without buffering.
 
-    mirrors open copies (see `mirrors`), which are given the rows that the file has, those of a resumed run among them
+    mirrors: functions that open trackers (see `mirrors`); these first get the rows of the resumed run
     """
 
     def __init__(self, path: Path, mirrors: Iterable[Callable[[], TensorBoard | WeightsAndBiases]] = ()) -> None:
@@ -47,7 +47,7 @@ class MetricsLog:
         try:
             self.handle.write(orjson.dumps(row, option=JSON_LINE))
         except OSError as error:
-            error.filename = str(self.path)  # which the write of an open file does not know
+            error.filename = str(self.path)  # a write to an open file does not set it
             raise
         for mirror in self.mirrors:
             mirror.write(row)
@@ -62,9 +62,9 @@ class MetricsLog:
 
 
 def scan_metrics(path: Path, unreadable: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file, one at a time; a last line cut by a kill is left out.
+    """Yield the rows of a metrics file, without a last line truncated by a kill.
 
-    A line that is no row raises UserError, unless `unreadable` takes its message; "cut" for a cut last line.
+    An invalid line raises UserError, or is passed to `unreadable` as a message; a truncated one is "cut".
     """
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
@@ -75,9 +75,7 @@ def scan_metrics(path: Path, unreadable: Callable[[str], object] | None = None) 
             try:
                 row = json_row(line, str(path), number)
                 if row is not None and not isinstance(step := row.value.get("step", 0), int):
-                    raise UserError(
-                        f"{row.where}: expected an integer for 'step', found {kind_of(step)}; mend the line"
-                    )
+                    raise UserError(f"{row.where}: expected an integer for 'step', found {kind_of(step)}; fix the line")
             except UserError as error:
                 if unreadable is None:
                     raise
@@ -88,7 +86,7 @@ def scan_metrics(path: Path, unreadable: Callable[[str], object] | None = None) 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The figures and samples of all whole rows of a metrics file, which may be missing; NaN for null."""
+    """Return the figures and samples of a metrics file, which may be missing; null becomes NaN."""
     return [
         {
             name: math.nan if value is None else value
@@ -100,14 +98,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
-    """The last of each figure in the rows of `read_metrics`, and those of the evaluation whose parameters were kept."""
+    """Return the last value of each figure, but the val_ figures of `kept_step`, whose parameters were kept."""
     best_rows = (row for row in rows if row.get("step") == kept_step)
     last = {name: value for row in rows for name, value in row.items()}
     return last | {name: value for row in best_rows for name, value in row.items() if name.startswith("val_")}
 
 
 def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
-    """Drop rows after `step`, which a resumed run will write again; the last that stays, None where there is none."""
+    """Drop rows after `step`, which a resumed run writes again; return the last row that is left, or None."""
     last = None
     if path.exists():
         check_file(path)
@@ -123,7 +121,7 @@ def trim_metrics(path: Path, step: int) -> dict[str, Any] | None:
 
 
 def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], TensorBoard | WeightsAndBiases]]:
-    """Return functions that open the copies that the options ask for, of a run in a folder."""
+    """Return functions that open the trackers of `--log-to` for a run folder."""
     makers = {
         "tensorboard": partial(TensorBoard, folder),
         "wandb": partial(WeightsAndBiases, folder, as_options(options), options.quiet),
@@ -132,9 +130,9 @@ def mirrors(options: TrainingConfig, folder: Path) -> list[Callable[[], TensorBo
 
 
 class TensorBoard:
-    """An event file in the run's folder, of the tensorboard package's own writer.
+    """An event file in the run folder, written by the tensorboard package.
 
-    Files of a former start are replaced: a kill may have torn them, and they hold steps that are made again.
+    Event files of a killed run are replaced: they may be truncated and contain steps that are run again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -145,11 +143,11 @@ class TensorBoard:
         self._started: float | None = None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        # their names are made as they are imported
+        # protobuf creates these names at import
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        # what is shown over time is shown over the seconds of the run, whenever they were
+        # wall time is the run's own clock, so that pauses before a resumption do not show
         self._started = self._started or time.time() - row.get("seconds", 0.0)
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers(row).items()]
         if values:
@@ -162,9 +160,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, which goes by the folder's name; its project is WANDB_PROJECT's, or llmkit.
+    """A Weights & Biases run, named like the folder, in the project WANDB_PROJECT or else llmkit.
 
-    A resumed run is the same run there, which passes over steps that it has.
+    A resumed run continues the same W&B run, which ignores steps that it already has.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any], quiet: bool) -> None:
@@ -192,7 +190,7 @@ class WeightsAndBiases:
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the finite figures of a row but its step."""
+    """Return the finite figures of a row, without its step."""
     return {
         name: value
         for name, value in row.items()

@@ -1,12 +1,12 @@
-"""Processes that work on items: a pool that hands results back in the order of the items, and a worker for one item.
+"""Process pools: one that returns results in the order of the items, and a single worker with a time limit.
 
     for path, results in in_order(paths, make, workers=4):
         for result in results: ...
     text = Worker(make, seconds=3).call(item)
 
-Plain child processes with pipes, not `multiprocessing`: that would run the caller's script again in each child, which
-a script without `if __name__ == "__main__"` does not survive, or fork a parent that has threads. A child is started
-when there is work for it, and ends when its parent does.
+Children are plain processes with pipes. `multiprocessing` would either run the caller's script again in each child,
+which breaks scripts without `if __name__ == "__main__"`, or fork a parent that has threads. A child is started when
+there is work for it, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 
 from llmkit.errors import LlmkitError, UserError
 
-AHEAD = 2  # items in flight for each process, so that a slow item does not leave the others idle
-Work = Callable[[Any], Iterable[Any]]  # on one item; None, after the last, asks for what is left
-END = object()  # after the results of an item
+AHEAD = 2  # items in flight per process, so that a slow item does not leave the others idle
+Work = Callable[[Any], Iterable[Any]]  # item to results; called with None at the end, returns remaining results
+END = object()  # follows the results of an item
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-# what a worker of single items sees of our environment: a chat template that broke out of its sandbox finds no keys
+# environment of a single worker: a chat template that breaks out of its sandbox finds no API keys
 SEEN = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ", "LANG", "LC_ALL", "SOURCE_DATE_EPOCH", "HOME")
 CHILD = """
 import pickle, sys
@@ -46,13 +46,13 @@ serve(make, seconds)
 
 
 class WorkerDied(LlmkitError):
-    """A process ended in the midst of an item."""
+    """A worker process ended while working on an item."""
 
     exit_code = UserError.exit_code
 
 
 class TimeLimitError(WorkerDied):
-    """An item took more time of the processor than it may."""
+    """An item exceeded its limit of processor time."""
 
 
 def in_order(
@@ -63,16 +63,16 @@ def in_order(
     name: Callable[[Any], str] = str,
     finished: Callable[[Any], bool] = lambda item: False,
     rest: bool = False,
-    advice: str = "fewer processes (--workers) need less",
+    advice: str = "use fewer processes (--workers)",
 ) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """Yield (item, its results) in the order of `items`; the results must be used up before the next is asked for.
+    """Yield (item, its results) in the order of `items`; exhaust the results before the next pair.
 
-    make: pickles, and is called once in each process; `workers` of 1 stays in this one.
-    name: an item as errors name it.
-    finished: says that an item needs no work; its results are then empty.
-    rest: (None, its results of None) follow for each process.
-    advice: what helps where a process was ended for want of memory.
-    Raises what the work raises; WorkerDied, naming the item, when a process is killed.
+    make: picklable, called once per process to make its work function; with one worker, in this process.
+    name: names an item in errors.
+    finished: returns True if an item needs no work; its results are then empty.
+    rest: at the end, yield (None, results of None) for each process.
+    advice: shown if a process was killed, probably for lack of memory.
+    Raise the exceptions of the work, and WorkerDied, naming the item, if a process is killed.
     """
     if workers == 1:
         work = None
@@ -102,7 +102,7 @@ def in_order(
                     threads.append(Thread(target=_work_on, args=(tasks, processes[-1]), daemon=True))
                     threads[-1].start()
                 tasks.put((item, answers))
-            # what is ready goes out before more is read: the input may be a slow pipe
+            # yield finished results before reading on: the input may be a slow pipe
             while len(waiting) >= AHEAD * workers or (waiting and not waiting[0][1].empty()):
                 item, answers = waiting.popleft()
                 yield item, _results(answers)
@@ -125,7 +125,7 @@ def in_order(
 
 
 def _work_on(tasks: SimpleQueue[tuple[Any, SimpleQueue] | None], worker: Worker) -> None:
-    """Have a process work on items; the queue of each gets its results, then END or an exception."""
+    """Run the items of `tasks` through a worker; put each item's results, then END or an exception, into its queue."""
     while (task := tasks.get()) is not None:
         item, answers = task
         try:
@@ -144,19 +144,19 @@ def _results(answers: SimpleQueue) -> Iterator[Any]:
 
 
 class PlainValues(pickle.Unpickler):
-    """Reads what is made of strings, numbers, lists and the like alone, so that no answer can run code here."""
+    """An unpickler of plain strings, numbers, lists and the like, so that no answer can run code in this process."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse a class or function."""
-        raise WorkerDied(f"the answer of a process has {module}.{name} in it, and is not read")
+        """Refuse all classes and functions."""
+        raise WorkerDied(f"the answer of a worker process was refused, because it contains {module}.{name}")
 
 
 class Worker:
-    """A process for one item at a time; `call` starts it, also after it ended, and in a fork of this process.
+    """A process that works on one item at a time. `call` starts it, and restarts it if it ended or after a fork.
 
-    make, name, advice: as of `in_order`.
-    alone: not of a pool; what the work prints goes nowhere, and of the environment it sees no more than it needs.
-    seconds: processor time of an item, so that a busy machine does not change results; None: no limit.
+    make, name, advice: as in `in_order`.
+    alone: outside of a pool; the output of the work is discarded, and its environment is reduced to SEEN.
+    seconds: limit of processor time per item, which does not depend on the load of the machine; None is no limit.
     """
 
     process: subprocess.Popen[bytes]
@@ -170,7 +170,7 @@ class Worker:
         alone: bool = True,
     ) -> None:
         self._make, self._seconds, self._name, self._advice, self._alone = make, seconds, name, advice, alone
-        self._owner = 0  # the process that has started it
+        self._owner = 0  # the process that started it
         self._lock = Lock()
 
     def start(self) -> None:
@@ -178,7 +178,7 @@ class Worker:
         errors = subprocess.DEVNULL if self._alone else None
         seen = {name: value for name, value in os.environ.items() if name in SEEN or not self._alone}
         command, environment = [sys.executable, "-c", CHILD], {**seen, **ONE_THREAD}
-        # Ctrl-C is held back meanwhile: the child never sees it, not even in its imports, for we end it
+        # the child inherits the blocked SIGINT, so that Ctrl-C never reaches it, even in its imports: we end it
         former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process = subprocess.Popen(
@@ -189,12 +189,12 @@ class Worker:
         self._owner = os.getpid()
         weakref.finalize(self, _end, self.process, self._owner)
         assert self.process.stdin
-        with suppress(BrokenPipeError):  # told better by the exit code at the first item
+        with suppress(BrokenPipeError):  # the first item reports the exit code
             pickle.dump(sys.path, self.process.stdin)
             pickle.dump((self._make, self._seconds), self.process.stdin)
 
     def call(self, item: Any) -> Any:
-        """Return the only result of an item; errors are those of `results`."""
+        """Return the single result of an item; errors are those of `results`."""
         with self._lock:
             if self._owner != os.getpid():
                 self.start()
@@ -202,7 +202,7 @@ class Worker:
                 (result,) = self.results(item)
             except UserError:
                 raise
-            except BaseException:  # the answer may be on its way, and belongs to no later item
+            except BaseException:  # a late answer must not be taken for that of the next item
                 self.close()
                 raise
         return result
@@ -210,8 +210,8 @@ class Worker:
     def results(self, item: Any) -> Iterator[Any]:
         """Yield the results of an item.
 
-        Raises UserError of the work, RuntimeError for its bugs; WorkerDied, naming the item, when the process ends,
-        TimeLimitError at the limit of time.
+        Raise the UserError of the work, RuntimeError for its other errors, WorkerDied, naming the item, if the
+        process ends, and TimeLimitError.
         """
         assert self.process.stdin and self.process.stdout
         with suppress(BrokenPipeError):
@@ -227,18 +227,18 @@ class Worker:
                     raise TimeLimitError(f"{self._name(item)}: took more than {self._seconds:g} s") from None
                 ending = next((known.name for known in signal.Signals if known == -code), f"exit code {code}")
                 cause = f"; not enough memory? {self._advice}" if code == -signal.SIGKILL else ""
-                message = f"{self._name(item)}: the process that worked on this was ended by {ending}{cause}"
+                message = f"{self._name(item)}: the worker process was ended by {ending}{cause}"
                 raise WorkerDied(message) from None
             if kind == "end":
                 return
             if kind == "user error":
                 raise UserError(content)
             if kind == "error":
-                raise RuntimeError(f"in the process that worked on {self._name(item)}:\n{content}")
+                raise RuntimeError(f"in the worker process of {self._name(item)}:\n{content}")
             yield content
 
     def close(self) -> None:
-        """End the process; another call starts a new one."""
+        """End the process; the next `call` starts a new one."""
         if self._owner:
             _end(self.process, self._owner)
             self._owner = 0
@@ -254,11 +254,11 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 
 
 def serve(make: Callable[[], Work], seconds: float | None) -> None:
-    """Work on items from stdin until there are no more, and answer each on stdout: the loop of a child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent ends it
+    """Run the loop of a child process: read items from stdin until it closes, write results to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too; the parent ends it
     source = sys.stdin.buffer
     sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep the prints of libraries out of the answers
 
     def answer(kind: str, content: Any) -> None:
         pickle.dump((kind, content), sink, protocol=5)
@@ -269,11 +269,11 @@ def serve(make: Callable[[], Work], seconds: float | None) -> None:
         while True:
             try:
                 item = pickle.load(source)
-            except (EOFError, pickle.UnpicklingError):  # the parent is done, or gone in the midst of an item
+            except (EOFError, pickle.UnpicklingError):  # the parent is done, or died while sending an item
                 return
             try:
                 work = work or make()
-                signal.setitimer(signal.ITIMER_PROF, seconds or 0)  # SIGPROF ends us, also within one long operation
+                signal.setitimer(signal.ITIMER_PROF, seconds or 0)  # SIGPROF ends us, even inside a long C call
                 for result in work(item):
                     answer("result", result)
                 answer("end", None)
@@ -288,4 +288,4 @@ def serve(make: Callable[[], Work], seconds: float | None) -> None:
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
     except BrokenPipeError:
-        os._exit(1)  # without another try to write what is left in the buffer
+        os._exit(1)  # without flushing the buffer into the broken pipe again

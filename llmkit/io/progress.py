@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, plain lines every so often elsewhere."""
+"""Progress on stderr: a bar with rate and time left on a terminal, plain lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BAR_SECONDS = 0.1  # between two updates of the bar: an update costs as much as 
 
 
 def say(message: str, quiet: bool = False) -> None:
-    """One line on stderr, above the bar if there is one; of several processes the first alone speaks."""
+    """Print a line to stderr, above the progress bar if there is one; only on rank 0."""
     if not quiet and launch().leads:
         write_message(f"llmkit: {message}")
 
 
 class Progress:
-    """Counts work done and shows it.
+    """A counter of work done that shows its progress.
 
     with Progress("encode", total=size, unit="B") as progress:
         progress.advance(4096, source="web")
@@ -40,7 +40,7 @@ class Progress:
             from rich.progress import Progress as RichProgress
 
             sized = [BarColumn(), TaskProgressColumn(), TimeRemainingColumn()] if self.total else []
-            # rich would send what is printed on stdout to stderr, the bar's place: the data of a pipe
+            # when stdout is a pipe, rich must not redirect its data to stderr, where the bar is
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
                 *sized,
@@ -54,7 +54,7 @@ class Progress:
         return self
 
     def advance(self, amount: float = 1.0, **fields: str | float) -> None:
-        """Add `amount` to the work done; `fields` (such as loss=2.31) are shown beside the rate."""
+        """Add `amount` to the work done; `fields` (such as loss=2.31) are shown next to the rate."""
         self.done += amount
         self.fields = fields or self.fields
         now = time.monotonic()
@@ -69,7 +69,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=self.done, note=printable(redacted(note)))
         elif self.total:
-            share = min(1.0, self.done / self.total)  # a step may end after its time
+            share = min(1.0, self.done / self.total)  # the last step may exceed a time budget
             rest = "" if share < 0.001 else f", {duration((now - self.started) * (1 - share) / share)} left"
             say(f"{self.description} {share:.0%} {note}{rest}")
         else:
@@ -81,7 +81,7 @@ class Progress:
 
 
 def quantity(number: float) -> str:
-    """A number in at most three digits and a letter: `quantity(1234567) == "1.23M"`."""
+    """Format a number with at most three digits and a letter: `quantity(1234567) == "1.23M"`."""
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= scale * 0.9995:
             return f"{number / scale:.3g}{letter}"
@@ -89,7 +89,7 @@ def quantity(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time to be read: `duration(3725) == "1h02m"`."""
+    """Format seconds for a reader: `duration(3725) == "1h02m"`."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds}s"
@@ -103,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: float, noun: str) -> str:
-    """A number with what it counts: `counted(1, "page") == "1 page"`, `counted(1200, "page") == "1,200 pages"`."""
+    """Format a count with its noun: `counted(1, "page") == "1 page"`, `counted(1200, "page") == "1,200 pages"`."""
     shown = f"{int(number):,}" if float(number).is_integer() else f"{number:g}"
     if number == 1:
         return f"{shown} {noun}"

@@ -19,9 +19,9 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Launch:
     """One process of a job.
 
-    rank, size  its number, from 0, among all processes; `local_rank` among those of its machine
-    restarts    how often the whole job was started again after a failure
-    job         what tells this job from others, the same in all processes and after a restart; None outside of one
+    rank, size  rank and world size; `local_rank` is the rank on this machine
+    restarts    how often torchrun has restarted the job after a failure
+    job         identifies the job, the same in all processes and after a restart; None without torchrun
     """
 
     rank: int = 0
@@ -32,12 +32,12 @@ class Launch:
 
     @property
     def leads(self) -> bool:
-        """True if this process speaks and writes for all."""
+        """True on rank 0, the only process that prints and writes."""
         return self.rank == 0
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Read torchrun's variables; without all of them, none count. Raises UserError for values that are no numbers."""
+    """Read torchrun's variables; ignore them unless all are set. Raise UserError if a value is not a number."""
     if any(name not in environment for name in NEEDED):
         return Launch()
     names = {"LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0", **environment}
@@ -54,11 +54,11 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def launch() -> Launch:
-    """This process."""
+    """Return the launch of this process."""
     return read_launch(os.environ)

@@ -1,12 +1,12 @@
-"""The schemas of the records that pass between stages (JSONL, one object a line; unknown keys pass through).
+"""Schemas of the records that stages exchange (JSONL, one object per line; unknown keys pass through).
 
 - document `{"text", "id"?, "url"?, "source"?, ...}`: read by train-bpe and pretrain
-- prompt `{"prompt", ...}` and what else asks (ASKING): read by sample and rl
+- prompt `{"prompt", ...}` or another field of ASKING: read by sample and rl
 - completion `{"prompt", "completion", "token_ids", "finish_reason", "seed", ...input}`: written by sample
 
-Each check raises UserError that names file, line, the field expected and what was found.
+Each check raises a UserError that names file, line, the expected field and the fields found.
 
-Records that cannot be used: skipped, reported and counted, up to a bound (`--max-bad`; docs/records.md).
+Bad records are skipped, reported and counted, up to a bound (`--max-bad`; docs/records.md).
 
 bad = BadRecords("1%")
 for record in good_records(rows, read_conversation, "chats.jsonl", bad): ...
@@ -24,31 +24,31 @@ from llmkit.config import parse_max_bad
 from llmkit.errors import UserError
 from llmkit.io.progress import counted, say
 
-# The one table of the fields that hold what is said, for all readers; of several the first is taken
-CONVERSATIONS = ("messages", "conversations", "data")  # the last as UltraChat's, a list of texts
+# The field names that all readers look for; the first one present is used
+CONVERSATIONS = ("messages", "conversations", "data")  # "data" is UltraChat's list of texts
 QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "context", "input", "sQuestion")
 ASKING = (*CONVERSATIONS[:2], *QUESTIONS)
-PROMPT_FIRST = ("prompt", *ASKING)  # of records with an answer, whose `messages` may hold it, too
-SYSTEM = ("system", "system_prompt")  # in front of what is asked, as is "history"
-SHOWN = ("tools", "functions", "images", "image", "audio", "videos")  # beside a prompt, to models of another kind
-PROMPT_FIELDS = (*ASKING, *SYSTEM, "history", *SHOWN)  # all that a prompt is made of
-# what servers take with each prompt, and sample as options of a whole run
+PROMPT_FIRST = ("prompt", *ASKING)  # for records with an answer, whose `messages` may contain it
+SYSTEM = ("system", "system_prompt")  # precede the question, as does "history"
+SHOWN = ("tools", "functions", "images", "image", "audio", "videos")  # shown with a prompt, to other kinds of models
+PROMPT_FIELDS = (*ASKING, *SYSTEM, "history", *SHOWN)
+# servers accept these per prompt, sample only as options of a run
 SAMPLING = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "n")
-# Answers in the order in which they are looked for: what is said, at length first; what is right, the short form first
+# Answers by priority: among completions the longest form first, among correct answers the shortest
 ANSWERS = ("completion", "response", "output", "solution", "answer", "answers", "target", "continuation")
-FACTS = ("answer", "answers", "continuation")  # the whole text is right
+FACTS = ("answer", "answers", "continuation")  # the complete text is correct
 SOLVED_BY = (*FACTS[:2], "solution", "target", "continuation", "correct", "lSolutions", "answerKey", "gold", "output")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # before an answer
-CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # other names of what is compared
+CHOSEN = {"response_j": "chosen", "response_k": "rejected"}  # aliases
 COMPARED = ("chosen", "rejected", *CHOSEN, "completions", "ranking", "margin")
 CHOICES = ("choices", "options")
 OTHERS = ("text", *CHOICES)
-OUTSIDE = "characters outside the vocabulary"  # of the tokenizer, which become <unk>; told as what is not used
+OUTSIDE = "characters outside the vocabulary"  # become <unk>; counted with the unused fields
 KNOWN = frozenset((*PROMPT_FIELDS, *ANSWERS, *THOUGHTS, *COMPARED, *OTHERS))
-OF_DOCUMENT = ("text", "source", *KNOWN)  # fields of a document that training on its text looks at
-REPORTED_EACH = 3  # skipped records of a file that are reported one by one
-SAVED_FIELDS = ("name", "good", "bad", "first", "losses")  # of a tally, in JSON
-EARLY = 1000  # records of a file, from which on a share of them is judged while reading
+OF_DOCUMENT = ("text", "source", *KNOWN)  # fields that training on documents reads
+REPORTED_EACH = 3  # skipped records reported individually per file
+SAVED_FIELDS = ("name", "good", "bad", "first", "losses")  # fields of a Tally stored as JSON
+EARLY = 1000  # records of a file after which the share of bad ones is checked while reading
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ T = TypeVar("T")
 def not_used(
     value: dict[str, Any], used: Collection[str], known: Collection[str] = KNOWN, shown_text: str = ""
 ) -> tuple[str, ...]:
-    """List the fields of a record that have a known name and are not used; text within `shown_text` does not count.
+    """List the fields of a record with a known name that are not used, except text contained in `shown_text`.
 
     >>> not_used({"text": "Once", "id": 7, "prompt": "Tell a story.", "tools": []}, ["text"])
     ("'prompt' not used",)
@@ -68,7 +68,7 @@ def not_used(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record and the place it came from; line 0 where `path` says it all. `losses`: its unused parts."""
+    """A record and its origin; line 0 if `path` alone names it. `losses` lists its unused parts."""
 
     value: dict[str, Any]
     path: str
@@ -87,7 +87,7 @@ def kind_of(value: Any) -> str:
 
 
 def with_made(given: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Add fields to a record; values that it had under their names move to `given`.
+    """Add fields to a record; values that they replace move to `given`.
 
     >>> with_made({"prompt": "2+2?", "completion": "4"}, {"completion": "Four.", "seed": 0})
     {'prompt': '2+2?', 'completion': 'Four.', 'seed': 0, 'given': {'completion': '4'}}
@@ -99,7 +99,7 @@ def with_made(given: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_document(row: Row) -> Row:
-    """The row, if it is a document: it has `text`, a string; `source`, where given, is a string."""
+    """Return the row if it is a document: `text`, and `source` if present, are strings. Raise UserError otherwise."""
     if "text" not in row.value:
         raise UserError(f"{row.where}: expected field 'text' (a document), found {sorted(row.value)}")
     if not isinstance(row.value["text"], str):
@@ -111,10 +111,10 @@ def check_document(row: Row) -> Row:
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Name the fields of a record as `--columns` has it: each takes the value of its column, which goes.
+    """Rename the columns of a record to fields, as `--columns` says.
 
-    A column may be a field within a field, `chat.turns`, whose outer field stays; of `content|text` the first is taken
-    that the record has. Raises UserError where it has none.
+    A column may be a nested field, `chat.turns`, whose outer field is kept; of `content|text` the first one present is
+    used. Raise UserError if the record has none.
 
     >>> with_columns(Row({"id": 1, "content": "Once"}, "d.jsonl", 1), {"text": "content"}).value
     {'text': 'Once', 'id': 1}
@@ -139,17 +139,17 @@ def with_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def choices_of(column: str, names: Collection[str]) -> list[str]:
-    """The columns between which the value of `--columns` leaves the choice, where it is none itself."""
+    """Split alternatives such as `content|text`, unless that is itself a column name."""
     return [column] if column in names else column.split("|")
 
 
 def fields_of(value: dict[str, Any]) -> list[str]:
-    """The fields of a record, for messages, with those that are null as such."""
+    """List the fields of a record for messages, marking those that are null."""
     return [name if value[name] is not None else f"{name}: null" for name in sorted(value)]
 
 
 def first_of(value: dict[str, Any], names: Collection[str]) -> str | None:
-    """The first of some fields that a record has, and that is not null."""
+    """Return the first of `names` that is a field of the record and not null."""
     return next((name for name in names if value.get(name) is not None), None)
 
 
@@ -160,10 +160,10 @@ def good_records(
     bad: BadRecords | None = None,
     limit: int | None = None,
 ) -> Iterator[T]:
-    """Yield what `read` makes of the records of one file, at most `limit`; skip bad ones.
+    """Yield `read(row)` for the records of one file, at most `limit`; skip bad ones.
 
-    A bad record is a UserError among `rows`, or one that `read` refuses by a UserError. `bad` counts and reports it,
-    and raises UserError beyond its bound; without `bad` the first one is raised.
+    A bad record is a UserError among `rows`, or one for which `read` raises UserError. `bad` counts and reports it, and
+    raises UserError beyond its bound; without `bad` the first one is raised.
     """
     bad = BadRecords() if bad is None else bad
     tally = bad.begin(name)
@@ -195,20 +195,18 @@ class Tally:
     bad: int = 0
     first: str = ""
     losses: Counter[str] = field(default_factory=Counter)
-    reported: int = 0  # bad ones that the line at the end has counted
+    reported: int = 0  # bad records already counted in a printed line
     reported_losses: Counter[str] = field(default_factory=Counter)
-    pending: list[str] = field(default_factory=list)  # lines that an error may make superfluous
+    pending: list[str] = field(default_factory=list)  # lines held back, because an error may replace them
 
 
 class BadRecords:
-    """Skips the records of a run that cannot be used, prints the first of each file, and counts all of them.
+    """Skips the bad records of a run, prints the first of each file, and counts all, also unused fields of good ones.
 
-    Fields of good records that are not used are counted, too.
+    most   how many records per file may be bad, as in `--max-bad`: a share such as "1%", or a count. A share allows at
+           least one, and is checked at the end of the file, or while reading after EARLY records. "0" allows none.
 
-    most   how many of a file may be bad, as `--max-bad` has it: a share such as "1%", or a count. A share bears one in
-           any file, is judged at the end of the file, and from EARLY records on while reading. "0" bears none.
-
-    A file in which every record is bad is an error under any bound.
+    A file in which every record is bad is always an error.
     """
 
     def __init__(self, most: str = "0", quiet: bool = False) -> None:
@@ -224,14 +222,14 @@ class BadRecords:
         return {**results, "not_used": dict(losses)} if losses else results
 
     def begin(self, name: str) -> Tally:
-        """Begin the counts of a file, anew if it is read again."""
+        """Start a new tally for a file."""
         self.tallies.append(Tally(name))
         return self.tallies[-1]
 
     def skip(self, error: UserError, name: str, *, was_good: bool = False) -> None:
-        """Skip a record of the file `name`, or at the place of this name; `was_good` if it was counted as good before.
+        """Skip a record of a file, or at FILE:LINE; `was_good` if it was already counted as good.
 
-        Raises UserError beyond the bound.
+        Raise UserError beyond the bound.
         """
         tally = self._tally(name)
         tally.good -= was_good
@@ -242,20 +240,20 @@ class BadRecords:
         if self._share is None or tally.good + tally.bad >= EARLY:
             self._check(tally)
         if tally.bad <= REPORTED_EACH:
-            tally.pending.append(f"skipped: {error}{'; others are counted' if tally.bad == REPORTED_EACH else ''}")
+            tally.pending.append(f"skipped: {error}{'; more are counted' if tally.bad == REPORTED_EACH else ''}")
         if tally.good:
             self._print_pending(tally)
 
     def count_unused(self, name: str, losses: Iterable[str]) -> None:
-        """Count fields of a good record, of a file or at a place, that are not used."""
+        """Count unused fields of a good record of a file, or at FILE:LINE."""
         self._tally(name).losses.update(losses)
 
     def report(self, name: str) -> None:
-        """Print the counts of a file that has been read. Raises UserError beyond the bound."""
+        """Print the counts of a file. Raise UserError beyond the bound."""
         tally = self._tally(name)
         self._check(tally)
         if tally.bad and not tally.good:
-            more = f"; none of the {counted(tally.bad, 'record')} of {name} can be used" if tally.bad > 1 else ""
+            more = f"; all {counted(tally.bad, 'record')} of {name} are bad" if tally.bad > 1 else ""
             raise UserError(f"{tally.first}{more}")
         self._print_pending(tally)
         if tally.bad > tally.reported:
@@ -267,18 +265,18 @@ class BadRecords:
             say(f"{name}: of {counted(tally.good, 'record')}: {counts}", self._quiet)
 
     def report_all(self) -> None:
-        """Print the counts of all files, as far as that was not done. Raises UserError beyond the bound."""
+        """Print the counts of all files that were not yet printed. Raise UserError beyond the bound."""
         for name in {tally.name: None for tally in self.tallies}:
             self.report(name)
 
     def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
-        """Take over the counts of files that an earlier run has read. Raises UserError beyond the bound."""
+        """Add the counts that an earlier run saved. Raise UserError beyond the bound."""
         for values in saved:
             self.tallies.append(Tally(**{**values, "losses": Counter(values["losses"])}))
             self.report(self.tallies[-1].name)
 
     def as_json(self, since: int = 0) -> list[dict[str, Any]]:
-        """The counts as JSON, from file number `since` on."""
+        """Return the counts as JSON, from file number `since` on."""
         return [{name: getattr(tally, name) for name in SAVED_FIELDS} for tally in self.tallies[since:]]
 
     def _print_pending(self, tally: Tally) -> None:
@@ -294,6 +292,6 @@ class BadRecords:
         seen = tally.good + tally.bad
         if tally.bad > (max(1, self._share * seen) if self._share is not None else self._count):
             raise UserError(
-                f"{tally.first}; {tally.bad:,} of {counted(seen, 'record')} of {tally.name} cannot be used, more than "
+                f"{tally.first}; {tally.bad:,} of {counted(seen, 'record')} of {tally.name} are bad, more than "
                 f"--max-bad {self._most} allows"
             )

@@ -1,11 +1,11 @@
-"""Files at addresses, `https:// s3:// gs:// hf://`, read forward or by seeking; to buckets files are uploaded.
+"""Read files at `https:// s3:// gs:// hf://` addresses, sequentially or with seeks; upload files to buckets.
 
     with open_remote("s3://commoncrawl/crawl-data/.../CC-MAIN-...warc.gz") as file:
         file.read(1 << 20)
 
-Credentials are those that the libraries behind an address find by themselves; without any, a bucket is read as an
-anonymous user. After a cut connection, or where a server is busy, the missing bytes are requested again, with growing
-pauses. With `settings.cache` a file is fetched before its first byte is read, and read from there the next time.
+Credentials are found by the client libraries; without any, buckets are read anonymously. If a connection breaks or
+a server is busy, the missing bytes are requested again, with growing pauses. With `settings.cache` a file is fetched
+as a whole before its first byte is read, and read from the cache the next time.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from llmkit.display import redacted
 from llmkit.errors import UserError
 from llmkit.io.progress import Progress, counted, say
 
-BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # whose file systems fsspec has
-WRITABLE = ("s3", "s3a", "gs", "gcs")  # where an upload appears whole, at its end
-BLOCK, KEPT_BLOCKS = 4 << 20, 8  # bytes asked for at once from a bucket; how many such are in memory
+BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # protocols with an fsspec file system
+WRITABLE = ("s3", "s3a", "gs", "gcs")  # protocols with atomic uploads
+BLOCK, KEPT_BLOCKS = 4 << 20, 8  # bytes per request to a bucket; blocks kept in memory
 TRIES = 6  # in a row, with pauses of 1/4 s to 4 s between them
-PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; the second where a server asks for more
-DESCRIPTION, WAIT = ".json", 0.2  # of a file in a cache; s between two looks at a file that another run fetches
-LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # answers that asking again does not change
+PAUSE, LONGEST_PAUSE, TIMEOUT = 0.25, 30.0, 60.0  # s; LONGEST_PAUSE caps the Retry-After of a server
+DESCRIPTION, WAIT = ".json", 0.2  # extension in the cache; s between checks of a file that another run fetches
+LASTING = {400, 401, 403, 404, 405, 410, 416, 451}  # HTTP errors that a retry does not change
 _ADDRESS, _STARS = re.compile(r"[a-z][a-z0-9+.-]+://"), re.compile(r"(\*+)")
 
-# what to do, by the names of the classes
+# exception class name to advice
 HUB_ERRORS = {
     "GatedRepoError": "its terms must be accepted: open its page on the hub, then log in (hf auth login, or HF_TOKEN)",
     "RepositoryNotFoundError": "no such repository on the hub, or a private one: log in (hf auth login, or HF_TOKEN)",
     "RevisionNotFoundError": "no such revision on the hub",
     "HFValidationError": "no such repository on the hub; expected ORG/NAME",
 }
-_away: dict[str, tuple[int | None, str]] = {}  # size and last version of addresses that cannot be reached
-_commits: dict[tuple[str, str, str], str] = {}  # of a kind of repository, its name and a revision
+_away: dict[str, tuple[int | None, str]] = {}  # size and last known version of unreachable addresses
+_commits: dict[tuple[str, str, str], str] = {}  # (kind of repository, name, revision) to commit
 
 T = TypeVar("T")
 
 
 class Unreachable(UserError):
-    """A server does not answer, or not as it should."""
+    """A server does not answer, or answers with errors that may pass."""
 
 
 @dataclass
 class Settings:
-    """Options of a command for all that it reads from addresses; `cache` is a folder that keeps it."""
+    """Options of a command for reading addresses; `cache` is a folder for fetched files."""
 
     cache: str | None = None
     quiet: bool = False
@@ -68,14 +68,14 @@ settings = Settings()
 
 
 def is_remote(path: str) -> bool:
-    """True for an address, whether something lies there or not."""
+    """Return True for an address, whether or not it exists."""
     return _ADDRESS.match(path) is not None
 
 
 def open_remote(address: str) -> io.BufferedReader:
-    """Open what lies at an address; it can be sought in unless its server sends all or nothing.
+    """Open the file at an address; it is seekable unless its server ignores range requests.
 
-    Raises UserError, also while it is read, where nothing lies there, where it cannot be read, and where it changes.
+    Raise UserError, also while reading, if the file does not exist, cannot be read, or changes.
     """
     return io.BufferedReader(RemoteFile(address, _source(address)), 1 << 20)
 
@@ -89,21 +89,21 @@ def _server(address: str, last: str = "") -> _Http | _Bucket:
 
 
 def cached_file(address: str) -> Path:
-    """The file of `settings.cache` that has what lies at an address, fetched where it is not there yet.
+    """Return the cached copy of the file at an address, after fetching it if necessary.
 
-    Raises UserError as `open_remote` does, and where there is no such folder.
+    Raise UserError as `open_remote` does, and without `settings.cache`.
     """
     if settings.cache is None:
-        raise UserError(f"{address}: expected --cache DIR beside it, a folder into which it is fetched")
+        raise UserError(f"{address}: expected --cache DIR, a folder to fetch it into")
     with closing(_Cached(address, Path(settings.cache))) as cached:
         retried(address, cached.describe)
         return cached.fetch()
 
 
 def size_and_version(address: str) -> tuple[int | None, str]:
-    """Bytes and version (ETag or time) of the file at an address, where its server tells them; nothing is read.
+    """Return size in bytes and version (ETag or time) of the file at an address, as far as its server sends them.
 
-    Raises UserError where nothing lies there, or it cannot be read.
+    Raise UserError if it does not exist or cannot be read.
     """
     with closing(_source(address, last="0")) as source:
         retried(address, source.describe)
@@ -111,7 +111,7 @@ def size_and_version(address: str) -> tuple[int | None, str]:
 
 
 def is_named(address: str, pattern: str) -> bool:
-    """True if a path of an input, which may be a pattern or a folder, names an address.
+    """Return True if `pattern`, which may also be a file or a folder, matches an address.
 
     >>> is_named("s3://bucket/a/b.jsonl", "s3://bucket/*.jsonl"), is_named("s3://bucket/a/b.jsonl", "s3://bucket/a/")
     (False, True)
@@ -122,23 +122,23 @@ def is_named(address: str, pattern: str) -> bool:
 
 
 def matching(pattern: str) -> list[str]:
-    """The addresses of the files that a pattern such as `hf://datasets/org/name/**/*.parquet` names, sorted.
+    """Return the sorted addresses of the files that match a pattern such as `hf://datasets/org/name/**/*.parquet`.
 
-    Raises UserError where it names none.
+    Raise UserError if there are none.
     """
     if pattern.startswith(("http://", "https://")):
-        raise UserError(f"{pattern}: a web server does not list its files; name each of them")
+        raise UserError(f"{pattern}: a web server does not list its files; name each file")
     system, path = _file_system(pattern)
     entries = retried(pattern, lambda: system.glob(path, detail=True))
     files = sorted(system.unstrip_protocol(name) for name, entry in entries.items() if entry.get("type") == "file")
     if not files:
         _check_bucket(pattern)
-        raise UserError(f"{pattern}: expected files of such names, found none")
+        raise UserError(f"{pattern}: expected files that match this pattern, found none")
     return files
 
 
 def listing(folder: str) -> dict[str, tuple[int, str]]:
-    """Size and version of each file that stands in a folder of a bucket, by name; none where there is no folder."""
+    """Return size and version of each file in a folder of a bucket, by name; none if there is no such folder."""
     system, path = _file_system(folder)
 
     def entries() -> list[dict[str, Any]]:
@@ -152,40 +152,40 @@ def listing(folder: str) -> dict[str, tuple[int, str]]:
 
 
 def _check_bucket(address: str) -> None:
-    """Raise UserError where the bucket of an address is not there; who may read need not be allowed to ask."""
+    """Raise UserError if the bucket does not exist; ignore other errors, as readers may lack the right to ask."""
     if address.startswith(WRITABLE):
         system, path = _file_system(address)
         try:
             system.info(path.partition("/")[0])
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library has its own errors
             if isinstance(error, FileNotFoundError):
                 raise UserError(f"{address}: expected a bucket, found none there") from None
 
 
 def _version(entry: dict[str, Any]) -> str:
-    """The ETag, hash or time of a file, which tells it from others that have been at its address."""
+    """Return the ETag, hash or time of a file, which changes with its content."""
     names = ("ETag", "etag", "blob_id", "LastModified", "last_commit")
     return next((str(entry[name]) for name in names if entry.get(name)), "").strip('"')
 
 
 def check_upload(address: str, replaces: bool) -> None:
-    """Raise UserError where no file can be uploaded to an address, or one lies there that is not to be replaced."""
+    """Raise UserError if no file can be uploaded to an address, or one exists that `replaces` does not allow."""
     if address.partition("://")[0] not in WRITABLE:
-        raise UserError(f"{address}: records are written to s3:// and gs:// alone; write a file, and copy it there")
+        raise UserError(f"{address}: records are written only to s3:// and gs://; write a local file and copy it there")
     system, path = _file_system(address)
     bucket, _, key = path.partition("/")
     if not bucket or not key or address.endswith(("/", "/.", "/..")):
-        raise UserError(f"{address}: expected the name of a file in a bucket, such as s3://bucket/docs.jsonl.gz")
+        raise UserError(f"{address}: expected a file name in a bucket, such as s3://bucket/docs.jsonl.gz")
     if getattr(system, "anon", False):
-        raise UserError(f"{address}: found no credentials to write with; set AWS_ACCESS_KEY_ID, or run aws configure")
+        raise UserError(f"{address}: no credentials for writing; set AWS_ACCESS_KEY_ID, or run aws configure")
 
     def there() -> str | None:
         system.invalidate_cache()
-        with suppress(FileNotFoundError, PermissionError):  # who may write need not be allowed to list
+        with suppress(FileNotFoundError, PermissionError):  # write permission does not imply list permission
             return system.info(path)["type"]
 
     def begin() -> None:
-        if address.startswith("s3"):  # by what the upload after the work will begin with, of which nothing is seen
+        if address.startswith("s3"):  # begin and abort an upload, which leaves no trace
             upload = system.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
             system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
         else:
@@ -200,11 +200,11 @@ def check_upload(address: str, replaces: bool) -> None:
 
 
 def upload(path: str, address: str, quiet: bool = False) -> None:
-    """Put a file at an address, where it appears whole, in the place of one that lies there. Raises UserError."""
+    """Upload a file to an address atomically, replacing an existing one. Raise UserError if it fails."""
     system, remote_path = _file_system(address)
     from fsspec.callbacks import Callback
 
-    # 4 parts of 16 MB at once, where s3fs would hold 10 of 50 MB in memory
+    # 4 parts of 16 MB at a time; s3fs's default is 10 of 50 MB in memory
     details: dict[str, Any] = {"chunksize": 16 << 20, **({"max_concurrency": 4} if address.startswith("s3") else {})}
 
     def put() -> None:
@@ -216,7 +216,7 @@ def upload(path: str, address: str, quiet: bool = False) -> None:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file at an address; `size` in bytes and `version` (ETag or time), where its server tells them."""
+    """A file at an address; `size` in bytes and `version` (ETag or time), as far as its server sends them."""
 
     def __init__(self, address: str, source: _Http | _Bucket | _Cached) -> None:
         self.address, self._source, self._position = address, source, 0
@@ -246,14 +246,14 @@ class RemoteFile(io.RawIOBase):
         try:
             data = self._source.read(self._position, count)
         finally:
-            self._check_version()  # which may be why it cannot be read
+            self._check_version()  # a changed file may fail to be read
         if not data and self.size is not None and self._position < self.size:
             raise ConnectionError(f"it ended at byte {self._position:,} of {self.size:,}")
         return data
 
     def check(self) -> None:
-        """Raise UserError where another file lies there now than when this one was opened."""
-        if isinstance(self._source, _Bucket):  # of a web server each answer has told
+        """Raise UserError if the file has changed since it was opened."""
+        if isinstance(self._source, _Bucket):  # web servers send the version with each response
             retried(self.address, self._source.describe)
         self._check_version()
 
@@ -267,26 +267,24 @@ class RemoteFile(io.RawIOBase):
 
 
 class _Http:
-    """A web server: one request from a position on, to the end or to byte `last`, read as far as it comes."""
+    """A file on a web server, read as the stream of one request from a position to the end or to byte `last`."""
 
     def __init__(self, address: str, last: str = "") -> None:
         import urllib.parse
-        import urllib.request  # .03 s of the start, for those alone who use it
+        import urllib.request  # imported here: .03 s of startup
 
         try:
             pieces = urllib.parse.urlsplit(address)
             if not pieces.hostname or pieces.port == 0:
                 raise ValueError("no host")
-        except ValueError as error:  # a port beyond 65,535 too
-            raise UserError(f"{address}: no such address ({error})") from None
+        except ValueError as error:  # also a port above 65,535
+            raise UserError(f"{address}: invalid address ({error})") from None
         if page := re.match(r"https://(?:huggingface|hf)\.co/(.+?)/(?:blob|tree)/([^/]+)/?(.*)", address):
-            raise UserError(
-                f"{address}: expected a file, found a page about it; write hf://{page[1]}@{page[2]}/{page[3]}"
-            )
+            raise UserError(f"{address}: expected a file, found its web page; write hf://{page[1]}@{page[2]}/{page[3]}")
         self._request = urllib.request
         self._address, self._last = address, last
         self._response: Any = None
-        self._position = 0  # of the response's next byte
+        self._position = 0  # position of the next byte of the response
         self.now: tuple[int | None, str] = (None, "")
 
     def describe(self) -> tuple[int | None, str, bool]:
@@ -320,9 +318,9 @@ class _Http:
         }
         request = self._request.Request(self._address, headers=headers)
         try:
-            self._response = self._request.urlopen(request, timeout=TIMEOUT)  # a redirection is followed
+            self._response = self._request.urlopen(request, timeout=TIMEOUT)  # follows redirects
         except self._request.HTTPError as error:
-            if error.code != 416 or position:  # of an empty file not even the range from 0 on is there
+            if error.code != 416 or position:  # 416 at position 0: an empty file
                 raise
             self._response = error
         headers = self._response.headers
@@ -338,9 +336,9 @@ class _Http:
 
 
 class _Bucket:
-    """A file system of fsspec: blocks, each asked for while the one before is read.
+    """A file on an fsspec file system, read in blocks; the next block is prefetched.
 
-    The last KEPT_BLOCKS of them stay in memory: a reader of Parquet takes turns between columns that lie far apart.
+    The last KEPT_BLOCKS blocks stay in memory, because a Parquet reader alternates between columns that are far apart.
     """
 
     def __init__(self, address: str) -> None:
@@ -350,11 +348,11 @@ class _Bucket:
         if address.startswith("hf://"):
             self._path = retried(address, lambda: _at_commit(self._system, self._path))
         self._threads = ThreadPoolExecutor(2)
-        self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()  # by number, that asked for last at the end
+        self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()  # by number, the most recently used last
         self.now: tuple[int | None, str] = (None, "")
 
     def describe(self) -> tuple[int | None, str, bool]:
-        if "hf" not in self._system.protocol:  # of a commit a listing stays true: one request for all of a folder
+        if "hf" not in self._system.protocol:  # a commit's listing never changes: one request per folder
             self._system.invalidate_cache()
         info = self._system.info(self._path)
         if info.get("type") == "directory":
@@ -370,7 +368,7 @@ class _Bucket:
         try:
             data = self._blocks[number].result()
         except BaseException:
-            del self._blocks[number]  # so that it is asked for again
+            del self._blocks[number]  # so that it is requested again
             raise
         if len(data) == BLOCK and (number == 0 or number - 1 in self._blocks):
             self._ask(number + 1)
@@ -384,7 +382,7 @@ class _Bucket:
             self._blocks.popitem(last=False)[1].cancel()
 
     def _block(self, start: int) -> bytes:
-        """The bytes from `start` on, fewer than BLOCK at the end alone, wherever that is."""
+        """Read BLOCK bytes from `start`, fewer only at the end of the file."""
         size = self.now[0]
         end = start + BLOCK if size is None else min(start + BLOCK, size)
         if end <= start:
@@ -392,7 +390,7 @@ class _Bucket:
         try:
             data = self._system.cat_file(self._path, start=start, end=end)
         except Exception as error:
-            if size is None and ("range" in str(error).lower() or _status(error) == 416):  # it has ended there
+            if size is None and ("range" in str(error).lower() or _status(error) == 416):  # beyond the end
                 return b""
             self.describe()
             raise
@@ -406,21 +404,21 @@ class _Bucket:
 
 
 class _Cached:
-    """A file of a folder, which keeps what it has read from addresses.
+    """A file in a local cache of remote files.
 
-    The names tell address, size and version apart, so that nothing old is read; beside each stands a description, by
-    which the last version is found where there is no network. A fetch that was cut is resumed. A file appears whole;
-    of several runs that want it, one fetches it and the others wait.
+    Names contain hashes of address, size and version, so an outdated copy is never read. A description next to each
+    file serves to find the last version without a network. Interrupted fetches are resumed, and files appear
+    atomically. If several runs need the same file, one fetches it and the others wait.
     """
 
     def __init__(self, address: str, folder: Path) -> None:
         self._address, self._folder = address, folder
-        self._open: _Http | _Bucket | IO[bytes] | None = None  # what is read
+        self._open: _Http | _Bucket | IO[bytes] | None = None
         self.now: tuple[int | None, str] = (None, "")
 
     @property
     def path(self) -> Path:
-        """Where this version is, or will be."""
+        """Path of this version in the cache."""
         digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]  # noqa: E731
         name = re.sub(r"[^\w.-]", "_", self._address.partition("?")[0].rstrip("/").rpartition("/")[2])[-100:]
         return self._folder / f"{digest(self._address)}-{digest(repr(self.now))}-{name}"
@@ -441,11 +439,11 @@ class _Cached:
                     raise
                 values = json.loads(last.read_text())
                 self.now = _away[self._address] = values["bytes"], values["version"]
-                say(f"{error}; so it is read from {self._folder}", settings.quiet)
+                say(f"{error}; using the copy in {self._folder}", settings.quiet)
         return *self.now, can_seek or self.now != (None, "")
 
     def read(self, position: int, count: int) -> bytes:
-        if self._open is None:  # where nothing tells whether it is the same the next time, it is not kept
+        if self._open is None:  # without size and version a later change would go unnoticed: do not cache
             self._open = _server(self._address) if self.now == (None, "") else self.fetch().open("rb")
         if isinstance(self._open, _Http | _Bucket):
             return self._open.read(position, count)
@@ -453,10 +451,10 @@ class _Cached:
         return self._open.read(count)
 
     def fetch(self) -> Path:
-        """Return the path of the whole file, once it is there."""
+        """Fetch the file if it is not cached, and return its path."""
         path, size = self.path, self.now[0]
         if path.exists() and size not in (None, path.stat().st_size):
-            path.unlink()  # it was cut after it was whole
+            path.unlink()  # truncated later
         if path.exists():
             return path
         from filelock import FileLock
@@ -465,7 +463,7 @@ class _Cached:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{partial}.lock", poll_interval=WAIT):
-                if not path.exists():  # made meanwhile by another run
+                if not path.exists():  # another run may have fetched it meanwhile
                     with open(partial, "ab") as handle:
                         self._copy(handle)
                     size, version = self.now
@@ -499,8 +497,8 @@ class _Cached:
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    """The file system of fsspec that an address names, and the path in it."""
-    for name in ("asyncio", "huggingface_hub"):  # they tell of each connection that a server has cut
+    """Return the fsspec file system of an address, and the path in it."""
+    for name in ("asyncio", "huggingface_hub"):  # they log every broken connection
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address.partition("://")[0] not in BUCKETS:
         raise UserError(f"{address}: expected https:// s3:// gs:// or hf:// in front")
@@ -512,21 +510,21 @@ def _file_system(address: str) -> tuple[Any, str]:
             import botocore.session
 
             options["anon"] = botocore.session.get_session().get_credentials() is None
-            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # of each of s3fs's 5, and of ours
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}  # s3fs tries 5 times already, and we too
         return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
     except ValueError as error:
-        raise UserError(f"{address}: no such address ({error})") from None
+        raise UserError(f"{address}: invalid address ({error})") from None
 
 
 def _at_commit(system: Any, path: str) -> str:
-    """A path of the hub at the commit that its revision has now, which is asked for once a process."""
+    """Pin a hub path to the current commit of its revision, which is resolved once per process."""
     try:
         resolved = system.resolve_path(path)
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"hf://{path}: no such address ({str(error).splitlines()[0]})") from None
-    if not hasattr(resolved, "repo_id"):  # a bucket of the hub has no commits
+        raise UserError(f"hf://{path}: invalid address ({str(error).splitlines()[0]})") from None
+    if not hasattr(resolved, "repo_id"):  # the hub's buckets have no commits
         return path
     key = resolved.repo_type, resolved.repo_id, resolved.revision
     if key not in _commits:
@@ -539,7 +537,7 @@ def _at_commit(system: Any, path: str) -> str:
 
 
 def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
-    """Return what `ask` returns, called again after errors that may pass, such as a busy server. Raises UserError."""
+    """Return `ask()`, retried after errors that may pass, such as a busy server. Raise UserError if it fails."""
     wanted = "a file" if action == "read" else "a bucket"
     for attempt in range(TRIES):
         try:
@@ -548,13 +546,13 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
             raise
         except ImportError as error:
             raise UserError(f'{address}: {error}; pip install "llmkit[remote]"') from None
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library has its own errors
             for cause in (error, error.__cause__):
                 if hint := HUB_ERRORS.get(type(cause).__name__):
                     raise UserError(f"{address}: {hint}") from None
             if isinstance(error, FileNotFoundError | IsADirectoryError):
                 _check_bucket(address)
-                what = "a folder, whose files are read where its name ends in /"
+                what = "a folder; add a trailing / to read its files"
                 what = what if isinstance(error, IsADirectoryError) else "none there"
                 raise UserError(f"{address}: expected {wanted}, found {what}") from None
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -566,7 +564,7 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
             if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise UserError(f"{address}: not allowed ({reason}); check the credentials") from None
             if status in LASTING or attempt + 1 == TRIES:
-                failure = f"{address}: cannot be {action}, tried {counted(attempt + 1, 'time')} ({reason})"
+                failure = f"{address}: cannot be {action} after {counted(attempt + 1, 'attempt')} ({reason})"
                 raise (UserError if status in LASTING else Unreachable)(failure) from None
             wait = (getattr(error, "headers", getattr(response, "headers", None)) or {}).get("Retry-After") or ""
             time.sleep(min(int(wait), LONGEST_PAUSE) if wait.isdigit() else PAUSE * 2**attempt)
@@ -574,6 +572,6 @@ def retried(address: str, ask: Callable[[], T], action: str = "read") -> T:
 
 
 def _status(error: Exception) -> Any:
-    """The number of a server's answer, where the error of a library has it."""
-    response = getattr(error, "response", None)  # of the hub's errors; of others a dictionary
+    """Return the HTTP status of a library's error, if it has one."""
+    response = getattr(error, "response", None)  # an object in the hub's errors, a dictionary in others
     return getattr(error, "code", getattr(error, "status", getattr(response, "status_code", None)))

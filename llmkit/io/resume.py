@@ -1,4 +1,4 @@
-"""Resumption: what identifies a run, notes with a checksum, and records that outlive a kill.
+"""Resumption: the identity of a run, notes with a checksum, and records that survive a kill.
 
 kept = Kept(Path("out.jsonl.state"), {"--seed": 0}, resume=True)
 for question in kept.missing(questions, key_of):
@@ -25,8 +25,8 @@ from llmkit.io.files import check_file, create, errors_name
 from llmkit.io.jsonl import JSON_LINE, read_object, write_json
 from llmkit.io.progress import say
 
-STATE = ".state"  # after --out: what a killed run of a command that writes a file leaves
-WEIGHTS_READ = 1 << 20  # bytes at the end of a file of weights that tell it from another
+STATE = ".state"  # appended to --out: the state of an unfinished run that writes a file
+WEIGHTS_READ = 1 << 20  # bytes hashed at the end of a weights file
 
 T = TypeVar("T")
 
@@ -34,17 +34,17 @@ T = TypeVar("T")
 class Kept:
     """Records of an unfinished run, in the order in which they were added; without a path, in memory.
 
-    The file has a line {"run": identity}, then for each record a line [key, bytes, checksum], its bytes and a line end.
-    A record is there as soon as `add` returns, whatever becomes of the process; one that a kill cut is removed.
+    The file has a line {"run": identity}, then for each record a line [key, bytes, checksum], its bytes and a newline.
+    A record survives a kill of the process as soon as `add` returns; a truncated last one is dropped.
 
-    identity: what decides the records, JSON values by the names that a user knows.
-    Raises UserError for a run with another identity, and where the file is not what was written.
+    identity: the options and inputs that determine the records, JSON values by flag or another name that users know.
+    Raise UserError for a run with another identity, and for a damaged file.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
         self._places: list[tuple[str, int, int, str]] = []  # key, offset, bytes, checksum
-        self._newest: dict[str, int] = {}  # key to index in places
+        self._newest: dict[str, int] = {}  # key to index in _places
         begun = resume and path is not None and path.exists()
         if begun:
             check_file(str(path))
@@ -58,7 +58,7 @@ class Kept:
             self._write(orjson.dumps({"run": identity}) + b"\n")
 
     def _take_over(self, identity: Mapping[str, Any]) -> bool:
-        """Find the records of the file; False where a kill came before its first line was whole."""
+        """Index the records of the file; return False if its first line is incomplete."""
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         first = self._file.readline()
@@ -68,7 +68,7 @@ class Kept:
         try:
             noted = dict(orjson.loads(first)["run"])
         except (ValueError, TypeError, LookupError):
-            raise UserError(f"{self.path}: does not begin as an unfinished run; start again with --force") from None
+            raise UserError(f"{self.path}: not the state of an unfinished run; start again with --force") from None
         check_identity(str(self.path), noted, identity)
         end = len(first)
         while (line := self._file.readline()).endswith(b"\n"):
@@ -82,7 +82,7 @@ class Kept:
                 case _:
                     raise self._damaged(len(self))
             if start + length >= size:
-                break  # a kill cut this one
+                break  # truncated by a kill
             self._note(key, start, length, checksum)
             end = self._file.seek(start + length + 1)
         self._file.truncate(end)
@@ -111,7 +111,7 @@ class Kept:
             yield self._places[index][0], self._read(index)
 
     def values(self) -> Iterator[Any]:
-        """Yield the records, which are JSON."""
+        """Yield the records, parsed as JSON."""
         for _, record in self.items():
             yield orjson.loads(record)
 
@@ -124,11 +124,11 @@ class Kept:
         return record
 
     def missing(self, items: Sequence[T], key: Callable[[T], str]) -> Iterator[T]:
-        """Yield the items without a record: two of one key need two. Raises UserError for a record of no item."""
+        """Yield the items without a record; items with equal keys need one each. Raise UserError for extra records."""
         left = Counter(known for known, *_ in self._places)
         if strange := left - Counter(map(key, items)):
             where = next(iter(strange))
-            raise UserError(f"{self.path}: has a record that the input does not: {where}; start again with --force")
+            raise UserError(f"{self.path}: has a record that is not in the input: {where}; start again with --force")
         for item in items:
             if left[key(item)]:
                 left[key(item)] -= 1
@@ -136,7 +136,7 @@ class Kept:
                 yield item
 
     def add(self, key: str, record: bytes | Mapping[str, Any]) -> None:
-        """Add bytes, or an object as JSON."""
+        """Append a record: bytes, or an object as JSON."""
         record = record if isinstance(record, bytes) else orjson.dumps(record)
         checksum = _checksum(key, record)
         head = orjson.dumps([key, len(record), checksum]) + b"\n"
@@ -151,7 +151,7 @@ class Kept:
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Where the work ends early, keep a file with records and say how to go on; delete one without."""
+        """If the work fails, add to the error how to resume; delete a file without records."""
         try:
             yield
         except BaseException as error:
@@ -169,7 +169,7 @@ class Kept:
 
     def remove(self) -> None:
         """Delete the file: the work is done."""
-        with suppress(OSError):  # a full disk, which has been told
+        with suppress(OSError):  # a full disk, which was already reported
             self._file.close()
         if self.path is not None:
             self.path.unlink(missing_ok=True)
@@ -187,8 +187,8 @@ def _checksum(key: str, record: bytes) -> str:
 
 
 def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first value of a resumed run's identity, which may be nested, that is not as noted."""
-    now = orjson.loads(orjson.dumps(now))  # as JSON has given back what was noted
+    """Raise UserError naming the first value, possibly nested, in which the identity of a resumed run has changed."""
+    now = orjson.loads(orjson.dumps(now))  # tuples become lists, as in what was noted
     waiting = [(name, noted.get(name), new) for name, new in now.items()]
     for name, former, new in waiting:
         if isinstance(former, dict) and isinstance(new, dict):
@@ -202,7 +202,7 @@ def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str,
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash a model's configuration, tokenizer and the ends of its weights, which tell it from another model."""
+    """Identify a model by a hash of its configuration, its tokenizer and the last megabyte of each weights file."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name in ("config.json", "tokenizer.json") or path.suffix == ".safetensors":
@@ -213,7 +213,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- notes, from which a run goes on unseen
+# ---- notes that users are not meant to edit
 
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
@@ -222,10 +222,10 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the values that `write_sealed` wrote, as JSON gives them back. Raises UserError where they are not."""
+    """Return the values that `write_sealed` wrote. Raise UserError if the checksum differs."""
     values = read_object(path)
     if values.pop("seal", None) != _seal(values):
-        raise UserError(f"{path}: damaged or edited: it does not have the checksum that it names")
+        raise UserError(f"{path}: damaged or edited: its checksum does not match")
     return values
 
 

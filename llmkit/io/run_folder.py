@@ -1,6 +1,6 @@
-"""A run folder, from the check of --out to its place, with manifest, model card, metrics and checkpoints.
+"""The life of a run folder: checks of --out, a partial folder with checkpoints, and the final rename.
 
-Files of records that are to lie at addresses have a folder here, too, from which they are uploaded: `uploaded`.
+Record files for remote addresses are also written to a local folder first, and then uploaded: `uploaded`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from llmkit.io.remote import check_upload, is_remote, upload
 from llmkit.io.resume import STATE as KEPT
 from llmkit.io.resume import check_identity, read_sealed, write_sealed
 
-STATE = "state"  # in a run folder: its checkpoints, and
-NOTES = "state/run.json"  # what a resumption asks for
-UPLOAD = ".upload"  # after an address: the folder here of what is to be uploaded there,
-OPTIONS, SUMMARY = "options.json", "summary.json"  # in which these are, and what a run that was not uploaded ends with
-CHECKPOINTS_KEPT = 2  # while a run goes on: the newest may be damaged
+STATE = "state"  # subfolder of a run folder for checkpoints and notes
+NOTES = "state/run.json"  # read by --resume
+UPLOAD = ".upload"  # appended to an address: the local folder of the files to upload
+OPTIONS, SUMMARY = "options.json", "summary.json"  # in that folder: the run's options, and its result until uploaded
+CHECKPOINTS_KEPT = 2  # during a run, because the newest may be damaged
 
 
 def check_model_folder(path: str | None, example: str) -> None:
-    """Raise UserError where no model folder is given, or none stands there; `example` is a command that has one."""
+    """Raise UserError if `path` is None or no model folder; `example` is a command with one, for the message."""
     if path is None:
         raise UserError(f"MODEL is missing: a model folder, such as {example}")
     if is_remote(path):
@@ -64,7 +64,7 @@ def checkpoint_place(folder: Path, step: int) -> Path:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps at which checkpoints stand, ascending."""
+    """Return the steps of the checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
     matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir() if path.is_dir()]
@@ -72,32 +72,32 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None:
-    """Remove all but the last checkpoints up to the step `newest`. Later ones were damaged, and are written again."""
+    """Delete all but the last `keep` checkpoints up to step `newest`; later ones are damaged and will be rewritten."""
     steps = checkpoint_steps(folder)
     lasting = [step for step in steps if newest is None or step <= newest][-keep:]
     for step in set(steps).difference(lasting):
         remove(checkpoint_place(folder, step))
 
 
-# ---- a run in the making
+# ---- unfinished runs
 
 
 def check_finished(folder: str | Path, config: Any) -> None:
-    """Raise UserError where the manifest of a finished run tells that it had other options than what resumes it."""
+    """Raise UserError if the manifest of a finished run has other options than the command that resumes it."""
     noted, now = (read_manifest(folder) or {}).get("options", {}), lasting_options(config)
     former = {flag_of(item): noted[item.name] for item in option_fields(type(config)) if item.name in noted}
     check_identity(folder, {**now, **former}, now)
 
 
 def check_files(config: Any, other: str, *left: str) -> None:
-    """Check `--out` and the file of the option `other` before the work of a command that can be resumed.
+    """Check `--out` and the file of the option `other` before a resumable command starts. Raise UserError.
 
-    left  ends of the names beside --out of what a killed run leaves
+    left: suffixes to --out of the files that a killed run leaves
     """
     files = [path for path in (config.out, getattr(config, other)) if path not in (None, "-")]
     has_out = config.out not in (None, "-")
     if config.resume and not has_out:
-        raise UserError("--resume: expected --out, beside which a killed run has left its state")
+        raise UserError("--resume: expected the --out of the killed run, next to which its state is")
     if len({os.path.realpath(path) for path in files}) < len(files):
         raise UserError(f"--{other}: expected another file than --out, found {files[-1]} twice")
     if has_out and not config.dry_run:
@@ -107,20 +107,19 @@ def check_files(config: Any, other: str, *left: str) -> None:
 
 
 class RunFolder:
-    """The folder of a training run: it is made as `out` + ".partial" and takes its place, whole, at the end.
+    """The folder of a training run, created as `out` + ".partial" and renamed to `out` at the end.
 
-    identity: what a run and its resumption have in common, JSON values by names that the user knows: flags, and what
-    was in the files that they name.
+    identity: the flags and file contents that a run and its resumption must share, JSON values by the user's names.
 
-    The first process alone writes. A job that torchrun starts again resumes the run that it had begun, always.
+    Only rank 0 writes. A job that torchrun restarts always resumes its run.
     """
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
-        """Raises UserError for an --out that cannot be had; with nothing to resume the run starts."""
+        """Raise UserError if --out cannot be written. With nothing to resume, a new run starts."""
         self.folder = output_folder(out, example)
-        # beside what a link leads to: the folder there is replaced, not the link
+        # next to a link's target: the target is replaced, not the link
         self.work = Path(f"{os.path.realpath(self.folder) if self.folder.is_symlink() else self.folder}{PARTIAL}")
-        if not resume and launch().restarts > 0:  # a former attempt of this job, which failed, may have begun the run
+        if not resume and launch().restarts > 0:  # a failed attempt of this job may have started the run
             notes = next((folder / NOTES for folder in (self.work, self.folder) if (folder / NOTES).exists()), None)
             resume = notes is not None and read_object(notes).get("job") == launch().job
         self.resume = resume
@@ -132,16 +131,16 @@ class RunFolder:
             say(f"--resume: nothing at {self.work} yet: starting a new run")
         check_unfinished(force, resume, self.work)
         if resume and (self.work / NOTES).exists():
-            with suppress(UserError):  # `notes` tells of it
+            with suppress(UserError):  # `notes` reports it
                 pin(read_sealed(self.work / NOTES).get("commits", {}))
 
     @property
     def is_finished(self) -> bool:
-        """True if the run to be resumed is done: that is no work, and no mistake."""
+        """True if the run to resume is already complete, which is no error."""
         return self.resume and self.folder.is_dir() and not self.work.is_dir()
 
     def results(self, stage: str, config: Any) -> dict[str, Any]:
-        """The results of the finished run. Raises UserError for a folder from elsewhere, and for other options."""
+        """Return the results of the finished run. Raise UserError for another stage's folder, or other options."""
         manifest = read_manifest(self.folder) or {}
         if manifest.get("stage") != stage:
             instead = "choose another --out, or replace it with --force"
@@ -150,11 +149,11 @@ class RunFolder:
         return manifest["results"]
 
     def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the notes of `begin` for a run that is resumed, else None. Raises UserError for another identity."""
+        """Return the notes of `begin` if the run is resumed, else None. Raise UserError for another identity."""
         if not self.resume or not (self.work / NOTES).exists():
             if self.resume and checkpoint_steps(self.work / STATE):
                 path = self.work / NOTES
-                raise UserError(f"{path}: missing, so that nobody knows what was begun; start again with --force")
+                raise UserError(f"{path}: missing, so the run cannot be identified; start again with --force")
             return None
         try:
             noted = read_sealed(self.work / NOTES)
@@ -164,7 +163,7 @@ class RunFolder:
         return noted["notes"]
 
     def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
-        """Make `work`, empty, or as it is for a resumed run, and note what a resumption will ask for."""
+        """Create `work`, or keep it for a resumed run, and write the notes for a later resumption."""
         if not launch().leads:
             return
         if not self.resume:
@@ -173,14 +172,14 @@ class RunFolder:
         write_sealed(
             self.work / NOTES, {"identity": identity, "notes": notes, "job": launch().job, "commits": commits()}
         )
-        sync(self.work)  # and its own name: the checkpoints are lost without them
+        sync(self.work)  # without these entries on disk a power cut loses the checkpoints
         sync(self.work.absolute().parent)
 
     @contextmanager
     def training(self, trainer: Any) -> Iterator[None]:
-        """Around the steps: abandon a new run that a UserError ends before its trainer `has_begun`.
+        """Wrap the training steps: delete a new run if a UserError ends it before its trainer `has_begun`.
 
-        The mended command shall not be refused.
+        The corrected command then finds no unfinished run.
         """
         try:
             yield
@@ -190,12 +189,12 @@ class RunFolder:
             raise
 
     def abandon(self) -> None:
-        """Remove what was begun and holds nothing."""
+        """Delete the unfinished folder."""
         if launch().leads:
             remove(self.work)
 
     def put_in_place(self) -> None:
-        """Put the finished folder in its place, whole; of the checkpoints the last stays."""
+        """Rename the finished folder to `out` and keep only its last checkpoint."""
         replace_folder(self.work, Path(os.path.realpath(self.folder)))
         keep_checkpoints(self.folder / STATE, 1)
 
@@ -204,11 +203,11 @@ class RunFolder:
 
 
 def uploaded(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Let the options of these names, files that a stage writes, be addresses too: a decorator of its `run`.
+    """Decorate a stage's `run` so that the output files of these options may be remote addresses.
 
-    The stage writes in a folder ADDRESS.upload, in which a killed run leaves its state; when all is done its files and
-    the reports beside them are uploaded, `--out` and its manifest last. Raises UserError where that fails: the files
-    stay, and `--resume` uploads them.
+    The stage writes to a local folder ADDRESS.upload, where a killed run leaves its state. At the end its files and
+    reports are uploaded, `--out` and its manifest last. Raise UserError if that fails: the files are kept, and
+    `--resume` uploads them.
     """
 
     def decorate(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -240,7 +239,7 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
             raise UserError(f"{flags}: expected different files, found {next(iter(addresses.values()))} twice")
         options = {flag: value for flag, value in lasting_options(config).items() if flag != "--resume"}
         out = files.get("out")
-        if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # all is made
+        if resume and out is not None and out.is_file() and not list(out.parent.glob(f"*{KEPT}")):  # work is done
             check_identity(folder, read_sealed(folder / OPTIONS), options)
             noted: dict[str, Any] = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
         else:
@@ -254,7 +253,7 @@ def _at_addresses(run: Callable[[Any], Any], config: Any, addresses: Mapping[str
                 shown = {str(path): addresses[name] for name, path in files.items()}
                 if (summary := run(here)) is not None:
                     noted["summary"] = {name: shown.get(str(value), value) for name, value in asdict(summary).items()}
-            except GateError as error:  # when all is made
+            except GateError as error:  # raised after the work is done
                 noted["gate"] = str(error)
             finally:
                 if not any(path.is_file() for path in folder.glob("*/*")):
@@ -286,7 +285,7 @@ def _upload(config: Any, files: Mapping[str, Path], addresses: Mapping[str, str]
             say(f"{address}: uploaded", config.quiet)
     except (UserError, KeyboardInterrupt) as error:
         way = "the same command with --resume uploads it" if hasattr(config, "resume") else "copy it to its address"
-        advice = f"all that was made is in {folder}/; {way}"
+        advice = f"the output is in {folder}/; {way}"
         if isinstance(error, UserError):
             raise UserError(f"{error}; {advice}") from error
         raise Interrupted(f"interrupted; {advice}") from None

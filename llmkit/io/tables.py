@@ -1,7 +1,7 @@
-"""Tables as lines of JSON, and back: Parquet, CSV and TSV.
+"""Read Parquet, CSV and TSV as lines of JSON; write lines of JSON as Parquet.
 
-Every reader of JSONL reads a table so, a row being a record and a line (the first row is line 1), and every writer of
-JSONL writes Parquet. A second of a core turns 1 GB of text into lines, so that one reader serves for all formats.
+All readers of JSONL read tables this way: a row is a record and a line, numbered from 1. All writers of JSONL can
+write Parquet. One core converts 1 GB of text per second, so all formats share one reader.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from llmkit.io.progress import counted, say
 from llmkit.io.records import choices_of
 
 PARQUET_MAGIC = b"PAR1"
-ANY_KEYS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS  # of maps
+ANY_KEYS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS  # for maps
 NOT_UTF8 = b'"\xff"\n'
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-READ_ROWS = 256  # at once: of 1 MB each they are 256 MB
-FIRST_ROWS = 32  # of a column of bytes, by which it is text or not
-READ_BYTES = 1 << 20  # of a column at once, so that a row group of any size is streamed
-GROUP_BYTES = 1 << 26  # of JSON in a row group that is written; https://huggingface.co/docs/hub/datasets-streaming
-FOLDER_GROUPS = 8  # of a file of a folder: 512 MB of JSON, some 200 MB of Parquet
-DEEPEST_COLUMN, MOST_LEAVES = 24, 1000  # of a column's type; Arrow reads no more than some 60 levels
+READ_ROWS = 256  # rows per batch: with 1 MB each, 256 MB
+FIRST_ROWS = 32  # rows that decide whether a column of bytes is text
+READ_BYTES = 1 << 20  # per column and read, so that row groups of any size are streamed
+GROUP_BYTES = 1 << 26  # JSON bytes per written row group; https://huggingface.co/docs/hub/datasets-streaming
+FOLDER_GROUPS = 8  # row groups per file of a folder: 512 MB of JSON, about 200 MB of Parquet
+DEEPEST_COLUMN, MOST_LEAVES = 24, 1000  # limits of a column's type; Arrow reads about 60 levels
 
 
 class Lines(io.RawIOBase):
-    """Lines from an iterator, as a file to be read."""
+    """A readable file of the lines of an iterator."""
 
     def __init__(self, lines: Iterator[bytes]) -> None:
         self._lines, self._rest = lines, memoryview(b"")
@@ -61,18 +61,18 @@ def parquet_lines(
 ) -> Iterator[bytes]:
     """Yield each row of an open Parquet file as a line of JSON; `name` is for errors.
 
-    columns: of fields, as `--columns` names them; the lines have the names of the file
-    fields:  those that the reader uses, if it is not all; other columns are not read where the file has the first field
+    columns: field name to column (`--columns`); the lines keep the file's names
+    fields:  the fields that the reader uses, if not all; if the file has the first, other columns are not read
 
-    Nested lists, structs and maps become arrays and objects, times ISO 8601, decimals numbers, NaN null. Bytes are read
-    as UTF-8; columns whose bytes are mostly none, as hashes, and those with bytes inside lists or structs, as images,
-    are left out, which is told, but not `text` and those of `columns`. A row that is not UTF-8 is a line that is none,
-    which its reader counts. Raises UserError for a damaged or cut file, and for one without a column.
+    Nested lists, structs and maps become arrays and objects, times ISO 8601, decimals numbers, NaN null. Bytes are
+    decoded as UTF-8. Columns of mostly other bytes, such as hashes, and bytes inside lists or structs, such as images,
+    are skipped with a note, except `text` and those of `columns`. A row that is not UTF-8 becomes NOT_UTF8, an invalid
+    line that the reader counts as bad. Raise UserError for a damaged or truncated file, and for a missing column.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    if not raw.seekable():  # its index stands at the end
+    if not raw.seekable():  # Parquet's index is at the end of the file
         whole = tempfile.TemporaryFile()  # noqa: SIM115
         while block := raw.read(READ_BYTES):
             whole.write(block)
@@ -89,7 +89,7 @@ def parquet_lines(
             read, left_out = [column for column in read if column in used], []
         left_out += _without_text(file, [column for column in read if column not in ("text", *columns.values())])
         if left_out:
-            say(f"{name}: left out what holds bytes, the columns {', '.join(left_out)}")
+            say(f"{name}: skipping columns of bytes: {', '.join(left_out)}")
             read = [column for column in read if column not in left_out]
         for batch in file.iter_batches(READ_ROWS, columns=read, use_threads=False):
             for line in _lines_of(batch):
@@ -99,18 +99,20 @@ def parquet_lines(
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{name}: damaged or cut Parquet after row {number} ({reason}); fetch it again") from error
+        raise UserError(
+            f"{name}: damaged or truncated Parquet after row {number} ({reason}); fetch it again"
+        ) from error
 
 
 def check_columns(names: Sequence[str], columns: Mapping[str, str], table: str) -> None:
-    """Raise UserError where a table has not a column of `--columns`."""
+    """Raise UserError if a table lacks a column of `--columns`."""
     for column in columns.values():
         if _column_in(names, column) is None:
             raise UserError(f"{table}: expected column {column!r} (--columns), found {', '.join(names)}")
 
 
 def _column_in(names: Collection[str], column: str) -> str | None:
-    """The column of a table in which a column or a field within one, `chat.turns`, lies; None without one."""
+    """Return the top-level column that contains `column`, which may be nested (`chat.turns`); None if there is none."""
     for choice in choices_of(column, names):
         for name in (choice, choice.partition(".")[0]):
             if name in names:
@@ -119,7 +121,7 @@ def _column_in(names: Collection[str], column: str) -> str | None:
 
 
 def _lines_of(batch: Any, option: int = orjson.OPT_APPEND_NEWLINE) -> list[bytes]:
-    """Each row of an Arrow batch as a line of JSON, one that is not UTF-8 as NOT_UTF8."""
+    """Convert each row of an Arrow batch to a line of JSON; rows that are not UTF-8 become NOT_UTF8."""
     try:
         rows = batch.to_pylist(maps_as_pydicts="lossy")
         return [orjson.dumps(row, _json_value, option) for row in rows]
@@ -129,7 +131,7 @@ def _lines_of(batch: Any, option: int = orjson.OPT_APPEND_NEWLINE) -> list[bytes
         if batch.num_rows == 1:
             return [NOT_UTF8]
         return [line for row in range(batch.num_rows) for line in _lines_of(batch.slice(row, 1), ANY_KEYS)]
-    except (ValueError, OverflowError):  # times in nanoseconds, dates beyond the year 9999: Python has none of these
+    except (ValueError, OverflowError):  # nanoseconds and years above 9999, which Python's datetime lacks
         import pyarrow as pa
 
         columns = list(map(_readable, batch.columns))
@@ -139,7 +141,7 @@ def _lines_of(batch: Any, option: int = orjson.OPT_APPEND_NEWLINE) -> list[bytes
 
 
 def _readable(column: Any) -> Any:
-    """Write times that Python's datetime cannot hold as ISO 8601, and such durations as integers."""
+    """Convert times that Python's datetime cannot represent to ISO 8601, and such durations to integers."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -166,7 +168,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _without_text(file: Any, columns: Sequence[str]) -> list[str]:
-    """Those columns of bytes of an open Parquet file of which most of the first values are not UTF-8."""
+    """Return the columns of bytes of an open Parquet file in which most of the first values are not UTF-8."""
     columns = [column for column in columns if _is_bytes(file.schema_arrow.field(column).type)]
     first = next(file.iter_batches(FIRST_ROWS, columns=columns, use_threads=False), None) if columns else None
     if first is None:
@@ -182,7 +184,7 @@ def _without_text(file: Any, columns: Sequence[str]) -> list[str]:
 
 
 def _json_value(value: Any) -> Any:
-    """A value for JSON in place of one that orjson does not know: bytes, a decimal, a duration."""
+    """Convert a value that orjson does not support: bytes, a decimal, a duration."""
     if isinstance(value, bytes):
         return value.decode()
     return float(value) if isinstance(value, Decimal) else str(value)
@@ -191,7 +193,7 @@ def _json_value(value: Any) -> Any:
 def table_lines(
     raw: io.BufferedReader, name: str, columns: Mapping[str, str] = {}, fields: Sequence[str] = ()
 ) -> Iterator[bytes] | None:
-    """The rows of an open table as lines of JSON: of Parquet by its first bytes, of CSV and TSV by the name.
+    """Return the rows of an open table as JSON lines; None if it is not Parquet (by content), CSV or TSV (by name).
 
     columns, fields: as in `parquet_lines`
     """
@@ -199,7 +201,7 @@ def table_lines(
     if head.startswith(PARQUET_MAGIC):
         return parquet_lines(raw, name, columns, fields)
     if head.startswith(LFS_POINTER):
-        raise UserError(f"{name}: a Git LFS pointer in the place of the file; run git lfs pull in its folder")
+        raise UserError(f"{name}: a Git LFS pointer instead of the file; run git lfs pull in its folder")
     path = file_path(name).lower()
     if path.endswith(".parquet"):
         instead = f"a file that begins with {head[:16]!r}" if head else "an empty file"
@@ -209,19 +211,19 @@ def table_lines(
 
 
 def csv_lines(raw: IO[bytes], name: str, delimiter: str, columns: Mapping[str, str] = {}) -> Iterator[bytes]:
-    """Yield each row of an open CSV or TSV file, the first of which names the columns, as a line of JSON."""
+    """Yield each row of an open CSV or TSV file, whose first line names the columns, as a line of JSON."""
     text = io.TextIOWrapper(raw, "utf-8-sig", newline="")  # type: ignore[type-var]
-    csv.field_size_limit((1 << 31) - 1)  # of 131,072 characters otherwise, which a document may exceed
+    csv.field_size_limit((1 << 31) - 1)  # the default is 131,072 characters, too few for documents
     number = 0
     try:
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         names = next(rows, [])
         if len(set(names)) < len(names):
-            raise UserError(f"{name}: expected names of columns on the first line, each once, found {names}")
+            raise UserError(f"{name}: expected unique column names on the first line, found {names}")
         check_columns(names, columns, name)
         for number, row in enumerate(rows, 1):
             if len(row) not in (0, len(names)):
-                wanted = f"expected {counted(len(names), 'field')}, as the first line has, found {len(row)}"
+                wanted = f"expected {counted(len(names), 'field')} as in the first line, found {len(row)}"
                 raise UserError(f"{name}:{number}: {wanted}; quote fields that hold the separator")
             if row:
                 yield orjson.dumps(dict(zip(names, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
@@ -229,7 +231,7 @@ def csv_lines(raw: IO[bytes], name: str, delimiter: str, columns: Mapping[str, s
         byte = f"byte {error.object[error.start]:#x}"
         raise UserError(f"{name}: not UTF-8 after row {number} ({byte}); convert the file first") from error
     except csv.Error as error:
-        raise UserError(f"{name}: damaged after row {number} ({error}); look for a quote that is not closed") from error
+        raise UserError(f"{name}: damaged after row {number} ({error}); look for an unclosed quote") from error
 
 
 def write_parquet(
@@ -238,13 +240,14 @@ def write_parquet(
     name: str,
     groups: int | None = None,
 ) -> None:
-    """Write a file of lines of JSON as Parquet: zstd, in row groups of GROUP_BYTES, a column for each field.
+    """Write a file of lines of JSON as Parquet: zstd, in row groups of GROUP_BYTES, with a column for each field.
 
-    A field whose values no column holds together (a string and a list, integers beyond 64 bits) is text: strings as
-    they are, others as JSON, which is told. An object that is empty wherever its field has one is null.
+    A field whose values fit no Arrow type (strings and lists, integers above 64 bits) becomes text, with a note:
+    strings unchanged, other values as JSON. A field of only empty objects becomes null.
 
-    open_file: opens the file of a number, from 0; name: of the output, for messages
-    groups:    row groups in a file; all in one without
+    open_file: opens the file of a number, from 0
+    name:      the output, for messages
+    groups:    row groups per file; None for all in one file
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -252,9 +255,9 @@ def write_parquet(
     kinds, texts = _kinds_of(lines)
     if texts:
         fields = ", ".join(map(repr, sorted(texts)))
-        say(f"{name}: values that no column holds together are text, others than strings as JSON: {fields}")
+        say(f"{name}: fields of mixed types, written as text or JSON: {fields}")
     hollow = {field for field, kind in kinds.items() if _filled(kind) != kind}
-    # DuckDB takes a table without columns for none, and `datasets` a row group without rows
+    # DuckDB rejects a table without columns, `datasets` a row group without rows
     schema = pa.schema([(field, _filled(kind)) for field, kind in kinds.items()] or [("text", pa.string())])
 
     def column(group: list[dict[str, Any]], field: str) -> Any:
@@ -276,7 +279,7 @@ def write_parquet(
 
 
 def _groups(lines: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of lines of JSON, from the first on, by row group."""
+    """Yield the rows of a file of JSON lines, in row groups of GROUP_BYTES."""
     lines.seek(0)
     group, size = [], 0
     for line in lines:
@@ -290,12 +293,12 @@ def _groups(lines: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _kinds_of(lines: IO[bytes]) -> tuple[dict[str, Any], set[str]]:
-    """The Arrow type of each field of lines of JSON, and the fields that are text because none holds their values."""
+    """Return the Arrow type of each field of JSON lines, and the fields that become text because no type fits."""
     import pyarrow as pa
 
     kinds: dict[str, Any] = {}
     texts, widened = set[str](), set[str]()
-    for check in (False, True):  # an integer may not be among the floats that its column has come to be of
+    for check in (False, True):  # an integer may not fit the floats that its column was widened to
         for group in _groups(lines):
             for field in dict.fromkeys(field for row in group for field in row if field not in texts):
                 before = kinds.get(field, pa.null())
@@ -322,7 +325,7 @@ def _kinds_of(lines: IO[bytes]) -> tuple[dict[str, Any], set[str]]:
 
 
 def _hides_booleans(kind: Any, values: Iterable[Any]) -> bool:
-    """True where booleans stand among the floats of an Arrow type, which takes them for 1.0 and 0.0 after a float."""
+    """Return True if floats of an Arrow type include booleans, which Arrow converts to 1.0 and 0.0 after a float."""
     import pyarrow as pa
 
     if pa.types.is_floating(kind):
@@ -337,7 +340,7 @@ def _hides_booleans(kind: Any, values: Iterable[Any]) -> bool:
 
 
 def _fits(kind: Any) -> bool:
-    """True for a type that other readers accept: up to DEEPEST_COLUMN levels and MOST_LEAVES fields."""
+    """Return True for a type that other readers accept: at most DEEPEST_COLUMN levels and MOST_LEAVES fields."""
     level, leaves = [kind], 0
     for _ in range(DEEPEST_COLUMN):
         leaves += sum(not inner.num_fields for inner in level)
@@ -348,7 +351,7 @@ def _fits(kind: Any) -> bool:
 
 
 def _filled(kind: Any) -> Any:
-    """Replace each struct without fields, which Parquet cannot store, by null."""
+    """Replace structs without fields, which Parquet cannot store, by null."""
     import pyarrow as pa
 
     if pa.types.is_list(kind):
@@ -359,7 +362,7 @@ def _filled(kind: Any) -> Any:
 
 
 def _without_empty(value: Any) -> Any:
-    """A value with None in the place of each empty object."""
+    """Replace empty objects in a value by None."""
     if isinstance(value, dict):
         return {name: _without_empty(inner) for name, inner in value.items()} or None
     return [_without_empty(inner) for inner in value] if isinstance(value, list) else value
@@ -369,7 +372,7 @@ def _without_empty(value: Any) -> Any:
 
 
 def load_json(data: bytes) -> Any:
-    """The value of JSON, its integers exact: orjson makes floats of those beyond 64 bits."""
+    """Parse JSON with exact integers: orjson turns those above 64 bits into floats."""
     value = orjson.loads(data)
     waiting = [value]
     for item in waiting:
@@ -382,7 +385,7 @@ def load_json(data: bytes) -> Any:
 
 
 def dump_json(value: Any, option: int = 0, default: Callable[[Any], Any] | None = None) -> bytes:
-    """A value as JSON by orjson, also where an integer is beyond its 64 bits. Raises TypeError as orjson does."""
+    """Serialize a value by orjson, also with integers above 64 bits. Raise TypeError as orjson does."""
     try:
         return orjson.dumps(value, default, option)
     except TypeError as error:

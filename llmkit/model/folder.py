@@ -243,7 +243,7 @@ class SavedTensors:
             file = safe_open(path, framework="pt")
             names = list(file.keys())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or cut safetensors file: {error}") from None
+            raise UserError(f"{path}: damaged or truncated safetensors file: {error}") from None
         self._open_files[path] = file
         for name in names:
             if name in self.where:

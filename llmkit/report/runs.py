@@ -183,7 +183,7 @@ class Gathered:
         if kind is not None:
             self.files.append(RecordsFile(path, kind, run))
         elif not listed:
-            content = f"a record with {sorted(first)[:8]}" if first else "no JSON object a line"
+            content = f"a record with {sorted(first)[:8]}" if first else "no JSON object per line"
             raise UserError(f"{path}: expected a file that a stage has written, found {content}")
 
 

@@ -107,7 +107,7 @@ def _append(path: Path, line: bytes) -> None:
             line = line if handle.read(1) == b"\n" else b"\n" + line
         try:
             if handle.write(line) != len(line):
-                raise OSError(f"{path}: no space left there")
+                raise OSError(f"{path}: no space left on disk")
             os.fsync(handle.fileno())
         except OSError:
             with suppress(OSError):

@@ -392,7 +392,7 @@ def _collected(
 
     def on_bad(where: str, reason: str, count: int) -> None:
         if config.strict:
-            raise UserError(f"{where}: expected a record, found {reason}; mend it, or leave out --strict")
+            raise UserError(f"{where}: expected a record, found {reason}; fix it, or leave out --strict")
         if count <= 5:
             say(f"skipped: {where}: {reason}{'; others are in the funnel' * (count == 5)}", config.quiet)
 
@@ -420,5 +420,5 @@ def _collected(
             names = " ".join(map(name_of, inputs))
             if state is not None:
                 state.remove()  # there is nothing to go on with
-            raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; mend the input")
+            raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; fix the input")
     return funnel, collector.findings

@@ -184,7 +184,7 @@ def count_pieces(
         if counted >= alone and processes > 1:
             break
     make = partial(PieceCounter, pattern, handed_over)
-    advice = "on fewer cores (taskset) it needs less"
+    advice = "use fewer cores (taskset)"
     for block, results in in_order(
         blocks, make, processes, name=lambda block: "a block of text", rest=True, advice=advice
     ):

@@ -183,5 +183,5 @@ def test_a_pattern_or_a_folder_is_one_source(tmp_path, monkeypatch, named, files
     first, second = parse_data([f"{named}:0.3", "other.json:0.7"])
     assert (first.path, first.weight, first.files) == (named, 0.3, files)
     assert (second.path, second.weight, second.files) == ("other.json", 0.7, ["other.json"])
-    with pytest.raises(UserError, match=r"none/\*: expected files of such names, found none"):
+    with pytest.raises(UserError, match=r"none/\*: expected files that match this pattern, found none"):
         parse_data(["none/*:0.3"])

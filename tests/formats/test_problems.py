@@ -110,7 +110,7 @@ def test_files_are_lines_arrays_or_an_object_of_examples_packed_or_not(tmp_path:
     assert found[4].where == f"{examples}:1"
     assert len(list(read_jsonl([str(lines), str(array)], 3, read_problem))) == 3
     examples.write_text('{\n "other": []\n}\n')
-    with pytest.raises(UserError, match="found an object over several lines"):
+    with pytest.raises(UserError, match="found an object on several lines"):
         list(read_jsonl([str(examples)], None, read_problem))
 
 

@@ -113,9 +113,9 @@ def test_a_bad_record_is_named(value, message):
         ('{"data": [{"title": "x"}]}', ":1: expected 'paragraphs' to be a list of objects, as in SQuAD, found none"),
         ('{"data": [{"paragraphs": [{"context": "", "qas": [{"question": "a"}]}]}]}', ":1.1, id None: expected"),
         ('{"data": "x"}', ": expected 'data' to be a list"),
-        ('{\n"data": [', ":1: expected one JSON object a line"),
+        ('{\n"data": [', ":1: expected one JSON object per line"),
         ("[3]", ":1: expected an object in the array, found a number"),
-        ('{"question": "Why?", "answer": "a"}\n{"question"', ":2: expected one JSON object a line"),
+        ('{"question": "Why?", "answer": "a"}\n{"question"', ":2: expected one JSON object per line"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):

@@ -87,7 +87,7 @@ def test_a_file_is_read_without_its_server(server: FileServer, monkeypatch, caps
     assert size_and_version(address) == (len(DATA), "1")
     assert read(address) == DATA
     told = capsys.readouterr().err
-    assert re.fullmatch(rf"llmkit: {address}: cannot be read, tried 6 times .*; so it is read from .*cache\n", told)
+    assert re.fullmatch(rf"llmkit: {address}: cannot be read after 6 attempts .*; using the copy in .*cache\n", told)
     with pytest.raises(UserError, match=r"/d.jsonl: cannot be read"):
         read(server.address + "d.jsonl")
 
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(server: FileServer, monkeyp
     with pytest.raises(UserError, match=f"^--cache {tmp_path}/file: cannot be written: file exists"):
         read(server.address + "f")
     monkeypatch.setattr(remote.settings, "cache", None)
-    with pytest.raises(UserError, match="/f: expected --cache DIR beside it"):
+    with pytest.raises(UserError, match="/f: expected --cache DIR"):
         cached_file(server.address + "f")
 
 

@@ -68,7 +68,7 @@ def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere/at/all")
     with pytest.raises(UserError, match=r"link: a link to .*/nowhere/at/all, whose folder does not exist"):
         check_output(str(tmp_path / "link"), force=True)
-    with pytest.raises(UserError, match="/proc: a mount point, which cannot be replaced"):
+    with pytest.raises(UserError, match="/proc: a mount point cannot be replaced"):
         check_output("/proc", force=True)
     with pytest.raises(UserError, match="expected a file, found a folder"), open_output(str(tmp_path / "model"), True):
         pass
@@ -123,7 +123,7 @@ def test_no_space_leaves_the_former_output_whole(tmp_path: Path, kind: str) -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # what a full disk does, without one
     try:
-        with pytest.raises(UserError, match=rf"^{out}: no space left there; make room and run it again$"):
+        with pytest.raises(UserError, match=rf"^{out}: no space left on disk; free some and run it again$"):
             if kind == "file":
                 with atomic_file(out) as handle:
                     handle.write(bytes(100_000))
@@ -152,7 +152,7 @@ def test_a_json_file_holds_one_object_and_says_what_it_holds_instead(tmp_path: P
     write_json(path, {"a": 1, "b": [math.nan], "c": "ü"})
     assert read_object(path) == {"a": 1, "b": [None], "c": "ü"}
     path.write_text('{"a": 1,\n "b"}')
-    with pytest.raises(UserError, match=r"a\.json:2: expected JSON, found .*; mend or replace the file"):
+    with pytest.raises(UserError, match=r"a\.json:2: expected JSON, found .*; fix or replace the file"):
         read_object(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"a\.json: expected a JSON object, found a list"):

@@ -73,7 +73,7 @@ def test_what_is_no_file_of_the_model_is_named(folder: Path, name: str) -> None:
         load_model(folder)
     place.rmdir()
     place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(UserError, match=r"a Git LFS pointer, .* run git lfs pull"):
+    with pytest.raises(UserError, match=r"a Git LFS pointer .*; run git lfs pull"):
         load_model(folder)
 
 
@@ -100,7 +100,7 @@ def _replaced(times: int) -> dict:
         (lambda spec: spec.update(normalizer=_replaced(10**7)), "expected texts of at most"),
         (
             lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": [_replaced(20)] * 4}),
-            "replacements make a text at most",
+            "replacements that make a text at most",
         ),
         (
             lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}),

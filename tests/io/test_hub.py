@@ -115,7 +115,7 @@ def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeyp
     use("http://127.0.0.1:9", monkeypatch)
     assert local_folder("hf://org/model", weights=True) == folder
     assert re.fullmatch(
-        r"llmkit: hf://org/model: cannot be read, tried 6 times .*; so it is read from the hub.s cache, .*\n",
+        r"llmkit: hf://org/model: cannot be read after 6 attempts .*; using the hub.s cache, .*\n",
         capsys.readouterr().err,
     )
     use("http://127.0.0.1:9", monkeypatch)
@@ -125,7 +125,7 @@ def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeyp
     for address, told in (
         ("hf://org/new", "not in the hub's cache, and HF_HUB_OFFLINE is set"),
         ("hf://org/model@v2", "not in the hub's cache, and HF_HUB_OFFLINE is set"),
-        ("hf://org/other", "HF_HUB_OFFLINE is set; the cache has its texts alone, without weights"),
+        ("hf://org/other", "HF_HUB_OFFLINE is set; the cache has the model's text files, but not its weights"),
     ):
         with pytest.raises(UserError, match=f"^{address}: .*{told}"):
             local_folder(address, weights=True)
@@ -143,15 +143,15 @@ def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeyp
             "expected model.safetensors, found pytorch_model.bin, a pickle, .* hf://org/pickled@refs/pr/1",
         ),
         ("hf://org/gguf", "expected model.safetensors or model.safetensors.index.json, found README.md, a.gguf"),
-        ("hf://org/adapter", "expected a whole model, found an adapter without its base"),
+        ("hf://org/adapter", "expected a complete model, found an adapter without its base"),
         ("hf://org/empty", "expected a model, found nothing"),
         ("hf://org/model/onnx", "expected the address of a model, hf://ORG/MODEL"),
         ("hf://gpt2", "expected the address of a model, hf://ORG/MODEL"),
         ("hf://datasets/org/data", "expected the address of a model, hf://ORG/MODEL"),
         ("https://huggingface.co/org/model/tree/main", "write hf://org/model"),
-        ("https://example.org/model/", "expected a model folder of this machine or of a bucket, or hf://ORG/MODEL"),
+        ("https://example.org/model/", "expected a model folder, local or in a bucket, or hf://ORG/MODEL"),
         *(
-            (path, "expected a model folder, found nothing; a model of the hub: hf://org/model")
+            (path, "expected a model folder, found nothing; for the model on the hub: hf://org/model")
             for path in ("org/model", "hf:org/model", "HF://org/model", "huggingface.co/org/model")
         ),
     ],
@@ -173,7 +173,7 @@ def test_what_is_no_model_is_one_line(server: HubServer, address: str, told: str
 
 def test_a_cache_that_cannot_be_written_is_named(server: HubServer, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/hub")
-    with pytest.raises(UserError, match=r"^/proc/hub.*: cannot be written: .*; HF_HOME names another place"):
+    with pytest.raises(UserError, match=r"^/proc/hub.*: cannot be written: .*; set HF_HOME"):
         local_folder("hf://org/model")
 
 
@@ -242,7 +242,7 @@ def test_files_of_a_data_set(server: HubServer, monkeypatch) -> None:
         ("hf://datasets/org/data/data", "expected a file, found a folder"),
         ("hf://datasets/org/data", "expected a file, found a folder"),
         ("hf://datasets/org/gated/a.jsonl", "its terms must be accepted"),
-        ("hf://data", "no such address"),
+        ("hf://data", "invalid address"),
         ("https://huggingface.co/datasets/org/data/blob/main/a/b.jsonl", "write hf://datasets/org/data@main/a/b.jsonl"),
     ],
 )

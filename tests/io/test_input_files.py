@@ -40,9 +40,9 @@ def test_patterns(data: Path) -> None:
         "-", "data/b.JSONL", "data/b.jsonl.manifest.json", "data/train/a.parquet", "data/train/b.jsonl", "texts/a.txt",
     ]  # fmt: skip
     assert input_files(["od[d].jsonl"]) == ["od[d].jsonl"]  # a name, not a pattern
-    with pytest.raises(UserError, match=r"^data/\*.tsv: expected files of such names, found none"):
+    with pytest.raises(UserError, match=r"^data/\*.tsv: expected files that match this pattern, found none"):
         input_files(["data/*.tsv"])
-    with pytest.raises(UserError, match=r"^gone\.jsonl: expected a file that can be read: no such file"):
+    with pytest.raises(UserError, match=r"^gone\.jsonl: expected a readable file: no such file"):
         input_files(["gone.jsonl"])
     assert names_of(["a"] * 1000) == "a and 999 other files"
 

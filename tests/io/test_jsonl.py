@@ -88,16 +88,16 @@ def test_the_limit_counts_across_files_and_reads_no_further(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"not json", "expected one JSON object a line"),
-        (b'{"text": ', "found the end of the text before that of the JSON"),
+        (b"not json", "expected one JSON object per line"),
+        (b'{"text": ', "found incomplete JSON"),
         (b'["a"]', "found a list"),
         (b"null", "found null"),
-        (b'{"text": NaN}', "expected one JSON object a line"),
+        (b'{"text": NaN}', "expected one JSON object per line"),
         (b'{"text":"\xff\xfe"}', "not UTF-8"),
         (b'{"text":"\\ud800"}', "surrogate"),
         (b'{"text":"\xed\xa0\x80"}', "not UTF-8"),
-        (b'{"a":1} {"a":2}', "expected one JSON object a line"),
-        (b"[" * 5000, "expected one JSON object a line"),
+        (b'{"a":1} {"a":2}', "expected one JSON object per line"),
+        (b"[" * 5000, "expected one JSON object per line"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, message: str) -> None:
@@ -114,9 +114,9 @@ def test_a_cut_or_damaged_archive_is_an_error(tmp_path: Path, compress) -> None:
     data = compress(b'{"text":"' + noise + b'"}\n' + LINES)
     for cut in (12, len(data) // 2, len(data) - 5):
         path = write(tmp_path, data[:cut])
-        assert fails(path).startswith(f"{path}: damaged or cut ")
+        assert fails(path).startswith(f"{path}: damaged or truncated ")
     path = write(tmp_path, data[:5000] + bytes(100) + data[5100:])
-    assert fails(path).startswith(f"{path}: damaged or cut ")
+    assert fails(path).startswith(f"{path}: damaged or truncated ")
 
 
 def test_inputs_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_inputs_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
     for paths, message in (
         ([str(tmp_path)], "found a folder"),
         ([str(tmp_path / "nowhere")], "no such file"),
-        (["openai/gsm8k"], "no such file or directory; a data set of the hub: hf://datasets/openai/gsm8k/"),
+        (["openai/gsm8k"], "no such file or directory; for the data set on the hub: hf://datasets/openai/gsm8k/"),
         (["-", "-"], "stdin: '-' can be read only once"),
     ):
         with pytest.raises(UserError, match=message):
@@ -190,7 +190,7 @@ def test_an_output_is_packed_as_its_name_says(tmp_path: Path, name: str, unpack)
 
 @pytest.mark.parametrize("name", ["o.arrow", "o.csv", "o.jsonl.bz2", "o.XLSX"])
 def test_a_format_that_is_not_written_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is not written; choose"), open_output(str(tmp_path / name)):
+    with pytest.raises(UserError, match="is not supported; choose"), open_output(str(tmp_path / name)):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -221,9 +221,7 @@ def test_a_share_of_bad_records_bears_one_in_a_small_file_and_is_judged_while_re
     size = 20
     assert read(7) == 19
     assert "skipped:" in capsys.readouterr().err
-    with pytest.raises(
-        UserError, match=r"d\.jsonl:7: .*; 2 of 20 records of .* cannot be used, more than --max-bad 1%"
-    ):
+    with pytest.raises(UserError, match=r"d\.jsonl:7: .*; 2 of 20 records of .* are bad, more than --max-bad 1%"):
         read(7, 9)
     size = 300
     assert read(1, 2, 3) == 297

@@ -165,7 +165,7 @@ class Evil:
 def test_an_answer_of_a_worker_of_single_items_runs_no_code():
     worker = Worker(evil)
     assert worker.call(0) == "good"
-    with pytest.raises(WorkerDied, match="is not read"):
+    with pytest.raises(WorkerDied, match="was refused"):
         worker.call(1)
     assert worker.call(0) == "good"  # a new process
 

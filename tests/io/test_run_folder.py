@@ -179,7 +179,7 @@ def test_ancestors_that_are_missing_damaged_or_go_in_a_circle_end_no_run(tmp_pat
     chat = make(tmp_path / "chat", "sft", tmp_path / "base")
     assert chat["parents"] == [{"path": str(tmp_path / "base")}]
     told = capsys.readouterr().err
-    assert "manifest.json:1: expected JSON, found" in told and "the manifest does not tell how" in told
+    assert "manifest.json:1: expected JSON, found" in told and "the manifest does not record how" in told
 
 
 def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_tables_too_and_what_lies_there_is_replaced_by_force_alone(store: Object
 
 def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: ObjectStore) -> None:
     store.refuse = lambda method, path: 403 if method == "PUT" else None
-    advice = r"all that was made is in bucket-a-out\.jsonl\.upload/; the same command with --resume uploads it$"
+    advice = r"the output is in bucket-a-out\.jsonl\.upload/; the same command with --resume uploads it$"
     with pytest.raises(UserError, match=rf"^s3://bucket/a/out\.jsonl: not allowed .*check the credentials; {advice}"):
         crawl()
     assert store.objects() == {}
@@ -133,7 +133,7 @@ def test_a_run_that_was_interrupted_goes_on(store: ObjectStore, monkeypatch: pyt
     assert store.objects() == {}
     crawl(resume=True)
     assert len(store.objects()["a/out.jsonl"].splitlines()) == 50
-    with pytest.raises(UserError, match=r"^none\.jsonl: expected a file"):
+    with pytest.raises(UserError, match=r"^none\.jsonl: expected a readable file"):
         crawl("s3://bucket/b.jsonl", inputs=("none.jsonl",))
     assert not list(Path().glob("*bucket*"))
 
@@ -195,14 +195,14 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("https://a.example/out.jsonl", "records are written to s3:// and gs:// alone"),
-        ("hf://datasets/org/name/out.jsonl", "records are written to s3:// and gs:// alone"),
-        ("s3://bucket", "expected the name of a file in a bucket"),
+        ("https://a.example/out.jsonl", "records are written only to s3:// and gs://"),
+        ("hf://datasets/org/name/out.jsonl", "records are written only to s3:// and gs://"),
+        ("s3://bucket", "expected a file name in a bucket"),
         ("s3://none/out.jsonl", "expected a bucket, found none there"),
         ("s3://bucket/folder", "expected a file, found a folder"),
-        ("s3://bucket/docs/", "expected the name of a file in a bucket"),
-        ("s3://bucket/docs/..", "expected the name of a file in a bucket"),
-        ("s3://bucket/docs.csv", r"\.csv is not written; choose \.jsonl"),
+        ("s3://bucket/docs/", "expected a file name in a bucket"),
+        ("s3://bucket/docs/..", "expected a file name in a bucket"),
+        ("s3://bucket/docs.csv", r"\.csv is not supported; choose \.jsonl"),
         ("s3://secret/out.jsonl", "not allowed .*check the credentials"),
     ],
 )
@@ -218,7 +218,7 @@ def test_addresses_that_cannot_be_written(store: ObjectStore, address: str, mess
 def test_nothing_is_written_without_credentials(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(UserError, match=r"^s3://bucket/a/out\.jsonl: found no credentials to write with"):
+    with pytest.raises(UserError, match=r"^s3://bucket/a/out\.jsonl: no credentials for writing"):
         crawl()
 
 
@@ -237,10 +237,10 @@ def test_a_bucket_that_is_not_there_is_told_from_a_file(store: ObjectStore, path
 
 
 def test_folders_stay_here(store: ObjectStore, llmkit) -> None:
-    with pytest.raises(UserError, match=r"^s3://bucket/tok: records alone are written to addresses"):
+    with pytest.raises(UserError, match=r"^s3://bucket/tok: only records are written to addresses"):
         train_bpe.run(train_bpe.TrainBpeConfig(inputs=("docs.jsonl",), vocab_size=300, out="s3://bucket/tok"))
     for address in ("s3://bucket/out.jsonl", "S3://bucket/out.jsonl", "s3:/bucket/out.jsonl"):
-        with pytest.raises(UserError, match=rf"^{address}: records alone are written"), open_output(address):
+        with pytest.raises(UserError, match=rf"^{address}: only records are written"), open_output(address):
             pass
     done = llmkit("crawl-filter", "s3://bucket/*.jsonl", "-o", "s3://bucket/a.jsonl", "--force")
     assert done.returncode == 2 and "s3://bucket/a.jsonl: is an input, and would be lost" in done.stderr

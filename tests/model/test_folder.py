@@ -213,7 +213,7 @@ def test_broken_files_are_named(folder, tmp_path):
     whole = weights.read_bytes()
     for cut in (len(whole) - 100, 50, 0):
         weights.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"model\.safetensors: damaged or cut safetensors file"):
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged or truncated safetensors file"):
             load_model(folder)
     weights.unlink()
     with pytest.raises(UserError, match=r"expected model\.safetensors or model\.safetensors\.index\.json"):

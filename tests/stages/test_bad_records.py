@@ -107,7 +107,7 @@ def test_beyond_the_bound_or_with_all_records_bad_a_run_ends_in_one_line(folders
         run(command, folders, mixed, tmp_path / "out2", max_bad="0")
     capsys.readouterr()
     all_bad = write(tmp_path / "all.jsonl", BAD[command], "{")
-    with pytest.raises(UserError, match=r"all\.jsonl:1: .*; none of the 2 records"):
+    with pytest.raises(UserError, match=r"all\.jsonl:1: .*; all 2 records"):
         run(command, folders, all_bad, tmp_path / "out3", max_bad="100%", quiet=True)
     assert "skipped" not in capsys.readouterr().err
     if command != "sample":  # what it has written can be gone on with
@@ -275,7 +275,7 @@ def test_patterns_and_folders_stand_for_their_files(folders, tmp_path, capsys, c
         if command not in ("sample", "score"):
             inputs = [entry["path"] for entry in (read_manifest(out) or {})["inputs"]]
             assert inputs[:2] == [f"{tmp_path}/d/a.parquet", f"{tmp_path}/d/b.jsonl"]
-    with pytest.raises(UserError, match=r"none\*: expected files of such names, found none"):
+    with pytest.raises(UserError, match=r"none\*: expected files that match this pattern, found none"):
         run(command, folders, tmp_path / "none*", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: expected files in this folder that end in \.jsonl"):

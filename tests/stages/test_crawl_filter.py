@@ -271,7 +271,7 @@ def test_steps_can_be_chosen(crawl, llmkit, tmp_path):
         ("[gopher_quality]\nmin_words = -5\n", "[gopher_quality]: min_words: expected at least 0 or none, found -5"),
         (f"[gopher_quality]\nmin_words = {10**30}\n", "[gopher_quality]: min_words: expected at most 9,223,372,036"),
         ("[own]\nfilters = ['py:nowhere.py:keep']\n", "[own] filters: expected a file nowhere.py"),
-        ("[url]\nblocklists = ['nowhere.txt']\n", "nowhere.txt: expected a file that can be read"),
+        ("[url]\nblocklists = ['nowhere.txt']\n", "nowhere.txt: expected a readable file"),
         ("c4 = 3\n", "c4: expected a table [c4], found a number"),
         ("[c4\n", "not TOML"),
     ],
@@ -486,7 +486,7 @@ def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
     assert done.returncode == 0, done.stderr
     assert parquet.read_table(tmp_path / "d.parquet")["text"].to_pylist() == ["one"]
     refused = llmkit("crawl-filter", "-", "-o", tmp_path / "d.arrow", stdin='{"text": "one"}\n')
-    assert refused.returncode == 2 and "d.arrow: .arrow is not written" in refused.stderr
+    assert refused.returncode == 2 and "d.arrow: .arrow is not supported" in refused.stderr
 
 
 def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):

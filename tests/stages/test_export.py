@@ -356,10 +356,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, 
             said = refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert said == f"{tmp_path}/out/chat.gguf: no space left there; make room and run it again"
+        assert said == f"{tmp_path}/out/chat.gguf: no space left on disk; free some and run it again"
 
     def full(*arguments, **details):
-        raise UserError("chat.gguf.manifest.json: no space left there") from OSError(errno.ENOSPC, "full")
+        raise UserError("chat.gguf.manifest.json: no space left on disk") from OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(export, "write_manifest", full)
     assert "manifest.json: no space" in refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
@@ -371,7 +371,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, 
         ({"format": None}, "--format is required: one of gguf, hf, adapter"),
         ({"out": None}, "--out is required: the file for the result, such as -o chat.gguf"),
         ({"out": "-"}, "--out is required"),
-        ({"format": "hf", "out": None}, "--out is required: the folder for the result, such as -o chat-bf16/"),
+        ({"format": "hf", "out": None}, "--out is required: the output folder, such as -o chat-bf16/"),
         ({"format": "hf", "dtype": "q8_0"}, "--dtype q8_0: needs --format gguf"),
         ({"max_shard_size": 10**6}, "--max-shard-size: needs --format hf"),
         ({"model": None}, "MODEL is missing"),

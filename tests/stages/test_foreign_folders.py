@@ -271,7 +271,7 @@ def test_the_folder_of_an_adapter_is_told_in_every_command(tmp_path):
         place.mkdir()
         (place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         (place / "tokenizer.json").write_bytes((chat / "tokenizer.json").read_bytes())
-        way = "give .*chat, into which it is merged" if place.parent == chat else "--keep-adapter"
+        way = "use the merged model, .*chat" if place.parent == chat else "--keep-adapter"
         adapter, out = str(place), str(tmp_path / "out")
         for run, config in (
             (sample.run, sample.SampleConfig(model=adapter, prompt="x", out=out)),
@@ -282,5 +282,5 @@ def test_the_folder_of_an_adapter_is_told_in_every_command(tmp_path):
             (sft.run, sft.SftConfig(model=adapter, data=(data,), out=out)),
             (pretrain.run, pretrain.PretrainConfig(model=adapter, inputs=(data,), out=out)),
         ):
-            with pytest.raises(UserError, match=f"(adapter|alone): expected a whole model, found an adapter.*{way}"):
+            with pytest.raises(UserError, match=f"(adapter|alone): expected a complete model, found an adapter.*{way}"):
                 run(config)

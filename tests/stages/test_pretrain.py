@@ -169,7 +169,7 @@ def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--val", "nowhere.jsonl"], "nowhere.jsonl: expected a file that can be read"),
+        (["--val", "nowhere.jsonl"], "nowhere.jsonl: expected a readable file"),
         (["--epochs", "2", "--max-steps", "3"], "--max-steps and --epochs: expected one way to say how long to train"),
         (["--hidden-size", "33", "--num-attention-heads", "1"], "--hidden-size 33: expected heads of an even number"),
     ],
@@ -287,7 +287,7 @@ def test_two_processes_keep_the_shares(mixture, corpus, tmp_path):
     [
         (["{docs}:0.7", "{docs}:0.3"], "docs.jsonl: expected each input once where there are shares; add up its weig"),
         (["{docs}:half"], "docs.jsonl:half: expected FILE:WEIGHT with a number, found 'half'"),
-        (["{docs}:1", "nowhere.jsonl:1"], "nowhere.jsonl: expected a file that can be read: no such file"),
+        (["{docs}:1", "nowhere.jsonl:1"], "nowhere.jsonl: expected a readable file: no such file"),
         (["{docs}:1", "--phase", "0.9:web=1"], "--phase 0.9:web=1: expected NAME=SHARE with a name of docs, found"),
         (["{docs}:1", "--phase", "0.9:docs=1", "--time-budget", "1m"], "--phase: expected a run of known length, fou"),
         (["{docs}:0.7", "ftp://host:21/x.parquet:0.3"], "ftp://host:21/x.parquet: expected https:// s3:// gs:// or hf"),

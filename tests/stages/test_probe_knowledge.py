@@ -203,7 +203,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         probe(model, out, questions=asked, resume=True)
     shutil.copy(parrot / "model.safetensors", model)
     write(asked, ROME, PARIS)
-    with pytest.raises(UserError, match=r"has a record that the input does not: .*q.jsonl:1"):
+    with pytest.raises(UserError, match=r"has a record that is not in the input: .*q.jsonl:1"):
         probe(model, out, questions=asked, resume=True)
     write(asked, PARIS, ROME)
     out.unlink()
@@ -240,7 +240,7 @@ def test_a_base_model_is_refused(tmp_path):
     [
         ("questions", '{"question": "Who?", "answer": ""}', r"x.jsonl:2: expected 'answer' to be text, found nothing"),
         ("questions", '{"question": "Who?"}', r"x.jsonl:2: expected 'question' and 'answer'"),
-        ("questions", "{", r"x.jsonl:2: expected one JSON object a line"),
+        ("questions", "{", r"x.jsonl:2: expected one JSON object per line"),
         ("passages", '{"title": "no text"}', r"x.jsonl:2: expected field 'text' \(a document\)"),
         ("passages", '{"text": 3}', r"x.jsonl:2: expected 'text' to be a string"),
     ],
@@ -275,7 +275,7 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
         ({"questions": asked, "passages": asked}, "--passages: expected no --questions beside it"),
         ({"questions": asked, "report": str(out)}, "--report: expected another file than --out"),
         ({"questions": asked, "report": "-"}, "--report: expected a file, found -"),
-        ({"questions": tmp_path / "none.jsonl"}, "none.jsonl: expected a file that can be read"),
+        ({"questions": tmp_path / "none.jsonl"}, "none.jsonl: expected a readable file"),
     ):
         with pytest.raises(UserError, match=message):
             probe(parrot, out, **options)

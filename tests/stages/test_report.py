@@ -506,7 +506,7 @@ def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
         ("tool", {"manifest.json": '{"name": "app", "icons": []}'}, "expected a manifest that llmkit wrote"),
         ("torn", {"manifest.json": '{"stage": "rl"'}, "expected JSON"),
         ("list", {"manifest.json": "[]"}, "expected a JSON object, found a list"),
-        ("notes.txt", "hello", "expected a file that a stage has written, found no JSON object a line"),
+        ("notes.txt", "hello", "expected a file that a stage has written, found no JSON object per line"),
         ("data.jsonl", '{"a": 1}\n', "expected a file that a stage has written, found a record with ['a']"),
         ("some.json", '{"a": 1}', "expected a manifest, evaluation.json, report.json or effects.json"),
     ],

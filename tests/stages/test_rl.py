@@ -333,7 +333,7 @@ def test_long_answers_in_the_data_ask_for_longer_attempts(tmp_path, capsys):
 
 
 MISTAKES = [
-    ({"data": "{nothing}"}, "nothing.jsonl: expected a file that can be read: no such file"),
+    ({"data": "{nothing}"}, "nothing.jsonl: expected a readable file: no such file"),
     ({"data": "{empty}"}, "empty.jsonl: expected problems, found none"),
     ({"data": "{wrong}"}, "wrong.jsonl:1: expected field 'prompt'"),
     ({"data": "{unanswered}"}, "unanswered.jsonl:1"),

@@ -362,7 +362,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(folder, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *words]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert f"{out}.state: no space left there; make room" in done.stderr
+    assert f"{out}.state: no space left on disk; free some" in done.stderr
     done = subprocess.run([*words, "--resume"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and len(lines(out)) == 200, done.stderr
 
@@ -448,7 +448,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
     ("line", "message"),
     [
         ("{", r"bad.jsonl:2: expected one JSON object"),
-        ("[1]", r"bad.jsonl:2: expected one JSON object a line, found a list"),
+        ("[1]", r"bad.jsonl:2: expected one JSON object per line, found a list"),
         ('{"text": "a"}', r"bad.jsonl:2: expected field 'prompt' .*found \['text'\]"),
         ('{"prompt": 3}', r"bad.jsonl:2: expected 'prompt' to be text or messages, found a number"),
         ('{"prompt": null}', r"bad.jsonl:2: expected field 'prompt' or 'messages'"),
@@ -493,7 +493,7 @@ def spoiled(folder: Path, target: Path, how: str) -> Path:
     [
         ("no tokenizer", r"spoiled: expected a folder with tokenizer.json, found config.json"),
         ("no config", r"spoiled/config.json: not found"),
-        ("cut weights", r"spoiled/model.safetensors: damaged or cut"),
+        ("cut weights", r"spoiled/model.safetensors: damaged or truncated"),
         ("nan", r"spoiled: its logits are not finite numbers.*NaN"),
         ("tokenizer too large", r"spoiled/tokenizer.json: the tokenizer has 266 tokens and the model 257"),
     ],
@@ -511,7 +511,7 @@ def test_a_bad_model_folder_is_named(folder, tmp_path, how, message):
         ({"model": __file__}, "expected a model folder, found a file"),
         ({"inputs": ["a.jsonl"]}, "a.jsonl: an input file needs --jsonl"),
         ({"inputs": ["a.jsonl"], "jsonl": True, "prompt": "a"}, "expected one or the other"),
-        ({"inputs": ["nowhere.jsonl"], "jsonl": True}, "nowhere.jsonl: expected a file"),
+        ({"inputs": ["nowhere.jsonl"], "jsonl": True}, "nowhere.jsonl: expected a readable file"),
         ({"prompt": "a", "temperature": "-1"}, "--temperature: expected at least 0"),
         ({"prompt": "a", "top_p": "0"}, "--top-p: expected more than 0"),
         ({"prompt": "a", "stop": [""]}, "--stop: expected text"),

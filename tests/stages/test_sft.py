@@ -335,7 +335,7 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
     "name, start, told",
     [
         ("a.csv", b"q,a\n1,2,3\n", "a.csv:1: expected 2 fields"),
-        ("a.jsonl", b"PAR1\x15\x04", "a.jsonl: damaged or cut Parquet"),
+        ("a.jsonl", b"PAR1\x15\x04", "a.jsonl: damaged or truncated Parquet"),
         ("a.xlsx", b"PK\x03\x04", "; convert it to Parquet first"),
     ],
 )
@@ -364,7 +364,7 @@ def test_a_file_given_twice_has_figures_of_its_own_and_empty_answers_are_counted
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        (["{"], "chats.jsonl:1: expected one JSON object a line"),
+        (["{"], "chats.jsonl:1: expected one JSON object per line"),
         ([{"prompt": "a", "completion": "b"}, {"messages": []}], "chats.jsonl:2: expected at least one message"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "nothing to train on in 1 conversation"),
         ([], "nothing to train on in 0 conversations (it is empty)"),
@@ -381,8 +381,8 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"data": ("none.jsonl",)}, "none.jsonl: expected a file that can be read: no such file"),
-        ({"data": ("kernels/*/",)}, "kernels/*/: expected files of such names, found none"),
+        ({"data": ("none.jsonl",)}, "none.jsonl: expected a readable file: no such file"),
+        ({"data": ("kernels/*/",)}, "kernels/*/: expected files that match this pattern, found none"),
         ({"data": ("{chats}:0",)}, "expected a weight above 0, found 0"),
         ({"data": ("{chats}:1", "{chats}")}, "expected a weight on every file or on none"),
         ({"sequence_length": 9999}, "the model's context is 512"),

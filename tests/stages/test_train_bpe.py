@@ -125,10 +125,10 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_padded_to_a_multiple_of_64(ll
     [
         (b"", "docs.jsonl: no text to train on"),
         (b'{"text": ""}\n', "no text to train on"),
-        (b'{"text": "a"}\n\nhello\n', "docs.jsonl:3: expected one JSON object a line"),
+        (b'{"text": "a"}\n\nhello\n', "docs.jsonl:3: expected one JSON object per line"),
         (b'{"text": "a"}\n{"body": "b"}\n', "docs.jsonl:2: expected field 'text' (a document), found ['body']"),
         (b'{"text": ["a"]}\n', "docs.jsonl:1: expected 'text' to be a string, found a list"),
-        (b'{"text": "caf\xe9"}\n', "docs.jsonl:1: expected one JSON object a line, found bytes that are not UTF-8"),
+        (b'{"text": "caf\xe9"}\n', "docs.jsonl:1: expected one JSON object per line, found bytes that are not UTF-8"),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', "docs.jsonl:2: "),
     ],
 )
@@ -178,7 +178,7 @@ def test_dry_run_writes_nothing(llmkit, corpus: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
     assert "8000" in done.stderr and "merges" in done.stderr and r"\p{L}+" in done.stderr
     done = llmkit("train-bpe", tmp_path / "absent.jsonl", "-o", tmp_path / "tok", "--dry-run")
-    assert done.returncode == 2 and "absent.jsonl: expected a file that can be read" in done.stderr
+    assert done.returncode == 2 and "absent.jsonl: expected a readable file" in done.stderr
     assert not any(tmp_path.iterdir())
 
 
@@ -224,7 +224,7 @@ main()
     words = ["train-bpe", corpus, corpus, corpus, "-o", tmp_path / "tok", "--vocab-size", "320", "--quiet"]
     done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr == (
-        "llmkit: error: a block of text: the process that worked on this was ended by SIGKILL; not enough memory? "
-        "on fewer cores (taskset) it needs less\n"
+        "llmkit: error: a block of text: the worker process was ended by SIGKILL; not enough memory? "
+        "use fewer cores (taskset)\n"
     )
     assert not (tmp_path / "tok").exists()

@@ -415,7 +415,7 @@ def test_a_long_guide_may_stay_out_of_the_context(place):
         ),
         (["--topics", "empty.txt"], "empty.txt: expected topics, one a line, found none"),
         (["--topics", "none.txt"], "none.txt"),
-        (["--topics", "none*.txt"], "none*.txt: expected files of such names, found none"),
+        (["--topics", "none*.txt"], "none*.txt: expected files that match this pattern, found none"),
         (["--seeds", "empty.txt"], "empty.txt: expected tasks, found none"),
         (["--documents", "empty.txt"], "found none"),
         (["--answer", "empty.txt"], "empty.txt: expected prompts, found none"),

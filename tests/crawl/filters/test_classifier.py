@@ -98,12 +98,12 @@ def test_what_was_found_is_reported_by_item(filtered, llmkit, tmp_path) -> None:
         (["--on-match", "drop"], "--on-match: needs --not-in"),
         (["--not-in", "empty.bin"], "--not-in empty.bin: expected items of 18 letters or more, found none"),
         (["--not-in", "short.jsonl"], "--not-in short.jsonl: expected items of 18 letters or more, found none"),
-        (["--not-in", "none/*.jsonl"], "none/*.jsonl: expected files of such names, found none"),
+        (["--not-in", "none/*.jsonl"], "none/*.jsonl: expected files that match this pattern, found none"),
         (
             ["--not-in", "e.jsonl", "short.jsonl"],
             "short.jsonl: an input without `text` or `html`; if --not-in is meant",
         ),
-        (["--not-in", "none.jsonl"], "none.jsonl: expected a file"),
+        (["--not-in", "none.jsonl"], "none.jsonl: expected a readable file"),
         (["--not-in", "bad.jsonl"], "bad.jsonl:1: expected one JSON object"),
     ],
 )

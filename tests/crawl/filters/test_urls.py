@@ -84,14 +84,14 @@ def test_what_is_no_list_is_an_error_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "hollow" / "adult" / "domains").touch()
     for name, message in (
         ("prose", "prose:2: expected a domain, a URL or a hosts entry"),
-        ("cut.gz", "cut.gz: damaged or cut gzip"),
+        ("cut.gz", "cut.gz: damaged or truncated gzip"),
         ("picture", "found binary data"),
-        ("missing", "missing: expected a file that can be read"),
+        ("missing", "missing: expected a readable file"),
         ("empty", "empty: expected a blocklist, or a folder with"),
         ("blank", "blank: expected domains or URLs, one per line, found none"),
         ("words", "words: expected domains or URLs, one per line, found none"),
         ("hollow", "hollow: expected domains or URLs, one per line, found none"),
-        ("mis/sing", "mis/sing: expected a file that can be read: no such file or directory$"),
+        ("mis/sing", "mis/sing: expected a readable file: no such file or directory$"),
     ):
         with pytest.raises(UserError, match=message) as error:
             UrlFilter([tmp_path / name], NOTHING)

@@ -220,9 +220,9 @@ def test_a_file_without_records_is_the_users_mistake(tmp_path, name, data, messa
 
 
 def test_a_missing_file_and_an_empty_folder_are_named(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r"gone\.warc\.gz: expected a file that can be read"):
+    with pytest.raises(UserError, match=r"gone\.warc\.gz: expected a readable file"):
         read(tmp_path / "gone.warc.gz")
-    with pytest.raises(UserError, match=r"gone\.html: expected a file that can be read"):
+    with pytest.raises(UserError, match=r"gone\.html: expected a readable file"):
         read(tmp_path / "gone.html")
     with pytest.raises(UserError, match="expected files in this folder, found none"):
         read(tmp_path)
@@ -244,7 +244,7 @@ def test_what_is_too_large_is_passed_over_in_every_kind(tmp_path):
 def test_batches_grow_and_end_with_what_was_read_before_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % number for number in range(200)))
     reader, sizes = Reader([str(tmp_path / "a.jsonl"), str(tmp_path / "gone.jsonl")]), []
-    with pytest.raises(UserError, match=r"gone\.jsonl: expected a file"):
+    with pytest.raises(UserError, match=r"gone\.jsonl: expected a readable file"):
         for batch in batches(reader):
             sizes.append(len(batch.frames))
     assert sizes == [1, 2, 4, 8, 16, 32, 64, 64, 9]
