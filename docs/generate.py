@@ -24,13 +24,14 @@ INTRODUCTION = """# Options
 
 <!-- written by docs/generate.py from the code -->
 
-Every option of every subcommand. `llmkit STAGE --help` tells the same on a terminal.
+Every option of every subcommand. `llmkit COMMAND --help` prints the same.
 
-- A value comes from its flag, then from `--config FILE.toml` (`vocab_size = 8192`, a line each), then from the default.
-- No default means off, or that the stage finds the value: `[...]` in the last column says how. `none`, as a value,
-  switches off what has a default.
+- A value comes from its flag, then from `--config FILE.toml` (one line each, `vocab_size = 8192`), then from its
+  default.
+- An option without a default is off, or llmkit derives its value, as `[...]` in the last column says. The value `none`
+  turns an option with a default off.
 - A count may be written 20000, 20k or 1.5M, a number of bytes 1000000, 100MB or 2GiB, a duration 90, 90s, 10m or 2h.
-- A switch that is on, or that a file turns on, goes off with `--no-` before its name.
+- `--no-` before its name turns a switch off that is on by default or in the file.
 """
 # (stage, figure) of the rows of what the demo prints that stand in the README
 SHOWN = (
@@ -63,7 +64,7 @@ def section(command: str) -> str:
     module, config_name, line = COMMANDS[command]
     config_class = getattr(import_module(module), config_name)
     page = OWN_PAGE.get(command, command) + ".md"
-    lines = [f"## {command}", "", line + (f" [{command}]({page}) tells more." if (DOCS / page).exists() else ""), ""]
+    lines = [f"## {command}", "", line + (f" Details: [{command}]({page})." if (DOCS / page).exists() else ""), ""]
     groups: dict[str, list[Field]] = {}
     for item in sorted(option_fields(config_class), key=lambda item: not option_of(item).positional):
         groups.setdefault("Arguments" if option_of(item).positional else option_of(item).group, []).append(item)

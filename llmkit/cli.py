@@ -34,23 +34,23 @@ OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with o
 OUTPUTS = ("out", "report", "rejects", "collect", "pairs")  # options of what a stage writes
 # name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
-    "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Web archives to clean documents."),
-    "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Text to a byte-level BPE tokenizer."),
-    "pretrain": ("llmkit.stages.pretrain", "PretrainConfig", "Documents and a tokenizer to a base model."),
-    "sft": ("llmkit.stages.sft", "SftConfig", "A base model and conversations to an assistant."),
+    "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Extract clean documents from web archives."),
+    "train-bpe": ("llmkit.stages.train_bpe", "TrainBpeConfig", "Train a byte-level BPE tokenizer."),
+    "pretrain": ("llmkit.stages.pretrain", "PretrainConfig", "Pretrain a base model on documents."),
+    "sft": ("llmkit.stages.sft", "SftConfig", "Fine-tune a model on conversations or preferences."),
     "probe-knowledge": (
         "llmkit.stages.probe_knowledge",
         "ProbeKnowledgeConfig",
-        "What an assistant knows, and refusals of what it does not.",
+        "Test what an assistant knows, and write refusals for what it does not.",
     ),
-    "write-chats": ("llmkit.stages.write_chats", "WriteChatsConfig", "Conversations that a model writes, by a guide."),
-    "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Preferences to a judge of answers."),
-    "rl": ("llmkit.stages.rl", "RlConfig", "Problems and rewards to a policy better than its examples."),
-    "sample": ("llmkit.stages.sample", "SampleConfig", "Text from a model: from a prompt, stdin or JSONL."),
-    "serve": ("llmkit.stages.serve", "ServeConfig", "Models behind OpenAI's protocol, and a page to talk to them."),
-    "evaluate": ("llmkit.stages.evaluate", "EvaluateConfig", "Scores of models on the tasks of the field."),
-    "export": ("llmkit.stages.export", "ExportConfig", "A model for other programs: GGUF, another precision, PEFT."),
-    "report": ("llmkit.stages.report", "ReportConfig", "Runs to one page: what every stage did."),
+    "write-chats": ("llmkit.stages.write_chats", "WriteChatsConfig", "Generate conversations that follow a guide."),
+    "train-reward": ("llmkit.stages.train_reward", "TrainRewardConfig", "Train a reward model on preferences."),
+    "rl": ("llmkit.stages.rl", "RlConfig", "Train a policy by reinforcement learning."),
+    "sample": ("llmkit.stages.sample", "SampleConfig", "Generate text from a prompt, stdin or JSONL."),
+    "serve": ("llmkit.stages.serve", "ServeConfig", "Serve models: an OpenAI-compatible API and a chat page."),
+    "evaluate": ("llmkit.stages.evaluate", "EvaluateConfig", "Score models on standard benchmarks or your own tasks."),
+    "export": ("llmkit.stages.export", "ExportConfig", "Convert a model to GGUF, another precision or a PEFT adapter."),
+    "report": ("llmkit.stages.report", "ReportConfig", "Show what every stage did on one page."),
 }
 OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.
 

@@ -132,12 +132,12 @@ class CommonConfig:
 
     out: str | None = option(None, "Output file or folder.", short="-o", group="Common", metavar="PATH", free=True)
     seed: int = option(0, "Random seed.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
-    limit: int | None = option(None, "Records to read, at most [all].", group="Common", unit="count", at_least=1)
+    limit: int | None = option(None, "Maximum records to read [all].", group="Common", unit="count", at_least=1)
     force: bool = option(False, "Replace an existing output.", group="Common", free=True)
-    dry_run: bool = option(False, "Plan of the run, without running it.", group="Common", free=True)
+    dry_run: bool = option(False, "Show the plan of the run and exit.", group="Common", free=True)
     quiet: bool = option(False, "No progress on stderr.", group="Common", free=True)
     cache: str | None = option(
-        None, "Folder that keeps what is read from addresses.", group="Common", metavar="FOLDER", free=True
+        None, "Cache folder for files read from URLs.", group="Common", metavar="FOLDER", free=True
     )
 
 
@@ -147,7 +147,7 @@ class ColumnsConfig:
 
     columns: tuple[str, ...] = option(
         (),
-        "Fields that have other names in the input, as text=content or 'text=content|text'; repeatable.",
+        "Input columns to read as fields, such as text=content; 'text=content|text' takes the first found; repeatable.",
         group="Common",
         metavar="FIELD=COLUMN,...",
     )
@@ -161,7 +161,7 @@ class RecordsConfig(ColumnsConfig):
     """Options of every stage that reads users' records."""
 
     max_bad: str = option(
-        "1%", "Bad records to skip in each file, at most.", group="Common", metavar="SHARE|COUNT", free=True
+        "1%", "Bad records allowed per file, as a share or a count.", group="Common", metavar="SHARE|COUNT", free=True
     )
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class BackendConfig:
 
     backend: str = option(
         "auto",
-        "Arithmetic of the model; auto: transformers for families that are not native.",
+        "Model implementation; auto: transformers for architectures that llmkit does not implement.",
         choices=("auto", "llmkit", "transformers"),
     )
 
@@ -196,7 +196,7 @@ class TrainingConfig(RecordsConfig, CommonConfig):
     save_every: int | None = option(None, "Steps between checkpoints [10 minutes].", group="Log", at_least=1, free=True)
     sample_every: int | None = option(None, "Steps between samples [never].", group="Log", at_least=1, free=True)
     log_to: tuple[str, ...] = option(
-        (), "Tracker for a copy of the metrics; repeatable.", group="Log", choices=("tensorboard", "wandb"), free=True
+        (), "Tracker to send the metrics to; repeatable.", group="Log", choices=("tensorboard", "wandb"), free=True
     )
 
     def __post_init__(self) -> None:
@@ -230,17 +230,17 @@ class TuningConfig(TrainingConfig, BackendConfig):
 
     lora_rank: int | None = option(None, "Rank of LoRA adapters, merged at the end.", group="LoRA", at_least=1)
     quantize: str | None = option(
-        None, "Form of the frozen weights beside the adapters.", group="LoRA", choices=("nf4", "int8")
+        None, "Quantization of the frozen weights under LoRA.", group="LoRA", choices=("nf4", "int8")
     )
 
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
-    micro_batch_size: int | None = option(None, "Rows of a forward pass [by length].", group="Training", at_least=1)
+    micro_batch_size: int | None = option(None, "Rows per forward pass [by length].", group="Training", at_least=1)
     learning_rate: float | None = option(
         None, "AdamW learning rate [by the width].", group="Training", above=0, at_most=MOST_RATE
     )
     weight_decay: float = option(0.0, "Weight decay of the matrices.", group="Training", at_least=0, at_most=MOST_DECAY)
     warmup_steps: int | None = option(
-        None, "Steps of learning-rate warm-up [a twentieth of the run].", group="Training", at_least=0
+        None, "Learning-rate warm-up steps [5% of the run].", group="Training", at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -262,7 +262,7 @@ class DecodingConfig:
         choices=("auto", "float32", "bfloat16", "int8"),
         free=True,
     )
-    batch_size: int = option(16, "Sequences decoded at a time.", at_least=1, at_most=4096, free=True)
+    batch_size: int = option(16, "Sequences decoded in parallel.", at_least=1, at_most=4096, free=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,20 +270,20 @@ class PreferenceConfig:
     """Options of a stage that learns from preferences without a reward model."""
 
     beta: float | None = option(
-        None, "Weight of differences to the reference [0.1; 2 with simpo].", group="Preferences", above=0, at_most=1000
+        None, "Beta of the preference loss [0.1; 2 with simpo].", group="Preferences", above=0, at_most=1000
     )
     label_smoothing: float | None = option(
-        None, "Chance that a preference is wrong [0].", group="Preferences", at_least=0, at_most=0.5
+        None, "Assumed probability that a preference label is wrong [0].", group="Preferences", at_least=0, at_most=0.5
     )
     sft_weight: float | None = option(
         None,
-        "Weight of the best answers' cross-entropy [0; 1 with orpo].",
+        "Weight of the cross-entropy of the best answers [0; 1 with orpo].",
         group="Preferences",
         at_least=0,
         at_most=1000,
     )
     margin: float | None = option(
-        None, "Target margin of rewards, simpo's gamma [half of beta].", group="Preferences", at_least=0, at_most=1000
+        None, "Target reward margin, gamma of simpo [half of beta].", group="Preferences", at_least=0, at_most=1000
     )
 
 
@@ -291,8 +291,8 @@ class PreferenceConfig:
 class GoldConfig:
     """Options of every stage whose policy may game what it is trained on."""
 
-    gold: str | None = option(None, "Reward to watch, never trained on.", group="Watch", metavar="KIND", reads=True)
-    stop_on_hack: bool = option(False, "Early stop once the reward rises while --gold falls.", group="Watch", free=True)
+    gold: str | None = option(None, "Reward to monitor but never train on.", group="Watch", metavar="KIND", reads=True)
+    stop_on_hack: bool = option(False, "Stop once the reward rises while --gold falls.", group="Watch", free=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,16 +301,16 @@ class ToolConfig:
 
     tools: tuple[str, ...] = option(
         (),
-        "Tools of the model: calc, python, search:DOCS.jsonl|URL|py:FILE.py:FUNCTION, py:FILE.py:FUNCTION.",
+        "Tools the model may call: calc, python, search:DOCS.jsonl|URL|py:FILE.py:FUNCTION, py:FILE.py:FUNCTION.",
         group="Tools",
         metavar="TOOL,...",
         reads=True,
     )
-    max_tool_calls: int = option(8, "Tool calls per completion, at most.", group="Tools", at_least=0)
-    tool_timeout: float = option(10.0, "Longest tool call, in seconds.", group="Tools", above=0, at_most=86400)
-    sandbox: str = option("auto", "Sandbox of python; none: unprotected.", group="Tools", choices=("auto", "none"))
+    max_tool_calls: int = option(8, "Maximum tool calls per completion.", group="Tools", at_least=0)
+    tool_timeout: float = option(10.0, "Timeout of a tool call, in seconds.", group="Tools", above=0, at_most=86400)
+    sandbox: str = option("auto", "Sandbox of python; none: no isolation.", group="Tools", choices=("auto", "none"))
     thinking: str = option(
-        "auto", "Thoughts before answers, by the chat template's switch.", group="Tools", choices=("on", "off", "auto")
+        "auto", "Thinking before answers, if the template has a switch.", group="Tools", choices=("on", "off", "auto")
     )
 
 
@@ -320,15 +320,13 @@ class ServedConfig:
 
     engine: str = option(
         "local",
-        "Generator of text: this program or a server.",
+        "Text generation in this process (local) or on an OpenAI-compatible server.",
         group="Servers",
         metavar="local|openai:URL#NAME",
         free=True,
     )
-    concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
-    timeout: float = option(
-        120, "Longest wait for a server's reply.", group="Servers", unit="duration", above=0, free=True
-    )
+    concurrency: int = option(8, "Concurrent server requests.", group="Servers", at_least=1, at_most=999, free=True)
+    timeout: float = option(120, "Timeout of a server request.", group="Servers", unit="duration", above=0, free=True)
 
     @property
     def is_served(self) -> bool:

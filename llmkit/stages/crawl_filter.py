@@ -46,25 +46,25 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
           llmkit crawl-filter crawl/ --language en,de --skip c4,pii -o docs/
           llmkit crawl-filter crawl.warc.gz --explain https://example.org/page
 
-        Bad files and records are skipped, and the funnel counts them by reason, as it counts the dropped pages; there
-        is no limit such as the --max-bad of other commands, but --strict ends the run at the first (docs/records.md).
+        Bad files and records are skipped; the funnel counts them by reason, like dropped pages. There is no limit such
+        as --max-bad of the other commands, but --strict stops at the first one (docs/records.md).
     """
     following: ClassVar[str] = "llmkit train-bpe docs.jsonl -o tok/"
 
     inputs: tuple[str, ...] = argument(
-        "WARC, WET, HTML, JSONL, Parquet, CSV, folders and addresses of them, or - for stdin.", metavar="INPUT..."
+        "WARC, WET, HTML, JSONL, Parquet or CSV: files, folders or URLs, or - for stdin.", metavar="INPUT..."
     )
     listed: str | None = option(
         None,
-        "List of inputs, one a line, as Common Crawl's warc.paths.gz.",
+        "List of inputs, one per line, such as Common Crawl's warc.paths.gz.",
         flag="--list",
         group="Input",
         metavar="FILE",
         reads=True,
     )
-    base: str | None = option(None, "Folder or address in front of each line of --list.", group="Input", metavar="URL")
+    base: str | None = option(None, "Folder or URL that precedes each line of --list.", group="Input", metavar="URL")
     take: str | None = option(
-        None, "Share of the lines of --list, the same in each run [all].", group="Input", metavar="1/100"
+        None, "Share of the lines of --list to read, the same lines in every run [all].", group="Input", metavar="1/100"
     )
     recipe: str = option(
         "fineweb",
@@ -73,22 +73,22 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
         metavar="fineweb|llmkit|FILE.toml",
         reads=True,
     )
-    only: tuple[str, ...] = option((), "The only steps to take.", group="Recipe", metavar="STEP,...")
-    skip: tuple[str, ...] = option((), "Steps to leave out.", group="Recipe", metavar="STEP,...")
+    only: tuple[str, ...] = option((), "Steps to run; all others are skipped.", group="Recipe", metavar="STEP,...")
+    skip: tuple[str, ...] = option((), "Steps to skip.", group="Recipe", metavar="STEP,...")
     language: tuple[str, ...] = option((), "Languages to keep, or all [en].", group="Recipe", metavar="en[,de]|all")
     extractor: str | None = option(
-        None, "Extractor of the main text [model].", group="Recipe", choices=("model", "fast", "trafilatura")
+        None, "Main-text extractor [model].", group="Recipe", choices=("model", "fast", "trafilatura")
     )
     blocklist: tuple[str, ...] = option(
         (),
-        "Hosts file, list or UT1 folder of addresses to drop; repeatable.",
+        "URLs to drop: a hosts file, a list or a UT1 folder; repeatable.",
         group="Recipe",
         metavar="PATH",
         reads=True,
     )
     classifier: tuple[str, ...] = option(
         (),
-        "fastText model and the probability of LABEL in a text to keep: at least (>=) or below (<) SCORE; repeatable.",
+        "fastText model, and the probability of LABEL that keeps a text: >= SCORE or < SCORE; repeatable.",
         group="Recipe",
         metavar="MODEL.bin:LABEL>=SCORE",
     )
@@ -100,19 +100,19 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
         reads=True,
     )
     on_match: str | None = option(
-        None, "Treatment of a document that matches --not-in [drop].", group="Recipe", choices=("drop", "redact")
+        None, "Action for a document that matches --not-in [drop].", group="Recipe", choices=("drop", "redact")
     )
-    rejects: str | None = option(None, "Dropped records, with their reasons.", group="Reports", metavar="FILE")
+    rejects: str | None = option(None, "Output file of dropped records and reasons.", group="Reports", metavar="FILE")
     explain: str | None = option(
-        None, "Page to explain: what each step makes of it; nothing is written.", group="Reports", metavar="URL"
+        None, "Page to trace through every step; nothing is written.", group="Reports", metavar="URL"
     )
-    workers: int | None = option(None, "Processes [all cores].", group="Running", at_least=1)
-    engine: str = option("local", "Scheduler of the processes.", group="Running", choices=("local", "ray"))
+    workers: int | None = option(None, "Worker processes [all cores].", group="Running", at_least=1)
+    engine: str = option("local", "Scheduler of the worker processes.", group="Running", choices=("local", "ray"))
     spill: str | None = option(
-        None, "Folder for the index of duplicates [in memory].", group="Running", metavar="FOLDER"
+        None, "Folder for the deduplication index [in memory].", group="Running", metavar="FOLDER"
     )
     strict: bool = option(
-        False, "Stop at the first bad file or record, instead of skipping and counting it.", group="Running", free=True
+        False, "Stop at the first bad file or record instead of skipping it.", group="Running", free=True
     )
     resume: bool = option(False, "Resume a killed run.", group="Running")
     seed: None = None  # of the common options: nothing is random

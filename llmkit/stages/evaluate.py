@@ -51,39 +51,39 @@ class EvaluateConfig(CommonConfig, DecodingConfig, BackendConfig, ToolConfig, Se
           llmkit evaluate base/ --core eval_bundle/ -o core.json --resume
           llmkit evaluate policy/ --tasks problems.jsonl --chat --fail-under problems=0.2
 
-        A task is a name (--tasks help lists them) whose data lies in --data-dir, NAME=FILE, a FILE.toml of your own,
-        or a FILE of items: {"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context",
+        A task is a name (--tasks help lists them) with its data in --data-dir, NAME=FILE, a FILE.toml of your own, or
+        a FILE of items: {"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context",
         "continuation"}, {"text"}, or problems {"prompt", "answer"}, judged by the verifiers of llmkit rl.
-        The table goes to stderr; the scores, as JSON, to stdout or --out. Prompts and scores are those of
-        lm-evaluation-harness (docs/evaluate.md).
+        A table goes to stderr, the scores as JSON to stdout or --out. Prompts and scores match lm-evaluation-harness
+        (docs/evaluate.md).
     """
     following: ClassVar[str] = "llmkit report base/ scores.json -o report.html"
 
-    models: tuple[str, ...] = argument("Model folders, ours or Hugging Face's.", metavar="MODEL...")
-    tasks: tuple[str, ...] = option((), "Tasks and files of items.", metavar="TASK,...", reads=True)
+    models: tuple[str, ...] = argument("Model folders, from llmkit or Hugging Face.", metavar="MODEL...")
+    tasks: tuple[str, ...] = option((), "Tasks, or files of items.", metavar="TASK,...", reads=True)
     data_dir: str | None = option(None, "Folder of the tasks' data.", metavar="DIR", reads=True, free=True)
-    core: str | None = option(None, "Folder of CORE, of DCLM and nanochat.", metavar="BUNDLE", reads=True)
+    core: str | None = option(None, "Folder of the CORE benchmark of DCLM and nanochat.", metavar="BUNDLE", reads=True)
     dtype: str = option(
         "auto", "Precision; auto: bfloat16 on GPUs, else float32.", choices=("auto", "float32", "bfloat16")
     )
     resume: bool = option(False, "Resume a killed run of --out.", free=True)
-    report: str | None = option(None, "JSONL of all items: prompts, likelihoods, verdicts.", metavar="FILE", free=True)
+    report: str | None = option(None, "Output file of prompts, likelihoods and verdicts.", metavar="FILE", free=True)
     gates: tuple[str, ...] = option(
-        (), "Score under which the exit code is 3; repeatable.", flag="--fail-under", metavar="TASK=SCORE", free=True
+        (), "Minimum score, else exit code 3; repeatable.", flag="--fail-under", metavar="TASK=SCORE", free=True
     )
     trained_on: tuple[str, ...] = option(
-        (), "Training documents, or a model's; items that they hold are scored apart.", metavar="DOCS", reads=True
+        (), "Training documents, or a model's; items found there are scored apart.", metavar="DOCS", reads=True
     )
 
     few_shot: int | None = option(
-        None, "Examples before each item [the task's].", flag="--shots", group="Items", at_least=0, at_most=1000
+        None, "Few-shot examples [the task's].", flag="--shots", group="Items", at_least=0, at_most=1000
     )
-    chat: bool = option(False, "Items as turns of a conversation.", group="Items")
-    system: str | None = option(None, "System message, or text before all else.", group="Items")
+    chat: bool = option(False, "Ask items as chat messages.", group="Items")
+    system: str | None = option(None, "System message, or text before each prompt.", group="Items")
     samples: int = option(1, "Completions per item, for pass@k.", short="-n", group="Text", at_least=1, at_most=10**4)
     temperature: float = option(0.0, "Sampling temperature; 0 is greedy.", group="Text", at_least=0, at_most=100)
     max_tokens: int | None = option(
-        None, "Tokens of a completion [the task's].", group="Text", unit="count", at_least=1
+        None, "Maximum tokens of a completion [the task's].", group="Text", unit="count", at_least=1
     )
 
     def reads_stdin(self) -> bool:

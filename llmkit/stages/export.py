@@ -36,12 +36,12 @@ class ExportConfig(CommonConfig):
           llmkit export chat/ --format adapter -o adapter/
 
         gguf: one file for llama.cpp and programs built on it, with tokenizer and chat template. hf: a folder for
-        transformers and vLLM, in another precision or in shards. adapter: for PEFT, the LoRA adapter of
-        `llmkit sft --lora-rank R --keep-adapter`. --dtype auto keeps the folder's precision.
+        transformers and vLLM, in another precision or in shards. adapter: the LoRA adapter of `llmkit sft --lora-rank R
+        --keep-adapter`, for PEFT. --dtype auto keeps the folder's precision.
     """
     following: ClassVar[str] = 'llmkit sample chat-bf16/ -p "Hello, who are you?" --chat'
 
-    model: str = argument("Model folder, ours or one of Hugging Face's.", metavar="MODEL", default=None)
+    model: str = argument("Model folder, from llmkit or Hugging Face.", metavar="MODEL", default=None)
     format: str | None = option(None, "Output format [required].", choices=FORMATS)
     dtype: str = option(
         "auto",
@@ -49,7 +49,7 @@ class ExportConfig(CommonConfig):
         choices=("auto", "float32", "bfloat16", "float16", "q8_0"),
     )
     max_shard_size: int | None = option(
-        None, "Largest file of weights [5GB]; hf only.", unit="bytes", at_least=1, metavar="BYTES"
+        None, "Maximum size of a weight file [5GB]; hf only.", unit="bytes", at_least=1, metavar="BYTES"
     )
     limit: None = None  # of the common options: there are no records
     seed: None = None

@@ -74,46 +74,42 @@ class PretrainConfig(TrainingConfig, TaskConfig):
         None, "Tokenizer folder, from train-bpe [required without --from].", metavar="FOLDER", reads=True
     )
     model: str | None = option(
-        None, "Model folder to train further, with its own tokenizer.", flag="--from", metavar="MODEL", reads=True
+        None, "Model folder to train further, with its tokenizer.", flag="--from", metavar="MODEL", reads=True
     )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
     phase: tuple[str, ...] = option(
-        (), "Shares of the inputs from START (0 to 1) of the run on; repeatable.", metavar="START:NAME=SHARE,..."
+        (),
+        "Input shares from START, a fraction of the run (0 to 1), onward; repeatable.",
+        metavar="START:NAME=SHARE,...",
     )
 
-    depth: int | None = option(None, "Transformer layers; width and the rest follow.", group="Model", at_least=1)
+    depth: int | None = option(None, "Transformer layers; sets width and the rest.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
     num_attention_heads: int | None = option(None, "Query heads [width / 64].", group="Model", at_least=1)
     num_key_value_heads: int | None = option(None, "Key and value heads [query heads].", group="Model", at_least=1)
-    sequence_length: int | None = option(None, "Tokens of context [by the plan].", group="Model", at_least=8)
+    sequence_length: int | None = option(None, "Context length in tokens [planned].", group="Model", at_least=8)
     tie_word_embeddings: bool = option(False, "Embedding shared with the output head.", group="Model")
 
-    tokens: int | None = option(None, "Training tokens in all.", group="Horizon", unit="count", at_least=1)
-    flops: float | None = option(None, "FLOPs of training in all.", group="Horizon", unit="count", above=0)
+    tokens: int | None = option(None, "Total training tokens.", group="Horizon", unit="count", at_least=1)
+    flops: float | None = option(None, "Total training FLOPs.", group="Horizon", unit="count", above=0)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     max_steps: int | None = option(None, "Optimizer steps.", group="Horizon", unit="count", at_least=1)
     epochs: float | None = option(None, "Passes over the tokens [1 with --from].", group="Horizon", above=0)
 
-    batch_tokens: int | None = option(
-        None, "Tokens per step [by the plan].", group="Training", unit="count", at_least=8
-    )
-    micro_batch_size: int | None = option(
-        None, "Sequences in one forward pass [by the plan].", group="Training", at_least=1
-    )
+    batch_tokens: int | None = option(None, "Tokens per step [planned].", group="Training", unit="count", at_least=8)
+    micro_batch_size: int | None = option(None, "Sequences per forward pass [planned].", group="Training", at_least=1)
     learning_rate: float | None = option(
         None,
-        "Muon learning rate of the matrices, AdamW's of the output head a quarter of it; with --from, AdamW's of all "
-        "parameters [by the plan].",
+        "Muon learning rate of the matrices; AdamW trains the output head at a quarter of it. With --from, AdamW "
+        "learning rate of all parameters [planned].",
         group="Training",
         above=0,
         at_most=10,
     )
     weight_decay: float | None = option(
-        None, "Weight decay of the matrices [by the plan].", group="Training", at_least=0, at_most=MOST_DECAY
+        None, "Weight decay of the matrices [planned].", group="Training", at_least=0, at_most=MOST_DECAY
     )
-    warmup_steps: int | None = option(
-        None, "Steps of learning-rate warm-up [by the plan].", group="Training", at_least=0
-    )
+    warmup_steps: int | None = option(None, "Learning-rate warm-up steps [planned].", group="Training", at_least=0)
     prompt: str = option("The", "Prompt of the samples.", group="Log", free=True)
 
     def reads_stdin(self) -> bool:

@@ -56,23 +56,21 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
           llmkit probe-knowledge chat/ --questions squad.json.gz | jq -r .known | sort | uniq -c
 
         Each question is asked --samples times, without its passage, and each answer is judged right, wrong or evasive
-        (empty, "I don't know", the question again). A question is known if two thirds of its answers are right, and
+        (empty, "I don't know", the question repeated). A question is known if two thirds of its answers are right, and
         mixed if fewer are. With no right answer it is unknown if two thirds are wrong, else evasive. The output is
-        conversations for sft: a refusal of each unknown question, the answer to each known one.
-        --questions: {"question", "answer"}, SQuAD's JSON and others. --passages: documents; questions are made from
-        their sentences, by patterns of English or by --writer. --writer and --judge take an assistant's folder or
-        a model behind an OpenAI-compatible server; --dry-run shows their prompts. More: docs/probe-knowledge.md.
+        conversations for sft: a refusal for each unknown question, the answer for each known one.
+        --questions takes {"question", "answer"}, SQuAD's JSON and others. --passages takes documents; questions are
+        made from their sentences, by patterns for English or by --writer. --writer and --judge take an assistant's
+        folder or a model on an OpenAI-compatible server; --dry-run shows their prompts (docs/probe-knowledge.md).
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl:0.9 --data refusals.jsonl:0.1 -o chat2/"
 
     model: str | None = argument(
-        "Assistant's folder; with --engine: for its tokenizer, or left out.", metavar="MODEL", default=None
+        "Assistant's folder; with --engine, optional and used for its tokenizer only.", metavar="MODEL", default=None
     )
     questions: tuple[str, ...] = option((), "Questions with answers; repeatable [stdin].", metavar="FILE", reads=True)
     passages: tuple[str, ...] = option((), "Documents to make questions from; repeatable.", metavar="FILE", reads=True)
-    report: str | None = option(
-        None, "File for every question with its answers and verdicts.", metavar="FILE", free=True
-    )
+    report: str | None = option(None, "Output file of questions, answers and verdicts.", metavar="FILE", free=True)
     recite: str | None = option(
         None, "Documents to test for memorisation, instead of questions.", metavar="FILE", reads=True
     )
@@ -82,29 +80,29 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
         "Precision; auto: bfloat16 on GPUs, else float32; int8: on CPUs.",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
-    batch_size: int = option(16, "Answers generated at a time.", at_least=1, at_most=4096, free=True)
+    batch_size: int = option(16, "Answers generated in parallel.", at_least=1, at_most=4096, free=True)
     resume: bool = option(False, "Resume a killed run.", free=True)
 
-    max_passages: int = option(200, "With --passages: passages to sample, at most.", group="Questions", at_least=1)
-    per_passage: int = option(3, "With --passages: questions per passage, at most.", group="Questions", at_least=1)
+    max_passages: int = option(200, "With --passages: maximum passages to sample.", group="Questions", at_least=1)
+    per_passage: int = option(3, "With --passages: maximum questions per passage.", group="Questions", at_least=1)
     writer: str | None = option(
-        None, "Writer of the questions [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
+        None, "Question-writing model [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
     )
 
     samples: int = option(5, "Answers per question.", short="-n", group="Answers", at_least=1, at_most=10**6)
-    max_tokens: int | None = option(64, "Tokens of an answer.", group="Answers", unit="count", at_least=1)
+    max_tokens: int | None = option(64, "Maximum tokens of an answer.", group="Answers", unit="count", at_least=1)
     temperature: float = option(0.8, "Sampling temperature.", group="Answers", at_least=0, at_most=100)
 
     judge: str = option(
         "match",
-        "Judge of the answers: their words, or a model.",
+        "Judge of the answers: word matching or a model.",
         group="Judge",
         metavar="match|MODEL|openai:URL#NAME",
         reads=True,
     )
     balance: float | None = option(
         1.0,
-        "Known questions for each unknown one, the rest left out; none: all questions.",
+        "Known questions to keep per unknown one; none: all questions.",
         group="Lessons",
         above=0,
         free=True,

@@ -26,15 +26,16 @@ class ReportConfig(CommonConfig):
           llmkit report base.partial/ -o now.html --force
           llmkit report seed1/chat seed2/chat --json | jq '.trainings[].charts[].lines[] | [.name, .label, .last]'
 
-        RUN is a folder of a tokenizer, model or judge, finished or not; a folder of such folders; a file of documents,
-        conversations or completions, or a probe's report, with its manifest beside it; evaluation.json; report.json.
+        RUN is the folder of a tokenizer, model or judge, finished or not; a folder of such folders; a file of
+        documents, conversations or completions, or a probe's report, next to its manifest; evaluation.json;
+        report.json.
     """
     following: ClassVar[str] = "llmkit report base/ --json | jq .runs"
 
-    runs: tuple[str, ...] = argument("Run folders, and files that stages have written.", metavar="RUN...")
+    runs: tuple[str, ...] = argument("Run folders, and output files of stages.", metavar="RUN...")
     title: str = option("What every stage did", "Heading of the page.")
-    records: int = option(40, "Records shown of each file.", at_least=2, at_most=100_000)
-    json: bool = option(False, "Figures as one JSON object, instead of the page.")
+    records: int = option(40, "Records to show from each file.", at_least=2, at_most=100_000)
+    json: bool = option(False, "Figures as one JSON object instead of the page.")
     seed: None = None  # of the common options: nothing is random
 
     def reads_stdin(self) -> bool:

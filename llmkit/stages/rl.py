@@ -57,9 +57,9 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
           llmkit rl chat/ --data problems.jsonl --engine openai:http://localhost:8000/v1#chat -o policy/
           jq -c 'select(.reward == 1)' policy/rollouts.jsonl | llmkit sft chat/ --data - -o better/
 
-        A problem is {"prompt", "answer"}; also question, solution, messages, GSM8K's ####. Rewards, with weights:
-        verifier, rm:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX, length (docs/rewards.md). rollouts.jsonl
-        records every attempt with its reward.
+        A problem is {"prompt", "answer"}; question, solution, messages and GSM8K's #### are read as well. Rewards are
+        verifier, rm:FOLDER, cmd:COMMAND, py:FILE.py:FUNCTION, format:REGEX and length (docs/rewards.md). rollouts.jsonl
+        has every rollout with its reward.
     """
     following: ClassVar[str] = "llmkit sample policy/ --chat"
 
@@ -70,26 +70,26 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
 
     algo: str = option(
         "grpo",
-        "Advantage and loss.",
+        "Algorithm: advantage and loss.",
         group="Algorithm",
         choices=("grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "gspo"),
     )
-    updates: int = option(1, "Updates per step, on the same attempts.", group="Algorithm", at_least=1, at_most=100)
+    updates: int = option(1, "Updates per step, on the same rollouts.", group="Algorithm", at_least=1, at_most=100)
     kl_coef: float | None = option(
         None, "KL coefficient [0; 0.05 with rm:].", group="Algorithm", at_least=0, at_most=1000
     )
 
-    group: int = option(8, "Attempts per problem.", group="Attempts", at_least=1, at_most=4096)
+    group: int = option(8, "Rollouts per problem.", group="Attempts", at_least=1, at_most=4096)
     batch_size: int = option(16, "Problems per step.", group="Attempts", at_least=1)
     max_tokens: int | None = option(
-        None, "Tokens per attempt [by the data's answers, at least 256].", group="Attempts", unit="count", at_least=1
+        None, "Tokens per rollout [by the data's answers, at least 256].", group="Attempts", unit="count", at_least=1
     )
     temperature: float = option(1.0, "Sampling temperature.", group="Attempts", at_least=0.05, at_most=10)
-    stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Attempts", metavar="TEXT")
+    stop: tuple[str, ...] = option((), "Stop sequence; repeatable.", group="Attempts", metavar="TEXT")
     system: str | None = option(None, "System message for problems without one.", group="Attempts")
 
     max_kl: float | None = option(
-        None, "KL from MODEL at which the run ends, in nats per attempt.", group="Watch", above=0, free=True
+        None, "KL from MODEL that ends the run, in nats per rollout.", group="Watch", above=0, free=True
     )
     eval_samples: int = option(1, "Samples per held-out problem; with 1, greedy decoding.", group="Watch", at_least=1)
 

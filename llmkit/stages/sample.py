@@ -54,45 +54,47 @@ class SampleConfig(RecordsConfig, CommonConfig, DecodingConfig, BackendConfig, T
           llmkit sample --engine openai:http://localhost:8000/v1#qwen --jsonl prompts.jsonl -o completions.jsonl
 
         The prompt is -p, or all of stdin as plain text without its final newline; an empty prompt starts from the
-        model's beginning token. The continuation goes to stdout; several have headings such as ==> 1/3 <==.
-        --jsonl reads {"prompt", ...}, or {"messages"}, {"question"} ... for the assistant to answer, adds completion,
-        token_ids, finish_reason and seed, in the order of the input; -n 3 writes three lines per record, with
-        `sample` 0 to 2. A record may have its own seed. --resume keeps the records of OUT.state and makes the rest.
-        --tools runs the tool calls that the model writes, and shows it the results.
-        The same prompt and seed give the same text, whatever else is in the batch (exactly so in float32 and int8 on
-        a CPU); a repeated prompt gets another seed, which the output names.
-        --engine openai:URL#NAME: an OpenAI-compatible server generates. With MODEL, prompts are made here, as token
-        ids, by its tokenizer and chat format; without, the server gets text and messages (docs/serving.md).
+        model's beginning-of-text token. The continuation goes to stdout; several get headings such as ==> 1/3 <==.
+        --jsonl reads {"prompt", ...}, or {"messages"}, {"question"} ... for an assistant to answer, and adds
+        completion, token_ids, finish_reason and seed, in input order; -n 3 writes three lines per record, with
+        `sample` 0 to 2. A record may have its own seed. --resume keeps the records in OUT.state and generates the
+        rest. --tools runs the model's tool calls and shows it the results.
+        The same prompt and seed give the same text, whatever else is in the batch (exactly in float32 and int8 on
+        a CPU); a repeated prompt gets another seed, which the output records.
+        --engine openai:URL#NAME generates on an OpenAI-compatible server. With MODEL, its tokenizer and chat format
+        make the prompts, sent as token ids; without, the server gets text and messages (docs/serving.md).
     """
     following: ClassVar[str] = "llmkit sample base/ --jsonl < prompts.jsonl | jq -r .completion"
 
-    model: str | None = argument("Model folder, ours or one of Hugging Face's.", metavar="MODEL", default=None)
-    inputs: tuple[str, ...] = argument("With --jsonl: files of prompts, or - for stdin.", metavar="INPUT...")
+    model: str | None = argument("Model folder, from llmkit or Hugging Face.", metavar="MODEL", default=None)
+    inputs: tuple[str, ...] = argument("With --jsonl: prompt files, or - for stdin.", metavar="INPUT...")
     prompt: str | None = option(None, "Text to continue; with --chat: the first message.", short="-p")
-    jsonl: bool = option(False, "JSONL in and out: records with prompts, then with completions.")
-    chat: bool = option(False, "Conversation on the terminal, or with a turn on each line of stdin.")
+    jsonl: bool = option(False, "Read prompts and write completions as JSONL.")
+    chat: bool = option(False, "Chat on the terminal, or with one message per line of stdin.")
     system: str | None = option(None, "With --chat: the system message.")
     shots: str | None = option(
         None,
-        "For base models: few-shot examples (prompt and completion), or built-in ones of an assistant.",
+        "For base models: few-shot examples (prompt and completion), or built-in assistant ones.",
         metavar="FILE|assistant",
         free=True,
         reads=True,
     )
 
     resume: bool = option(False, "With --jsonl: resume a killed run.", free=True)
-    logprobs: bool = option(False, "With --jsonl: log-probabilities of the tokens, before and after truncation.")
+    logprobs: bool = option(
+        False, "With --jsonl: log-probabilities of the tokens, before and after top-k, top-p and min-p."
+    )
 
     samples: int = option(1, "Completions per prompt.", short="-n", group="Text", at_least=1, at_most=10**6)
     max_tokens: int | None = option(
-        256, "Tokens of a continuation; none: up to the model's context.", group="Text", unit="count", at_least=1
+        256, "Maximum tokens of a completion; none: up to the model's context.", group="Text", unit="count", at_least=1
     )
-    stop: tuple[str, ...] = option((), "Stop string; repeatable.", group="Text", metavar="TEXT")
+    stop: tuple[str, ...] = option((), "Stop sequence; repeatable.", group="Text", metavar="TEXT")
     temperature: float = option(0.8, "Sampling temperature; 0 is greedy.", group="Text", at_least=0, at_most=100)
-    top_k: int | None = option(None, "Top-k sampling: number of likeliest tokens.", group="Text", at_least=1)
+    top_k: int | None = option(None, "Top-k sampling: number of most probable tokens.", group="Text", at_least=1)
     top_p: float | None = option(None, "Nucleus sampling: cumulative probability.", group="Text", above=0, at_most=1)
     min_p: float | None = option(
-        None, "Least probability of a token, as a fraction of the likeliest one's.", group="Text", at_least=0, at_most=1
+        None, "Min-p sampling: minimum probability, as a fraction of the highest.", group="Text", at_least=0, at_most=1
     )
 
     def __post_init__(self) -> None:

@@ -36,27 +36,26 @@ class ServeConfig(DecodingConfig, ToolConfig, CommonConfig):
           llmkit serve policy/ --tools calc,python --collect judged.jsonl --guide guide.md
           llmkit serve chat/ --host 0.0.0.0 --api-key-file keys.txt
 
-        OpenAI's protocol at http://127.0.0.1:8000/v1, for every program that speaks it, and a page to talk to the
-        models at http://127.0.0.1:8000 (docs/serve.md). A model is asked for by the name of its folder. The same
-        prompt and seed give the text of llmkit sample, however many ask at once (exactly so in float32 and int8 on a
-        CPU). SIGTERM and Ctrl-C finish what runs.
+        The API is at http://127.0.0.1:8000/v1 and the chat page at http://127.0.0.1:8000 (docs/serve.md). A model is
+        named after its folder. The same prompt and seed give the same text as llmkit sample, whatever the load
+        (exactly in float32 and int8 on a CPU). SIGTERM and Ctrl-C let running requests finish.
     """
     following: ClassVar[str] = "llmkit sample --engine openai:http://127.0.0.1:8000/v1#chat -p 'Once upon a time'"
 
-    models: tuple[str, ...] = argument("Model folders, ours or Hugging Face's.", metavar="MODEL...")
-    host: str = option("127.0.0.1", "Address to listen on; others than this machine's need a key.", metavar="HOST")
-    port: int = option(8000, "Port; 0: a free one.", at_least=0, at_most=65535)
-    api_key_file: str | None = option(
-        None, "File of the keys that requests need, one a line.", metavar="FILE", reads=True
+    models: tuple[str, ...] = argument("Model folders, from llmkit or Hugging Face.", metavar="MODEL...")
+    host: str = option(
+        "127.0.0.1", "Address to listen on; one that other machines can reach needs --api-key-file.", metavar="HOST"
     )
+    port: int = option(8000, "Port; 0: any free port.", at_least=0, at_most=65535)
+    api_key_file: str | None = option(None, "File of accepted API keys, one per line.", metavar="FILE", reads=True)
     allow_origin: tuple[str, ...] = option(
-        (), "Site whose pages may send requests, such as https://app.example; repeatable.", metavar="ORIGIN"
+        (), "Origin allowed to send requests (CORS), such as https://app.example; repeatable.", metavar="ORIGIN"
     )
-    collect: str | None = option(None, "JSONL of people's judgements, as two files beside it.", metavar="FILE")
-    guide: str | None = option(None, "Markdown that tells labellers how to judge.", metavar="FILE", reads=True)
-    queue: int = option(256, "Requests of a model that may wait; others get 429.", at_least=0)
-    timeout: float = option(600, "Longest request.", unit="duration", above=0, free=True)
-    seed: int = option(0, "Random seed of requests without one.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
+    collect: str | None = option(None, "Base name of the two JSONL files for people's judgements.", metavar="FILE")
+    guide: str | None = option(None, "Markdown instructions for the people who judge.", metavar="FILE", reads=True)
+    queue: int = option(256, "Maximum number of waiting requests per model; more get status 429.", at_least=0)
+    timeout: float = option(600, "Timeout of a request.", unit="duration", above=0, free=True)
+    seed: int = option(0, "Random seed for requests without one.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
     out: None = None  # of the common options: there is no output
     limit: None = None
     force: None = None

@@ -70,13 +70,12 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
           llmkit sft base/ --data chats.jsonl --lora-rank 16 --keep-adapter -o chat/
           llmkit sft chat/ --data prefs.jsonl --loss dpo --beta 0.1 --val held-out.jsonl -o policy/
 
-        A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or
-        {"text"}, which is trained on whole; a file is JSONL or one JSON array, plain, gzip or zstd. The loss
-        covers the assistant's words, its tool calls and the end-of-turn token, with --loss answer without its
-        thoughts; a message's "weight": 0 leaves it out. A FILE's weight is its share of the training tokens; without
-        weights a file counts by its size.
-        dpo, ipo, kto, orpo and simpo learn from preferences instead, as train-reward reads them, and kto from answers
-        with a "label", too (docs/preferences.md).
+        A record is {"messages": [{"role", "content"}]}, {"prompt", "completion"}, Alpaca's, ShareGPT's, or {"text"},
+        which is trained on in full; a file is JSONL or one JSON array, plain, gzip or zstd. The loss covers the
+        assistant's text, tool calls and end-of-turn tokens; --loss answer leaves out its thinking, and "weight": 0
+        leaves out a message. A FILE's weight is its share of the training tokens; without weights, files count by
+        size. --loss dpo, ipo, kto, orpo and simpo train on preferences, in the formats of train-reward; kto also reads
+        answers with a "label" (docs/preferences.md).
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'
 
@@ -86,14 +85,14 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
 
     loss: str = option(
         "assistant",
-        "Tokens in the loss, or a loss of preferences.",
+        "Tokens in the loss, or a preference loss.",
         group="Data",
         choices=CONVERSATION_LOSSES + PREFERENCE_LOSSES,
     )
     on_long: str = option(
         "truncate",
-        "Treatment of what is longer than the context; truncate cuts conversations after a turn that fits, and "
-        "prompts of comparisons at their beginning. Documents are always split.",
+        "Action for records longer than the context; truncate keeps the turns of a conversation that fit, and the end "
+        "of a comparison's prompt. Documents are always split.",
         group="Data",
         choices=("truncate", "drop", "split", "error"),
     )
@@ -104,20 +103,20 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
         metavar="FILE",
         reads=True,
     )
-    sequence_length: int | None = option(None, "Tokens of a row [the model's context].", group="Data", at_least=8)
+    sequence_length: int | None = option(None, "Tokens per row [the model's context].", group="Data", at_least=8)
     identity: str | None = option(
         None,
-        "Name and maker that the assistant learns to give; their weight, where all data have 1 [0.1].",
+        "Name and maker that the assistant learns to state; WEIGHT is relative to all other data [0.1].",
         group="Data",
         metavar='"name=...;maker=...[:WEIGHT]"',
     )
     system: str | None = option(
-        None, "System message of conversations without one; `identity`: made of --identity.", group="Data"
+        None, "System message for conversations without one; `identity`: generated from --identity.", group="Data"
     )
-    keep_adapter: bool = option(False, "Copy of the adapter, in PEFT's format, beside the merged model.", group="LoRA")
+    keep_adapter: bool = option(False, "Save the adapter, in PEFT format, with the merged model.", group="LoRA")
 
     epochs: float | None = option(None, "Passes over the data [2].", group="Horizon", above=0)
-    tokens: int | None = option(None, "Training tokens in all.", group="Horizon", unit="count", at_least=1)
+    tokens: int | None = option(None, "Total training tokens.", group="Horizon", unit="count", at_least=1)
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
     patience: int | None = option(
         None,
@@ -127,7 +126,7 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
     )
 
     batch_tokens: int | None = option(
-        None, "Tokens per step [by the data].", group="Training", unit="count", at_least=8
+        None, "Tokens per step [by the size of the data].", group="Training", unit="count", at_least=8
     )
 
     prompt: tuple[str, ...] = option(PROMPTS, "Prompt of the samples; repeatable.", group="Log", free=True)

@@ -38,8 +38,8 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
         32768, "Vocabulary size, special tokens included; rounded up to a multiple of 64.", unit="count", at_most=2**24
     )
     pattern: str = option("qwen2", "Pre-tokenization pattern.", metavar="qwen2|llama3|gpt2|o200k|REGEX")
-    min_frequency: int = option(0, "Least frequency of a merged pair.", at_least=0)
-    limit_bytes: int | None = option(None, "Bytes of text to read, at most [all].", unit="bytes", at_least=1)
+    min_frequency: int = option(0, "Minimum frequency of a merged pair.", at_least=0)
+    limit_bytes: int | None = option(None, "Maximum number of bytes of text to read [all].", unit="bytes", at_least=1)
     compare: tuple[str, ...] = option((), "Tokenizer to compare with; repeatable.", metavar="PATH", reads=True)
     seed: None = None  # of the common options: nothing is random
 

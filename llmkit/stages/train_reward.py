@@ -42,37 +42,37 @@ class TrainRewardConfig(TuningConfig):
           llmkit train-reward --score judge/ --rank completions.jsonl | jq -c 'select(.rank == 1)'
           llmkit train-reward --score judge/ --val held-out.jsonl --fail-under 0.6
 
-        A record is {"prompt", "chosen", "rejected"}, optionally with their "margin"; two conversations with the same
-        beginning; a transcript of hh-rlhf; or {"prompt", "completions", "ranking"}, 1 for the best and equal ranks
-        for ties. Without --val, --val-fraction of the data is held out.
-        --score FOLDER is a filter: it reads {"prompt" or "messages", "completion"} and adds `reward`, in order.
+        A record is {"prompt", "chosen", "rejected"}, optionally with a "margin"; two conversations with the same
+        beginning; an hh-rlhf transcript; or {"prompt", "completions", "ranking"}, where 1 is best and ties have equal
+        ranks. Without --val, --val-fraction of the data is held out.
+        --score FOLDER is a filter: it reads {"prompt" or "messages", "completion"} and adds `reward`, in input order.
     """
     following: ClassVar[str] = "llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ -"
 
     inputs: tuple[str, ...] = argument(
-        "Model folder; with --score, files of completions or -.", metavar="MODEL|INPUT..."
+        "Model folder; with --score, files of completions, or - for stdin.", metavar="MODEL|INPUT..."
     )
     data: tuple[str, ...] = option((), "Preferences; repeatable [stdin].", metavar="FILE[:WEIGHT]", reads=True)
     val: tuple[str, ...] = option((), "Held-out preferences.", metavar="FILE", reads=True)
     score: str | None = option(
-        None, "Reward model to score completions with, instead of training one.", metavar="FOLDER", reads=True
+        None, "Reward model to score completions with instead of training one.", metavar="FOLDER", reads=True
     )
-    rank: bool = option(False, "With --score: completions sorted best first within each prompt, with ranks.")
+    rank: bool = option(False, "With --score: sort the completions of each prompt best first, and add their ranks.")
 
-    val_fraction: float = option(0.1, "Share held out where there is no --val.", group="Data", above=0, at_most=0.5)
+    val_fraction: float = option(0.1, "Share to hold out without --val.", group="Data", above=0, at_most=0.5)
     on_long: str = option(
         "truncate",
-        "Treatment of comparisons longer than the context; truncate drops the beginning of the prompt.",
+        "Action for comparisons longer than the context; truncate drops the beginning of the prompt.",
         group="Data",
         choices=("truncate", "drop", "error"),
     )
 
     ensemble: int = option(
-        1, "Heads of the ensemble; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64
+        1, "Number of heads; their spread is the uncertainty.", group="Judge", at_least=1, at_most=64
     )
     fail_under: float | None = option(
         None,
-        "Least accuracy on held-out preferences; exit code 3 below it.",
+        "Minimum accuracy on held-out preferences; exit code 3 below it.",
         group="Judge",
         at_least=0,
         at_most=1,

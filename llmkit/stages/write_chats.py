@@ -64,49 +64,47 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, DecodingConfig, ToolConfig):
           llmkit write-chats --guide guide.md --answer prompts.jsonl --writer assistant/ --samples 4 --judge judge/ \\
             --pairs prefs.jsonl -o chats.jsonl
 
-        The guide is in the writer's context. Prompts come from topics (one a line; the writer grows subtopics, people
-        and tasks), from seed tasks (new ones by examples), from documents (questions that they answer), or are given
-        (--answer). Every draft that is dropped has a reason and is counted; -n are kept. A killed run goes on with
-        --resume, to the same lines. What is asked, and what is dropped: docs/write-chats.md.
+        The writer has the guide in its context. Prompts come from topics (one per line; the writer expands them into
+        subtopics, people and tasks), seed tasks (few-shot examples for new ones), documents (questions that they
+        answer), or --answer. The run ends when -n conversations are kept; dropped drafts are counted by reason. A
+        killed run continues with --resume, to the same lines. Prompts and reasons: docs/write-chats.md.
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl -o chat/"
 
-    guide: str | None = option(None, "Labelling instructions, as text.", metavar="FILE", reads=True)
-    topics: tuple[str, ...] = option((), "Topics to write about, one a line; repeatable.", metavar="FILE", reads=True)
-    seeds: tuple[str, ...] = option((), "Tasks that new ones are modelled on; repeatable.", metavar="FILE", reads=True)
-    documents: tuple[str, ...] = option((), "Documents to ask about; repeatable.", metavar="FILE", reads=True)
+    guide: str | None = option(None, "Labelling instructions as a text file.", metavar="FILE", reads=True)
+    topics: tuple[str, ...] = option((), "Topics to write about, one per line; repeatable.", metavar="FILE", reads=True)
+    seeds: tuple[str, ...] = option((), "Seed tasks, examples for new ones; repeatable.", metavar="FILE", reads=True)
+    documents: tuple[str, ...] = option((), "Documents to ask questions about; repeatable.", metavar="FILE", reads=True)
     answer: tuple[str, ...] = option((), "Prompts to answer; repeatable.", metavar="FILE", reads=True)
     writer: str | None = option(
         None, "Model that writes both sides.", metavar="MODEL|openai:URL#NAME", reads=True, free=True
     )
     conversations: int | None = option(
-        None, "Conversations to keep [100; of --answer: all].", short="-n", unit="count", at_least=1, free=True
+        None, "Conversations to keep [100; all prompts of --answer].", short="-n", unit="count", at_least=1, free=True
     )
     budget: str | None = option(
         None,
-        "Tokens in and out, or money at prices per million tokens in and out, after which the run stops.",
+        "Token limit, or money limit with prices per million input and output tokens.",
         metavar="TOKENS|MONEY@IN,OUT",
         free=True,
     )
-    concurrency: int = option(8, "Requests to a server at a time.", group="Servers", at_least=1, at_most=999, free=True)
-    timeout: float = option(
-        120, "Longest wait for a server's reply.", group="Servers", unit="duration", above=0, free=True
-    )
+    concurrency: int = option(8, "Concurrent server requests.", group="Servers", at_least=1, at_most=999, free=True)
+    timeout: float = option(120, "Timeout of a server request.", group="Servers", unit="duration", above=0, free=True)
     resume: bool = option(False, "Resume a killed run.", free=True)
 
-    turns: int = option(1, "Messages of the person in a conversation, at most.", group="Text", at_least=1, at_most=100)
+    turns: int = option(1, "Maximum user messages per conversation.", group="Text", at_least=1, at_most=100)
     mix: tuple[str, ...] = option(
         (),
-        "Shares of conversations with the guide in the assistant's context [1], a system message [0.2], steps before "
-        "answers [0], tools [1], and a request to be refused [0].",
+        "Shares of conversations with the guide in the assistant's context [1], a system message [0.2], thinking "
+        "before answers [0], tools [1], and a request to be refused [0].",
         group="Text",
         metavar="guide|system|thinking|tools|refusals=SHARE,...",
     )
     language: tuple[str, ...] = option(
-        (), "Languages of conversations [the writer's].", group="Text", metavar="en[,de]"
+        (), "Languages of the conversations [the writer's choice].", group="Text", metavar="en[,de]"
     )
-    samples: int = option(1, "Answers to the last message, of which the best is kept.", group="Text", at_least=1)
-    max_tokens: int | None = option(1024, "Tokens of a message.", group="Text", unit="count", at_least=1)
+    samples: int = option(1, "Answers sampled for the last message; the best is kept.", group="Text", at_least=1)
+    max_tokens: int | None = option(1024, "Maximum tokens of a message.", group="Text", unit="count", at_least=1)
     temperature: float = option(1.0, "Sampling temperature.", group="Text", at_least=0, at_most=100)
 
     judge: str | None = option(
@@ -117,12 +115,12 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, DecodingConfig, ToolConfig):
         reads=True,
         free=True,
     )
-    fail_below: float | None = option(None, "Least score of the judge.", group="Keep")
+    fail_below: float | None = option(None, "Minimum score from the judge.", group="Keep")
     not_in: tuple[str, ...] = option(
         (), "Evaluation items that no conversation may contain; repeatable.", group="Keep", metavar="FILE", reads=True
     )
     pairs: str | None = option(
-        None, "File for the best and the worst answer, as preferences.", group="Keep", metavar="FILE", free=True
+        None, "Output file for preferences: the best and the worst answer.", group="Keep", metavar="FILE", free=True
     )
 
     def reads_stdin(self) -> bool:
