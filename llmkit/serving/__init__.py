@@ -1,1 +1,1 @@
-"""Models behind HTTP: OpenAI's protocol, one page, and people's judgements."""
+"""An HTTP server for models: OpenAI's API, a web page, and human feedback."""

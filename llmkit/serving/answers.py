@@ -1,4 +1,4 @@
-"""Answers to requests for completions in the form of OpenAI's API: whole, or as the chunks of a stream."""
+"""Completions in the format of OpenAI's API: as one response, or as the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llmkit.serving.engine import Delta, Job
 from llmkit.serving.models import Prompt, ServedModel
 from llmkit.serving.protocol import ChatBody, CompletionBody
 
-LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's value for tokens that are very unlikely
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's value for very unlikely tokens
 
 
 class ThinkSplitter:
-    """Splits text that comes in pieces into thoughts, between <think> and </think>, and the answer.
+    """Splits streamed text into reasoning, between <think> and </think>, and the answer.
 
     >>> splitter = ThinkSplitter()
     >>> splitter.push("<thi"), splitter.push("nk>\\nTwo and two.\\n</think>\\n\\nFo"), splitter.push("", last=True)
@@ -32,13 +32,13 @@ class ThinkSplitter:
         self._thinking, self._rest, self._after_tag = thinking, "", thinking
 
     def push(self, text: str, last: bool = False) -> tuple[str, str]:
-        """Return what is certain to be thought, and what answer; the rest waits for more text unless it is the last."""
+        """Return the new (reasoning, answer). A possible start of a tag is held back until more text or `last`."""
         split = {True: "", False: ""}
         self._rest += text
         while True:
             tag = "</think>" if self._thinking else "<think>"
             before, found, after = self._rest.partition(tag)
-            if not found and not last:  # an end that may begin the tag
+            if not found and not last:  # hold back a possible start of the tag
                 cut = len(before) - max(size for size in range(len(tag)) if before.endswith(tag[:size]))
                 cut = len(before[:cut].rstrip("\n")) if self._thinking else cut
                 before, after = before[:cut], before[cut:]
@@ -55,13 +55,13 @@ class ThinkSplitter:
 
 
 class Answer:
-    """The answer to a request: `whole` after all events, or `first_chunks`, `chunks` of each event, `last_chunks`."""
+    """The answer to a request: `whole` after all events; or `first_chunks`, `chunks` per event, `last_chunks`."""
 
     def __init__(
         self, model: ServedModel, body: ChatBody | CompletionBody, prompts: Sequence[Prompt], jobs: Sequence[Job]
     ) -> None:
         self._model, self._body, self._jobs, self._chat = model, body, jobs, isinstance(body, ChatBody)
-        self._first = {job: body.n * number for number, job in enumerate(jobs)}  # choice of each job
+        self._first = {job: body.n * number for number, job in enumerate(jobs)}  # index of each job's first choice
         self._splitters = [ThinkSplitter(prompt.thinking) for prompt in prompts for _ in range(body.n)]
         self._offsets: Counter[int] = Counter()  # into the text, by choice
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
@@ -77,13 +77,13 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens of prompts and of completions."""
+        """Token counts of prompts and completions."""
         prompt = sum(len(job.request.prompt) for job in self._jobs)
         completion = sum(sum(one.sampled) for job in self._jobs for one in job.completions)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def whole(self) -> dict[str, Any]:
-        """Return the answer, after all jobs."""
+        """Return the response, after all jobs have ended."""
         choices = []
         for job in self._jobs:
             for index, completion in enumerate(job.completions, self._first[job]):
@@ -107,13 +107,13 @@ class Answer:
             parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
             if self._body.stop and completion.finish_reason == "stop" and parts[-1].kind == "text":
                 before = sum(len(part.text) for part in parts[:-1] if part.kind == "text")
-                last = parts[-1].text[: max(len(completion.text) - before, 0)]  # without what a stop string cuts off
+                last = parts[-1].text[: max(len(completion.text) - before, 0)]  # cut at the stop string
                 parts = (*parts[:-1], replace(parts[-1], text=last))
             message["content_parts"] = as_record([Message("assistant", parts)])[0]["content"]
         return message
 
     def _said(self, index: int, text: str, last: bool = False) -> dict[str, str]:
-        """Return what more text adds to a message, its thoughts apart."""
+        """Return the message fields that new text adds: reasoning, content."""
         reasoning, content = self._splitters[index].push(text, last)
         fields = {"reasoning_content": reasoning, "content": content}
         return {name: value for name, value in fields.items() if value}
@@ -121,12 +121,12 @@ class Answer:
     # ---- streams
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """Yield the chunks before all events: the roles of a chat."""
+        """Yield the chunks that precede all events: the roles in a chat."""
         for index in range(len(self._splitters) if self._chat else 0):
             yield self._chunk(index, delta={"role": "assistant", "content": ""})
 
     def chunks(self, job: Job, delta: Delta | None) -> Iterator[dict[str, Any]]:
-        """Yield the chunks of an event of the engine; None is the end of a job."""
+        """Yield the chunks of an engine event; None is the end of a job."""
         first = self._first[job]
         if delta is None:
             for index, completion in enumerate(job.completions, first):
@@ -160,7 +160,7 @@ class Answer:
         yield self._chunk(index, delta={}, finish_reason=reason)
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
-        """Yield the chunk after all events: the usage, if asked for."""
+        """Yield the chunk that follows all events: the usage, if requested."""
         if "usage" in self._fields:
             yield {**self._fields, "choices": [], "usage": self.usage}
 
@@ -170,7 +170,7 @@ class Answer:
     # ---- log-probabilities
 
     def _logprobs(self, index: int, parts: Sequence[Delta | Completion]) -> dict[str, Any] | None:
-        """Return tokens with log-probabilities and alternatives; None if the request asks for none."""
+        """Return tokens with log-probabilities and alternatives; None if they are not requested."""
         if self._body.alternatives is None:
             return None
         ids = [token for part in parts for token in part.token_ids]
@@ -200,7 +200,7 @@ class Answer:
             return None
         named: dict[str, float] = {}
         for token, logprob in top:
-            named.setdefault(self._token_name(token), logprob)  # of two tokens with one text the likelier
+            named.setdefault(self._token_name(token), logprob)  # of two tokens with the same text, the likelier
         return named
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class Answer:
 
 
 def tool_calls_of(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return calls that the client has to run, as OpenAI's `tool_calls`."""
+    """Return the calls that the client has to run, as OpenAI's `tool_calls`."""
     entries = []
     for call in calls:
         arguments = call["input"]
@@ -224,7 +224,7 @@ def tool_calls_of(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _finish_reason(completion: Completion) -> str:
-    """Return how a completion ends, in OpenAI's terms."""
+    """Return OpenAI's finish reason."""
     return {"tool_limit": "length", "no_tool": "stop"}.get(completion.finish_reason, completion.finish_reason)
 
 

@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's, those of vLLM for tokens, the page, and judgements; and who may use them."""
+"""The routes of the server: OpenAI's API, vLLM's token routes, the page, and judgements; and their access control."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from llmkit.serving.protocol import (
 )
 
 MAX_BODY = 8 << 20  # bytes
-BODY_SECONDS = 30.0  # for a body to arrive
+BODY_SECONDS = 30.0  # limit for a request body
 PAGE = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -48,14 +48,14 @@ PAGE_HEADERS = {
     "cache-control": "no-cache",
     "x-content-type-options": "nosniff",
 }
-STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would buffer the stream
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # otherwise nginx buffers the stream
 METRICS = (  # name, type, help
-    ("requests_total", "counter", "Requests answered."),
-    ("prompt_tokens_total", "counter", "Tokens of prompts."),
-    ("generation_tokens_total", "counter", "Tokens generated."),
-    ("requests_open", "gauge", "Requests that run or wait."),
-    ("slots", "gauge", "Sequences that can run at a time."),
-    ("time_to_first_token_seconds", "summary", "From a request to its first text."),
+    ("requests_total", "counter", "Completed requests."),
+    ("prompt_tokens_total", "counter", "Prompt tokens."),
+    ("generation_tokens_total", "counter", "Generated tokens."),
+    ("requests_open", "gauge", "Running and waiting requests."),
+    ("slots", "gauge", "Maximum number of concurrent sequences."),
+    ("time_to_first_token_seconds", "summary", "Time from request to first text."),
 )
 
 
@@ -63,9 +63,9 @@ METRICS = (  # name, type, help
 class Service:
     """The handlers of the routes.
 
-    slots    sequences of a model that run at a time
-    queue    requests of a model that may wait while all slots are taken
-    timeout  seconds that a request may take
+    slots    concurrent sequences per model
+    queue    requests per model that may wait for a slot
+    timeout  seconds per request
     """
 
     models: Sequence[ServedModel]
@@ -78,12 +78,12 @@ class Service:
     guide: str | None
 
     def __post_init__(self) -> None:
-        self._values: dict[str, Any] = defaultdict(Counter)  # by sample of METRICS and model
+        self._values: dict[str, Any] = defaultdict(Counter)  # by metric and model
         self._values["slots"].update({model.name: self.slots for model in self.models})
         self._open = self._values["requests_open"]
 
     def _model(self, name: str | None) -> ServedModel:
-        """Return the model that a request names; the only one for a request that names none."""
+        """Return the requested model; without a name, the only one."""
         if name is None and len(self.models) == 1:
             return self.models[0]
         for model in self.models:
@@ -92,7 +92,7 @@ class Service:
         names = ", ".join(model.name for model in self.models)
         if name is None:
             raise ApiError(f"'model': expected one of {names}", "model")
-        raise ApiError(f"there is no model {name!r}; there are {names}", "model", status=404, code="model_not_found")
+        raise ApiError(f"unknown model {name!r}; expected one of {names}", "model", status=404, code="model_not_found")
 
     # ---- completions
 
@@ -103,9 +103,9 @@ class Service:
         jobs = model.jobs(body, prompts)
         answer = Answer(model, body, prompts, jobs)
         if self._open[model.name] >= self.slots + self.queue:
-            message = f"too many open requests, {self.slots + self.queue} at most; try again"
+            message = f"too many open requests, at most {self.slots + self.queue}; try again"
             raise ApiError(message, status=429, code="too_many_requests")
-        self._open[model.name] += len(jobs)  # no await since the check
+        self._open[model.name] += len(jobs)  # atomic with the check: no await in between
         release = partial(self._release, model, jobs, answer)
         if body.stream:
             return _Stream(self._chunks(model, jobs, answer), release)
@@ -122,7 +122,7 @@ class Service:
             release()
 
     def _release(self, model: ServedModel, jobs: Sequence[Job], answer: Answer) -> None:
-        """Count a request that has ended, and let others wait in its place."""
+        """Count a finished request, and free its place in the queue."""
         self._open[model.name] -= len(jobs)
         if not all(job.completions for job in jobs):
             return
@@ -180,12 +180,12 @@ class Service:
     async def collect(self, request: Request) -> Response:
         body = await _read(request, JudgementBody)
         if self.judgements is None:
-            raise ApiError("this server collects no judgements; start it with --collect FILE.jsonl", status=404)
+            raise ApiError("this server does not collect judgements; start it with --collect FILE.jsonl", status=404)
         try:
             await run_in_threadpool(self.judgements.add, body, self._model(body.model))
         except OSError as error:
             reason = str(error.strerror or error).lower()
-            raise ApiError(f"the judgement is not saved: {reason}", status=507) from None
+            raise ApiError(f"the judgement was not saved: {reason}", status=507) from None
         return _json({"ok": True})
 
     async def show_guide(self, request: Request) -> Response:
@@ -204,7 +204,7 @@ class Service:
         return _json({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """Write counters in the text format of Prometheus."""
+        """Return metrics in Prometheus's text format."""
         lines = []
         for name, kind, description in METRICS:
             lines += [f"# HELP llmkit_{name} {description}", f"# TYPE llmkit_{name} {kind}"]
@@ -219,7 +219,7 @@ class Service:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; calls `release` at their end, and when the client disconnects, even before the first."""
+    """Server-sent events; calls `release` when they end or the client disconnects, even before the first event."""
 
     def __init__(self, chunks: AsyncIterator[bytes], release: Callable[[], None]) -> None:
         super().__init__(chunks, headers=STREAM_HEADERS, media_type="text/event-stream; charset=utf-8")
@@ -233,7 +233,7 @@ class _Stream(StreamingResponse):
 
 
 def build(service: Service, *, keys: Collection[bytes], hosts: Collection[str], origins: Collection[str]) -> ASGIApp:
-    """Return the application. `hosts` are the allowed values of the header Host; empty allows all."""
+    """Return the application. `hosts`: allowed values of the Host header; empty allows all."""
     routes = [Route(path, service.page) for path in PAGE]
     routes += [
         Route("/v1/chat/completions", partial(service.complete, schema=ChatBody), methods=["POST"]),
@@ -255,10 +255,10 @@ def build(service: Service, *, keys: Collection[bytes], hosts: Collection[str], 
 
 
 class Guard:
-    """Middleware that refuses requests with a wrong Host, from pages of other sites, and without a key.
+    """Middleware that refuses requests with a wrong Host, from pages of other sites, or without a key.
 
-    A page of another site can send requests to 127.0.0.1, also under a name of its own that resolves to it (DNS
-    rebinding). The browser's headers Host and Origin show both.
+    A page of another site can send requests to 127.0.0.1, directly or under a domain that resolves to it (DNS
+    rebinding). The Origin and Host headers reveal both.
     """
 
     def __init__(self, app: ASGIApp, keys: Collection[bytes], hosts: Collection[str], origins: Collection[str]) -> None:
@@ -273,22 +273,22 @@ class Guard:
     def _error(self, request: Request) -> ApiError | None:
         host, origin = (request.headers.get(name, "").lower() for name in ("host", "origin"))
         if self._hosts and re.sub(r":\d*$", "", host) not in self._hosts:
-            return ApiError("the header Host does not name this server; see --host", status=421)
+            return ApiError("the Host header does not name this server; see --host", status=421)
         if origin and origin.partition("://")[2] != host and not {origin, "*"} & set(self._origins):
             return ApiError("requests from pages of other sites are refused; see --allow-origin", status=403)
         if not self._keys or request.scope["path"] in {*PAGE, "/health"} or request.method == "OPTIONS":
             return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode() if scheme.lower() == "bearer" else b""
-        if not sum(hmac.compare_digest(given, known) for known in self._keys):  # all of them, in constant time
+        if not sum(hmac.compare_digest(given, known) for known in self._keys):  # all keys, in constant time
             message = "Incorrect API key provided" if given else "expected a key: Authorization: Bearer KEY"
             return ApiError(message, status=401, code="invalid_api_key")
         return None
 
 
 async def _read(request: Request, schema: type[AnyBody]) -> AnyBody:
-    """Read a body of JSON. Raises ApiError for one that is too large, too slow, or not of the schema."""
-    too_large = ApiError(f"expected a body of {MAX_BODY:,} bytes at most", status=413)
+    """Read a JSON body. Raises ApiError if it is too large, too slow, or does not match the schema."""
+    too_large = ApiError(f"expected a body of at most {MAX_BODY:,} bytes", status=413)
     if int(request.headers.get("content-length", 0)) > MAX_BODY:
         raise too_large
     data = bytearray()

@@ -1,8 +1,8 @@
-"""People's judgements of answers, as lines that `train-reward` and `sft` read as they are.
+"""Human judgements of answers, stored as JSONL that `train-reward` and `sft` read directly.
 
-`--collect judged.jsonl` makes two files, for no record is both: `judged.preferences.jsonl` has comparisons (a tie as
-two completions of equal rank) and an ideal answer before the one that it replaces; `judged.conversations.jsonl` has
-ideal answers, and answers with a thumb as `label`, of which sft leaves out the rejected.
+`--collect judged.jsonl` writes two files. `judged.preferences.jsonl` has comparisons (a tie as two completions of equal
+rank), and rewritten answers as chosen over the original ones. `judged.conversations.jsonl` has rewritten answers, and
+answers with a thumb as `label`; sft skips the rejected ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmkit.serving.protocol import ApiError, Body
 
 
 class JudgementBody(Body):
-    """`/collect`: one answer to `messages`, with a thumb or rewritten; or two, of which `better` is 0, 1 or a tie."""
+    """`/collect`: an answer to `messages` with a thumb or a rewrite; or two, where `better` is 0, 1 or None (a tie)."""
 
     kind: Literal["thumb", "comparison", "rewrite"]
     messages: list[dict[str, Any]]
@@ -57,20 +57,20 @@ class Judgements:
         )
         for file in (self.preferences, self.conversations):
             if file.exists() and not file.is_file():
-                raise UserError(f"--collect {path}: expected a file at {file}, found another thing")
+                raise UserError(f"--collect {path}: expected a file, found something else at {file}")
             if not os.access(file if file.exists() else file.parent, os.W_OK):
-                raise UserError(f"--collect {path}: expected a folder that can be written to, found none at {file}")
+                raise UserError(f"--collect {path}: cannot write to {file}")
 
     def add(self, body: JudgementBody, model: ServedModel) -> None:
-        """Append a judgement, as whole lines that are on the disk. Raises ApiError for wrong messages."""
+        """Append a judgement durably. Raises ApiError for invalid messages."""
         messages = messages_of(body.messages, "messages")
         sides = [messages_of([answer], "answers") for answer in body.answers]
         if len(sides) != 1 + (body.kind == "comparison") or any(side[0].role != "assistant" for side in sides):
-            raise ApiError("'answers': expected one message of the assistant's, two of a comparison", "answers")
+            raise ApiError("'answers': expected one assistant message, or two for a comparison", "answers")
         if messages[-1].role == "assistant":
-            raise ApiError("'messages': expected a last message that is not the assistant's", "messages")
+            raise ApiError("'messages': expected the last message not to be the assistant's", "messages")
         prompt, answers = as_record(messages), [as_record(side) for side in sides]
-        # the last answer alone is trained
+        # only the last answer is trained
         earlier = [{**entry, "weight": 0} if entry["role"] == "assistant" else entry for entry in prompt]
         records: list[tuple[Path, dict[str, Any]]] = []
         if body.kind == "thumb":
@@ -99,7 +99,7 @@ class Judgements:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a line durably, or nothing of it if the disk is full; a line before it is ended first."""
+    """Append a line durably, or nothing if the disk is full. First ends an unfinished last line."""
     with path.open("ab+", buffering=0) as handle:
         size = handle.seek(0, os.SEEK_END)
         if size:

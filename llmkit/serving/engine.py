@@ -1,10 +1,10 @@
-"""One thread that computes for all models of a server, and its queues to and from the event loop.
+"""The thread that runs all models of a server, and its queues to and from the event loop.
 
     engine = Engine({"chat": generator}, asyncio.get_running_loop())
     async for job, delta in engine.run("chat", [Job(request)], timeout=600): ...
 
-Requests join the running batch between two steps. A step is one token of every sequence of a model, so models take
-turns by steps. The results of a step go to the event loop in one call, however many clients wait for them.
+Continuous batching: requests join the running batch between two steps. A step generates one token of every sequence
+of a model; models take turns. The results of a step are passed to the event loop in one call, for all clients.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from llmkit.generation.next_token import likeliest
 from llmkit.generation.requests import Completion, Request
 from llmkit.serving.protocol import ApiError
 
-TOOL_POLL = 0.005  # seconds between looks at running tools while there is nothing to compute
-BEYOND_LIMITS = "'response_format': llguidance has met its limits; expected fewer alternatives or simpler patterns"
-SCORE_POSITIONS = 256  # of a prompt whose logits, V each, are in memory at a time
+TOOL_POLL = 0.005  # seconds between checks of running tools when there is nothing to compute
+BEYOND_LIMITS = "'response_format' exceeds the limits of llguidance; use fewer alternatives or simpler patterns"
+SCORE_POSITIONS = 256  # prompt positions whose logits (V each) are in memory at a time
 
 
 @dataclass
 class Delta:
-    """What a step adds to a sample: text, tokens where the job asks for them; or a call of a tool, or its result.
+    """What a step adds to a sample: text, and tokens if requested; or a tool call, or its result.
 
-    sample  of the job; None for its prompt, whose first token has no log-probability
-    call    of a tool, and `result` as the model sees it; None when the tool is called
+    sample  index within the job; None for the prompt, whose first token has no log-probability
+    call    a tool call; `result` is its result as the model sees it, or None when the call starts
     """
 
     sample: int | None
@@ -57,12 +57,12 @@ class Delta:
 class Job:
     """A request to the engine.
 
-    stream  whether to send text as it is decided
-    tokens  whether to send tokens with it
-    echo    the prompt, to stand before each sample
-    score   whether to add to `echo` tokens with log-probabilities and `request.top_logprobs` alternatives
+    stream  send text while it is generated
+    tokens  also send tokens
+    echo    the prompt, repeated before each sample
+    score   add the prompt's tokens to `echo`, with log-probabilities and `request.top_logprobs` alternatives
 
-    Set by the engine: `completions`; on the event loop `events`.
+    The engine thread sets `completions`, the event loop sets `events`.
     """
 
     request: Request
@@ -82,7 +82,7 @@ Event = tuple[Job | None, Delta | ApiError | None]  # None ends a job
 
 
 class _Worker:
-    """A model, its waiting jobs, and its running ones by their number in the pool."""
+    """A model, its waiting jobs, and its running jobs by their number in the pool."""
 
     def __init__(self, generator: Generator, outbox: list[Event], deliver: Callable[[], None]) -> None:
         self.generator, self._outbox, self._deliver = generator, outbox, deliver
@@ -98,7 +98,7 @@ class _Worker:
         return self.pool.busy or (bool(self.waiting) and self.pool.may_begin)
 
     def step(self) -> None:
-        """Start jobs in free slots, and generate a token of each sequence."""
+        """Start jobs in free slots, and generate one token of each sequence."""
         with self.generator.computing():
             self.pool.advance()
         self._send_running()
@@ -111,7 +111,7 @@ class _Worker:
             self._outbox.append((job, ApiError(BEYOND_LIMITS, "response_format") if is_cut else None))
 
     def fail(self, reason: str) -> None:
-        """Fail the running jobs; the waiting ones begin in a new pool."""
+        """Fail the running jobs; the waiting ones start in a new pool."""
         self._outbox += ((job, ApiError(reason, status=500)) for job in self.jobs.values())
         self.pool.close()
         self.reset()
@@ -129,9 +129,9 @@ class _Worker:
             if not self.waiting:
                 yield None
                 continue
-            self._send_running()  # first tokens do not wait for the prompts of others
+            self._send_running()  # so that first tokens need not wait for other prompts
             self._deliver()
-            job = self.jobs[number] = self.waiting.popleft()  # from here on a failure is the job's
+            job = self.jobs[number] = self.waiting.popleft()  # from here on an error fails this job
             if job.echo is not None:
                 if job.score:
                     self._score(job.echo, job.request)
@@ -141,13 +141,13 @@ class _Worker:
                 del self.jobs[number]
                 job.completions = [Completion("", [], "length", [], [], [], []) for _ in range(job.request.samples)]
                 self._outbox.append((job, None))
-                yield None  # other jobs have a step before the next prompt
+                yield None  # let other jobs run a step before the next prompt
                 continue
             number += 1
             yield job.request
 
     def _score(self, echo: Delta, request: Request) -> None:
-        """Add a prompt's tokens, their log-probabilities under softmax(logits), and alternatives to them."""
+        """Add a prompt's tokens, their log-probabilities under softmax(logits), and the top alternatives."""
         prompt, top = list(request.prompt), request.top_logprobs
         logprobs: list[float | None] = [None]
         top_logprobs: list[list[tuple[int, float]] | None] = [None]
@@ -177,7 +177,7 @@ class _Worker:
             self._send(self.jobs[sequence.index], sequence.sample, sequence)
 
     def _send(self, job: Job, sample: int, sequence: Any) -> None:
-        """Send a stream the text and tokens that a sequence or completion has since the last time."""
+        """Send the new text and tokens of a sequence or completion to its stream."""
         if not job.stream:
             return
         delta, new = Delta(sample, job.unsent.pop(sample, "")), slice(job.sent[sample], len(sequence.token_ids))
@@ -190,7 +190,7 @@ class _Worker:
 
 
 class Engine:
-    """The models of a server, by name. Its public methods belong to the thread of the event loop."""
+    """The models of a server, by name. Call its public methods only from the event loop's thread."""
 
     def __init__(self, generators: Mapping[str, Generator], loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._inbox = loop, SimpleQueue[Callable[[], object] | None]()  # None ends the thread
@@ -206,11 +206,11 @@ class Engine:
     ) -> AsyncGenerator[tuple[Job, Delta | None], None]:
         """Yield the events of jobs: the deltas of streams, and None at the end of each job.
 
-        Closing the generator cancels the jobs. Raises ApiError if one fails, or all take longer than `timeout` seconds.
+        Closing the generator cancels the jobs. Raises ApiError if one fails, or after `timeout` seconds.
         """
         worker, events, running = self._workers[model], asyncio.Queue[Event](), set(jobs)
         late = ApiError(
-            f"no whole answer within {timeout:g} s; ask for fewer tokens, or start the server with a longer --timeout",
+            f"no answer within {timeout:g} s; request fewer tokens, or start the server with a longer --timeout",
             status=504,
         )
         timer = self._loop.call_later(timeout, events.put_nowait, (None, late))
@@ -232,7 +232,7 @@ class Engine:
                 self._inbox.put(partial(worker.cancel, job))
 
     def close(self) -> None:
-        """End the thread after its step."""
+        """Stop the thread after the current step."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -243,11 +243,11 @@ class Engine:
             for worker in [one for one in self._workers.values() if one.waiting or not one.pool.idle]:
                 try:
                     worker.step()
-                except UserError as error:  # NaN among the weights, or a user's function that fails
+                except UserError as error:  # NaN in the weights, or a failed user function
                     worker.fail(str(error))
                 except Exception:
                     write_message(traceback.format_exc().rstrip("\n"))
-                    worker.fail("a bug in llmkit; its traceback is on the server's stderr")
+                    worker.fail("internal error; the traceback is on the server's stderr")
             self._deliver()
         for worker in self._workers.values():
             worker.pool.close()
@@ -261,7 +261,7 @@ class Engine:
                 self._loop.call_soon_threadsafe(_put, events)
 
     def _receive(self) -> bool:
-        """Run actions of the event loop, waiting for one while there is nothing to compute; return False to stop."""
+        """Run actions from the event loop; wait for one if there is nothing to compute. Return False to stop."""
         busy = any(worker.busy for worker in self._workers.values())
         idle = all(worker.pool.idle for worker in self._workers.values())
         timeout = 0 if busy else None if idle else TOOL_POLL

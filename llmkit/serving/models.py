@@ -1,4 +1,4 @@
-"""A served model: its tokens, prompts, and the jobs of a request."""
+"""A served model: its tokens, prompts, and the jobs for a request."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ MESSAGE_FIELDS = ("role", "content", "content_parts", "tool_calls", "tool_call_i
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as tokens.
+    """A tokenized prompt.
 
-    text      a completion's prompt as text, for `echo`
-    encoded   a conversation, with the tokens that sft trains
-    tools     functions that the client runs; None for the server's tools
-    constraint  what may be answered
-    thinking  whether the prompt opens a thought
+    text        the text of a completion's prompt, for `echo`
+    encoded     the conversation, with its tokens that sft trains
+    tools       functions that the client runs; None: the server's tools
+    thinking    the prompt ends in an open <think>
+    constraint  a grammar for the answer
     """
 
     token_ids: list[int]
@@ -52,23 +52,23 @@ class Prompt:
 
 
 class ServedModel:
-    """A generator that requests name by `name` (of its folder) or `path` (as given to the command)."""
+    """A generator; requests select it by `name` (of its folder) or `path` (as given to the command)."""
 
     def __init__(self, name: str, path: str, generator: Generator, seed: int = 0) -> None:
         self.name, self.path, self.generator, self.tokenizer = name, path, generator, generator.tokenizer
         self.context = generator.config.max_position_embeddings
         self.fingerprint = generator.identity.get("the model")
         self._created = int(time.time())
-        self._seeds = (seed_of_repeat(seed, number) for number in itertools.count(1))  # of requests without one
+        self._seeds = (seed_of_repeat(seed, number) for number in itertools.count(1))  # for requests without a seed
         self._template_lock = threading.Lock()
-        self._chats: dict[bool, ChatFormat] = {}  # by whether to think
+        self._chats: dict[bool, ChatFormat] = {}  # with thinking on or off
         self._bytes = self.tokenizer.token_bytes
-        # JSON of a prompt that leaves room in the context: 8 times its text, for escapes and what normalizers shorten
+        # the largest JSON of a prompt that can fit the context: 8 times its text, for escapes and normalizers
         self._most_bytes = None if self._bytes is None else 8 * self.context * max(map(len, self._bytes))
         self._specials = {token: text for text, token in self.tokenizer.specials.items()}
 
     def info(self) -> dict[str, Any]:
-        """Return the model's entry of `/v1/models`."""
+        """Return the model's entry in `/v1/models`."""
         generator = self.generator
         return {
             "id": self.name,
@@ -86,7 +86,7 @@ class ServedModel:
     # ---- tokens
 
     def token_text(self, token: int) -> str:
-        """Return a token's text; bytes that are no UTF-8 as <0xE2><0x80>."""
+        """Return a token's text; invalid UTF-8 as <0xE2><0x80>."""
         if token in self._specials:
             return self._specials[token]
         data = self.token_bytes(token)
@@ -96,18 +96,18 @@ class ServedModel:
             return "".join(f"<0x{byte:02X}>" for byte in data)
 
     def token_bytes(self, token: int) -> bytes:
-        """Return a token's bytes; none for a row of the model without a token."""
+        """Return a token's bytes; empty for an embedding row without a token."""
         if self._bytes is None:
             return self.tokenizer.decode([token]).encode()
         return self._bytes[token] if token < len(self._bytes) else b""
 
     def token_strings(self, token_ids: Sequence[int], strings: bool) -> dict[str, Any]:
-        """Return which tokens are special and, with `strings`, their texts, as fields of an answer."""
+        """Return response fields: which tokens are special and, with `strings`, their texts."""
         texts = list(map(self.token_text, token_ids)) if strings else None
         return {"token_strs": texts, "special": [token in self._specials for token in token_ids]}
 
     def check_ids(self, token_ids: list[int], param: str) -> None:
-        """Raise ApiError for a token id outside of the vocabulary."""
+        """Raise ApiError for a token id outside the vocabulary."""
         size = self.generator.config.vocab_size
         if unknown := [token for token in token_ids if not 0 <= token < size]:
             raise ApiError(f"{param!r}: expected token ids from 0 to {size - 1}, found {unknown[0]}", param)
@@ -115,7 +115,7 @@ class ServedModel:
     # ---- prompts
 
     def prompts(self, body: ChatBody | CompletionBody) -> list[Prompt]:
-        """Return the prompts of a request: of a conversation one, with the constraint of its `response_format`."""
+        """Return the prompts of a request; a conversation has one, with the constraint of its `response_format`."""
         if isinstance(body, CompletionBody):
             for prompt in body.prompt:
                 self._check_size(prompt if isinstance(prompt, str) else "", "prompt")
@@ -125,17 +125,17 @@ class ServedModel:
             return [prompt]
         offered = body.tools and body.tool_choice != "none"
         if offered or prompt.thinking or body.continue_final_message:
-            other = "'tools'" if offered else "thoughts; see 'chat_template_kwargs'"
+            other = "'tools'" if offered else "thinking; see 'chat_template_kwargs'"
             other = "'continue_final_message'" if body.continue_final_message else other
-            raise ApiError(f"'response_format': expected no {other} beside {wanted.type}", "response_format")
+            raise ApiError(f"'response_format': {wanted.type} cannot be combined with {other}", "response_format")
         with _api_errors("response_format"):
             schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}
             return [replace(prompt, constraint=self._schemas.compile(schema))]
 
     def _check_size(self, given: Any, param: str) -> None:
-        """Raise ApiError for what no context of this model holds.
+        """Raise ApiError for input that cannot fit the model's context.
 
-        It is not cut into tokens for that: megabytes take seconds, in which nobody else is served.
+        Without tokenizing it: megabytes take seconds, during which no other client is served.
         """
         try:
             size = len(orjson.dumps(given))
@@ -146,7 +146,7 @@ class ServedModel:
             raise ApiError(f"This model's {message}", param, code="context_length_exceeded")
 
     def encode_text(self, prompt: str | list[int], add_special_tokens: bool) -> Prompt:
-        """Return the prompt of a text or of token ids."""
+        """Return the prompt for a text or token ids."""
         if isinstance(prompt, str):
             with _api_errors("prompt"):
                 ids = self.generator.encode(prompt) if add_special_tokens else self.tokenizer.encode(prompt)
@@ -155,9 +155,9 @@ class ServedModel:
         return Prompt(prompt, self.tokenizer.decode(prompt))
 
     def encode_chat(self, body: ConversationBody) -> Prompt:
-        """Return the prompt of a conversation to answer, or whose last message is to be continued."""
+        """Return the prompt that asks for an answer to a conversation, or that continues its last message."""
         if not self.generator.is_assistant:
-            raise ApiError(f"{self.name} is a base model, without a chat format; use /v1/completions", "model")
+            raise ApiError(f"{self.name} is a base model without a chat format; use /v1/completions", "model")
         self._check_size([body.messages, body.tools], "messages")
         messages = messages_of(body.messages, "messages")
         with self._template_lock, _api_errors("messages"):
@@ -171,10 +171,10 @@ class ServedModel:
                 end = self.tokenizer.decode(encoded.token_ids[-8:].tolist())
                 thinking = begins and end.rstrip().endswith("<think>")
             elif last.role != "assistant":
-                raise ApiError("'continue_final_message': expected a last message of the assistant's", "messages")
+                raise ApiError("'continue_final_message' requires the last message to be the assistant's", "messages")
             else:
                 encoded = chat.encode(messages, tools=schemas)
-                if not last.parts or last.parts[-1].kind == "text":  # behind a call or result the format leaves it open
+                if not last.parts or last.parts[-1].kind == "text":  # after a call or result the turn is open anyway
                     end = int(np.flatnonzero(encoded.token_ids == chat.end_id)[-1])
                     encoded = replace(encoded, token_ids=encoded.token_ids[:end], trained=encoded.trained[:end])
                 thinking = last.text.rfind("<think>") > last.text.rfind("</think>")
@@ -185,7 +185,7 @@ class ServedModel:
         return JsonSchemas(self.tokenizer, self.generator.end_ids)
 
     def _chat(self, body: ConversationBody) -> ChatFormat:
-        """Return the chat format, with thinking on, off or as the template has it."""
+        """Return the chat format, with thinking on, off or at the template's default."""
         switches = body.chat_template_kwargs
         thinking = switches.thinking if switches.enable_thinking is None else switches.enable_thinking
         if thinking is None:
@@ -196,14 +196,14 @@ class ServedModel:
                 choose_thinking(self.tokenizer, "on" if thinking else "off")
                 self._chats[thinking] = chat_format(self.tokenizer)
             except UserError:
-                message = f"the chat template of {self.name} has no switch for thoughts"
+                message = f"the chat template of {self.name} cannot switch thinking"
                 raise ApiError(message, "chat_template_kwargs") from None
             finally:
                 self.tokenizer.template_values = before
         return self._chats[thinking]
 
     def _client_tools(self, body: ConversationBody, chat: ChatFormat) -> ToolUse | None:
-        """Return functions that the client runs; None for the server's tools."""
+        """Return the functions that the client runs; None for the server's tools."""
         if body.tool_choice == "none":
             return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, chat=chat) if self.generator.tools else None
         if not body.tools:
@@ -212,19 +212,19 @@ class ServedModel:
         if any(tool.get("type") != "function" for tool in definitions):
             raise ApiError("'tools': expected a list of {type: function, function: {name, parameters}}", "tools")
         if not chat.shows_tools:
-            raise ApiError(f"no tools in the chat template of {self.name}", "tools")
+            raise ApiError(f"the chat template of {self.name} does not support tools", "tools")
         with _api_errors("tools"):
             return ToolUse(Toolbox({}, ExitStack(), {}), self.tokenizer, 128, chat=chat).offering(definitions)
 
     # ---- requests
 
     def jobs(self, body: ChatBody | CompletionBody, prompts: Sequence[Prompt]) -> list[Job]:
-        """Return a job for each prompt. Raises ApiError for a prompt without room in the context."""
+        """Return a job for each prompt. Raises ApiError for a prompt that does not fit the context."""
         if isinstance(body, ChatBody):
             param, limit, echoed = "messages", body.max_completion_tokens or body.max_tokens, False
         else:
             param, limit, echoed = "prompt", body.max_tokens, body.echo
-        top_p = 1e-9 if body.top_p == 0 else body.top_p  # the likeliest token alone
+        top_p = 1e-9 if body.top_p == 0 else body.top_p  # greedy
         top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None
         sampling = Sampling(body.temperature, top_k, None if top_p == 1 else top_p, body.min_p)
         seed = next(self._seeds) if body.seed is None else body.seed
@@ -232,10 +232,10 @@ class ServedModel:
         for prompt in prompts:
             count = len(prompt.token_ids)
             if not count:
-                raise ApiError(f"{param!r}: expected a token or more, found none", param)
+                raise ApiError(f"{param!r}: expected at least one token, found none", param)
             if count + (limit != 0) > self.context:
                 message = f"This model's maximum context length is {self.context} tokens, and the prompt has {count}"
-                message += ", with the definitions of its tools" if prompt.tools else ""
+                message += ", including the tool definitions" if prompt.tools else ""
                 raise ApiError(message, param, code="context_length_exceeded")
             request = Request(
                 prompt.token_ids,
@@ -256,12 +256,12 @@ class ServedModel:
 
 
 def messages_of(entries: Sequence[Mapping[str, Any]], param: str) -> tuple[Message, ...]:
-    """Return the messages of a field. Raises ApiError for wrong ones, and for fields that would be ignored."""
+    """Parse the messages of a field. Raises ApiError for invalid ones, and for fields that would be ignored."""
     for index, entry in enumerate(entries):
         for name, value in entry.items():
             if value not in (None, [], {}) and name not in MESSAGE_FIELDS:
                 field = f"{param}[{index}].{name}"
-                raise ApiError(f"{field!r} is not supported; leave it out", field)
+                raise ApiError(f"{field!r} is not supported; omit it", field)
     with _api_errors(param):
         contents = [{**entry, "content": entry.get("content_parts") or entry.get("content")} for entry in entries]
         return read_messages(Row({}, param, 0), contents)
@@ -269,7 +269,7 @@ def messages_of(entries: Sequence[Mapping[str, Any]], param: str) -> tuple[Messa
 
 @contextmanager
 def _api_errors(param: str) -> Iterator[None]:
-    """Turn a UserError into an ApiError of the field `param`."""
+    """Convert a UserError to an ApiError for the field `param`."""
     try:
         yield
     except UserError as error:

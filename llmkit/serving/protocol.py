@@ -1,6 +1,6 @@
-"""OpenAI's protocol: bodies of requests as pydantic schemas, and errors.
+"""OpenAI's API: request bodies as pydantic schemas, and errors.
 
-read_body(CompletionBody, {"prompt": "a", "logit_bias": {"7": 5}})  ->  ApiError: 'logit_bias' is supported at {} alone
+read_body(CompletionBody, {"prompt": "a", "logit_bias": {"7": 5}})  ->  ApiError: 'logit_bias' must be {}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from llmkit.config import LARGEST_INTEGER
 from llmkit.io.records import kind_of
 
-# Fields of OpenAI and vLLM that are accepted at the values that change nothing
+# fields of OpenAI and vLLM that are accepted with values that have no effect
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "best_of": (1,),
@@ -35,7 +35,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An error of OpenAI's API: HTTP status, message, the field at fault, and a code."""
+    """An error in OpenAI's format: HTTP status, message, the wrong field, and a code."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class ApiError(Exception):
 
 
 def _as_list(value: Any) -> Any:
-    """Wrap a string or a list of token ids."""
+    """Wrap a single string or a single list of token ids in a list."""
     return [value] if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int) else value
 
 
@@ -55,7 +55,7 @@ Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as
 
 
 class Schema(BaseModel):
-    """An object with the declared fields only; values are not converted."""
+    """An object with only the declared fields; values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -67,7 +67,7 @@ class Body(Schema):
 
 
 class StreamOptions(Schema):
-    """Options of a stream; obfuscation is accepted and not done."""
+    """Options of a stream; obfuscation is accepted but not applied."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -82,31 +82,31 @@ class GenerationBody(Body):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    stop: Texts = Field([], max_length=16, description="16 strings at most, none of them empty")
+    stop: Texts = Field([], max_length=16, description="at most 16 non-empty strings")
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
-    user: Any = None  # these three say who asks, and change nothing
+    user: Any = None  # these three identify the user and are ignored
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ApiError("'stream_options': expected 'stream' to be true beside it", "stream_options")
+            raise ApiError("'stream_options' requires 'stream' to be true", "stream_options")
         return self
 
 
 class ChatTemplateKwargs(Schema):
-    """The switch for thoughts, by either of its names."""
+    """Switches thinking on or off, under either of its names."""
 
     enable_thinking: bool | None = None
     thinking: bool | None = None
 
 
 class ConversationBody(Body):
-    """Fields that make a prompt of a conversation."""
+    """Fields that turn a conversation into a prompt."""
 
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] = []
@@ -118,12 +118,12 @@ class ConversationBody(Body):
     @model_validator(mode="after")
     def _check_end(self) -> ConversationBody:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ApiError("'add_generation_prompt': expected false beside 'continue_final_message'", "messages")
+            raise ApiError("'continue_final_message' requires 'add_generation_prompt' to be false", "messages")
         return self
 
 
 class JsonSchema(Schema):
-    """A schema that an answer keeps to, strict or not."""
+    """A schema that the answer conforms to, strict or not."""
 
     of_answer: dict[str, Any] = Field(alias="schema")
     name: str | None = None
@@ -132,7 +132,7 @@ class JsonSchema(Schema):
 
 
 class ResponseFormat(Schema):
-    """Text, a JSON object, or JSON of a schema."""
+    """Text, a JSON object, or JSON that conforms to a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -140,7 +140,7 @@ class ResponseFormat(Schema):
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ApiError("'response_format': expected 'json_schema' beside type json_schema", "response_format")
+            raise ApiError("'response_format': 'json_schema' goes with type json_schema", "response_format")
         return self
 
 
@@ -155,13 +155,13 @@ class ChatBody(GenerationBody, ConversationBody):
 
     @property
     def alternatives(self) -> int | None:
-        """The number of alternatives beside each token's log-probability; None without log-probabilities."""
+        """The number of top alternatives per token; None if no log-probabilities are requested."""
         return self.top_logprobs if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise ApiError("'top_logprobs': expected 'logprobs' to be true beside it", "top_logprobs")
+            raise ApiError("'top_logprobs' requires 'logprobs' to be true", "top_logprobs")
         return self
 
 
@@ -179,14 +179,14 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
-            raise ApiError("'max_tokens': expected 'echo' to be true beside 0", "max_tokens")
+            raise ApiError("'max_tokens' of 0 requires 'echo' to be true", "max_tokens")
         return self
 
 
 class TokenizeBody(ConversationBody):
-    """`/tokenize`, of a text (`prompt`) or of a conversation."""
+    """`/tokenize`, for a text (`prompt`) or a conversation."""
 
-    prompt: str | None = Field(None, max_length=1 << 20, description="text of 1,048,576 characters at most")
+    prompt: str | None = Field(None, max_length=1 << 20, description="text of at most 1,048,576 characters")
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -194,7 +194,7 @@ class TokenizeBody(ConversationBody):
     def _check_prompt(self) -> TokenizeBody:
         conversation = self.model_fields_set & ConversationBody.model_fields.keys() - {"model"}
         if self.prompt is not None and conversation:
-            raise ApiError(f"'prompt': expected no {min(conversation)!r} beside it", "prompt")
+            raise ApiError(f"'prompt' cannot be combined with {min(conversation)!r}", "prompt")
         if self.prompt is None and not self.messages:
             raise ApiError("expected 'prompt' or 'messages'", "prompt")
         return self
@@ -211,7 +211,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def read_body(schema: type[AnyBody], body: Any) -> AnyBody:
-    """Check the fields of a JSON object, null as a missing one. Raises ApiError, which names the first wrong field."""
+    """Validate a JSON object; null means missing. Raises ApiError naming the first wrong field."""
     if not isinstance(body, dict):
         raise ApiError(f"expected a JSON object, found {kind_of(body)}")
     fields = {
@@ -226,7 +226,7 @@ def read_body(schema: type[AnyBody], body: Any) -> AnyBody:
     name, where = str(error["loc"][0]), ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         values = " or ".join(orjson.dumps(value).decode() for value in NEUTRAL.get(where, ()))
-        reason = f"is supported at {values} alone" if values else "is not supported; leave it out"
+        reason = f"must be {values}" if values else "is not supported; omit it"
         raise ApiError(f"{where!r} {reason}", name, code="unsupported_parameter")
     if error["type"] == "missing":
         raise ApiError(f"{where!r}: expected a value, found none", name)

@@ -1,4 +1,4 @@
-"""Runs uvicorn on a listening socket until a signal; running requests are finished, new ones refused."""
+"""Run uvicorn on a listening socket until a signal; then finish running requests and refuse new ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llmkit.display import write_message
 from llmkit.errors import UserError
 
-HEADER_SECONDS = 30.0  # for the headers of a request to arrive, and for the next request on a connection
-THREADS = 4  # that read prompts and write judgements; each of anyio's 40 would grow memory of its own
-SWITCH_SECONDS = 0.0005  # until the event loop gets its turn beside the engine's thread; Python's default is 5 ms
+HEADER_SECONDS = 30.0  # limit for the headers of a request, and for the next request on a connection
+THREADS = 4  # that tokenize prompts and write judgements; each of anyio's default 40 would allocate its own memory
+SWITCH_SECONDS = 0.0005  # how long the event loop waits for the GIL of the engine's thread; Python's default is 5 ms
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket; port 0 takes a free one. Raises UserError if that fails."""
+    """Bind a socket; port 0 picks a free one. Raises UserError if that fails."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -34,12 +34,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(sock: socket.socket, build: Callable[[asyncio.AbstractEventLoop], tuple[ASGIApp, Callable[[], None]]]) -> None:
-    """Serve the application that `build` returns until SIGTERM or SIGINT; finish what runs, then call its `close`."""
+    """Serve the application from `build` until SIGTERM or SIGINT; finish running requests, then call its `close`."""
     logger = logging.getLogger("uvicorn.error")
     logger.handlers, logger.propagate = [_Messages(logging.ERROR)], False
     sys.setswitchinterval(SWITCH_SECONDS)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after its end
+        signal.signal(number, lambda *_: None)  # uvicorn raises the signal again when it ends
 
     async def main() -> None:
         current_default_thread_limiter().total_tokens = THREADS
@@ -63,9 +63,9 @@ def run(sock: socket.socket, build: Callable[[asyncio.AbstractEventLoop], tuple[
 
 
 class HttpProtocol(H11Protocol):
-    """Closes a connection on which no request begins in time, however slowly its bytes come.
+    """Closes a connection if a request's headers do not arrive in time, even if bytes trickle in.
 
-    uvicorn's `timeout_keep_alive` ends with the first byte after an answer, and does not count before the first one.
+    uvicorn's `timeout_keep_alive` stops at the first byte after a response, and does not cover the first request.
     """
 
     head_seconds = HEADER_SECONDS
@@ -78,7 +78,7 @@ class HttpProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._timer.cancel()
-        elif self._timer.cancelled():  # a byte after the answer: of the next head, or of a body that nobody reads
+        elif self._timer.cancelled():  # a byte after the response: of the next header, or of an unread body
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -90,8 +90,8 @@ class HttpProtocol(H11Protocol):
 
 
 class _Messages(logging.Handler):
-    """Writes uvicorn's errors without control characters."""
+    """Write uvicorn's errors without control characters."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):  # by a second Ctrl-C
+        if record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError):  # second Ctrl-C
             write_message(self.format(record))

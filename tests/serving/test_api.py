@@ -167,7 +167,7 @@ OBJECTS = [{"type": "object", "properties": {f"a{n}": {"type": "string"} for n i
 @pytest.mark.parametrize("schema", [{"anyOf": OBJECTS}, {"type": "string", "pattern": "^(?:a?){400}a{400}$"}])
 def test_a_schema_beyond_the_limits_of_its_parser_cuts_nothing_off(server: Server, schema: dict, stream: bool) -> None:
     request = {"model": "chat", "messages": MESSAGES, "response_format": json_schema(schema)}
-    with pytest.raises(openai.APIError, match="llguidance has met its limits"):
+    with pytest.raises(openai.APIError, match="exceeds the limits of llguidance"):
         list(server.client.chat.completions.create(**request, stream=stream, extra_body={"top_k": 1}))
 
 

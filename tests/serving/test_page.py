@@ -175,7 +175,7 @@ def test_the_files_are_small_and_hold_no_script_or_style_inline() -> None:
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", texts["app.js"]
     )
-    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg|behind https", "", "".join(texts.values()))
+    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg|over https", "", "".join(texts.values()))
 
 
 @browsed
@@ -190,7 +190,7 @@ def test_an_answer_comes_is_asked_again_and_the_branches_turn(opened: Browsed) -
     opened.page.keyboard.press("Escape")
     opened.press("again")
     assert opened.sent("/v1/chat/completions")["seed"] == 8  # the second try at the question
-    assert opened.page.locator(".count").inner_text() == "2/2" and "limit of tokens" in opened.turns()[1]
+    assert opened.page.locator(".count").inner_text() == "2/2" and "token limit" in opened.turns()[1]
     opened.press("left")
     assert opened.turns() == ["Hi", "World."] and opened.page.locator(".count").inner_text() == "1/2"
     assert opened.page.evaluate("document.activeElement.dataset.does") == "left"
@@ -469,7 +469,7 @@ def test_the_user_s_tokens_show_alternatives_and_take_none(opened: Browsed) -> N
     opened.page.click("#close-odds")
     opened.page.locator(".token").first.click()
     opened.page.wait_for_selector("#odds:visible")
-    assert "nothing stands before" in opened.page.locator("#odds-about").inner_text()
+    assert "without a probability" in opened.page.locator("#odds-about").inner_text()
 
 
 @browsed

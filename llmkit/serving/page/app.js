@@ -1,21 +1,21 @@
-// The page of `llmkit serve`: chat, a text to continue, the tokens that a model sees, and people as labellers.
+// The page of `llmkit serve`: chat, text continuation, a token view, and labelling.
 //
-// A conversation is a tree of messages; `chosen` names the child of each that is shown. It is kept in this browser's
-// localStorage alone. What a person or a model wrote enters the page as the text of a text node, never as markup.
+// A conversation is a tree of messages; `chosen` maps each message to the child that is shown. Conversations are stored
+// only in this browser's localStorage. Text from people and models is inserted as text nodes, never as markup.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const MOST_SHOWN = 20000, MOST_CUT = 3000; // characters of a message, tokens of a text that is cut live
-const SHADES = [0.9, 0.5, 0.2, 0.05, 0.01]; // a token at least as likely as the first has the shade p0
-const CALLS = /^<\|(calc|python|search|result)_(start|end)\|>$/; // tokens about calls of llmkit's tools
+const MOST_SHOWN = 20000, MOST_CUT = 3000; // characters of a message; tokens in the tokenize dialog
+const SHADES = [0.9, 0.5, 0.2, 0.05, 0.01]; // least probability for the shades p0 to p4
+const CALLS = /^<\|(calc|python|search|result)_(start|end)\|>$/; // tokens around tool calls
 const THOUGHTS = /^\s*<think>\n?([\s\S]*?)\n?<\/think>\s*/;
 const HIDDEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]/g;
 const conversations = new Map(); // by id
-const running = new Map(); // AbortControllers, by id of the node or conversation that is being written
+const running = new Map(); // AbortControllers, by id of the node or conversation being generated
 let current = null; // conversation
-let pair = null; // two answers that wait for a verdict: {parent, nodes}
-let seen = null, showsTokens = false; // the conversation as the model sees it
-let models = [], settings = {}, collecting = false; // collecting: the server takes judgements
+let pair = null; // two answers to compare: {parent, nodes}
+let seen = null, showsTokens = false; // seen: the tokenized conversation
+let models = [], settings = {}, collecting = false; // collecting: the server accepts judgements
 
 // ---- elements
 function make(tag, { data = {}, aria = {}, ...properties } = {}, ...children) {
@@ -39,7 +39,7 @@ const prose = (...pieces) => make("div", { className: "prose", dir: "auto" }, ..
 const hint = (text) => make("p", { className: "hint" }, text);
 const say = (text) => { $("status").textContent = text.slice(0, 2000); }; // to screen readers
 const complain = (text) => { $("alert").hidden = !text; $("complaint").textContent = text; };
-// Blanks, control characters and changes of direction as signs that can be seen
+// Replace blanks, control and direction characters by visible symbols
 function visible(text) {
   const code = (sign) => `⟨${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
   return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "·").replace(HIDDEN, code);
@@ -50,12 +50,12 @@ function percent(logprob) {
   return share < 0.01 ? "<0.01%" : `${share.toPrecision(share < 99.5 ? 2 : 3)}%`;
 }
 
-// ---- what this browser keeps
+// ---- browser storage
 function store(name, value, storage = () => localStorage) {
   try {
     storage().setItem(`llmkit.${name}`, JSON.stringify(value));
   } catch {
-    complain("The browser's storage is full or switched off: this is not kept. Export, then delete conversations.");
+    complain("The browser's storage is full or disabled: nothing is saved. Export, then delete conversations.");
   }
 }
 
@@ -73,7 +73,7 @@ function loadConversations() {
 function keep(conversation) {
   conversations.set(conversation.id, Object.assign(conversation, { updated: Date.now() }));
   store(`chat.${conversation.id}`, conversation);
-  store("chats", [...new Set([...stored("chats", []), ...conversations.keys()])]); // those of other tabs, too
+  store("chats", [...new Set([...stored("chats", []), ...conversations.keys()])]); // including those of other tabs
 }
 
 // ---- the server
@@ -87,12 +87,12 @@ async function request(path, body, signal) {
   throw new Error(error?.message ?? `The server answered ${response.status}.`);
 }
 
-// What a failure means; fetch and streams fail with a TypeError where the connection does
+// The message for an error; fetch and streams raise a TypeError if the connection fails
 const reason = (error) =>
   (error instanceof TypeError ? "The server does not answer. Is llmkit serve still running?" : error.message);
 const json = async (...of) => (await request(...of)).json();
 const detokenize = (model, tokens) => json("/detokenize", { model, tokens, return_token_strs: true });
-// The choices in a stream of server-sent events
+// Yield the choices from a stream of server-sent events
 async function* choices(path, body, signal) {
   const { body: bytes } = await request(path, { ...body, stream: true }, signal);
   const reader = bytes.pipeThrough(new TextDecoderStream()).getReader();
@@ -106,7 +106,7 @@ async function* choices(path, body, signal) {
     }
   }
 }
-// The fields of a request that settings make, with a seed of its own for each of several tries
+// The sampling fields of a request; each of several tries has its own seed
 function sampling(conversation, tries = 0) {
   const { stop, thinking, seed: fixed, ...fields } = settings;
   const seed = fixed === undefined ? Math.floor(Math.random() * 2 ** 31) : (fixed + tries) % 2 ** 31;
@@ -121,14 +121,14 @@ const freshId = () => Date.now().toString(36) + Math.random().toString(36).slice
 const textOf = (node) => node.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
 const childrenOf = (conversation, id) => Object.values(conversation.nodes).filter((node) => node.parent === id);
 const runningIn = ({ id, nodes }) => [id, ...Object.keys(nodes)].flatMap((each) => running.get(each) ?? []);
-// What the switch for thoughts adds to a request
+// The request field that switches thinking
 const template = ({ thinking } = settings) =>
   (thinking ? { chat_template_kwargs: { enable_thinking: thinking === "on" } } : {});
 
 function begin(model = current?.model) {
   current = { id: freshId(), model, system: "", text: "", nodes: {}, chosen: {}, updated: 0 };
 }
-// The nodes that are shown, in order
+// The shown nodes, in order
 function shownNodes(conversation = current) {
   const nodes = [];
   for (let id = conversation.chosen[""]; id; id = conversation.chosen[id]) nodes.push(conversation.nodes[id]);
@@ -145,7 +145,7 @@ function grow(parts, { type, text }) {
   if (type === "text" && parts.at(-1)?.type === "text") parts.at(-1).text += text;
   else parts.push({ type, text });
 }
-// A message as chat templates and sft read it
+// A message in the format of chat templates and sft
 function message({ role, parts, reasoning }) {
   const content = parts.every((part) => part.type === "text") ? textOf({ parts }) : parts;
   return { role, content, ...(reasoning ? { reasoning_content: reasoning } : {}) };
@@ -153,7 +153,7 @@ function message({ role, parts, reasoning }) {
 
 const messages = ({ system }, nodes) =>
   [...(system.trim() ? [{ role: "system", content: system.trim() }] : []), ...nodes.map(message)];
-// All messages up to and with a node
+// All messages up to and including a node
 const messagesTo = (conversation, node, later = []) =>
   (node ? messagesTo(conversation, conversation.nodes[node.parent], [node, ...later]) : messages(conversation, later));
 
@@ -161,7 +161,7 @@ function title(conversation) {
   const [first] = shownNodes(conversation);
   return (first ? textOf(first) : conversation.text).trim().slice(0, 60) || "New conversation";
 }
-// A conversation as a record of sft, without a question at its end that nobody answered
+// A conversation as a record for sft, without an unanswered last question
 function record(conversation) {
   const nodes = shownNodes(conversation);
   nodes.length = nodes.findLastIndex((node) => node.role === "assistant") + 1;
@@ -179,17 +179,17 @@ function download(name, from) {
 
 function copy(text) {
   const copied = navigator.clipboard?.writeText(text) ?? Promise.reject();
-  copied.then(() => say("Copied"), () => complain("Browsers let pages copy behind https and on localhost alone."));
+  copied.then(() => say("Copied"), () => complain("Browsers allow pages to copy only over https and on localhost."));
 }
 
 // ---- answers
-// Have `work` write for a node or conversation; a stop leaves what has come
+// Run `work`, which generates text for a node or conversation; stopping it keeps the text so far
 async function write(id, work) {
   const controller = new AbortController();
   running.set(id, controller);
   complain("");
   render();
-  say("The model writes");
+  say("The model is writing");
   await work(controller.signal).catch((error) => { if (error.name !== "AbortError") complain(reason(error)); });
   running.delete(id);
 }
@@ -200,7 +200,7 @@ function settle(conversation, text) {
   say(text);
   render();
 }
-// Have an answer written; one that stayed empty for a fault goes
+// Generate an answer; remove it if it failed before its first text
 async function writeAnswer(conversation, node, work) {
   await write(node.id, work);
   if (node.parts.length || node.reasoning || node.finish) node.finish ??= "stopped";
@@ -210,7 +210,7 @@ async function writeAnswer(conversation, node, work) {
   }
   settle(conversation, textOf(node) || "No answer");
 }
-// Let a stream write an answer, whose own tokens are kept: its text may be cut into others
+// Stream an answer; keep its token ids, because its text may be tokenized differently
 async function stream(node, path, body, signal) {
   for await (const { text, delta = { content: text }, ...choice } of choices(path, body, signal)) {
     node.ids.push(...(choice.token_ids ?? []));
@@ -221,7 +221,7 @@ async function stream(node, path, body, signal) {
     paint(node);
   }
 }
-// Begin an answer to `parent`: its node, and a promise of its end
+// Start an answer to `parent`; return its node and a promise that resolves when it ends
 function answer(parent) {
   const conversation = current;
   const body = sampling(conversation, childrenOf(conversation, parent.id).length), { seed, model, ...used } = body;
@@ -229,7 +229,7 @@ function answer(parent) {
   Object.assign(body, template(), { messages: messagesTo(conversation, parent), return_token_ids: true });
   return { node, ended: writeAnswer(conversation, node, (signal) => stream(node, "/v1/chat/completions", body, signal)) };
 }
-// Two answers to `parent`, perhaps one that there is, for a person to judge
+// Generate two answers to `parent`, or one next to `first`, for a person to compare
 async function compare(parent, first) {
   const conversation = current;
   pair = { parent: parent.id, nodes: [] };
@@ -249,7 +249,7 @@ function ask(text, parent = shownNodes().at(-1)?.id ?? "") {
   if (collecting && $("two").checked) compare(node);
   else answer(node);
 }
-// Continue a text from where it ends, or from `prompt`, tokens
+// Continue the text from its end, or from the token ids in `prompt`
 async function continueText(prompt) {
   const conversation = current, before = conversation.text;
   conversation.before = before;
@@ -264,14 +264,14 @@ async function continueText(prompt) {
 }
 
 // ---- drawing
-// Draw again what has grown of an answer, and follow it where the end is in sight
+// Redraw a growing answer, and scroll along if its end is visible
 function paint(node) {
   const body = document.querySelector(`[data-node="${node.id}"] .body`), chat = $("chat");
   const low = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 80;
   if (body) fill(body, node);
   if (low) chat.scrollTop = chat.scrollHeight;
 }
-// A text with its fenced code set apart; the beginning of a very long one
+// Draw a text with fenced code blocks; of a very long one only the beginning
 function drawText(text) {
   if (text.length > MOST_SHOWN) {
     const rest = button(`Show ${(text.length - MOST_SHOWN).toLocaleString()} more characters`,
@@ -290,7 +290,7 @@ function fill(body, { id, parts, reasoning, finish }) {
     drawn.unshift(make("details", { open }, make("summary", {}, "Thoughts"), drawText(reasoning)));
   }
   if (running.has(id) && !drawn.length) drawn.push(make("span", { className: "caret" }));
-  if (finish === "length") drawn.push(hint("Cut: the limit of tokens is reached."));
+  if (finish === "length") drawn.push(hint("Cut at the token limit."));
   if (finish === "stopped") drawn.push(hint("Stopped."));
   body.replaceChildren(...drawn);
 }
@@ -315,7 +315,7 @@ function drawTurn(node) {
   tools.append(iconButton("copy", mine ? "Copy the message" : "Copy the answer", () => copy(textOf(node))));
   if (!mine) tools.append(iconButton("again", "Another answer", () => answer(parent)));
   else if (!childrenOf(current, node.id).length) tools.append(iconButton("again", "Ask again", () => answer(node)));
-  tools.append(iconButton("edit", mine ? "Edit, in a branch of its own" : "Rewrite the answer", () => edit(node)));
+  tools.append(iconButton("edit", mine ? "Edit in a new branch" : "Rewrite the answer", () => edit(node)));
   if (node.model && collecting) tools.append(iconButton("pair", "Compare with another answer", () => compare(parent, node)),
     iconButton("up", "Good answer", () => thumb(1), { pressed: node.thumb === 1 }),
     iconButton("down", "Bad answer", () => thumb(0), { pressed: node.thumb === 0 }));
@@ -324,10 +324,10 @@ function drawTurn(node) {
 }
 
 function render() {
-  const focus = document.activeElement?.closest(".tools button"); // is on the same button of what is drawn again
+  const focus = document.activeElement?.closest(".tools button"); // restored on the redrawn button
   const place = focus && [...$("turns").children].indexOf(focus.closest("li"));
   const nodes = shownNodes(), judged = nodes.findIndex((node) => node.id === pair?.parent);
-  if (judged < 0) pair = null; // somebody has turned to another branch
+  if (judged < 0) pair = null; // another branch was selected
   else nodes.length = judged + 1;
   const text = isText(), busy = runningIn(current).length > 0;
   document.body.classList.toggle("continues", text);
@@ -364,7 +364,7 @@ function drawList() {
 }
 
 function remove(conversation) {
-  if (!confirm("Delete this conversation? It is kept in this browser alone.")) return;
+  if (!confirm("Delete this conversation? It exists only in this browser.")) return;
   conversation.gone = true;
   runningIn(conversation).forEach((controller) => controller.abort());
   conversations.delete(conversation.id);
@@ -391,7 +391,7 @@ async function see(nodes, busy) {
   closeOdds();
   seen = null;
   $("tokens").replaceChildren();
-  $("seen-about").textContent = nodes.length || conversation.text ? "" : "Nothing is said yet.";
+  $("seen-about").textContent = nodes.length || conversation.text ? "" : "The conversation is empty.";
   if (!nodes.length && !conversation.text) return;
   const cut = await json("/tokenize", { model, ...body, return_token_strs: true });
   if (own.length) {
@@ -424,7 +424,7 @@ function drawTokens() {
   const scored = logprobs.filter((logprob) => logprob !== null);
   const bits = scored.reduce((sum, logprob) => sum - logprob / Math.LN2, 0) / (scored.length || 1);
   $("seen-about").textContent = `${tokens.length.toLocaleString()} of ${most.toLocaleString()} tokens, `
-    + `${bits.toFixed(2)} bits each. Open one to see what else could have stood there.`;
+    + `${bits.toFixed(2)} bits each. Select one to see its alternatives.`;
 }
 
 async function showOdds(at) {
@@ -437,9 +437,9 @@ async function showOdds(at) {
   closeOdds();
   $("tokens").querySelector(`[data-at="${at}"]`).setAttribute("aria-expanded", "true");
   $("odds-of").textContent = name;
-  $("odds-about").textContent = logprob === null ? `Token ${tokens[at]}, the first: nothing stands before it.`
+  $("odds-about").textContent = logprob === null ? `Token ${tokens[at]}, the first, so without a probability.`
     : `Token ${tokens[at]}, ${percent(logprob)}, ${(-logprob / Math.LN2).toFixed(1)} bits. `
-      + (free ? "Choose another, and the model goes on from there." : "The model did not write it; these are its guesses.");
+      + (free ? "Choose another to continue from there." : "Not written by the model; these are its predictions.");
   $("odds-list").replaceChildren(...listed.map(({ id, odds }, place) => {
     const text = visible(strings.token_strs[place]), bar = make("i");
     bar.style.setProperty("--share", Math.exp(odds));
@@ -458,7 +458,7 @@ function closeOdds() {
   token?.removeAttribute("aria-expanded");
   token?.focus();
 }
-// Tokens that an assistant wrote, as its thoughts and the parts of its message: texts, calls of tools, results
+// Parse an assistant's tokens into reasoning and message parts: texts, tool calls, results
 async function readTokens(model, tokens) {
   const { token_strs: texts, special } = await detokenize(model, tokens), parts = [];
   let type = "text", from = 0;
@@ -473,7 +473,7 @@ async function readTokens(model, tokens) {
   if (thoughts) parts[0].text = parts[0].text.slice(thoughts.length);
   return { parts, reasoning };
 }
-// Go on from another token at a place: a text as it is, an answer in a branch of its own
+// Continue from another token at a position: a text in place, an answer in a new branch
 async function branch(at, id) {
   const { conversation, nodes, turns, tokens, special, trained, turn_ends: ends } = seen, { model } = conversation;
   const prompt = [...tokens.slice(0, at), id];
@@ -494,7 +494,7 @@ async function branch(at, id) {
     paint(node);
     if (modelOf(conversation).end_ids.includes(id)) return void (node.finish = "stop");
     await stream(node, "/v1/completions", body, signal);
-    Object.assign(node, await readTokens(model, written)); // calls of tools, and bytes that are halves of a character
+    Object.assign(node, await readTokens(model, written)); // tool calls, and characters split between tokens
   });
 }
 
@@ -512,7 +512,7 @@ function moveAmongTokens(event) {
   token.focus();
 }
 
-// ---- any text in tokens
+// ---- tokenizing any text
 let cutLater = null, cutting = new AbortController();
 async function cutText() {
   cutting.abort();
@@ -545,14 +545,14 @@ function openCut() {
   cutText();
 }
 
-// ---- people as labellers
-// Send a judgement of answers to what `parent` ends; true if the server has it
+// ---- labelling
+// Send a judgement of answers to the conversation up to `parent`; return true if it was saved
 async function collect(kind, conversation, parent, nodes, judgement) {
   const [{ model = conversation.model, settings: used = {} }] = nodes;
   const body = { kind, model, messages: messagesTo(conversation, parent), answers: nodes.map(message),
     labeller: $("labeller").value.trim() || null, seeds: nodes.map((node) => node.seed ?? null), settings: used };
-  const saved = request("/collect", { ...body, ...judgement }).then(() => { say("The judgement is saved"); return true; });
-  return saved.catch((error) => complain(`The judgement is not saved: ${reason(error)}`));
+  const saved = request("/collect", { ...body, ...judgement }).then(() => { say("Judgement saved"); return true; });
+  return saved.catch((error) => complain(`Judgement not saved: ${reason(error)}`));
 }
 
 function drawPair() {
@@ -564,7 +564,7 @@ function drawPair() {
   const busy = !pair.nodes.length || pair.nodes.some((node) => running.has(node.id));
   for (const each of document.querySelectorAll("[data-better]")) each.disabled = busy;
 }
-// Take a verdict on the pair: 0 or 1 for the better, null for a tie, none to go on without one
+// Judge the pair: 0 or 1 is better, null is a tie, undefined skips
 async function judge(better) {
   const conversation = current, { parent, nodes } = pair, about = conversation.nodes[parent];
   if (better !== undefined && !(await collect("comparison", conversation, about, nodes, { better }))) return;
@@ -574,7 +574,7 @@ async function judge(better) {
   render();
   $("text").focus();
 }
-// Have a person change a message, which is then asked, or write the ideal answer
+// Let a person edit a question, which is then asked, or rewrite an answer
 function edit(node) {
   const conversation = current, old = textOf(node), mine = node.role === "user", dialog = $("edit");
   $("edit-title").textContent = mine ? "Your message" : "The ideal answer";
@@ -593,14 +593,14 @@ function edit(node) {
   };
   dialog.showModal();
 }
-// Show the labelling guide, its headings as such
+// Show the labelling guide with its headings
 function drawGuide(markdown) {
   const drawn = prose(...markdown.trim().split(/^(#+ .*)\n+/m).map((text, at) => (at % 2 ? make("h3", {}, text.replace(/^#+ /, "")) : text)));
   for (const place of document.querySelectorAll(".guide")) place.replaceChildren(drawn.cloneNode(true));
   $("open-guide").hidden = false;
 }
 
-// ---- settings and the start
+// ---- settings and startup
 const fields = () => [...$("settings").querySelectorAll("[name]")];
 
 function openSettings(focus) {
@@ -641,7 +641,7 @@ function listen() {
   $("model").onchange = () => {
     const used = shownNodes().length || current.text, before = isText();
     current.model = $("model").value;
-    if (used && before !== isText()) begin(); // a conversation is no text to continue
+    if (used && before !== isText()) begin(); // a conversation cannot become a text to continue
     render();
   };
   for (const area of [$("text"), $("paper")]) area.onkeydown = (event) => {
