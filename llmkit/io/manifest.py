@@ -140,6 +140,18 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
     return [path for path, same in unchanged.items() if same], [path for path, same in unchanged.items() if not same]
 
 
+def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
+    """List the local files and models that a manifest names and that have other content now."""
+
+    def is_same(item: Mapping[str, Any]) -> bool:
+        if "sha256" in item:
+            return _is_unchanged(item)
+        model = read_manifest(item["path"]) if os.path.isdir(item["path"]) else None
+        return model is None or manifest_digest(model) == item.get("manifest_sha256")
+
+    return [item["path"] for item in sources(manifest) if os.path.exists(item["path"]) and not is_same(item)]
+
+
 def _is_unchanged(item: Mapping[str, Any]) -> bool:
     """True if an input of a manifest is still there, with the same content."""
     path = str(item.get("path"))

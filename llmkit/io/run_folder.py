@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, make_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llmkit.config import flag_of, lasting_options, option_fields
+from llmkit.config import flag_of, lasting_options, option_fields, options_by_flag
 from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io.files import (
     PARTIAL,
@@ -30,7 +30,7 @@ from llmkit.io.files import (
 )
 from llmkit.io.hub import check_weights, commits, hub_hint, pin
 from llmkit.io.jsonl import read_object, write_json
-from llmkit.io.manifest import MANIFEST, OF_FILE, read_manifest
+from llmkit.io.manifest import MANIFEST, OF_FILE, changed_sources, read_manifest
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
 from llmkit.io.remote import check_upload, is_remote, upload
@@ -82,28 +82,55 @@ def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None
 # ---- unfinished runs
 
 
-def check_finished(folder: str | Path, config: Any) -> None:
-    """Raise UserError if the manifest of a finished run has other options than the command that resumes it."""
-    noted, now = (read_manifest(folder) or {}).get("options", {}), lasting_options(config)
+def finished_results(output: str | Path, stage: str, config: Any, also: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the results in the manifest of the finished run that `--resume` finds at its output.
+
+    also: flags of free options that decide what the output holds
+
+    Raise UserError if no run of this stage, of these options or of these inputs wrote the output.
+    """
+    manifest = read_manifest(output) or {}
+    if manifest.get("stage") != stage:
+        raise UserError(f"{output}: not a finished {stage} run; choose another --out, or replace it with --force")
+    noted, values = manifest.get("options", {}), options_by_flag(config)
+    now = lasting_options(config) | {flag: values[flag] for flag in also}
     former = {flag_of(item): noted[item.name] for item in option_fields(type(config)) if item.name in noted}
-    check_identity(folder, {**now, **former}, now)
+    check_identity(output, {**now, **former}, now)
+    changed = [path for path in changed_sources(manifest) if os.path.realpath(path) != os.path.realpath(output)]
+    if changed:
+        raise UserError(f"{output}: another run: {changed[0]} has changed since; start again with --force")
+    return dict(manifest["results"])
 
 
-def check_files(config: Any, other: str, *left: str) -> None:
+def check_files(
+    config: Any, stage: str, other: str, left: Sequence[str] = (KEPT,), also: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """Check `--out` and the file of the option `other` before a resumable command starts. Raise UserError.
 
+    Return the results of the run if `--resume` finds it finished, else None.
+
     left: suffixes to --out of the files that a killed run leaves
+    also: as in `finished_results`
     """
-    files = [path for path in (config.out, getattr(config, other)) if path not in (None, "-")]
-    has_out = config.out not in (None, "-")
-    if config.resume and not has_out:
+    out, path = config.out or "-", getattr(config, other)
+    files, states = [name for name in (out, path) if name not in (None, "-")], [out + end for end in left if out != "-"]
+    if path == "-":
+        raise UserError(f"--{other}: expected a file, found -; stdout has the output, or its summary")
+    if config.resume and out == "-":
         raise UserError("--resume: expected the --out of the killed run, next to which its state is")
-    if len({os.path.realpath(path) for path in files}) < len(files):
-        raise UserError(f"--{other}: expected another file than --out, found {files[-1]} twice")
-    if has_out and not config.dry_run:
-        check_unfinished(config.force, config.resume, *(config.out + end for end in left))
-    for path in files:
-        check_output(path, config.force, config.resume, is_file=True)
+    if len({os.path.realpath(name) for name in files}) < len(files):
+        raise UserError(f"--{other}: expected another file than --out, found {path} twice")
+    for state in states:
+        check_unfinished(config.force, config.resume, state)
+    for name in files:
+        check_output(name, config.force, config.resume, is_file=True)
+    if not config.resume or not os.path.exists(out) or any(map(os.path.exists, states)):
+        return None
+    results = finished_results(out, stage, config, also)
+    if path is not None and not os.path.exists(path):
+        raise UserError(f"--{other} {path}: cannot be made from {out}, which is finished; --force makes both")
+    say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
+    return results
 
 
 class RunFolder:
@@ -116,14 +143,14 @@ class RunFolder:
 
     def __init__(self, out: str | None, example: str, *, resume: bool, force: bool, dry_run: bool = False) -> None:
         """Raise UserError if --out cannot be written. With nothing to resume, a new run starts."""
-        self.folder = output_folder(out, example)
+        self.folder = output_folder(out or (example if dry_run else None), example)
         # next to a link's target: the target is replaced, not the link
         self.work = Path(f"{os.path.realpath(self.folder) if self.folder.is_symlink() else self.folder}{PARTIAL}")
         if not resume and launch().restarts > 0:  # a failed attempt of this job may have started the run
             notes = next((folder / NOTES for folder in (self.work, self.folder) if (folder / NOTES).exists()), None)
             resume = notes is not None and read_object(notes).get("job") == launch().job
         self.resume = resume
-        if dry_run:
+        if out is None:
             return
         check_output(str(self.folder), force, resume)
         if resume and not self.work.is_dir() and (not self.folder.is_dir() or is_empty_folder(self.folder)):
@@ -138,15 +165,6 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True if the run to resume is already complete, which is no error."""
         return self.resume and self.folder.is_dir() and not self.work.is_dir()
-
-    def results(self, stage: str, config: Any) -> dict[str, Any]:
-        """Return the results of the finished run. Raise UserError for another stage's folder, or other options."""
-        manifest = read_manifest(self.folder) or {}
-        if manifest.get("stage") != stage:
-            instead = "choose another --out, or replace it with --force"
-            raise UserError(f"{self.folder}: not a finished {stage} run; {instead}")
-        check_finished(self.folder, config)
-        return manifest["results"]
 
     def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the notes of `begin` if the run is resumed, else None. Raise UserError for another identity."""

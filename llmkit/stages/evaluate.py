@@ -23,7 +23,7 @@ from llmkit.config import (
     option,
 )
 from llmkit.errors import GateError, UserError
-from llmkit.io.jsonl import input_files, open_output, read_documents, write_json
+from llmkit.io.jsonl import input_files, open_output, read_documents, read_object, write_json
 from llmkit.io.manifest import training_files, write_manifest
 from llmkit.io.progress import Progress, counted, say
 from llmkit.io.records import CHOICES, first_of
@@ -104,6 +104,8 @@ class Summary:
 def run(config: EvaluateConfig) -> Summary | None:
     """Load, evaluate, summarise, save. Raises UserError, and GateError for a score under its gate."""
     out, gates = config.out or "-", _checked(config)
+    if check_files(config, "evaluate", "report") is not None:
+        return _summary(config, gates, read_object(Path(out))["models"])
 
     # load
     loaded = _load(config, gates)
@@ -139,9 +141,16 @@ def run(config: EvaluateConfig) -> Summary | None:
     if out != "-":
         write_json(out, scores)
         inputs = list(dict.fromkeys(path for one in loaded for path in (*one.files, *one.shots_files)))
-        results = {model["model"]: {name: task["score"] for name, task in model["tasks"].items()} for model in models}
+        results = {model["model"]: _task_scores(model) for model in models}
         write_manifest(out, "evaluate", as_options(config), inputs=inputs, parents=config.models, results=results)
         Path(out + STATE).unlink(missing_ok=True)
+    summary = _summary(config, gates, models)
+    return summary if out != "-" else Summary(None, models, comparisons or None)
+
+
+def _summary(config: EvaluateConfig, gates: Mapping[str, float], models: Sequence[dict[str, Any]]) -> Summary:
+    """Summarise what --out holds. Raises UserError for a gate of no task, and GateError for a score under its gate."""
+    _check_gates(gates, [*models[0]["tasks"], *(["core"] if "core" in models[0] else [])])
     failures = [
         f"{model['model']}: {name} {score:.4f} is under --fail-under {least:g}"
         for model in models
@@ -150,9 +159,11 @@ def run(config: EvaluateConfig) -> Summary | None:
     ]
     if failures:
         raise GateError("; ".join(failures))
-    if out == "-":
-        return Summary(None, models, comparisons or None)
-    return Summary(out, [{**model, "tasks": results[model["model"]]} for model in models], None)
+    return Summary(config.out, [{**model, "tasks": _task_scores(model)} for model in models], None)
+
+
+def _task_scores(model: Mapping[str, Any]) -> dict[str, float]:
+    return {name: task["score"] for name, task in model["tasks"].items()}
 
 
 # ---- before
@@ -174,7 +185,6 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
         raise UserError("--tools: expected --chat beside it; tools are called within an answer")
     if config.thinking != "auto" and not config.chat:
         raise UserError("--thinking: expected --chat beside it, for it switches the chat template")
-    check_files(config, "report", STATE)
     gates = {}
     for text in config.gates:
         name, _, least = text.rpartition("=")
@@ -187,16 +197,19 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     return gates
 
 
+def _check_gates(gates: Mapping[str, float], names: Sequence[str]) -> None:
+    for name in gates:
+        if name not in names:
+            raise UserError(f"--fail-under {name}: expected a task among {', '.join(names)}")
+
+
 def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     from llmkit.evaluation.scores import core_tasks
     from llmkit.evaluation.tasks import load_items, load_tasks
 
     tasks = load_tasks(config.tasks, config.data_dir)
     tasks += [] if config.core is None else core_tasks(config.core)
-    names = [task.name for task in tasks] + ["core"] * (config.core is not None)
-    for name in gates:
-        if name not in names:
-            raise UserError(f"--fail-under {name}: expected a task among {', '.join(names)}")
+    _check_gates(gates, [task.name for task in tasks] + ["core"] * (config.core is not None))
     loaded = [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
     for one in loaded:
         if one.task.shots and one.task.shots_file and not one.task.shots_path:

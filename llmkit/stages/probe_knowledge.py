@@ -28,7 +28,7 @@ from llmkit.io.manifest import write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_files, check_finished, check_model_folder, uploaded
+from llmkit.io.run_folder import check_files, check_model_folder, uploaded
 
 if TYPE_CHECKING:
     from llmkit.generation.requests import Usage
@@ -152,12 +152,11 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
     if config.recite is not None:
         return _recite(config, config.recite)
     out = config.out or "-"
-    state_path = _checked(config, out)
-    written_path = Path(out + WRITTEN) if state_path and config.writer else None
-    if config.resume and Path(out).exists() and not any(path and path.exists() for path in (state_path, written_path)):
-        check_finished(out, config)
-        say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
-        return Summary(out)
+    _checked(config)
+    results = check_files(config, "probe-knowledge", "report", (STATE, WRITTEN), also=("--balance",))
+    if results is not None:
+        return Summary(out, config.report, **results)
+    state_path, written_path = (None if out == "-" else Path(out + end) for end in (STATE, WRITTEN))
 
     # load
     from llmkit.probing.judges import judge_of
@@ -287,8 +286,8 @@ def _save(
 # ---- what is asked for
 
 
-def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
-    """Check the options before any work; return the path of the run's state, None where it has none."""
+def _checked(config: ProbeKnowledgeConfig) -> None:
+    """Check the options before any work."""
     if not config.is_served or config.model is not None:
         check_model_folder(config.model, "llmkit probe-knowledge chat/ --questions q.jsonl")
     if config.is_served and (config.max_tokens is None or config.recite):
@@ -297,12 +296,8 @@ def _checked(config: ProbeKnowledgeConfig, out: str) -> Path | None:
         raise UserError("--passages: expected no --questions beside it; they are two runs")
     if config.writer is not None and not config.passages:
         raise UserError("--writer: expected --passages, which it writes questions about")
-    if config.report == "-":
-        raise UserError("--report: expected a file, found -; stdout has the conversations")
     input_files(config.questions)
     input_files(config.passages, text=True)
-    check_files(config, "report", STATE, WRITTEN)
-    return None if out == "-" else Path(out + STATE)
 
 
 def _sampler(
@@ -365,7 +360,8 @@ def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
     if beside or config.judge != WORDS or config.max_tokens is None:
         raise UserError("--recite: expected neither questions, --report, --resume nor --max-tokens none beside it")
     out = config.out or "-"
-    _checked(config, out)
+    _checked(config)
+    check_files(config, "probe-knowledge", "report", (STATE, WRITTEN))
     files = input_files([path], text=True)
     bad = BadRecords(config.max_bad, config.quiet)
     documents = read_documents(files, config.limit, bad, parse_columns(config.columns))

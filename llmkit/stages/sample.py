@@ -235,7 +235,7 @@ def _check_options(config: SampleConfig, out: str) -> None:
     if config.system is not None and not config.chat:
         raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
     input_files(config.inputs)
-    if config.jsonl and not config.dry_run:
+    if config.jsonl:
         check_unfinished(config.force, config.resume, out + STATE)
     check_output(out, config.force, config.resume, is_file=True)
 

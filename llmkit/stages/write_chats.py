@@ -37,7 +37,7 @@ from llmkit.io.manifest import read_manifest, write_manifest
 from llmkit.io.progress import counted, say
 from llmkit.io.records import BadRecords, Row
 from llmkit.io.resume import STATE, Kept
-from llmkit.io.run_folder import check_files, check_finished, uploaded
+from llmkit.io.run_folder import check_files, uploaded
 
 if TYPE_CHECKING:
     from llmkit.generation.sampler import Sampler
@@ -149,10 +149,10 @@ def run(config: WriteChatsConfig) -> Summary | None:
     """Load, write, save, summarise. Raises UserError for the user's mistakes."""
     started, out = time.monotonic(), config.out or "-"
     guide, shares, languages = _checked(config)
-    if config.resume and Path(out).exists() and not Path(out + STATE).exists():
-        _check_finished(config, out)
-        say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
-        return Summary(out)
+    results = check_files(config, "write-chats", "pairs", also=("--conversations",))
+    if results is not None:
+        _check_models(config, out)
+        return Summary(out, *(results[name] for name in ("conversations", "drafts")), pairs=results["pairs"])
 
     # load
     from llmkit.writing.keep import Keeper
@@ -286,12 +286,9 @@ def _checked(config: WriteChatsConfig) -> tuple[str, dict[str, float], tuple[str
         raise UserError("--pairs: expected --samples 2 or more, of which it takes the best and the worst")
     if config.samples > 1 and config.judge is None and not config.answer:
         raise UserError("--samples: expected --judge, or --answer with answers to check, which tell good from bad")
-    if config.pairs == "-":
-        raise UserError("--pairs: expected a file, found -; stdout has the conversations, or the summary")
     shares = _parse_mix(config)
     input_files([*config.seeds, *config.answer, *config.not_in])
     input_files([*config.topics, *config.documents], text=True)
-    check_files(config, "pairs", STATE)
     with open_input(config.guide) as handle:
         guide = read_text(handle, config.guide)
     if not guide.strip():
@@ -299,14 +296,9 @@ def _checked(config: WriteChatsConfig) -> tuple[str, dict[str, float], tuple[str
     return guide, shares, languages
 
 
-def _check_finished(config: WriteChatsConfig, out: str) -> None:
-    """Raise UserError where a finished run had other options, or another -n."""
-    check_finished(out, config)
+def _check_models(config: WriteChatsConfig, out: str) -> None:
+    """Raise UserError where a finished run had another writer or judge."""
     former = (read_manifest(out) or {}).get("options") or {}
-    if former.get("conversations") != config.conversations:
-        raise UserError(
-            f"{out}: finished with -n {former.get('conversations') or 'all'}; another -n starts again with --force"
-        )
     for name in ("writer", "judge"):  # of a server the model counts: its address may change
         before, now = former.get(name), getattr(config, name)
         if (before or "").rpartition("#")[2].rstrip("/") != (now or "").rpartition("#")[2].rstrip("/"):

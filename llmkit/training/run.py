@@ -33,7 +33,7 @@ from llmkit.io.manifest import write_manifest, write_model_card
 from llmkit.io.metrics import mirrors
 from llmkit.io.progress import say
 from llmkit.io.records import BadRecords
-from llmkit.io.run_folder import NOTES, RunFolder
+from llmkit.io.run_folder import NOTES, RunFolder, finished_results
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,6 @@ class Run(RunFolder):
 
     stage    of the command, as the manifest names it
     example  of an output folder, for messages
-    dry      nothing is written, and --out may be missing
 
     `folder` is where it ends, `work` where it is made; `resume` is false where there is nothing to resume.
     """
@@ -61,12 +60,11 @@ class Run(RunFolder):
     dtype: torch.dtype
     world: World
 
-    def __init__(self, stage: str, config: TrainingConfig, example: str, *, dry: bool = False) -> None:
+    def __init__(self, stage: str, config: TrainingConfig, example: str) -> None:
         """Raises UserError for an --out that cannot be had."""
         self.started = time.monotonic()  # a time budget covers the start-up, too
-        self.stage, dry = stage, dry or config.dry_run
-        out = config.out or (example if dry else None)
-        super().__init__(out, example, resume=config.resume, force=config.force, dry_run=dry)
+        self.stage = stage
+        super().__init__(config.out, example, resume=config.resume, force=config.force, dry_run=config.dry_run)
         self.config = replace(config, resume=self.resume)
         self.bad = BadRecords(config.max_bad, config.quiet)
 
@@ -75,7 +73,9 @@ class Run(RunFolder):
 
         Raises UserError for a folder from elsewhere, and for other options.
         """
-        return {"path": str(self.folder), **self.results(self.stage, self.config)} if self.is_finished else None
+        if not self.is_finished:
+            return None
+        return {"path": str(self.folder), **finished_results(self.folder, self.stage, self.config)}
 
     def join(self) -> None:
         """Choose device and precision, and join the other processes of the job. Raises UserError where that fails."""

@@ -24,7 +24,7 @@ from llmkit.io.manifest import (
     write_manifest,
     write_model_card,
 )
-from llmkit.io.run_folder import RunFolder
+from llmkit.io.run_folder import RunFolder, finished_results
 
 CONFIG = TrainingConfig()
 
@@ -249,7 +249,9 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
     (run.work / "metrics.jsonl").write_text('{"step":1,"loss":2.0}\n')
     with pytest.raises(UserError, match=r"base\.partial: an unfinished run; --resume continues it"):
         folder_of(out)
-    folder_of(out, dry_run=True)
+    with pytest.raises(UserError, match="an unfinished run"):  # as the run itself would say
+        folder_of(out, dry_run=True)
+    assert RunFolder(None, "base/", resume=False, force=False, dry_run=True).folder == Path("base")
     resumed = folder_of(out, resume=True)
     assert not resumed.is_finished
     resumed.begin({})
@@ -297,15 +299,15 @@ def test_a_finished_run_has_results_and_another_folder_has_not(tmp_path: Path) -
     run.begin({})
     finish(run, {"steps": 7})
     finished = folder_of(tmp_path / "base", resume=True)
-    assert finished.is_finished and finished.results("pretrain", CONFIG) == {"steps": 7}
+    assert finished.is_finished and finished_results(finished.folder, "pretrain", CONFIG) == {"steps": 7}
     other = TrainingConfig(compile="on", quiet=True)
     with pytest.raises(UserError, match=r"base: another run: --compile was auto and is now on; resume with"):
-        finished.results("pretrain", other)
+        finished_results(finished.folder, "pretrain", other)
     with pytest.raises(UserError, match="not a finished sft run"):
-        finished.results("sft", CONFIG)
+        finished_results(finished.folder, "sft", CONFIG)
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="not a finished pretrain run"):
-        folder_of(tmp_path / "mine", resume=True).results("pretrain", CONFIG)
+        finished_results(folder_of(tmp_path / "mine", resume=True).folder, "pretrain", CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from tiny import END, certain, make_model, save_folder
 
 from llmkit.config import resolve
-from llmkit.errors import UserError
+from llmkit.errors import GateError, UserError
 from llmkit.evaluation import evaluator
 from llmkit.evaluation.likelihood import Scorer, encode_pairs
 from llmkit.evaluation.tasks import TASKS, load_items, load_tasks, read_task
@@ -427,6 +427,31 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatc
     assert len(asked) == 7
     assert out.read_text() == other.read_text()
     assert not list(tmp_path.glob("*.state"))
+
+
+def test_a_finished_run_has_nothing_to_resume(models, tmp_path, monkeypatch, llmkit):
+    file, out, report = write_lines(tmp_path / "things.jsonl", CHOICES), tmp_path / "a.json", tmp_path / "items.jsonl"
+    first = evaluate(models / "base", tasks=file, out=str(out), report=str(report))
+    made = out.read_bytes()
+    monkeypatch.setattr(evaluator.Model, "evaluate", None)  # nothing is computed again
+    again = {"tasks": file, "out": str(out), "resume": True}
+    assert evaluate(models / "base", report=str(report), **again) == first and out.read_bytes() == made
+    with pytest.raises(GateError, match=r"things .* is under --fail-under 2"):
+        evaluate(models / "base", gates=("things=2",), **again)
+    for options, message in (
+        ({"gates": ("thing=0",)}, "--fail-under thing: expected a task among things"),
+        ({"few_shot": 1}, "a.json: another run: --shots was none and is now 1"),
+        ({"report": str(tmp_path / "r.jsonl")}, "r.jsonl: cannot be made from .*a.json, which is finished"),
+        ({"report": "-"}, "--report: expected a file, found -"),
+        ({"out": file}, "things.jsonl: not a finished evaluate run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(models / "base", **{**again, **options})
+    write_lines(tmp_path / "things.jsonl", CHOICES[:2])
+    with pytest.raises(UserError, match=r"a.json: another run: .*things.jsonl has changed since; start again with"):
+        evaluate(models / "base", **again)
+    done = llmkit("evaluate", models / "base", "--tasks", file, "--report", "-")
+    assert (done.returncode, done.stdout) == (2, "") and "--report: expected a file" in done.stderr
 
 
 # ---- mistakes

@@ -207,13 +207,25 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         probe(model, out, questions=asked, resume=True)
     write(asked, PARIS, ROME)
     out.unlink()
-    with pytest.raises(UserError, match=r"r.jsonl.state: an unfinished run; --resume continues it"):
-        probe(model, out, questions=asked)
+    for plan in (False, True):
+        with pytest.raises(UserError, match=r"r.jsonl.state: an unfinished run; --resume continues it"):
+            probe(model, out, questions=asked, dry_run=plan)
     assert probe(model, out, questions=asked, resume=True).questions == 2 and not state.exists()
-    assert probe(model, out, questions=asked, resume=True).questions is None  # finished, nothing to do
-    assert probe(f"{model}/", out, questions=asked, resume=True).questions is None
-    with pytest.raises(UserError, match=r"r.jsonl: another run: --samples was 5 and is now 3; resume with the same"):
-        probe(model, out, questions=asked, resume=True, samples=3)
+    for same in (model, f"{model}/"):
+        finished = probe(same, out, questions=asked, resume=True)
+        assert finished.questions == 2 and finished.seconds is None  # there was nothing to do
+    for options, message in (
+        ({"samples": 3}, "r.jsonl: another run: --samples was 5 and is now 3; resume with the same"),
+        ({"balance": None}, "r.jsonl: another run: --balance was 1.0 and is now none"),
+        ({"report": str(tmp_path / "p.jsonl")}, "p.jsonl: cannot be made from .*r.jsonl, which is finished"),
+    ):
+        with pytest.raises(UserError, match=message):
+            probe(model, out, questions=asked, resume=True, **options)
+    with pytest.raises(UserError, match=r"q.jsonl: not a finished probe-knowledge run"):
+        probe(model, Path(asked), questions=other, resume=True)
+    write(asked, ROME)
+    with pytest.raises(UserError, match=r"r.jsonl: another run: .*q.jsonl has changed since; start again with --force"):
+        probe(model, out, questions=asked, resume=True)
 
 
 # ---- bad input

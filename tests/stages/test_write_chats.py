@@ -299,7 +299,7 @@ def test_a_killed_run_goes_on_to_the_same_lines(place, server, capsys, one_retry
     assert len(server.requests) < 3 * asked + 300
     assert write_chats(server, *words, "--resume") == 0  # finished
     assert write_chats(server, *words, "-n", 21, "--resume") == 2
-    assert "finished with -n 20; another -n starts again with --force" in capsys.readouterr().err
+    assert "another run: --conversations was 20 and is now 21; resume" in capsys.readouterr().err
 
 
 def test_a_resumed_run_has_the_same_options(place, server, capsys, one_retry):
