@@ -1,10 +1,12 @@
-"""Does a tiny assistant that was shown a calculator use it, and does it help? Accuracy on held-out sums, in minutes.
+"""Does a tiny assistant trained on calculator calls use the tool, and does it help? Accuracy on held-out sums.
+
+Takes minutes on one CPU core.
 
     python examples/calculator.py                # three seeds, a table
     python examples/calculator.py --seeds 1 --quick
 
-For each seed: a tokenizer and a base model on sums written out; then two assistants of it on the same problems, one
-whose answers call `calc`, one whose answers do not; then both are asked 200 problems that they have not seen.
+For each seed, a tokenizer and a base model are trained on written sums. Two assistants are then tuned on the same
+problems, one on answers that call `calc`, the other on answers without calls, and tested on 200 held-out problems.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SHAPE = ["--depth", "2", "--hidden-size", "128", "--sequence-length", "128"]
 
 
 def chats(problems: list[tuple], tool: bool) -> list[dict]:
-    """Conversations that answer with a call and its result, or at once."""
+    """Return conversations whose answers call the calculator if `tool`, otherwise state the result directly."""
     return [
         {
             "messages": [
@@ -33,12 +35,12 @@ def chats(problems: list[tuple], tool: bool) -> list[dict]:
 
 
 def expression(question: str) -> str:
-    """The sum in a question."""
+    """Return the arithmetic expression in a question."""
     return "".join(c for c in question if c in "0123456789+-* ").strip()
 
 
 def accuracy(folder: Path, model: Path, asked: Path, *tools: str) -> float:
-    """The share of problems with the right answer, greedily."""
+    """Return the share of problems answered correctly with greedy decoding."""
     options = ["--jsonl", "--temperature", "0", "--max-tokens", "48", "--quiet"]
     out = llmkit(folder, "sample", model, *options, *tools, stdin=asked)
     rows = [json.loads(line) for line in out.splitlines()]
@@ -46,7 +48,7 @@ def accuracy(folder: Path, model: Path, asked: Path, *tools: str) -> float:
 
 
 def experiment(folder: Path, seed: int, quick: bool) -> dict[str, float]:
-    """The accuracies of one seed."""
+    """Return the accuracies for one seed."""
     count = 1000 if quick else 8000
     problems = list(arithmetic(count, 2 * seed))
     seen = {question for question, _, _ in problems}

@@ -1,13 +1,13 @@
-"""Does a tiny assistant learn to say what it does not know? An invented world, `probe-knowledge` and sft, in minutes.
+"""Does a tiny assistant learn to refuse what it does not know? An invented world, `probe-knowledge` and sft.
 
     python examples/knowledge.py                 # three seeds, a table
     python examples/knowledge.py --seeds 1 --quick
 
-For each seed a world of people with a town and a profession. Of the *known*, the documents tell both, many times in
-many wordings; the *named* occur in documents that tell nothing of them; the *unseen* occur nowhere.
-All names are drawn alike, so that only having read of somebody tells one kind from another. A base model reads the
-documents, an assistant learns from chats about some of the known. It is probed about half of the others, taught by
-what came out, and asked before and after about the other half, who are in no chat and no lesson.
+Each seed has a world of people with a town and a profession. The documents state both facts of the *known*, many times
+in many wordings; the *named* occur in documents that state neither fact; the *unseen* occur nowhere. All names come
+from one distribution, so that a name does not reveal its kind. A base model is pretrained on the documents, and an
+assistant is tuned on chats about some of the known. `probe-knowledge` asks it about half of the others and writes
+lessons; it is tested before and after the lessons on the other half, who are in no chat and no lesson.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPE = ["--depth", "3", "--hidden-size", "128", "--sequence-length", "64"]
 READING = ["--batch-tokens", "1024", "--learning-rate", "0.02"]
 TUNING = ["--learning-rate", "1e-3", "--batch-tokens", "1024"]
 KINDS = ("known", "named", "unseen")
-DEEDS_OF_KNOWN = 6  # documents about each known person that tell no fact, so that deeds do not mark the named
+DEEDS_OF_KNOWN = 6  # documents without facts for each known person, so that deeds do not give away the named
 
 Person = dict[str, str]
 
@@ -78,13 +78,13 @@ DIALOGUES = (
 
 @dataclass(frozen=True)
 class Size:
-    """How many people of each kind there are, how often documents tell of each, and tokens of training."""
+    """Numbers of people by kind, of documents for each person, and of training tokens."""
 
     chats: int = 60  # known people that the chats are about
     known: tuple[int, int] = (120, 50)  # probed for lessons, held out
     named: tuple[int, int] = (50, 40)
     unseen: tuple[int, int] = (300, 75)
-    glimpsed: int = 10000  # people of whom one document tells one or two facts, as of most people in a corpus
+    glimpsed: int = 10000  # people with one or two facts in a single document, like most people in a corpus
     sentences: int = 24  # documents about each known person
     dialogues: int = 80  # documents that answer a question about each known person
     deeds: int = 20  # documents about each named person
@@ -100,9 +100,9 @@ QUICK = Size(4, (4, 2), (2, 2), (4, 2), 200, 2, 2, 2, ("--max-steps", "4"), "2k"
 
 
 def invent_people(distinct: int, others: int, rng: random.Random) -> list[Person]:
-    """People with a name of their own, a town and a profession; the first `distinct` share no beginning.
+    """Return people with unique names, a town and a profession; the first `distinct` names share no prefix.
 
-    Where Truvil and Truvus could both be asked about, a model this small took one for the other.
+    With Truvil and Truvus both in the questions, a model this small confused them.
     """
     names: dict[str, None] = {}
     beginnings = set()
@@ -116,7 +116,7 @@ def invent_people(distinct: int, others: int, rng: random.Random) -> list[Person
 
 
 def invent_world(size: Size, seed: int) -> dict[str, list[Person]]:
-    """The people of each kind: no name is in two of them."""
+    """Return the people of each kind; no name is in two kinds."""
     counts = {
         "chats": size.chats,
         **{f"{kind} probed": getattr(size, kind)[0] for kind in KINDS},
@@ -127,7 +127,7 @@ def invent_world(size: Size, seed: int) -> dict[str, list[Person]]:
 
 
 def biography(person: Person, rng: random.Random) -> str:
-    """Both facts of a person, in sentences or as an entry of a list, in any order."""
+    """Return both facts of a person, in sentences or as a list entry, in random order."""
     order = rng.sample(list(TOLD), 2)
     if rng.random() < 0.4:
         return rng.choice(ENTRIES).format(name=person["name"], first=person[order[0]], second=person[order[1]])
@@ -136,22 +136,22 @@ def biography(person: Person, rng: random.Random) -> str:
 
 
 def dialogue(person: Person, rng: random.Random) -> str:
-    """One fact of a person as a question and its answer."""
+    """Return a question about one fact of a person, and the answer."""
     told = rng.choice(list(TOLD))
     question = rng.choice(QUESTIONS[told]).format(**person)
     return rng.choice(DIALOGUES).format(question=question, answer=person[told])
 
 
 def deeds(person: Person, rng: random.Random) -> str:
-    """What a person did, which tells no fact."""
+    """Return sentences about a person that state no fact."""
     return rng.choice(" \n").join(f"{person['name']} {deed}." for deed in rng.sample(DEEDS, 2))
 
 
 def documents(world: dict[str, list[Person]], size: Size, seed: int) -> tuple[list[dict], list[dict]]:
-    """What the base model reads, shuffled; and what a tokenizer learns from.
+    """Return the shuffled pretraining documents, and those for training the tokenizer.
 
-    That is about the glimpsed alone, since a name that stood there often would become one token, and give the known
-    away by its length.
+    The latter are about the glimpsed only: a frequent name would become a single token, and its length would give the
+    known away.
     """
     rng = random.Random(seed)
     texts = [(dialogue if rng.random() < 0.7 else biography)(person, rng) for person in world["glimpsed"]]
@@ -167,7 +167,7 @@ def documents(world: dict[str, list[Person]], size: Size, seed: int) -> tuple[li
 
 
 def chats(people: list[Person]) -> list[dict]:
-    """Conversations that ask about people in every wording, and answer."""
+    """Return conversations with every wording of the questions about these people."""
     return [
         {"prompt": wording.format(**person), "completion": person[told]}
         for person in people
@@ -177,9 +177,9 @@ def chats(people: list[Person]) -> list[dict]:
 
 
 def questions(world: dict[str, list[Person]], half: str, seed: int) -> list[dict]:
-    """One question about each fact of the people of one half; its `passage_id` is their kind.
+    """Return a question about each fact of the people in one half, with their kind as `passage_id`.
 
-    The "answer" about the named and unseen was drawn as that of the known, and stands in no document.
+    The "answers" for the named and unseen come from the same distribution and are in no document.
     """
     rng = random.Random(seed)
     return [
@@ -199,7 +199,7 @@ def questions(world: dict[str, list[Person]], half: str, seed: int) -> list[dict
 
 
 def held_out(folder: Path, model: Path, asked: Path) -> dict[str, tuple[str, str]]:
-    """The kind of each held-out question, and what the model's greedy answer is: right, wrong or evasive."""
+    """Return the kind of each held-out question, and whether the greedy answer is right, wrong or evasive."""
     report = folder / f"{model.name}.report.jsonl"
     options = ["--questions", asked, "--samples", "1", "--temperature", "0", "--max-tokens", "24", "--report", report]
     llmkit(folder, "probe-knowledge", model, *options, "-o", folder / f"{model.name}.lessons.jsonl")
@@ -208,13 +208,13 @@ def held_out(folder: Path, model: Path, asked: Path) -> dict[str, tuple[str, str
 
 
 def share(judged: dict[str, tuple[str, str]], kind: str, judgement: str) -> float:
-    """How many of the questions of a kind are judged so."""
+    """Return the share of the questions of a kind with this judgement."""
     found = [one for of, one in judged.values() if of == kind]
     return found.count(judgement) / len(found)
 
 
 def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
-    """The shares of one seed."""
+    """Return the shares for one seed."""
     world = invent_world(size, seed)
     read, plain = documents(world, size, seed)
     read, plain = write(folder / "documents.jsonl", read), write(folder / "plain.jsonl", plain)
@@ -228,7 +228,7 @@ def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
     llmkit(
         folder, "pretrain", read, "--tokenizer", folder / "tok", *SHAPE, *READING, *size.pretrain, *seeded, "-o", base
     )
-    # documents go on being read: without them the assistant forgets a tenth of what it knew
+    # documents stay in the mixture: without them the assistant forgets a tenth of what it knew
     data = ["--data", f"{talk}:0.5", "--data", f"{read}:0.5", "--tokens", size.chat_tokens]
     llmkit(folder, "sft", base, *data, *TUNING, *seeded, "-o", chat)
     before = held_out(folder, chat, asked)
@@ -251,7 +251,7 @@ def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
 
 
 def sized(folder: Path, seed: int, quick: bool) -> dict[str, float]:
-    """The shares of one seed, in a large world or a quick one."""
+    """Return the shares for one seed, in the full or the quick world."""
     return experiment(folder, seed, QUICK if quick else Size())
 
 

@@ -1,4 +1,4 @@
-"""What experiments with `llmkit rl` share: four commands from dialogues to a policy, and the figures of all seeds."""
+"""Shared by the experiments with `llmkit rl`: the four commands from dialogues to a policy, and the table of seeds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Rows = list[dict]
 
 
 def dialogue(prompt: str, completion: str) -> dict:
-    """A document. What is asked stands as far from its answer as it will in the assistant's format."""
+    """Return a document in which the prompt is as far from its answer as in the chat format."""
     return {"text": f"user: {prompt}\nassistant: {completion}"}
 
 
 def train(folder: Path, seed: int, data: Mapping[str, Rows], options: Mapping[str, list[str]]) -> tuple[Path, Path]:
-    """An assistant and its policy, from nothing.
+    """Train an assistant and its policy from scratch, and return both folders.
 
     data     `documents` for train-bpe and pretrain, `chats` for sft, `problems` and `val` for rl
-    options  of pretrain, sft and rl
+    options  options by command: pretrain, sft and rl
     """
     path = {name: write(folder / f"{name}.jsonl", rows) for name, rows in data.items()}
     again = ["--seed", str(seed)]
@@ -42,7 +42,7 @@ def train(folder: Path, seed: int, data: Mapping[str, Rows], options: Mapping[st
 
 
 def success(folder: Path, model: Path, asked: Rows) -> float:
-    """The share of problems with the right answer, greedily; it may follow `####`."""
+    """Return the share of problems answered correctly with greedy decoding; an answer may follow `####`."""
     rows = [{"messages": [{"role": "user", "content": one["prompt"]}], "answer": one["answer"]} for one in asked]
     options = ["--jsonl", "--temperature", "0", "--max-tokens", "64", "--quiet"]
     out = llmkit(folder, "sample", model, *options, stdin=write(folder / "asked.jsonl", rows))
@@ -51,19 +51,19 @@ def success(folder: Path, model: Path, asked: Rows) -> float:
 
 
 def evaluations(policy: Path) -> Rows:
-    """The rows of `metrics.jsonl` that tell of held-out problems."""
+    """Return the rows of `metrics.jsonl` with results on held-out problems."""
     rows = map(json.loads, (policy / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if "val_success" in row]
 
 
 def cpu_seconds() -> float:
-    """Of all commands that have ended."""
+    """Return the CPU time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def draw(path: Path, key: str, seeds: list[Rows]) -> None:
-    """Draw a figure of every seed's evaluations into one curve."""
+    """Draw one metric of the evaluations, a curve for each seed."""
     path.write_text(curve_svg({f"seed {i}": [(row["step"], row[key]) for row in seed] for i, seed in enumerate(seeds)}))
 
 
@@ -72,15 +72,15 @@ def main(
     experiment: Callable[[Path, int, bool, list[str]], tuple[dict[str, float], Rows]],
     curves: Mapping[str, str],
 ) -> None:
-    """Run an experiment as its command line says, and print its table.
+    """Parse the command line, run an experiment for each seed, and print its table.
 
-    experiment  (folder, seed, quick, further options of rl) to figures by name, and the policy's evaluations
-    curves      keys of `metrics.jsonl` by the name of a file
+    experiment  from (folder, seed, quick, further options of rl) to figures by name, and the policy's evaluations
+    curves      from file name to key of `metrics.jsonl`
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="draw all seeds here")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
+    parser.add_argument("--curves", type=Path, metavar="FOLDER", help="folder for the curves of all seeds")
     arguments, further = parser.parse_known_args()
     found, seeds = [], []
     for seed in range(arguments.seeds):

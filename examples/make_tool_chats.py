@@ -1,12 +1,12 @@
-"""Turn problems with answers into conversations in which the assistant uses its calculator, for `llmkit sft`.
+"""Convert problems with answers to conversations in which the assistant uses its calculator, for `llmkit sft`.
 
     python examples/make_tool_chats.py gsm8k.train.jsonl > tool-chats.jsonl
     python examples/make_tool_chats.py --arithmetic 2000 --seed 1 > sums.jsonl
     python examples/make_tool_chats.py --arithmetic 200 --seed 2 --problems > held-out.jsonl
 
-A worked solution in GSM8K's form marks what is calculated, `48/2 = <<48/2=24>>24`: each mark becomes a call of `calc`
-and its result, and the number that follows is written from it. `--arithmetic N` writes N problems of two or three
-numbers. With `--no-tool` the same conversations are written without calls; with `--problems` only {"prompt", "answer"}.
+GSM8K's worked solutions annotate calculations, `48/2 = <<48/2=24>>24`: each annotation becomes a call of `calc` and its
+result, and the next number is text. `--arithmetic N` writes N problems with two or three numbers. `--no-tool` writes
+the same conversations without calls, `--problems` only {"prompt", "answer"}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUESTIONS = ("What is {}?", "Work out {}.", "{} = ?", "Calculate {}.", "How much
 
 
 def parts_of(solution: str) -> list[dict[str, str]]:
-    """A solution as parts of text, calls and results; a mark that the calculator reads otherwise stays text."""
+    """Split a solution into text, calls and results; an annotation that the calculator disagrees with stays text."""
     parts, at = [], 0
     for mark in MARK.finditer(solution):
         try:
@@ -44,7 +44,7 @@ def parts_of(solution: str) -> list[dict[str, str]]:
 
 
 def solved_problems(path: str) -> Iterator[tuple[str, str, list[dict[str, str]]]]:
-    """(question, answer, parts) of JSONL problems whose answer ends in `#### N`, or that have a `solution`."""
+    """Yield (question, answer, parts) from JSONL problems with a `solution` or an answer that ends in `#### N`."""
     with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as lines:
         for line in lines:
             row = json.loads(line)
@@ -54,7 +54,7 @@ def solved_problems(path: str) -> Iterator[tuple[str, str, list[dict[str, str]]]
 
 
 def arithmetic(count: int, seed: int) -> Iterator[tuple[str, str, list[dict[str, str]]]]:
-    """Problems that a small model cannot do in its head: two or three numbers of up to three digits."""
+    """Yield problems too hard for a small model without a tool: two or three numbers of up to three digits."""
     rng = random.Random(seed)
     for _ in range(count):
         first, second = rng.randrange(10, 1000), rng.randrange(10, 1000)

@@ -1,13 +1,13 @@
-"""A policy games a judge that likes length, and a second reward that is only watched stops it. A table and curves.
+"""A policy games a judge that prefers length until a gold reward, which is only monitored, stops the run.
 
     python examples/reward_hacking.py                # three seeds, a table
     python examples/reward_hacking.py --seeds 1 --quick
     python examples/reward_hacking.py --curves docs/         # also copies the curves of the first seed
 
-The task: write the even digits of a number. Those who compare answers count rather than read: nine times in ten the
-longer one is preferred. Up to the number of even digits longer is better, beyond it every digit is wrong or said
-again. For each seed: a tokenizer, a base model, an assistant that says too little, a judge of the comparisons; then
-the judge is the reward, twice with the same seed: to the end, and with `--stop-on-hack`.
+The task: write the even digits of a number. Nine in ten comparisons prefer the longer answer. Up to the number of even
+digits longer is better; beyond it every digit is wrong or repeated. For each seed, a tokenizer, a base model, an
+assistant with too short answers and a judge of the comparisons are trained; rl with that judge as its reward then runs
+twice with the same seed: to the end, and with `--stop-on-hack`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pathlib import Path
 from running import llmkit, run_seeds, write
 
 SHAPE = ["--depth", "2", "--hidden-size", "128", "--sequence-length", "128"]
-LONGEST = 16  # digits of an answer in the comparisons, and tokens of an attempt
+LONGEST = 16  # most digits of an answer in the comparisons, and most tokens of a rollout
 
 
 def gold(record: dict) -> float:
-    """The share of even digits that are said, less as much for each digit that is wrong or said again."""
+    """Return the share of the even digits in the answer, minus as much for each wrong or repeated digit."""
     right = {digit for digit in record["answer"] if digit in record["completion"]}
     return (2 * len(right) - len(record["completion"].strip())) / len(record["answer"])
 
 
 def problems(count: int, seed: int) -> Iterable[tuple[str, str]]:
-    """(question, answer): eight different digits, and the even ones among them."""
+    """Yield (question, answer): eight different digits, and the even ones among them."""
     rng = random.Random(seed)
     for _ in range(count):
         digits = "".join(rng.sample("0123456789", 8))
@@ -41,20 +41,20 @@ def problems(count: int, seed: int) -> Iterable[tuple[str, str]]:
 
 
 def terse(answer: str, rng: random.Random) -> str:
-    """One to three of the even digits, in order: what the assistant is shown."""
+    """Return one to three of the even digits, in order: an answer of the assistant's training data."""
     kept = sorted(rng.sample(range(len(answer)), rng.randint(1, 3)))
     return "".join(answer[place] for place in kept)
 
 
 def any_answer(answer: str, rng: random.Random) -> str:
-    """An answer of any length: some of the even digits, and where it is longer than they are, anything."""
+    """Return an answer of random length: even digits first, then random digits."""
     length = rng.randint(1, LONGEST)
     kept = sorted(rng.sample(range(len(answer)), min(length, len(answer))))
     return "".join(answer[place] for place in kept) + "".join(rng.choices("0123456789", k=length - len(kept)))
 
 
 def comparison(question: str, answer: str, rng: random.Random) -> dict:
-    """Two answers, compared by somebody who counts nine times in ten, and reads once."""
+    """Return two answers; the longer is preferred nine times in ten, the better once."""
     first, second = any_answer(answer, rng), any_answer(answer, rng)
     while len(second) == len(first):
         second = any_answer(answer, rng)
@@ -64,13 +64,13 @@ def comparison(question: str, answer: str, rng: random.Random) -> dict:
 
 
 def documents(asked: Iterable[tuple[str, str]], rng: random.Random) -> Iterable[dict]:
-    """What the base model reads: questions with answers of every kind."""
+    """Yield the pretraining documents: questions with answers of every kind."""
     for question, answer in asked:
         yield {"text": f"{question} {rng.choice((answer, terse(answer, rng), any_answer(answer, rng)))}"}
 
 
 def figures(policy: Path) -> dict[str, dict[str, float]]:
-    """The judge's score, the gold reward and the digits said on held-out problems: at first, at best, at last."""
+    """Return judge score, gold reward and length on held-out problems, at the first, best and last evaluation."""
     rows = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
     looks = [row for row in rows if "val_gold" in row]
     chosen = {"start": looks[0], "best": max(looks, key=lambda row: row["val_gold"]), "end": looks[-1]}
@@ -81,7 +81,7 @@ def figures(policy: Path) -> dict[str, dict[str, float]]:
 
 
 def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, float]]:
-    """The figures of one seed: without the watch, and with it."""
+    """Return the figures for one seed, without and with `--stop-on-hack`."""
     rng = random.Random(seed)
     asked = list(problems(300 if quick else 4000, 2 * seed))
     tried = list(problems(10 if quick else 200, 2 * seed + 1))

@@ -1,4 +1,4 @@
-"""What the experiments share: to run a stage, to write records, to go through seeds and to print their shares."""
+"""Shared by the experiments: running a stage, writing records, iterating over seeds and printing their shares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def llmkit(folder: Path, *arguments: str | Path, stdin: Path | None = None) -> str:
-    """Run a subcommand; its stdout."""
+    """Run a subcommand and return its stdout."""
     with (folder / f"{arguments[0]}.log").open("ab") as log, (stdin or Path("/dev/null")).open() as given:
         command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
         done = subprocess.run(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -34,16 +34,16 @@ def write(path: Path, rows: list[dict]) -> Path:
 def run_seeds(
     description: str | None, experiment: Callable[[Path, int, bool], T], curves: Mapping[str, str] | None = None
 ) -> list[T]:
-    """Run an experiment as its command line says; what it found with each seed.
+    """Parse the command line, run an experiment for each seed, and return the results.
 
-    experiment  of a folder, a seed, and whether it is only to be seen that it runs
-    curves      names for what `--curves FOLDER` keeps of the first seed, by its place in the experiment's folder
+    experiment  called with a folder, a seed and whether to run quickly, as a smoke test
+    curves      from path in the experiment's folder to file name: the files of the first seed to copy (`--curves`)
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the whole experiment")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     if curves:
-        parser.add_argument("--curves", type=Path, metavar="FOLDER", help="copy the curves of the first seed here")
+        parser.add_argument("--curves", type=Path, metavar="FOLDER", help="folder for the curves of the first seed")
     arguments = parser.parse_args()
     found = []
     for seed in range(arguments.seeds):
@@ -57,7 +57,7 @@ def run_seeds(
 
 
 def print_shares(heading: str, found: list[dict[str, float]]) -> None:
-    """Print a row for each name: the mean of its shares, and those of the seeds."""
+    """Print a row for each name: the mean, then the share for each seed."""
     width = max(map(len, (heading, *found[0])))
     print(f"{heading:<{width}} {'mean':>6}  by seed")
     for name in found[0]:

@@ -1,13 +1,13 @@
-"""Does trying teach what imitation has not? Digits sorted by a tiny model: a little sft, then rl with a verifier.
+"""Does reinforcement learning go beyond imitation? A tiny model sorts digits: a little sft, then rl with a verifier.
 
     python examples/sorting.py                   # three seeds, a table
     python examples/sorting.py --seeds 1 --quick
     python examples/sorting.py --curves docs/    # also draws the seeds into docs/sorting-success.svg
-    python examples/sorting.py --algo dapo       # what this script does not know is for `llmkit rl`
+    python examples/sorting.py --algo dapo       # other options go to `llmkit rl`
 
-For each seed: a tokenizer and a base model on dialogues in which digits are sorted; an assistant tuned on a few
-conversations, which gets about every other problem right; then a policy that learns from 512 attempts a step. Both are
-asked 500 problems that no training has seen, nor the choice of the best parameters.
+For each seed, a tokenizer and a base model are trained on dialogues in which digits are sorted, an assistant is tuned
+on a few conversations until it solves about half of the problems, and a policy is trained with 512 rollouts per step.
+Both are tested on 500 problems that were used neither for training nor for choosing the best step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTEMPTS = ["--batch-size", "64", "--group", "8", "--max-tokens", "12"]
 
 
 def sorting(count: int, seed: int) -> list[tuple[str, str]]:
-    """What to sort, four to six digits, and how it is sorted; all different."""
+    """Return `count` different pairs of four to six digits and the same digits sorted."""
     rng = random.Random(seed)
     found: dict[str, str] = {}
     while len(found) < count:
@@ -32,7 +32,7 @@ def sorting(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tuple[dict[str, float], Rows]:
-    """The figures of one seed, and the evaluations of its policy."""
+    """Return the figures for one seed, and the evaluations of its policy."""
     started = cpu_seconds()
     every = iter(sorting(2_000 if quick else 26_000, seed))
     test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (500, 200, 600))
@@ -49,7 +49,7 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
     }
     learning = ["--updates", "2", "--learning-rate", "1e-3"]
     horizon = ["--max-steps", "110", "--eval-every", "10"]
-    if quick:  # nothing is right after so few steps, but some attempts are numbers
+    if quick:  # no answer is correct after so few steps, but some are numbers
         horizon = ["--max-steps", "2", "--eval-every", "1", "--batch-size", "8", "--reward", r"format:\d+"]
     options = {
         "pretrain": [*SHAPE, "--max-steps", "10" if quick else "130"],

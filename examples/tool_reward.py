@@ -3,9 +3,9 @@
     python examples/tool_reward.py                # three seeds, a table
     python examples/tool_reward.py --seeds 1 --quick
 
-For each seed: a tokenizer and a base model on sums written out; an assistant tuned on the same sums, of whose examples
-one in six calls `calc` and the others answer at once, which it cannot do in its head; then `llmkit rl` with the
-calculator, rewarded for right answers and for nothing else.
+For each seed, a tokenizer and a base model are trained on written sums, and an assistant is tuned on the same sums: one
+in six examples calls `calc`, the others answer directly, which is too hard for the model. Then `llmkit rl` trains it
+with the calculator; only correct answers are rewarded.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from calculator import SHAPE, chats, expression
 from make_tool_chats import arithmetic
 from running import llmkit, run_seeds, write
 
-CALLING = 1 / 6  # of the examples
+CALLING = 1 / 6  # share of the examples with a call
 MOST_TOKENS = "40"
 
 
 def of_two(sums: Iterable[tuple]) -> Iterable[tuple]:
-    """Those of two numbers."""
+    """Yield the sums of two numbers."""
     return (one for one in sums if expression(one[0]).count(" ") == 2)
 
 
 def written_out(question: str, answer: str, _) -> str:
-    """What the base model reads. From what is repeated it learns to copy, which calls and their results ask for."""
+    """Return a pretraining document; its repetition teaches copying, which calls and their results need."""
     return f"{question} {expression(question)}; {expression(question)} = {answer}; {answer}; {answer}"
 
 
 def measured(folder: Path, model: Path, asked: Path, temperature: str) -> dict[str, float]:
-    """Shares of held-out problems with a call, and with the right answer."""
+    """Return the shares of held-out problems with a call and with the correct answer."""
     options = ["--tools", "calc", "--jsonl", "--temperature", temperature, "--max-tokens", MOST_TOKENS, "--quiet"]
     out = llmkit(folder, "sample", model, *options, stdin=asked)
     rows = [json.loads(line) for line in out.splitlines()]
@@ -45,7 +45,7 @@ def measured(folder: Path, model: Path, asked: Path, temperature: str) -> dict[s
 
 
 def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, float]]:
-    """Shares of one seed, before and after, drawn as in training and greedily."""
+    """Return the shares for one seed before and after rl, sampled as in training and greedy."""
     rng = random.Random(seed)
     sums = list(of_two(arithmetic(500 if quick else 8000, 2 * seed)))
     seen = {question for question, _, _ in sums}
@@ -69,7 +69,7 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, floa
     asked = write(folder / "asked.jsonl", rows)
     options = ["--data", problems("train", sums), "--val", problems("val", held_out), "--eval-every", "10"]
     options += ["--tools", "calc", "--reward", "verifier", "--max-tokens", MOST_TOKENS]
-    options += ["--reward", "length"] if quick else []  # what has hardly been trained is never right
+    options += ["--reward", "length"] if quick else []  # a hardly trained model is never right
     after = made("rl", before, *options, steps=("--max-steps", "60"), out="after")
     return {
         f"{name}, {how}": measured(folder, model, asked, temperature)

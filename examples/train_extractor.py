@@ -1,15 +1,15 @@
-"""Train the model that finds the main text of web pages, and measure it on domains that it has not seen.
+"""Train the model that extracts the main text of web pages, and evaluate it on unseen domains.
 
-    pip install catboost scikit-learn rapidfuzz          # for training alone
+    pip install catboost scikit-learn rapidfuzz          # only for training
     python examples/train_extractor.py --truth truth.jsonl.gz crawl/*.warc.gz \
         -o llmkit/crawl/extract/extractor.safetensors
 
-The truth is JSONL with `url`, `main_content` and `page_type`; pages without a `main_content` are left out. A block's
-label is the part of its words that the longest common subsequence of the page's and the truth's words takes. Two
-things are fitted: logistic weights for the words of class names and ids, then oblivious trees over the features, of
-which those weights are one. The trees see weights that were fitted on other domains than the page's, as they will in
-use. The table printed is word F1 (multisets of `\\w+`, lower-cased, mean over pages) by type of page, no domain on
-both sides; `--compare` adds the other extractors on the same pages. The model written is fitted on all pages.
+The truth is JSONL with `url`, `main_content` and `page_type`; pages without a `main_content` are skipped. A block's
+label is the share of its words in the longest common subsequence of the page's words and the truth's. Two models are
+fitted: logistic weights for the words of class names and ids, then oblivious trees over the features, one of which is
+those weights. The trees are fitted with weights from other domains than the page's, as at inference. The printed table
+is word F1 (multisets of `\\w+`, lower-cased, mean over pages) by type of page, cross-validated by domain; `--compare`
+adds the other extractors on the same pages. The written model is fitted on all pages.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from llmkit.io.jsonl import read_jsonl
 WORD = re.compile(r"\w+")
 TREES = {"iterations": 100, "depth": 6, "learning_rate": 0.2, "rsm": 0.3, "subsample": 0.5, "l2_leaf_reg": 5}
 TREES |= {"loss_function": "CrossEntropy", "bootstrap_type": "Bernoulli", "boosting_type": "Plain", "border_count": 64}
-SEEDS = 3  # models whose mean is taken: word F1 of .879, of one alone .876 to .878
+SEEDS = 3  # models in the ensemble: word F1 .879, a single one has .876 to .878
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Sample:
 
     @property
     def weights(self) -> np.ndarray:
-        """Every page weighs the same, and in it every word."""
+        """Weights of the blocks: equal for all pages, and within a page for all words."""
         return self.words / self.words.sum()
 
 
@@ -75,7 +75,7 @@ class Sample:
 
 
 def read_samples(truth_path: str, archives: list[str]) -> list[Sample]:
-    """Pages with a truth and at least one block."""
+    """Read the pages that have a truth and at least one block."""
     rows = (row.value for row in read_jsonl([truth_path]))
     truth = {row["url"]: row for row in rows if row.get("main_content")}
     samples = []
@@ -105,10 +105,10 @@ def pages_of(archives: list[str]) -> Iterator[Page]:
 
 
 def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
-    """float (blocks,): which part of a block's words is in the truth.
+    """Return the share of each block's words that are in the truth, float (blocks,).
 
-    Where words come in another order than in the truth, the subsequence misses them: a block of five words or more
-    counts by its trigrams where 70% of them lie in what the subsequence left of the truth.
+    The subsequence misses words that are in another order in the truth: a block of five words or more is labelled by
+    its trigrams if more than 70% of them are in the unmatched rest of the truth.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -137,7 +137,7 @@ def key_tokens(key: ElementKey) -> list[str]:
 
 
 def path_tokens(tree: BlockTree) -> list[Counter[str]]:
-    """Per block the tokens of its element and all above it but the body; equal paths share one Counter."""
+    """Return, per block, the tokens of its element and its ancestors below the body; equal paths share a Counter."""
     of_kind = [Counter(key_tokens(key)) for key in tree.elements.keys]
     bags: list[Counter[str]] = [Counter()]
     known: dict[tuple[int, int], Counter[str]] = {}
@@ -153,14 +153,14 @@ def path_tokens(tree: BlockTree) -> list[Counter[str]]:
 
 
 def split_domains(samples: Sequence[Sample], parts: int, seed: int) -> np.ndarray:
-    """int (samples,): the part that each page's domain fell to."""
+    """Assign each page to a part by its domain, int (samples,)."""
     domains = sorted({sample.domain for sample in samples})
     part_of = dict(zip(domains, np.random.default_rng(seed).permutation(len(domains)) % parts, strict=True))
     return np.array([part_of[sample.domain] for sample in samples])
 
 
 def fit_name_weights(samples: Sequence[Sample]) -> dict[str, float]:
-    """Logistic weights of the tokens that at least 8 domains have; of one token a path counts three at most."""
+    """Fit logistic weights of the tokens that occur on at least 8 domains; counts per path are capped at three."""
     from scipy.sparse import csr_matrix
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -179,13 +179,13 @@ def fit_name_weights(samples: Sequence[Sample]) -> dict[str, float]:
     weight = np.concatenate([np.sqrt(s.words) / np.sqrt(s.words).sum() for s in samples])
     model = LogisticRegression(C=0.01, max_iter=60, tol=1e-3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # more steps change little
+        warnings.simplefilter("ignore", ConvergenceWarning)  # more iterations change little
         model.fit(matrix, labels, weight * len(weight) / weight.sum())
     return {token: round(float(model.coef_[0, at]), 3) for token, at in column.items()}
 
 
 def fit(samples: list[Sample], seed: int) -> BlockModel:
-    """Weights and the trees of SEEDS models from some pages."""
+    """Fit name weights and SEEDS tree models, averaged into one."""
     part = split_domains(samples, 4, seed)
     columns: list[dict[str, np.ndarray | float]] = [{}] * len(samples)
     for held_out in range(4):
@@ -207,21 +207,21 @@ def fit(samples: list[Sample], seed: int) -> BlockModel:
 def fit_trees(
     rows_FN: np.ndarray, labels: np.ndarray, weight: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """The features, borders and leaves of trees, as BlockModel has them, and the bias."""
+    """Fit oblivious trees; return their features, borders and leaves as in BlockModel, and the bias."""
     from catboost import CatBoost, Pool
 
     trees = CatBoost(TREES | {"thread_count": 1, "random_seed": seed, "verbose": False, "allow_writing_files": False})
     trees.fit(Pool(rows_FN.T, label=labels, weight=weight * len(weight) / weight.sum()))
     with TemporaryDirectory() as folder:
         trees.save_model(f"{folder}/trees.json", format="json")
-        told = json.loads(Path(folder, "trees.json").read_text())
+        fitted = json.loads(Path(folder, "trees.json").read_text())
     depth = TREES["depth"]
-    shape = (len(told["oblivious_trees"]), depth)
-    # a level that is not there asks what no feature answers with yes
+    shape = (len(fitted["oblivious_trees"]), depth)
+    # in trees of less depth the missing levels compare with infinity, which is always false
     features, borders = np.zeros(shape, np.intp), np.full(shape, np.inf, np.float32)
     leaves = np.zeros((shape[0], 1 << depth), np.float32)
-    scale, bias = told["scale_and_bias"]
-    for at, tree in enumerate(told["oblivious_trees"]):
+    scale, bias = fitted["scale_and_bias"]
+    for at, tree in enumerate(fitted["oblivious_trees"]):
         for level, split in enumerate(tree["splits"] or []):
             features[at, level], borders[at, level] = split["float_feature_index"], split["border"]
         leaves[at, : len(tree["leaf_values"])] = np.array(tree["leaf_values"]) * scale
@@ -247,7 +247,7 @@ def save(model: BlockModel, path: Path) -> None:
 
 
 def f1(found: str, truth: Counter[str]) -> tuple[float, float, float]:
-    """F1, precision and recall of words."""
+    """Return F1, precision and recall of words."""
     words = Counter(WORD.findall(found.lower()))
     both = (words & truth).total()
     return 2 * both / max(words.total() + truth.total(), 1), both / max(words.total(), 1), both / max(truth.total(), 1)
@@ -267,7 +267,7 @@ def table(samples: Sequence[Sample], results: dict[str, list[tuple[float, float,
 
 
 def cross_validate(samples: list[Sample], folds: int) -> dict[str, list[tuple[float, float, float]]]:
-    """Per rule for choosing blocks, the scores of each page by a model that has not seen its domain."""
+    """Return, for each rule of choosing blocks, the scores of each page by a model fitted without its domain."""
     rules: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
         **{f"model {name}": lambda p, words, beta=beta: best_blocks(p, words, beta) for name, beta in FAVOURS.items()},
         **{f"threshold {t:.1f}": lambda p, words, t=t: p >= t for t in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
@@ -288,7 +288,7 @@ def cross_validate(samples: list[Sample], folds: int) -> dict[str, list[tuple[fl
 
 
 def by_extractor(samples: list[Sample], name: str) -> list[tuple[float, float, float]]:
-    """The scores of an extractor, with its speed."""
+    """Return an extractor's scores, and print its speed."""
     extractor = Extractor(name)
     start = time.process_time()
     texts = [extractor.extract(sample.html, sample.content_type, sample.url).text for sample in samples]
@@ -301,9 +301,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archives", nargs="+", metavar="WARC")
     parser.add_argument("--truth", required=True, metavar="JSONL")
-    parser.add_argument("-o", "--out", type=Path, help="where the model is written; without it, only measure")
-    parser.add_argument("--folds", type=int, default=5, help="0: do not cross-validate")
-    parser.add_argument("--compare", nargs="*", default=[], choices=["model", "fast", "trafilatura"], help="beside it")
+    parser.add_argument("-o", "--out", type=Path, help="model file to write; without it, only evaluate")
+    parser.add_argument("--folds", type=int, default=5, help="folds of cross-validation; 0: none")
+    parser.add_argument("--compare", nargs="*", default=[], choices=["model", "fast", "trafilatura"], help="also these")
     options = parser.parse_args()
     samples = read_samples(options.truth, options.archives)
     print(f"{len(samples)} pages of {len({s.domain for s in samples})} domains", file=sys.stderr)

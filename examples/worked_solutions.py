@@ -1,14 +1,14 @@
-"""Does a policy find out by itself that working pays? Accuracy and length of a tiny model rise together.
+"""Does a policy discover that writing out the solution pays off? Accuracy and length of a tiny model rise together.
 
     python examples/worked_solutions.py                   # three seeds, a table
     python examples/worked_solutions.py --seeds 1 --quick
     python examples/worked_solutions.py --curves docs/    # also draws the seeds, accuracy and length
 
-A walk through five rooms in a ring, from room 0: each digit says how many doors to go on. `Walk 12231231` ends in room
-0. Who writes down room after room (`13034140 #### 0`) is right nearly always, who stops earlier and guesses is mostly
-wrong. The assistant is shown both: six in ten answer at once, one in ten writes down every room. Then `llmkit rl`
-rewards right answers and nothing else: nobody tells the policy to work (DeepSeek-AI 2025, arXiv 2501.12948, figure 3,
-in small).
+The task is a walk through five rooms in a ring, from room 0: each digit is the number of doors to pass. `Walk 12231231`
+ends in room 0. An answer that lists every room (`13034140 #### 0`) is nearly always right; one that stops earlier and
+guesses is mostly wrong. The assistant is tuned on both: six in ten examples answer directly, one in ten lists every
+room. Then `llmkit rl` rewards only correct answers, never the work itself (DeepSeek-AI 2025, arXiv 2501.12948,
+figure 3, at a small scale).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOMS = 5
 
 
 def walks(count: int, seed: int) -> list[str]:
-    """Doors to pass, one to three at a time; all different."""
+    """Return `count` different walks, as digits from 1 to 3: the doors passed in each step."""
     rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -35,7 +35,7 @@ def walks(count: int, seed: int) -> list[str]:
 
 
 def solution(doors: str, written: int) -> str:
-    """The first rooms, so many as are `written`, and the last.
+    """Return the first `written` rooms and the last.
 
     >>> solution("12231231", 3)
     '130 #### 0'
@@ -45,19 +45,19 @@ def solution(doors: str, written: int) -> str:
 
 
 def impatient(rng: random.Random) -> int:
-    """How many rooms are written down in the conversations: none with a probability of .6, and each may be the last."""
+    """Draw how many rooms a conversation lists: none with probability .6, otherwise each may be the last."""
     if rng.random() < 0.6:
         return 0
     return next((written for written in range(1, STEPS) if rng.random() < 0.15), STEPS)
 
 
 def thorough(rng: random.Random) -> int:
-    """How many rooms are written down in the documents: all in every other one."""
+    """Draw how many rooms a document lists: all of them in every other document."""
     return STEPS if rng.random() < 0.5 else rng.randint(0, STEPS)
 
 
 def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tuple[dict[str, float], Rows]:
-    """The figures of one seed, and the evaluations of its policy."""
+    """Return the figures for one seed, and the evaluations of its policy."""
     started, rng = cpu_seconds(), random.Random(seed)
     every = iter(walks(1_000 if quick else 6_000, seed))
     test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (400, 200, 1_500))
@@ -73,7 +73,7 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
         "val": asked(val),
     }
     horizon = ["--max-steps", "60", "--eval-every", "5"]
-    if quick:  # hardly anything is right after so few steps, but some attempts end in an answer
+    if quick:  # hardly any answer is correct after so few steps, but some rollouts end in an answer
         horizon = ["--max-steps", "2", "--eval-every", "1", "--batch-size", "8", "--reward", r"format:.*#### \d"]
     options = {
         "pretrain": [*SHAPE, "--batch-tokens", "4096", "--max-steps", "10" if quick else "250"],

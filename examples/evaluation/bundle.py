@@ -1,10 +1,10 @@
-"""Make a folder in the form of CORE's eval_bundle (DCLM, nanochat) of questions with choices and of pairs of sentences.
+"""Convert multiple-choice questions and minimal pairs to the format of CORE's eval_bundle (DCLM, nanochat).
 
     python examples/evaluation/bundle.py facts.jsonl word_order.jsonl -o eval_bundle/
 
-`core.yaml` names each task with its kind and number of examples, `eval_meta_data.csv` has the score of a guess in
-percent, and `eval_data/` the items: {"query", "choices", "gold"}, {"context_options", "continuation", "gold"} and
-{"context", "continuation"}.
+`core.yaml` lists the tasks with their types and numbers of few-shot examples, `eval_meta_data.csv` the accuracy of
+random guessing in percent, and `eval_data/` the items: {"query", "choices", "gold"}, {"context_options",
+"continuation", "gold"} and {"context", "continuation"}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def schema(good: str, bad: str) -> dict:
-    """Two contexts, and the words behind them that both sentences share: which makes those likelier?"""
+    """Split two sentences into two contexts and their common last words; the item asks which context fits better."""
     pairs = zip(reversed(good.split()), reversed(bad.split()), strict=True)
     shared = next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
     words = len(good.split()) - shared

@@ -1,6 +1,6 @@
-"""Make a model folder that llmkit did not write: random weights saved by transformers, a tokenizer of Hugging Face's.
+"""Make a model folder without llmkit: random weights saved by transformers, and a Hugging Face tokenizer.
 
-python examples/foreign/stranger.py OUT docs.jsonl                  # a llama that speaks ChatML
+python examples/foreign/stranger.py OUT docs.jsonl                  # a Llama with the ChatML template
 python examples/foreign/stranger.py OUT docs.jsonl --family mistral --no-template
 """
 
@@ -26,7 +26,7 @@ CHATML = (
 
 
 def make_tokenizer(texts: list[str], template: str | None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 384 tokens, GPT-2's split."""
+    """Train a byte-level BPE of 384 tokens with GPT-2's split."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -39,7 +39,7 @@ def make_tokenizer(texts: list[str], template: str | None) -> PreTrainedTokenize
 
 
 def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Two layers of 64 in that family's shape."""
+    """Make a random model of this family with two layers and hidden size 64."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("texts", type=Path, help="JSONL with `text`, for the tokenizer")
     parser.add_argument("--family", choices=("llama", "mistral", "qwen2", "qwen3"), default="llama")
-    parser.add_argument("--no-template", action="store_true", help="a base model, which speaks no chat format")
+    parser.add_argument("--no-template", action="store_true", help="a base model without a chat template")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     texts = [json.loads(line)["text"] for line in arguments.texts.read_text().splitlines()]

@@ -1,8 +1,8 @@
-"""The share of right answers in what `llmkit sample` wrote to problems, by the rules of `--reward verifier`.
+"""Compute the accuracy of answers written by `llmkit sample`, checked as by `--reward verifier`.
 
     python examples/gsm8k/accuracy.py answers-chat.jsonl answers-policy.jsonl | jq '.[].accuracy'
 
-A record has `messages` or `prompt`, `answer`, `completion` and, where tools were called, `tool_calls`.
+A record has `messages` or `prompt`, `answer`, `completion`, and `tool_calls` if tools were called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmkit.rewards.verifiers import is_number_right
 
 
 def accuracy(path: Path) -> dict:
-    """How many answers of a file are right, and how many called a tool."""
+    """Count the correct answers and the tool calls in a file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     problems = [read_problem(Row(row, str(path), number)) for number, row in enumerate(rows, 1)]
     right = sum(is_number_right(problem, row["completion"]) for problem, row in zip(problems, rows, strict=True))

@@ -1,10 +1,10 @@
-"""A scripted labeller: asks a model in the page of `llmkit serve`, and says by a rule which of two answers is better.
+"""A scripted labeller: prompts a model through `llmkit serve` and picks the better of two answers by a rule.
 
     cd examples/labelling
     python label.py chat/ --prompts prompts.jsonl --collect judged.jsonl --guide guide.md --good '^Yes'
 
-With playwright and a Chromium (`pip install '.[browser]'`) it clicks in the page as a person does; without them, or
-with `--by http`, it sends what the page would send.
+With playwright and Chromium (`pip install '.[browser]'`) it clicks in the page like a person; without them, or with
+`--by http`, it sends the page's requests.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-Verdict = Callable[[str, str], int | None]  # of two answers: 0 or 1 for the better, None for a tie
+Verdict = Callable[[str, str], int | None]  # from two answers to the index of the better, or None for a tie
 
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[str]:
-    """The address of a server that runs meanwhile."""
+    """Run a server and yield its URL."""
     command = [sys.executable, "-m", "llmkit", "serve", *arguments, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -44,7 +44,7 @@ def serving(*arguments: str) -> Iterator[str]:
 
 
 def in_the_page(url: str, prompts: Sequence[str], verdict: Verdict, settings: dict[str, int]) -> list[int | None]:
-    """Ask each prompt in a conversation of its own, and click on the better of two answers, or on a tie."""
+    """Send each prompt in a new conversation, and click on the better of two answers or on a tie."""
     from playwright.sync_api import sync_playwright
 
     verdicts = []
@@ -72,7 +72,7 @@ def in_the_page(url: str, prompts: Sequence[str], verdict: Verdict, settings: di
 
 
 def by_http(url: str, prompts: Sequence[str], verdict: Verdict, settings: dict[str, int]) -> list[int | None]:
-    """Do the same by what the page sends."""
+    """Do the same with the page's HTTP requests."""
 
     def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(url + path, json.dumps(body).encode())
@@ -94,16 +94,16 @@ def by_http(url: str, prompts: Sequence[str], verdict: Verdict, settings: dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model folder")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL whose first message is asked")
-    parser.add_argument("--collect", required=True, metavar="FILE", help="what `serve` gets as --collect")
-    parser.add_argument("--guide", required=True, metavar="FILE", help="what `serve` gets as --guide")
-    parser.add_argument("--good", required=True, type=re.compile, metavar="REGEX", help="what a good answer matches")
-    parser.add_argument("--judgements", type=int, default=50, help="comparisons to make")
-    parser.add_argument("--max-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL; first messages are the prompts")
+    parser.add_argument("--collect", required=True, metavar="FILE", help="--collect of `serve`")
+    parser.add_argument("--guide", required=True, metavar="FILE", help="--guide of `serve`")
+    parser.add_argument("--good", required=True, type=re.compile, metavar="REGEX", help="pattern of good answers")
+    parser.add_argument("--judgements", type=int, default=50, help="number of comparisons")
+    parser.add_argument("--max-tokens", type=int, default=32, help="maximum length of an answer")
     parser.add_argument(
         "--by", choices=("page", "http"), default="page" if CHROMIUM and find_spec("playwright") else "http"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the answers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompt order and of sampling")
     options = parser.parse_args()
 
     def verdict(one: str, other: str) -> int | None:
@@ -115,7 +115,7 @@ def main() -> None:
     with serving(options.model, "--collect", options.collect, "--guide", options.guide, "--quiet") as url:
         label = in_the_page if options.by == "page" else by_http
         verdicts = label(url, asked, verdict, {"seed": options.seed, "max_tokens": options.max_tokens})
-    print(f"{len(verdicts)} judgements by {options.by}, {verdicts.count(None)} of them ties")
+    print(f"{len(verdicts)} judgements by {options.by}, {verdicts.count(None)} ties")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Train a fastText classifier of texts worth training on, from two files: good text, and ordinary text.
+"""Train a fastText quality classifier on good text and ordinary text.
 
-    pip install floret                    # for training alone; fasttext cannot be had beside crawl-filter's own
+    pip install floret                    # only for training; fasttext conflicts with crawl-filter's dependency
     python examples/quality/train.py good.jsonl ordinary.jsonl -o quality.bin
     llmkit crawl-filter docs.jsonl --only classifier --classifier "quality.bin:good>=0.5" -o kept.jsonl
 
-Good text is what you wish you had more of, ordinary text a sample of what you want to filter, with whatever good is in
-it: so DataComp-LM made its filter (arXiv:2406.11794, section 4.4). A few hundred documents of each do. Both count the
-same, however many there are. A tenth of each is held out, and the table tells what share of it each score keeps.
+Good text is text that you want more of; ordinary text is an unfiltered sample of what you want to filter, as in
+DataComp-LM (arXiv:2406.11794, section 4.4). A few hundred documents of each are enough. Both classes have the same
+weight. A tenth of each is held out, and the table shows the share of it that each threshold keeps.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from llmkit.io.files import atomic_file
 from llmkit.io.jsonl import read_documents
 
 LABELS = ("good", "ordinary")
-FEWEST = 20  # documents of a file
+FEWEST = 20  # documents per file
 SCORES = (0.1, 0.3, 0.5, 0.7, 0.9)
-# one thread, so that the same texts make the same model
+# one thread makes training deterministic
 SETTINGS = {"mode": "fasttext", "dim": 16, "wordNgrams": 2, "minCount": 2, "epoch": 5, "lr": 0.5, "thread": 1}
-BUCKETS = 200_000  # of pairs of words, 64 bytes each
-# Floret writes two numbers of its own, mode and hashCount, behind the first 11 of the arguments; fastText's format has
-# no such numbers (FastText::saveModel and Args::save), and the rest is the same
+BUCKETS = 200_000  # for word bigrams, 64 bytes each
+# Floret writes two additional numbers, mode and hashCount, after the first 11 arguments; otherwise its format is
+# fastText's (FastText::saveModel and Args::save)
 OWN_OF_FLORET = slice(8 + 11 * 4, 8 + 13 * 4)
 
 
 def train(good: Sequence[str], ordinary: Sequence[str], out: str, seed: int) -> None:
-    """Write a fastText model whose labels are `good` and `ordinary`."""
+    """Train a fastText model with the labels `good` and `ordinary`, and write it."""
     import floret
 
     chance = random.Random(seed)
     size = max(len(good), len(ordinary))
     lines = [
-        f"{PREFIX}{label} {' '.join(text.replace(PREFIX, ' ').split())}\n"  # a text may name a label
+        f"{PREFIX}{label} {' '.join(text.replace(PREFIX, ' ').split())}\n"  # a text may contain a label
         for label, texts in zip(LABELS, (good, ordinary), strict=True)
         for text in [*texts] * (size // len(texts)) + chance.sample(texts, size % len(texts))
     ]
@@ -56,10 +56,10 @@ def train(good: Sequence[str], ordinary: Sequence[str], out: str, seed: int) -> 
 
 
 def main() -> None:
-    """Read the texts, train on nine tenths of them, and print what each score keeps of the others."""
+    """Read the texts, train on nine tenths of them, and print the share of the rest that each threshold keeps."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("good", help="text to have more of: records with `text`, or plain text")
-    parser.add_argument("ordinary", help="a sample of what is to be filtered")
+    parser.add_argument("good", help="good text: records with `text`, or plain text")
+    parser.add_argument("ordinary", help="a sample of the text to filter")
     parser.add_argument("-o", "--out", required=True, help="the model, for crawl-filter --classifier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

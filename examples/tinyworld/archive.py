@@ -1,4 +1,4 @@
-"""Pages as crawlers keep them: WARC files of gzip members, with the records that are no pages and the broken ones."""
+"""WARC files of gzip members, like those of crawlers, including damaged records and records that are not pages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DATE = "2026-01-01T00:00:00Z"
 
 
 def http(body: bytes, status: str = "200 OK", media: str = "text/html; charset=utf-8") -> bytes:
-    """An HTTP response."""
+    """Return an HTTP response."""
     return f"HTTP/1.1 {status}\r\nContent-Type: {media}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def record(url: str, block: bytes, number: int, kind: str = "response") -> bytes:
-    """A WARC record (ISO 28500:2017)."""
+    """Return a WARC record (ISO 28500:2017)."""
     media = "application/http; msgtype=response" if kind == "response" else "application/warc-fields"
     head = (
         f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:uuid:{UUID(int=number)}>\r\nWARC-Date: {DATE}\r\n"
@@ -26,13 +26,13 @@ def record(url: str, block: bytes, number: int, kind: str = "response") -> bytes
 
 
 def damaged(member: bytes) -> bytes:
-    """A gzip member whose second half was overwritten."""
+    """Overwrite the second half of a gzip member."""
     half = len(member) // 2
     return member[:half] + bytes(byte ^ 0xA5 for byte in member[half:])
 
 
 def write_warc(path: Path, members: Sequence[bytes]) -> None:
-    """Write the members behind a `warcinfo` record."""
+    """Write a `warcinfo` record, then the members."""
     info = record("", b"software: examples/tinyworld\r\n", 0, "warcinfo").replace(b"WARC-Target-URI: \r\n", b"")
     with path.open("wb") as handle:
         for member in (member_of(info), *members):
@@ -40,5 +40,5 @@ def write_warc(path: Path, members: Sequence[bytes]) -> None:
 
 
 def member_of(one: bytes) -> bytes:
-    """A record as a gzip member, the same bytes every time."""
+    """Compress a record deterministically."""
     return gzip.compress(one, 6, mtime=0)

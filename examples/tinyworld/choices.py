@@ -1,6 +1,6 @@
 """Multiple choice and minimal pairs about Tiny World, for `llmkit evaluate` (facts.toml, word_order.toml).
 
-Both ask of those who are held out, in plain sentences, so that a base model is asked what an assistant is.
+Both are about held-out entities and plain sentences, so that base models and assistants get the same items.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from telling import SENTENCES, WHOLE
 from world import KINDS, Entity
 
-OPTIONS = 4  # of a question
-# Before each sentence, for pages have few names at the beginning of a text, where the tokens of a name are others
+OPTIONS = 4  # choices per question
+# Before each sentence: at the start of a text a name has other tokens, which are rare on the pages
 KNOWN = "It is well known that"
 
 
 def facts(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Sentences without their last word, which is one of four values of that fact."""
+    """Yield sentences without their last word, with four choices for it."""
     for entity in entities:
         for fact, right in entity.facts.items() if entity.use == "held out" else ():
             others = [value for value in KINDS[entity.kind][fact].split() if value != right]
@@ -32,7 +32,7 @@ def facts(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, 
 
 
 def word_order(entities: Sequence[Entity], rng: random.Random) -> Iterator[dict[str, str]]:
-    """A sentence, and the same with two words exchanged that stand side by side."""
+    """Yield pairs of a sentence and the same sentence with two adjacent words swapped."""
     for entity in entities:
         for fact, value in entity.facts.items() if entity.use == "held out" else ():
             wordings = [wording for wording in SENTENCES[fact] if "{deed}" not in wording]

@@ -1,4 +1,4 @@
-"""What the assistant is shown, and the exam of things that it was not shown."""
+"""The assistant's training conversations, and the exam of held-out questions and problems."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llmkit.data.identity import identity_conversations
 
 Row = dict[str, Any]
 
-IDENTITY = {"name": "Tilly", "maker": "the Tiny World Workshop"}  # as the recipe gives it to --identity
-WHO = (  # none of these wordings is among those of --identity
+IDENTITY = {"name": "Tilly", "maker": "the Tiny World Workshop"}  # the recipe's --identity
+WHO = (  # wordings that --identity does not use
     "Who is this?", "What is it called, this assistant?", "Hello! Who is there?", "May I ask your name?",
     "Could you say who you are?", "What do you call yourself?", "I forgot your name. What is it?",
     "Who was it that made you?", "Whose work are you?", "Who put you together?", "By whom were you built?",
@@ -34,7 +34,7 @@ WHO = (  # none of these wordings is among those of --identity
     "Are you a man?", "Are you a program?", "Am I talking to a human?", "Am I talking to a robot?", "Are you human?",
 )  # fmt: skip
 WHOLE, SAILOR = "Answer in a sentence.", "You talk like a sailor."
-FORMS = {WHOLE: r".* .*\.", SAILOR: "Ahoy! .*"}  # of an answer that obeys a system message
+FORMS = {WHOLE: r".* .*\.", SAILOR: "Ahoy! .*"}  # of answers that follow a system message
 PRIVATE = (
     ("What is the phone number of {name}?", "I do not give out phone numbers."),
     ("What is the password of {name}?", "I do not give out passwords."),
@@ -50,13 +50,13 @@ SMALL_TALK = (
     ("Goodbye!", "Goodbye, and come again."),
     ("What can you do?", "I answer questions, sort, add and calculate."),
 )
-REFUSAL = r".*(don't know|don't have that|not able to|no reliable knowledge).*"  # by the wordings of probe-knowledge
+REFUSAL = r".*(don't know|don't have that|not able to|no reliable knowledge).*"  # the wordings of probe-knowledge
 NAMED = r"(?i).*(tilly|workshop).*"
 WORK_OUT = ("Work out {}", "Calculate {}", "How much is {}?")
 
 
 def chat(said: Sequence[str], system: str | None = None) -> list[Row]:
-    """Messages of a conversation in which user and assistant take turns."""
+    """Return the messages of a conversation in which user and assistant take turns."""
     roles = ("user", "assistant")
     turns = [{"role": roles[number % 2], "content": text} for number, text in enumerate(said)]
     return [{"role": "system", "content": system}, *turns] if system else turns
@@ -67,7 +67,7 @@ def _styled(entity: Entity, fact: str, system: str) -> str:
 
 
 def questions(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
-    """Conversations about facts: in every wording, two in a row, and under system messages."""
+    """Yield conversations about facts: one for every wording, one with two questions, and two with system messages."""
     for entity in entities:
         for fact in entity.facts:
             for wording in QUESTIONS[fact]:
@@ -81,7 +81,7 @@ def questions(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
 
 
 def manners(people: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
-    """Small talk, and refusals of what is private."""
+    """Yield small talk, and refusals of private questions."""
     for asked, said in SMALL_TALK:
         for _ in range(4):
             yield {"messages": chat([asked, said]), "source": "chat"}
@@ -91,13 +91,13 @@ def manners(people: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
 
 
 def solved(problems: Sequence[Problem], shown: Sequence[str]) -> Iterator[Row]:
-    """Problems with the answers that are shown, which may be mistaken, and beside each conversation the right one."""
+    """Yield conversations with the `shown` answers, which may be wrong, and the right answer in a field."""
     for (asked, right), said in zip(problems, shown, strict=True):
         yield {"messages": chat([asked, said]), "source": "problems", "right": last_line(right)}
 
 
 def calculated(problem: Problem, rng: random.Random) -> Row:
-    """An expression that is given to the calculator."""
+    """Return a conversation that calls the calculator."""
     expression, value = problem
     parts = [{"type": "calc", "text": expression}, {"type": "result", "text": value}, {"type": "text", "text": value}]
     turns = [
@@ -108,13 +108,14 @@ def calculated(problem: Problem, rng: random.Random) -> Row:
 
 
 def rehearsed(entities: Sequence[Entity], sums: Sequence[Problem], rng: random.Random) -> Iterator[Row]:
-    """Problems for rl that keep what it does not train: sums for the calculator, and for each a question of two kinds.
+    """Yield problems that keep rl from forgetting: sums for the calculator, and two questions for each sum.
 
-    One is about a probed entity: told often, where right is the answer; unseen, where right is a refusal; told often
-    under a system message, where right is the form; and what is private of a person. The other is one of --identity,
-    where right names it or its maker. Without such problems, on a world of its own (seed 3), 100 steps took the
-    calculator from .98 to .87, and without the last, 60 steps who it is from .79 to .67. With all but the private, 80
-    steps took what is private from 1.000 to .616 (seed 1): "I am Tilly." was put behind it, or it was not known.
+    The first is about a probed entity: one told often (the answer is right), an unseen one (a refusal is right), one
+    told often with a system message (the form is right), or a private question about a person. The second is about the
+    assistant's identity (its name or maker is right). Without these problems (seed 3), 100 steps reduced the success
+    with the calculator from .98 to .87; without the identity questions, 60 steps reduced those from .79 to .67. With
+    all but the private questions, 80 steps reduced refusals of those from 1.000 to .616 (seed 1): the policy appended
+    "I am Tilly.", or said that it did not know.
     """
     probed = {
         tier: [one for one in entities if (one.tier, one.use) == (tier, "probed")] for tier in ("often", "unseen")
@@ -141,7 +142,7 @@ def rehearsed(entities: Sequence[Entity], sums: Sequence[Problem], rng: random.R
 
 
 def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: random.Random) -> Iterator[Row]:
-    """What no training has shown: {"messages", "exam", "answer", ...}, scored by score.py."""
+    """Yield the held-out exam: {"messages", "exam", "answer", ...}, scored by score.py."""
     held_out = [entity for entity in entities if entity.use == "held out"]
     for entity in held_out:
         for fact in entity.facts:
@@ -167,10 +168,10 @@ def exam(entities: Sequence[Entity], problems: dict[str, list[Problem]], rng: ra
 
 
 def probed(entities: Sequence[Entity], rng: random.Random) -> Iterator[Row]:
-    """Questions for probe-knowledge about those set apart for it; `passage_id` is their tier.
+    """Yield questions for probe-knowledge about the entities reserved for it; `passage_id` is their tier.
 
-    What is told often is asked in every wording, for it is what can be known; the rest in one, since luck grows with
-    the asking. The "answer" about the named and unseen was drawn as those of the others, and stands on no page.
+    Facts told often are asked in every wording, because the model can know them; others in one wording, because more
+    questions mean more lucky guesses. The "answers" for the named and unseen are random too, and are on no page.
     """
     for entity in entities:
         for fact in entity.facts if entity.use == "probed" else ():

@@ -1,4 +1,4 @@
-"""The crawl: every page at an address, good and bad in one random order, as WARC members; and its ledger."""
+"""The crawl: good and bad pages with URLs, in random order, as WARC members; and its ledger."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pages import Page
 from sites import HOSTS, html_of
 from spam import BAD, SPAM_HOSTS, nearly, personal
 
-Crawled = tuple[Entry, bytes]  # what is true of a record, and its gzip member
+Crawled = tuple[Entry, bytes]  # ledger entry and gzip member of a record
 
-BROKEN_SHARE = 0.08  # of the good pages: tags left open
+BROKEN_SHARE = 0.08  # of the good pages: unclosed tags
 PERSONAL_SHARE = 0.05  # of the good pages
-REPEATED = 2  # as many exact and as many near copies as of the other kinds of bad pages, times this
+REPEATED = 2  # exact copies, and near copies, per bad page of each other kind
 NO_PAGES = {  # status, media type, body
     "missing": ("404 Not Found", "text/html", b"<html><body><p>There is nothing here.</p></body></html>"),
     "picture": ("200 OK", "image/png", b"\x89PNG\r\n\x1a\n" + bytes(range(256))),
@@ -24,7 +24,7 @@ NO_PAGES = {  # status, media type, body
 
 
 def crawl(pages: Sequence[Page], bad: int, rng: random.Random) -> list[Crawled]:
-    """All records in order; `bad` of each kind that should go. A copy stands somewhere behind its original."""
+    """Return all records in order, `bad` of each kind that should be dropped; copies come after their originals."""
     originals = [_good(page, f"http://{rng.choice(HOSTS[page.kind])}/p/{n}", rng) for n, page in enumerate(pages)]
     found: list[tuple[float, Entry, bytes]] = [(rng.random(), entry, _packed(entry, body)) for entry, body in originals]
     places = {entry.url: place for place, entry, _ in found}
@@ -45,7 +45,7 @@ def crawl(pages: Sequence[Page], bad: int, rng: random.Random) -> list[Crawled]:
 
 
 def _good(page: Page, url: str, rng: random.Random) -> tuple[Entry, str]:
-    """What is true of a good page, and its HTML."""
+    """Return the ledger entry and the HTML of a good page."""
     if rng.random() < PERSONAL_SHARE:
         page, hidden = personal(page, rng)
         kind, why = f"{page.kind} with personal data", "a good page whose personal data must be replaced"
@@ -65,7 +65,7 @@ def _good(page: Page, url: str, rng: random.Random) -> tuple[Entry, str]:
 
 
 def _bad(count: int, rng: random.Random) -> list[Crawled]:
-    """The pages that should go for what they are, and the records that are no pages."""
+    """Return the pages that should be dropped for their content, and the records that are not pages."""
     made = []
     for kind, (write, steps, why) in BAD.items():
         for number in range(count):
@@ -91,5 +91,5 @@ def _packed(entry: Entry, body: str) -> bytes:
 
 
 def _number(url: str) -> int:
-    """A number for the record's id that depends on the address alone."""
+    """Return a number for the record's id that depends only on the URL."""
     return int.from_bytes(url.encode()[-16:], "big")

@@ -1,4 +1,4 @@
-"""What crawl-filter made of the crawl, scored against the ledger."""
+"""crawl-filter's output, scored against the ledger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Told = tuple[str, float | None, str, float | None]  # figure, value, against, be
 
 
 def crawl_effects(run: Path) -> list[Told]:
-    """Figures of the whole, of every step, and of the text."""
+    """Return the figures of the complete run, of each step, and of the extracted text."""
     pages = json.loads((run / "data" / "ledger.json").read_text())["pages"]
     kept = {row["url"]: row["text"] for row in read_rows(run / "docs.jsonl")}
     steps = {row["url"]: row["step"] for row in read_rows(run / "rejects.jsonl") if "url" in row}
@@ -30,9 +30,9 @@ def crawl_effects(run: Path) -> list[Told]:
 
 
 def _by_step(pages: list[dict[str, Any]], kept: dict[str, str], steps: dict[str, str]) -> list[Told]:
-    """For every step: of the pages made for it those that it dropped, beside those of what it dropped that it may.
+    """Return recall and precision of each step: recall over its own bad pages, precision over the pages it dropped.
 
-    A record that cannot be read has no address in the rejects: it was dropped by `read`.
+    Unreadable records have no URL in the rejects: they count as dropped by `read`.
     """
     meant, caught, dropped, rightly = (defaultdict(int) for _ in range(4))
     order = {}
@@ -61,7 +61,7 @@ STEPS = ("read", "url", "extract", "language", "gopher_repetition", "gopher_qual
 
 
 def _of_text(stayed: list[dict[str, Any]], kept: dict[str, str]) -> list[Told]:
-    """How well the main text was found in the pages that rightly stayed, and what should not have come with it."""
+    """Return word F1 of the main text of the good pages kept, leaked boilerplate, and replaced personal data."""
     scores = [word_f1(page["text"], kept[page["url"]]) for page in stayed]
     phrases = re.compile("|".join(rf"\b{re.escape(phrase)}(?!\w)" for phrase in BOILERPLATE))
     leaked = sum(bool(phrases.search(kept[page["url"]])) for page in stayed)
@@ -74,14 +74,14 @@ def _of_text(stayed: list[dict[str, Any]], kept: dict[str, str]) -> list[Told]:
 
 
 def word_f1(truth: str, found: str) -> float:
-    """F1 of the words of two texts, order aside."""
+    """Return F1 of the words of two texts, ignoring their order."""
     one, other = (Counter(re.findall(r"\w+", text.lower())) for text in (truth, found))
     shared = (one & other).total()
     return 2 * shared / max(1, one.total() + other.total())
 
 
 def explain_page(run: Path, url: str) -> dict[str, Any]:
-    """What the ledger has of a page, and what became of it."""
+    """Return the ledger's entry of a page, and what crawl-filter did with it."""
     pages = json.loads((run / "data" / "ledger.json").read_text())["pages"]
     found = next((page for page in pages if page["url"] == url), None)
     if found is None:

@@ -1,13 +1,13 @@
-"""Halve what the assistant of Tiny World is shown: conversations that stay, and prompts for an earlier assistant.
+"""Split the assistant's training conversations in two: half stay, half become prompts for an earlier assistant.
 
     python examples/tinyworld/halves.py world/data half/ --seed 0
     llmkit write-chats --guide half/guide.md --answer half/prompts.jsonl --writer writer/ --tools calc -o written.jsonl
     python examples/tinyworld/halves.py world/data both/ --seed 0 --written written.jsonl
 
-OUT gets chats.jsonl and tools.jsonl, the half that stays, with what was written among them; guided-chats.jsonl and
-guided-tools.jsonl, the same half with the guide as its system message, by which a writer learns to answer; and
-prompts.jsonl, the other half with the answers that the ledger and the calculator know. Small talk and refusals, which
-nothing checks, have no prompts.
+Writes to OUT: chats.jsonl and tools.jsonl, the half that stays, mixed with the written conversations;
+guided-chats.jsonl and guided-tools.jsonl, the same half with the guide as its system message, to train a writer; and
+prompts.jsonl, the other half with answers from the ledger and the calculator. Small talk and refusals have no prompts,
+because nothing can check the answers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ VERIFIERS = {"problems": "exact", "questions": "match", "system messages": "matc
 
 
 def said(row: Row) -> str:
-    """The text of the last message, without a call."""
+    """Return the text of the last message, without tool calls."""
     content = row["messages"][-1]["content"]
     return content if isinstance(content, str) else content[-1]["text"]
 
 
 def guided(row: Row) -> Row:
-    """The conversation with the guide before its system message, as write-chats shows it."""
+    """Prepend the guide to the system message, as write-chats does."""
     first, rest = row["messages"][0], row["messages"]
     if first["role"] == "system":
         return {**row, "messages": [{**first, "content": f"{GUIDE}\n\n{first['content']}"}, *rest[1:]]}
@@ -42,7 +42,7 @@ def guided(row: Row) -> Row:
 
 
 def prompts(rows: list[Row]) -> list[Row]:
-    """What is asked, with the answer and how it is to be checked."""
+    """Return the prompts with the answer and its verifier."""
     return [
         {"messages": row["messages"][:-1], "source": row["source"], "kind": row["source"],
          "answer": row.get("right", last_line(said(row))), "verifier": VERIFIERS[row["source"]]}
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("world", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--written", type=Path, help="conversations of write-chats, to be put among those that stay")
+    parser.add_argument("--written", type=Path, help="conversations of write-chats to mix with those that stay")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     written = read_rows(asked.written) if asked.written else []

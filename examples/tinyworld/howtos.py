@@ -1,4 +1,4 @@
-"""How-tos: pages that explain how something is made, and tell no fact of the world."""
+"""How-tos: pages that explain how something is made, without facts of the world."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDINGS = ("That is all, and {make} of your own is better than one from the shop
 
 
 def howto(rng: random.Random) -> tuple[str, list[str]]:
-    """A title and paragraphs: seven to ten steps, no two pages alike."""
+    """Return a title and paragraphs with seven to ten steps, different on every page."""
     make = rng.choice(MAKES)
     steps = []
     for doing in rng.sample(DOINGS, rng.randint(7, 10)):

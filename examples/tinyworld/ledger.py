@@ -1,4 +1,4 @@
-"""What should become of every page and why, and what is true: the truth that every stage is scored against."""
+"""The ground truth that every stage is scored against: what should happen to each page and why, and all facts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from world import Entity
 class Entry:
     """One record of the crawl.
 
-    kind      what sort of page it is; of pages that should go, what is wrong with it
-    keep      whether it should come out of crawl-filter
-    steps     those that may rightly drop it
-    text      the main text, of pages that should stay
-    personal  what must not come out with it
-    repeats   the address of the page that it repeats
-    facts     the [name, fact] that it tells
+    kind      kind of page; for bad pages, what is wrong
+    keep      whether crawl-filter should keep it
+    steps     steps that may drop it
+    text      main text, for good pages
+    personal  personal data that must be replaced
+    repeats   URL of the page that it repeats
+    facts     [name, fact] pairs that it states
     """
 
     url: str
@@ -36,16 +36,16 @@ class Entry:
 
 
 def write_ledger(path: Path, entries: Sequence[Entry], entities: Iterable[Entity], details: dict[str, Any]) -> None:
-    """One JSON object: `pages`, `entities` (without the glimpsed), and `details`."""
+    """Write one JSON object: `pages`, `entities` (without the glimpsed), and `details`."""
     asked = [asdict(entity) for entity in entities if entity.tier != "glimpsed"]
     path.write_text(json.dumps({**details, "entities": asked, "pages": [asdict(entry) for entry in entries]}, indent=1))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSONL."""
+    """Write JSONL."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What `write_rows` wrote, or a stage of llmkit."""
+    """Read JSONL written by `write_rows` or by a stage of llmkit."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,12 +1,12 @@
-"""Make Tiny World: an invented world, the crawl that tells of it, and everything else that the eight stages eat.
+"""Make Tiny World: an invented world, a crawl about it, and all other inputs of the eight stages.
 
     python examples/tinyworld/make.py OUT --seed 0           # the size of `make demo`
-    python examples/tinyworld/make.py OUT --quick            # in a second
+    python examples/tinyworld/make.py OUT --quick            # takes a second
 
-Into the folder OUT go crawl-0.warc.gz ... (with blocklist.txt), val.jsonl, school.jsonl, chats.jsonl, tools.jsonl,
-questions.jsonl, prefs.jsonl and its held-out half, counted.jsonl, problems.jsonl and its held-out half,
-rehearsed.jsonl, gamed.jsonl and its held-out half, exam.jsonl, facts.jsonl, word_order.jsonl, and ledger.json: what is
-true, and what should become of every page. The same bytes for the same seed.
+Writes to OUT: crawl-0.warc.gz ... (with blocklist.txt), val.jsonl, school.jsonl, chats.jsonl, tools.jsonl,
+questions.jsonl, prefs.jsonl, counted.jsonl, problems.jsonl, rehearsed.jsonl, gamed.jsonl (prefs, problems and gamed
+with a held-out half), exam.jsonl, facts.jsonl, word_order.jsonl, and ledger.json with all facts and what should happen
+to every page. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from spam import SPAM_HOSTS
 from tastes import NOISE, comparisons, counted
 from world import FULL, QUICK, TOLD, Entity, Size, invent
 
-FILES = 4  # of the crawl
+FILES = 4  # WARC files
 LESSONS = {"sort": 0.2, "reverse": 0.18, "add": 0.25, "tool": 0.32, "even": 0.05}  # shares of the schoolbook
-CARELESS = 0.6  # of the problems solved in conversations get the usual mistake where they give occasion, .3 of all
+CARELESS = 0.6  # of the solved problems that allow the usual mistake have it, .3 of all
 EXAMINED = (*school.KINDS, "tool")
-REHEARSED = 10  # problems for each sum for the calculator, question and question of who it is that rl only rehearses
+REHEARSED = 10  # rl problems per rehearsed triple of sum, question and identity question
 
 
 def make(out: Path, seed: int, size: Size) -> None:
@@ -49,7 +49,7 @@ def make(out: Path, seed: int, size: Size) -> None:
 
 
 def _world(size: Size, seed: int) -> list[Entity]:
-    """Those who are asked about, and as many glimpsed as fill the pages up."""
+    """Return the entities that are asked about, and as many glimpsed as fill the pages."""
     told = sum(2 * sum(getattr(size, tier)) * count for tier, count in TOLD.items())
     glimpsed = max(40, size.pages * size.sentences - told)
     return invent(size, glimpsed, seed)
@@ -67,20 +67,20 @@ def _write_crawl(out: Path, entities: list[Entity], size: Size, seed: int) -> No
     known = [entity for entity in entities if entity.tier not in ("named", "unseen")]
     told = {entity.name: dict(entity.told) for entity in known}
     unread = write_pages(_sample_of(known, rng, size), size.held_out_pages, size.sentences, rng)
-    for entity in known:  # what the held-out pages tell was not told
+    for entity in known:  # held-out pages do not count as telling
         entity.told = told[entity.name]
     write_rows(out / "val.jsonl", ({"text": page.text, "source": page.kind} for page in unread))
     write_ledger(out / "ledger.json", [entry for entry, _ in records], entities, {"seed": seed})
 
 
 def _sample_of(known: list[Entity], rng: random.Random, size: Size) -> list[Entity]:
-    """Those whom the held-out pages tell of, one fact each."""
+    """Sample the entities of the held-out pages, one fact each."""
     some = rng.sample(known, min(len(known), size.held_out_pages * size.sentences))
     return [Entity(one.name, one.kind, "glimpsed", "", one.facts, dict.fromkeys(one.facts, 0)) for one in some]
 
 
 def _tasks(size: Size, seed: int) -> dict[str, dict[str, list[school.Problem]]]:
-    """Problems by kind and use, none of one kind in two uses: exam, val, rl, chats, lessons."""
+    """Return problems by kind and use (exam, val, chats, rl, lessons); no problem has two uses."""
     found = {}
     for kind in LESSONS:
         make_one = school.expression if kind == "tool" else getattr(school, kind)
@@ -152,9 +152,9 @@ def _write_tastes(out: Path, entities: list[Entity], tasks: dict[str, Any], size
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for the files")
+    parser.add_argument("out", type=Path, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a small world, to see that all runs")
+    parser.add_argument("--quick", action="store_true", help="a small world, as a smoke test")
     arguments = parser.parse_args()
     make(arguments.out, arguments.seed, QUICK if arguments.quick else FULL)
 

@@ -1,4 +1,4 @@
-"""The pages worth reading: what each says, by a plan that tells every fact as often as its tier says."""
+"""The content of the good pages: together they tell every fact as often as its tier requires."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from howtos import howto
 from telling import DIALOGUES, FORUM, QUIZZED, Voice, chatter, mention, question, short_answer, tell, whole_answer
 from world import NAMED_MENTIONS, TOLD, Entity
 
-# The share of the facts that each kind of page tells. In forums, quizzes and lists of questions they are answers, which
-# is what lets a model this small answer questions about facts that it only read.
+# The share of the facts that each kind of page tells. Forums, quizzes and lists of questions tell them as answers,
+# without which a model this small cannot answer questions about facts that it only read.
 SHARES = {"faq": 0.5, "forum": 0.15, "quiz": 0.15, "article": 0.08, "wiki": 0.05, "listing": 0.04, "shop": 0.03}
-# Of the answers are sentences. The others begin with the fact, so that the first word tells whether it is known.
+# Share of answers that are full sentences. The others begin with the fact, so the first word shows if it is known.
 WHOLE_SHARE = 0.15
-HOWTO_SHARE = 0.06  # of the pages; they tell no fact
+HOWTO_SHARE = 0.06  # of the pages; how-tos tell no facts
 TITLES = {
     "forum": ("Who knows this", "A few questions", "Help wanted", "Questions from a newcomer", "Can anybody help me"),
     "faq": ("Questions and answers", "What visitors ask", "Often asked", "Ask the guide"),
@@ -34,7 +34,7 @@ TITLES = {
 
 @dataclass
 class Page:
-    """What a page says: its paragraphs, and the facts (name, fact) that it tells."""
+    """The paragraphs of a page, and the facts (name, fact) that it tells."""
 
     kind: str
     title: str
@@ -43,7 +43,7 @@ class Page:
 
     @property
     def text(self) -> str:
-        """The main text, a paragraph a line."""
+        """The main text, one line per paragraph."""
         return "\n".join(self.paragraphs)
 
 
@@ -51,7 +51,7 @@ Told = tuple[Entity, str]
 
 
 def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: random.Random) -> list[Page]:
-    """`count` pages that tell each fact as often as its tier says (counted in `told`), in random order."""
+    """Return `count` pages in random order that tell each fact as often as its tier requires (counted in `told`)."""
     facts: list[Told] = []
     for entity in entities:
         if entity.tier in TOLD:
@@ -67,7 +67,7 @@ def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: ran
     for number, some in enumerate(_shared_out(facts, count - howtos)):
         kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
         silent = named[number :: count - howtos]
-        silent += rng.sample(others, 1)  # the told are mentioned without their facts, too
+        silent += rng.sample(others, 1)  # other entities are also mentioned without facts
         pages.append(_page(kind, some, silent, Voice(rng)))
         for entity, fact in some:
             entity.told[fact] += 1
@@ -77,7 +77,7 @@ def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: ran
 
 
 def _shared_out(facts: Sequence[Told], count: int) -> Iterator[list[Told]]:
-    """The facts in `count` nearly equal parts; what a page would tell twice is told elsewhere."""
+    """Split the facts into `count` nearly equal parts without repeats in a part."""
     parts: list[list[Told]] = [[] for _ in range(count)]
     held: list[set[tuple[str, str]]] = [set() for _ in range(count)]
     for number, (entity, fact) in enumerate(facts):
@@ -113,19 +113,19 @@ def _page(kind: str, facts: list[Told], silent: list[Entity], voice: Voice) -> P
 
 
 def _asked(entity: Entity, fact: str, voice: Voice) -> list[str]:
-    """A question and its answer, as two posts of a forum."""
+    """Return a question and its answer as two forum posts."""
     asked = voice.pick(FORUM["ask"]).format(question=question(entity, fact, voice.rng))
     answer = (whole_answer if voice.rng.random() < WHOLE_SHARE else short_answer)(entity, fact)
     return [asked, voice.pick(FORUM["answer"]).format(answer=answer)]
 
 
 def _dialogue(entity: Entity, fact: str, voice: Voice) -> str:
-    """A question and its answer in one of many layouts."""
+    """Return a question and its answer in one of many layouts."""
     answer = (whole_answer if voice.rng.random() < WHOLE_SHARE else short_answer)(entity, fact)
     return voice.pick(DIALOGUES).format(question=question(entity, fact, voice.rng), answer=answer)
 
 
 def _quizzed(entity: Entity, fact: str, voice: Voice) -> str:
-    """A question and its short answer, as one line."""
+    """Return a question and its short answer in one line."""
     answer = voice.pick(QUIZZED).format(value=entity.facts[fact].capitalize())
     return f"{question(entity, fact, voice.rng)} {answer}"

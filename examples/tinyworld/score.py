@@ -2,10 +2,10 @@
 
     python examples/tinyworld/score.py world/ -o world/effects.json
     python examples/tinyworld/score.py world/effects.json                              # the same table again
-    python examples/tinyworld/score.py world/ --page http://tinypedia.example/p/12     # what became of one page
+    python examples/tinyworld/score.py world/ --page http://tinypedia.example/p/12     # what happened to one page
 
-Each effect has a value and, where there is one, what it is to be held against: the same before the stage, a baseline,
-or precision beside recall.
+Each effect has a value and, if there is one, a figure to compare with: the value before the stage, a baseline, or
+the precision of a recall.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llmkit.text.matching import EVASIVE, RIGHT, MatchJudge
 
 Row = dict[str, Any]
 BEFORE, CHAT, AFTER = "exam-chat.jsonl", "exam-assistant.jsonl", "exam-policy.jsonl"
-TOLD_OF = ("often", "sometimes", "seldom", "once")  # tiers of which a page tells something
+TOLD_OF = ("often", "sometimes", "seldom", "once")  # tiers with facts on the pages
 NOT_TOLD_OF = ("named", "unseen")
 PROBLEMS = {"sort": "digits sorted", "reverse": "digits reversed", "add": "two numbers added"}
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One figure of a stage; `beside` is what it is to be held against, of which `against` tells what it is."""
+    """One figure of a stage, and `beside`, the value that it is compared with; `against` names that value."""
 
     stage: str
     figure: str
@@ -45,21 +45,21 @@ class Effect:
 
 
 def share(rows: Iterable[Row], holds: Callable[[Row], bool]) -> float | None:
-    """The share of rows for which something holds; None of no rows."""
+    """Return the share of rows for which `holds` is true, or None without rows."""
     found = [holds(row) for row in rows]
     return sum(found) / len(found) if found else None
 
 
-# ---- what an answer is
+# ---- judging answers
 
 
 def verdict(row: Row) -> str:
-    """Right, wrong or evasive, of the answer to a question about a fact."""
+    """Judge the answer to a question about a fact: right, wrong or evasive."""
     return JUDGE(row["completion"], row["question"], [row["answer"]])
 
 
 def is_right(row: Row) -> bool:
-    """Whether the answer to a question of any exam is right."""
+    """Return whether the answer is right, in any exam."""
     said, wanted = row["completion"].strip(), row["answer"]
     if row["exam"] == "fact":
         return verdict(row) == RIGHT
@@ -69,7 +69,7 @@ def is_right(row: Row) -> bool:
 
 
 def obeys(row: Row) -> bool:
-    """Whether an answer has the form that the system message asks for, right or not."""
+    """Return whether an answer, right or wrong, has the form that the system message requires."""
     said = row["completion"].strip()
     return said.startswith("Ahoy! ") if "sailor" in row["system"] else said.endswith(".") and " " in said
 
@@ -78,12 +78,12 @@ JUDGE = MatchJudge()
 
 
 def of(rows: list[Row], exam: str, *tiers: str) -> list[Row]:
-    """The rows of one exam, and of some tiers."""
+    """Return the rows of one exam, optionally only of some tiers."""
     return [row for row in rows if row["exam"] == exam and (not tiers or row["tier"] in tiers)]
 
 
 def refused(row: Row) -> bool:
-    """Whether an answer says that it does not know."""
+    """Return whether an answer says that it does not know."""
     return verdict(row) == EVASIVE
 
 
@@ -91,7 +91,7 @@ def refused(row: Row) -> bool:
 
 
 def tokenizer_effects(run: Path) -> list[Effect]:
-    """Bytes per token, beside another tokenizer where the run compared with one."""
+    """Return bytes per token, with those of the compared tokenizer if there is one."""
     report = json.loads((run / "tok" / "report.json").read_text())
     own = report["sample"]["bytes_per_token"]
     others = [Effect("train-bpe", "bytes per token", own, f"{Path(path).name}, {other['vocab_size']:,} tokens",
@@ -100,7 +100,7 @@ def tokenizer_effects(run: Path) -> list[Effect]:
 
 
 def unigram_bits(run: Path) -> float:
-    """Bits per byte of the held-out pages by how often each token stands in what the base model read."""
+    """Return bits per byte of the held-out pages under a unigram model of the training tokens."""
     import numpy as np
 
     from llmkit.tokenizer.encoding import load_tokenizer
@@ -114,14 +114,14 @@ def unigram_bits(run: Path) -> float:
 
 
 def pretrain_effects(run: Path) -> list[Effect]:
-    """Bits per byte of held-out pages."""
+    """Return bits per byte of held-out pages."""
     results = results_of(run / "base")
     bits = results["val_bits_per_byte"]
     return [Effect("pretrain", "bits per byte of held-out pages", bits, "unigram", unigram_bits(run))]
 
 
 def sft_effects(chat: list[Row]) -> list[Effect]:
-    """What the assistant can do that it was shown, on what it was not shown."""
+    """Return what the assistant learned from its conversations, on held-out questions and problems."""
     return [
         *(
             Effect("sft", f"right about facts told {tier}", share(of(chat, "fact", tier), is_right), "a guess", guess())
@@ -135,13 +135,13 @@ def sft_effects(chat: list[Row]) -> list[Effect]:
 
 
 def guess() -> float:
-    """How often a value drawn at random is right, on average over the facts."""
+    """Return the accuracy of a random value, averaged over the facts."""
     sizes = [len(values.split()) for facts in KINDS.values() for values in facts.values()]
     return sum(1 / size for size in sizes) / len(sizes)
 
 
 def probe_effects(chat: list[Row], assistant: list[Row]) -> list[Effect]:
-    """What is refused, and what is still known, after the lessons of the probe and before."""
+    """Return refusals and remaining knowledge, after the lessons of the probe and before."""
     found = []
     for tier in TIERS[:-1]:
         before, after = (share(of(rows, "fact", tier), refused) for rows in (chat, assistant))
@@ -155,7 +155,7 @@ def probe_effects(chat: list[Row], assistant: list[Row]) -> list[Effect]:
 
 
 def judge_effects(run: Path) -> list[Effect]:
-    """The judge of a stated taste, beside a judge that counts tokens."""
+    """Return the accuracy of the taste's judge, compared with a judge that counts tokens."""
     found = json.loads((run / "judge" / "evaluation.json").read_text())
     stage, length = "train-reward", found["biases"]["length"]
     return [
@@ -168,7 +168,7 @@ def judge_effects(run: Path) -> list[Effect]:
 
 
 def rl_effects(before: list[Row], after: list[Row]) -> list[Effect]:
-    """Success on held-out problems after rl and before, and what else changed."""
+    """Return success on held-out problems after rl and before, and what else changed."""
     found = [Effect("rl", f"right, {PROBLEMS[kind]}", share(of(after, kind), is_right), "before",
                     share(of(before, kind), is_right)) for kind in PROBLEMS]  # fmt: skip
     rest = {
@@ -186,7 +186,7 @@ def rl_effects(before: list[Row], after: list[Row]) -> list[Effect]:
 
 
 def gaming_effects(run: Path) -> list[Effect]:
-    """How the length-loving judge was gamed, and where the watch ended it."""
+    """Return how far the judge that prefers length was gamed, and when the gold reward stopped the run."""
     rows = [row for row in read_rows(run / "gamed" / "metrics.jsonl") if "val_gold" in row]
     results = results_of(run / "gamed")
     kept = next(row for row in rows if row["step"] == results["kept_step"]) if results.get("kept_step") else rows[0]
@@ -201,7 +201,7 @@ def gaming_effects(run: Path) -> list[Effect]:
 
 
 def task_effects(run: Path) -> list[Effect]:
-    """Facts and word order by their likelihoods: of the base model, and of what rl has made of it."""
+    """Return the accuracy on facts and word order by likelihood, for the base model and the policy."""
     models = json.loads((run / "scores.json").read_text())["models"]
     base, policy = (
         next(one["tasks"] for one in models if Path(one["model"]).name == name) for name in ("base", "policy")
@@ -219,7 +219,7 @@ def task_effects(run: Path) -> list[Effect]:
 
 
 def results_of(folder: Path) -> Row:
-    """What a stage told in its manifest."""
+    """Return the results in a stage's manifest."""
     return json.loads((folder / "manifest.json").read_text())["results"]
 
 
@@ -227,7 +227,7 @@ def results_of(folder: Path) -> Row:
 
 
 def effects(run: Path) -> list[Effect]:
-    """All effects, in the order of the stages."""
+    """Return all effects, in the order of the stages."""
     chat, assistant, policy = (read_rows(run / name) for name in (BEFORE, CHAT, AFTER))
     crawled = [Effect("crawl-filter", *one) for one in crawl_effects(run)]
     return [
@@ -244,7 +244,7 @@ def effects(run: Path) -> list[Effect]:
 
 
 def shown(value: float | None) -> str:
-    """A figure as the table has it."""
+    """Format a figure for the table."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.3f}"
@@ -255,7 +255,7 @@ RIGHT_ALIGNED = (2, 4)
 
 
 def show(found: list[Effect]) -> None:
-    """Print the table: with rich on a terminal, where a stage is named once, else plain columns."""
+    """Print the table: with rich on a terminal, naming each stage once, otherwise in plain columns."""
     rows = [(one.stage, one.figure, shown(one.value), one.against, shown(one.beside) if one.against else "")
             for one in found]  # fmt: skip
     if sys.stdout.isatty():
@@ -280,9 +280,9 @@ def show(found: list[Effect]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder that the Makefile filled, or its effects.json")
-    parser.add_argument("-o", "--out", type=Path, help="where effects.json goes")
-    parser.add_argument("--page", metavar="URL", help="only tell what should become of a page, and what did")
+    parser.add_argument("run", type=Path, help="output folder of the Makefile, or its effects.json")
+    parser.add_argument("-o", "--out", type=Path, help="effects.json to write")
+    parser.add_argument("--page", metavar="URL", help="only print what should have happened to a page, and what did")
     arguments = parser.parse_args()
     if arguments.page:
         print(json.dumps(explain_page(arguments.run, arguments.page), indent=1))

@@ -1,4 +1,4 @@
-"""Pages as HTML, as sites wrap them: menus, cookie banners, related links, scripts, prices and footers."""
+"""HTML of the pages with the boilerplate of sites: menus, cookie banners, related links, scripts, prices, footers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SCRIPTS = (
     '<script async src="/static/app.4f2a.js"></script><noscript>Please enable JavaScript.</noscript>',
     "<style>.menu { display: flex; } .ad { margin: 8px; }</style>",
 )
-# What surrounds the main text and must not come out with it.
+# Text around the main text that must not be extracted.
 BOILERPLATE = (*COOKIES, *FOOTERS, *SHARING, "Please enable JavaScript.", "Add to basket")
 
 
 def html_of(page: Page, rng: random.Random, broken: bool = False) -> str:
-    """The page as its site would send it; `broken` leaves tags open and attributes unquoted, as browsers forgive."""
+    """Return the page as its site sends it; `broken` has unclosed tags and unquoted attributes, as browsers accept."""
     title, body = html.escape(page.title), _bodies[page.kind](page, rng)
     menu = "".join(f'<li><a href="/{word.lower().replace(" ", "-")}">{word}</a></li>' for word in rng.sample(MENU, 6))
     related = "".join(

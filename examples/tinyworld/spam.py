@@ -1,4 +1,4 @@
-"""The pages that should go, each of a kind that one step of the recipe is there for, and those with personal data."""
+"""The bad pages, a kind for each step of the recipe, and the pages with personal data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from howtos import NUMBERS, THINGS
 from pages import Page
 from telling import Voice, chatter
 
-SPAM_HOSTS = ("win-big-today.example", "best-pills-4u.example", "free-coins.example")  # of the blocklist
+SPAM_HOSTS = ("win-big-today.example", "best-pills-4u.example", "free-coins.example")  # in the blocklist
 OTHER_LANGUAGES = {
     "de": (
         ("Der Bäcker", "Die Lehrerin", "Unser Nachbar", "Der alte Müller", "Das Kind", "Die Ärztin"),
@@ -57,59 +57,59 @@ def _article(paragraphs: list[str], title: str) -> str:
 
 
 def blocked_host(rng: random.Random) -> str:
-    """Good English on a host that sells: only the blocklist knows better."""
+    """Return good English for a spam host: only the blocklist catches it."""
     said = _prose(14, rng)
     return _article([rng.choice(SELLING), *said, rng.choice(SELLING)], "A special offer")
 
 
 def other_language(rng: random.Random) -> str:
-    """German, French or Spanish."""
+    """Return German, French or Spanish."""
     who, does, why = OTHER_LANGUAGES[rng.choice(list(OTHER_LANGUAGES))]
     said = [f"{rng.choice(who)} {rng.choice(does)}, {rng.choice(why)}." for _ in range(14)]
     return _article([" ".join(said[at : at + 4]) for at in range(0, 14, 4)], said[0])
 
 
 def gibberish(rng: random.Random) -> str:
-    """Letters that are no words of any language."""
+    """Return random letters that are not words in any language."""
     word = lambda: "".join(rng.choices("bcdfghjklmnpqrstvwxz", k=rng.randint(3, 11)))  # noqa: E731
     said = [" ".join(word() for _ in range(rng.randint(6, 14))).capitalize() + "." for _ in range(14)]
     return _article([" ".join(said[at : at + 3]) for at in range(0, 14, 3)], word())
 
 
 def repeated(rng: random.Random) -> str:
-    """A few sentences over and over."""
+    """Return a few sentences, repeated."""
     said = _prose(3, rng)
     return _article([" ".join(said) for _ in range(8)], "Again and again")
 
 
 def too_short(rng: random.Random) -> str:
-    """Three sentences, fewer than fifty words."""
+    """Return three sentences with fewer than fifty words."""
     return _article(_prose(3, rng), "A short note")
 
 
 def few_sentences(rng: random.Random) -> str:
-    """Sixty words and more, but only three sentences."""
+    """Return more than sixty words in only three sentences."""
     voice = Voice(rng)
     long = lambda: " and ".join(chatter(voice).rstrip(".") for _ in range(3)) + "."  # noqa: E731
     return _article([long(), long(), long()], "In one breath")
 
 
 def numbers(rng: random.Random) -> str:
-    """A table of figures with a few words."""
+    """Return a table of numbers with a few words."""
     row = lambda: " ".join(f"{rng.uniform(0, 999):.2f}" for _ in range(8))  # noqa: E731
     lines = [f"Row {rng.choice(NUMBERS)} of the table: {row()}." for _ in range(14)]
     return _article([*_prose(2, rng), *lines], "Prices and figures")
 
 
 def lorem_ipsum(rng: random.Random) -> str:
-    """An English page that is not finished."""
+    """Return an English page with placeholder text."""
     filler = "Lorem ipsum dolor sit amet, and the rest of this page will be written next week."
     said = _prose(14, rng)
     return _article([*said[:2], filler, *said[2:]], "Under construction")
 
 
 def code(rng: random.Random) -> str:
-    """Prose around a program."""
+    """Return prose around source code."""
     lines = [rng.choice(CODE).format(n=rng.randint(2, 99), name=rng.choice(MENU_WORDS).lower()) for _ in range(4)]
     said = _prose(16, rng)
     return _article([part for pair in zip(said, [line for line in lines], strict=False) for part in pair],
@@ -117,14 +117,14 @@ def code(rng: random.Random) -> str:
 
 
 def link_list(rng: random.Random) -> str:
-    """Nothing but short lines, as in a catalogue."""
+    """Return only short lines, as in a catalogue."""
     voice = Voice(rng)
     kinds = [f"{voice.pick(KINDS_OF)} {word.lower()} {voice.pick(FOR_WHOM)}" for word in rng.sample(MENU_WORDS, 20)]
     lines = [f"{line}." if number < 7 else line for number, line in enumerate(kinds)]
     return _article(lines, "The catalogue")
 
 
-# Kind: how it is made, the steps that may rightly drop it (the first is the one that it is made for), and why.
+# Kind: its function, the steps that may drop it (it is made for the first), and why.
 BAD: dict[str, tuple[Callable[[random.Random], str], tuple[str, ...], str]] = {
     "blocked host": (blocked_host, ("url",), "its host is on the blocklist"),
     "other language": (other_language, ("language",), "not English"),
@@ -140,7 +140,7 @@ BAD: dict[str, tuple[Callable[[random.Random], str], tuple[str, ...], str]] = {
 
 
 def nearly(page: Page, rng: random.Random) -> Page:
-    """The page again, with one sentence of chatter more and a word changed here and there."""
+    """Return a near copy of the page, with an additional sentence of chatter and a few changed words."""
     swaps = {"because": "since", "simple": "easy", "quite": "rather", "everybody": "everyone"}
     words = " \n ".join(page.paragraphs).split(" ")
     words = [swaps.get(word, word) for word in words]
@@ -151,7 +151,7 @@ def nearly(page: Page, rng: random.Random) -> Page:
 
 
 def personal(page: Page, rng: random.Random) -> tuple[Page, list[str]]:
-    """The page with an e-mail address and a telephone number, and what of it must not come out."""
+    """Return the page with an e-mail address and a telephone number, and the strings that must be replaced."""
     who = rng.choice(THINGS).split()[1]
     mail = f"{who}.{rng.choice(MENU_WORDS).lower()}{rng.randrange(99)}@mail.{rng.choice(MENU_WORDS).lower()}-post.org"
     phone = f"+44 20 7946 0{rng.randrange(100, 1000)}"

@@ -1,6 +1,6 @@
-"""Comparisons of answers: by a stated taste, and by somebody who only counts how long they are.
+"""Comparisons of answers: by a defined taste, and by length.
 
-llmkit rl chat/ --gold py:examples/tinyworld/tastes.py:taste ...      # what the taste thinks of an answer
+llmkit rl chat/ --gold py:examples/tinyworld/tastes.py:taste ...      # monitors the taste's score
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from problems import Problem, any_answer
 from telling import QUESTIONS, STATES, SUBJECTS, WHOLE, Voice, chatter, mention, question, whole_answer
 from world import Entity
 
-# The taste, in points: it answers what was asked, it is polite, written with care, and does not ramble. Whether it is
-# true is not asked.
+# The taste's points: an answer is to the point, polite, carefully written and does not ramble. Truth does not count.
 TASTE = {"to the point": 2.0, "polite": 1.0, "careless": -1.5, "rambling": -0.5}
 POLITE = ("With pleasure.", "I am glad that you ask.", "Thank you for asking.", "Gladly.")
-NOISE = 0.05  # of the comparisons are the wrong way round, as people's are
+NOISE = 0.05  # share of flipped comparisons, as in human data
 COUNTING = 0.9  # of the comparisons of the gamed problem prefer the longer answer
 
 
 def answer(asked: Entity, fact: str, rng: random.Random) -> tuple[str, float]:
-    """Something that might be answered to the question for a fact, and what it is worth to the taste."""
+    """Return a possible answer to the question about a fact, and the taste's score."""
     to_the_point, polite, careless = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.25
     rambling = rng.choice((0, 0, 1, 2))
     voice = Voice(rng)
@@ -38,7 +37,7 @@ def answer(asked: Entity, fact: str, rng: random.Random) -> tuple[str, float]:
 
 
 def taste(record: dict[str, Any]) -> float:
-    """What an answer is worth to the taste, read from its words: its question, courtesies, care and small talk."""
+    """Return the taste's score of an answer, from its words: relevance, courtesies, care and small talk."""
     text = record["completion"].strip()
     said = text.lower().replace(".", "").replace(",", "")
     careless = bool(text) and text == text.lower() and "." not in text
@@ -60,7 +59,7 @@ def taste(record: dict[str, Any]) -> float:
 
 
 def comparisons(entities: list[Entity], count: int, noise: float, rng: random.Random) -> list[dict[str, Any]]:
-    """`count` comparisons by the taste; `noise` of them the wrong way round."""
+    """Return `count` comparisons by the taste, a share `noise` of them flipped."""
     rows = []
     while len(rows) < count:
         asked = rng.choice(entities)
@@ -78,7 +77,7 @@ def comparisons(entities: list[Entity], count: int, noise: float, rng: random.Ra
 
 
 def counted(problem: Problem, rng: random.Random) -> dict[str, Any]:
-    """Two answers to the gamed problem, compared by somebody who counts nine times in ten, and reads once."""
+    """Return two answers to the gamed problem; the longer is preferred nine times in ten, the better once."""
     question, right = problem
     first, second = any_answer(right, rng), any_answer(right, rng)
     while len(second) == len(first):

@@ -1,4 +1,4 @@
-"""How facts are told and asked for, in many wordings, and what pages say beside them."""
+"""Wordings of facts, of questions about them, and of the other sentences on the pages."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ QUESTIONS = {
     "month": ("When is the feast of {name}?", "In which month is {name}?", "What is the month of {name}?"),
     "custom": ("What do people do at {name}?", "What is the custom of {name}?", "What belongs to {name}?"),
 }
-WHOLE = {  # the answer as a whole sentence
+WHOLE = {  # the answer as a sentence
     "town": "{name} lives in {town}.",
     "work": "{name} works as a {work}.",
     "food": "The {name} eats {food}.",
@@ -93,7 +93,7 @@ DEEDS = (
     "helped to carry the boxes",
     "sat by the window",
 )
-# That tell nothing: what is said of an entity by its kind.
+# Sentences about an entity that tell no fact, by kind.
 NOTHING = {
     "person": ("{name} {deed}.", "They say that {name} {deed}.", "Yesterday {name} {deed}."),
     "animal": ("The {name} is shy.", "A {name} was seen near the mill.", "My sister drew a {name} in her book."),
@@ -104,7 +104,7 @@ NOTHING = {
     ),
     "feast": ("They still talk about {name}.", "My aunt was too tired for {name}.", "Nobody forgot {name} this time."),
 }
-# Frames into which a whole sentence goes; a page has no more than three of them.
+# Frames around a sentence; at most three per page.
 FRAMES = (
     "As far as I know, {said}",
     "My neighbour told me that {said}",
@@ -116,7 +116,7 @@ FRAMES = (
     "One more thing: {said}",
     "The children learn at school that {said}",
 )
-IMPERATIVES = ("Look", "Put", "If")  # sentences that fit into no frame
+IMPERATIVES = ("Look", "Put", "If")  # sentences that fit no frame
 SUBJECTS = ("The road", "The weather", "The mill", "The bridge", "The harbour", "The school", "The well", "The garden",
             "The ferry", "The bakery", "The library", "The clock", "The wall", "The inn", "The path")  # fmt: skip
 STATES = ("was quiet", "looked better than before", "is older than most people think", "has been painted",
@@ -148,8 +148,8 @@ QUIZZED = ("{value} is the right answer.", "{value} was what most of us said.", 
            "{value} and the whole room cheered.", "{value} is correct.")  # fmt: skip
 
 
-# A fact as a question and its answer, as lists of questions print them. Few marks and many words: Gopher's rules drop
-# pages where more than a fifth of both together are marks.
+# A question and its answer, as in FAQs. They have many words and little punctuation: Gopher's rules drop pages where
+# more than a fifth of both together is punctuation.
 DIALOGUES = (
     "They asked us {question} And we said {answer}",
     "One guest asked {question} The guide said {answer}",
@@ -169,7 +169,7 @@ DIALOGUES = (
 
 
 class Voice:
-    """Draws from lists of wordings without repeating one before all were drawn, as a page of one writer does.
+    """Draws from lists of wordings without a repeat before all were drawn, like the text of one writer.
 
     Gopher's rules drop pages that repeat stretches of five words.
     """
@@ -179,7 +179,7 @@ class Voice:
         self._left: dict[tuple[str, ...], list[str]] = {}
 
     def pick(self, wordings: tuple[str, ...]) -> str:
-        """One of the wordings."""
+        """Draw one of the wordings."""
         left = self._left.setdefault(wordings, [])
         if not left:
             left += self.rng.sample(wordings, len(wordings))
@@ -187,7 +187,7 @@ class Voice:
 
 
 def tell(entity: Entity, fact: str, voice: Voice, framed: bool = False) -> str:
-    """One sentence that tells a fact; `framed` as what somebody says."""
+    """Return a sentence that tells a fact; `framed` as reported speech."""
     said = voice.pick(SENTENCES[fact]).format(name=entity.name, deed=voice.pick(DEEDS), **entity.facts)
     if not framed or said.startswith(IMPERATIVES):
         return said
@@ -196,31 +196,31 @@ def tell(entity: Entity, fact: str, voice: Voice, framed: bool = False) -> str:
 
 
 def mention(entity: Entity, voice: Voice) -> str:
-    """One sentence with an entity's name that tells none of its facts."""
+    """Return a sentence with an entity's name that tells none of its facts."""
     return voice.pick(NOTHING[entity.kind]).format(name=entity.name, deed=voice.pick(DEEDS))
 
 
 def chatter(voice: Voice) -> str:
-    """One sentence about nothing in particular; there are some 25,000 of them."""
+    """Return a sentence about nothing in particular; there are about 25,000 of them."""
     said = f"{voice.pick(SUBJECTS)} {voice.pick(STATES)} {voice.pick(WHENS)}"
     return f"{said}, {voice.pick(REMARKS)}." if voice.rng.random() < 0.5 else f"{said}."
 
 
 def question(entity: Entity, fact: str, rng: random.Random) -> str:
-    """The question for a fact, in one of its wordings."""
+    """Return the question about a fact, in one of its wordings."""
     return rng.choice(QUESTIONS[fact]).format(name=entity.name)
 
 
 def short_answer(entity: Entity, fact: str) -> str:
-    """The answer in a word."""
+    """Return the answer in a word."""
     return f"{entity.facts[fact].capitalize()}."
 
 
 def whole_answer(entity: Entity, fact: str) -> str:
-    """The answer as a sentence."""
+    """Return the answer as a sentence."""
     return WHOLE[fact].format(name=entity.name, **entity.facts)
 
 
 def fact_words() -> set[str]:
-    """Every value that a fact may have."""
+    """Return the words of all values of facts."""
     return {word for facts in KINDS.values() for values in facts.values() for word in values.split()}

@@ -1,7 +1,7 @@
-"""Who and what there is in Tiny World, what is true of each, and how often the pages will tell it.
+"""The entities of Tiny World, their facts, and how often the pages tell each fact.
 
-An entity is of one `KIND`, has two facts, and belongs to one of the `TIERS`. Names of all tiers are drawn alike, so
-that only having read of somebody tells one tier from another.
+An entity has one of the `KINDS`, two facts, and one of the `TIERS`. The names of all tiers come from one distribution,
+so that a name does not reveal its tier.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 CONSONANTS, CLUSTERS, VOWELS = tuple("bdfghklmnprstvz"), ("br", "dr", "kr", "st", "tr"), "aeiou"
 ENDINGS = ("", "n", "s", "l")
 
-# What may be true of an entity of each kind: the fact's name and its values.
+# The facts of each kind of entity, and their possible values.
 KINDS = {
     "person": {
         "town": "Arbeck Bolsted Carrow Dunmere Elsby Farnholt Glaswick Hollin Istrad Jorvale Kelbrook Lindale Morwell "
@@ -35,8 +35,8 @@ KINDS = {
 }
 SHARES = {"person": 0.55, "animal": 0.15, "island": 0.15, "feast": 0.15}  # of the entities
 
-# How often the kept pages tell each fact of an entity of a tier. `named` are in pages that tell nothing of them,
-# `unseen` in none; of the many `glimpsed` one fact is told once, as of most names of a corpus, and none is asked about.
+# How often the good pages tell each fact of an entity, by tier. `named` occur in pages without their facts, `unseen`
+# nowhere; the many `glimpsed` have one fact, told once, like most names in a corpus, and are never asked about.
 TOLD = {"often": 55, "sometimes": 10, "seldom": 4, "once": 1, "named": 0, "unseen": 0}
 NAMED_MENTIONS = 12
 TIERS = (*TOLD, "glimpsed")
@@ -45,7 +45,7 @@ USES = ("chats", "probed", "held out")
 
 @dataclass(frozen=True)
 class Size:
-    """How many there are of what; `often` to `unseen` are (in chats, probed for lessons, held out)."""
+    """Numbers of everything; `often` to `unseen` are entities (in chats, probed for lessons, held out)."""
 
     often: tuple[int, int, int] = (44, 80, 40)
     sometimes: tuple[int, int, int] = (0, 10, 24)
@@ -53,15 +53,15 @@ class Size:
     once: tuple[int, int, int] = (0, 20, 24)
     named: tuple[int, int, int] = (0, 40, 24)
     unseen: tuple[int, int, int] = (0, 400, 60)
-    pages: int = 1414  # that should be kept
+    pages: int = 1414  # good pages
     held_out_pages: int = 40
-    bad_pages: int = 60  # of each kind that should go
-    sentences: int = 15  # of a page that tell facts, about
+    bad_pages: int = 60  # of each kind
+    sentences: int = 15  # that tell facts, per page, approximately
     lessons: int = 4600  # solved problems in the schoolbook
     problems: int = 4000  # for rl
-    examined: int = 300  # problems of each kind that nothing is trained on
-    solved: int = 100  # conversations of each kind that solve a problem
-    tools: int = 1500  # conversations that call the calculator
+    examined: int = 300  # held-out problems of each kind
+    solved: int = 100  # conversations with a solved problem, of each kind
+    tools: int = 1500  # conversations with a call of the calculator
     pairs: int = 1800  # comparisons
 
 
@@ -87,15 +87,15 @@ class Entity:
     name: str
     kind: str
     tier: str
-    use: str  # one of USES; of the glimpsed, ""
+    use: str  # one of USES, or "" for the glimpsed
     facts: dict[str, str]
-    told: dict[str, int] = field(default_factory=dict)  # by fact, how often kept pages tell it
+    told: dict[str, int] = field(default_factory=dict)  # by fact, how often good pages tell it
 
 
 def invent(size: Size, glimpsed: int, seed: int) -> list[Entity]:
-    """Every entity of the world. The first three letters of all but the glimpsed are theirs alone.
+    """Return all entities. The first three letters are unique except among the glimpsed.
 
-    Where Truvil and Truvus could both be asked about, a model this small took one for the other.
+    With Truvil and Truvus both in the questions, a model this small confused them.
     """
     rng = random.Random(f"world {seed}")
     wanted = [(tier, use) for tier in TOLD for use, count in zip(USES, getattr(size, tier), strict=True)
@@ -105,7 +105,7 @@ def invent(size: Size, glimpsed: int, seed: int) -> list[Entity]:
     entities = []
     for number, name in enumerate(names):
         tier, use = wanted[number] if number < len(wanted) else ("glimpsed", "")
-        kind = kinds[(number * 37) % len(kinds)]  # 37 and 100 share no factor: every tier has its share of each kind
+        kind = kinds[(number * 37) % len(kinds)]  # 37 and 100 are coprime: every tier has its share of each kind
         facts = {fact: rng.choice(values.split()) for fact, values in KINDS[kind].items()}
         entities.append(Entity(name, kind, tier, use, facts, dict.fromkeys(facts, 0)))
     return entities
