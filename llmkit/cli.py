@@ -1,8 +1,8 @@
 """The command line: one contract for all subcommands.
 
-stdout carries data; the rest goes to stderr. Exit codes: 0 done, 1 our bug, 2 the user's mistake (one line),
-3 a gate not met, 130 interrupted, 141 the reader of our pipe went away. A subcommand is known by name and
-imported when it is run or its help is asked for; `--help` imports no torch (0.3 s).
+stdout carries data; everything else goes to stderr. Exit codes: 0 done, 1 a bug, 2 a mistake of the user (one line),
+3 a gate not met, 130 interrupted, 141 the reader of our pipe has closed it. A subcommand is registered by name and
+imported when it runs or its help is shown; `--help` imports no torch (0.3 s).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llmkit.display import write_message
 from llmkit.errors import Interrupted, LlmkitError, UserError
 from llmkit.io.ranks import launch
 
-OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is read as a whole
-OUTPUTS = ("out", "report", "rejects", "collect", "pairs")  # options of what a stage writes
+OF_A_RUN = ("config.json", "manifest.json", "tokenizer.json")  # a folder with one of these is one input
+OUTPUTS = ("out", "report", "rejects", "collect", "pairs")  # options that name output files
 # name: (module, config class, help in one line), in the order of the pipeline
 COMMANDS = {
     "crawl-filter": ("llmkit.stages.crawl_filter", "CrawlFilterConfig", "Extract clean documents from web archives."),
@@ -60,7 +60,7 @@ Example:
   llmkit pretrain docs.jsonl.gz --tokenizer tok/ --time-budget 10m -o base/
   llmkit sample base/ -p "It was a dark and" -n 3
 """
-# what other programs call a command of ours, or have and we have not: names, and where it is here
+# commands of other programs, and where llmkit has them
 ELSEWHERE = {
     name: hint
     for names, hint in (
@@ -69,9 +69,9 @@ ELSEWHERE = {
         ("eval evaluation test validate benchmark bench lm-eval lighteval", "llmkit evaluate MODEL --tasks TASK,..."),
         ("server api deploy web ui", "llmkit serve MODEL"),
         ("dpo orpo kto ipo simpo align", "llmkit sft --loss dpo, ipo, kto, orpo or simpo"),
-        ("rlhf", "llmkit train-reward and then llmkit rl, which learn from preferences"),
-        ("grpo ppo rloo dapo gspo reinforce rlvr rft", "llmkit rl, whose --algo chooses"),
-        ("tokenize tokenise encode pack prepare preprocess", "llmkit pretrain, which does that, and llmkit train-bpe"),
+        ("rlhf", "llmkit train-reward, then llmkit rl, to learn from preferences"),
+        ("grpo ppo rloo dapo gspo reinforce rlvr rft", "llmkit rl --algo"),
+        ("tokenize tokenise encode pack prepare preprocess", "llmkit pretrain, which tokenizes, and llmkit train-bpe"),
         ("train-tokenizer tokenizer tokeniser bpe vocab train-tok", "llmkit train-bpe"),
         ("train training trainer fit", "llmkit pretrain for documents, llmkit sft for conversations"),
         ("continue cpt continued-pretraining", "llmkit pretrain --from MODEL"),
@@ -79,7 +79,7 @@ ELSEWHERE = {
         ("lora peft adapter", "llmkit sft --lora-rank 16"),
         ("qlora bitsandbytes", "llmkit sft --lora-rank 16 --quantize nf4"),
         ("reward reward-model train-rm rm preference", "llmkit train-reward"),
-        ("score rank judge", "llmkit train-reward, which makes a judge, and its --score, which asks one"),
+        ("score rank judge", "llmkit train-reward to train a judge, llmkit train-reward --score to use it"),
         ("merge merge-lora", "llmkit sft --lora-rank, which merges its adapter at the end"),
         ("convert save hf gguf llama-cpp ollama", "llmkit export --format gguf or hf"),
         ("quantize quantise quantization quant", "llmkit export --format gguf --dtype q8_0"),
@@ -90,25 +90,25 @@ ELSEWHERE = {
         ("plot plots stats dashboard show visualize compare view", "llmkit report"),
         ("version", "llmkit --version"),
         ("list commands options usage", "llmkit --help"),
-        ("init new config setup", "llmkit COMMAND --help: a command needs no set-up, and --config takes a TOML file"),
+        ("init new config setup", "llmkit COMMAND --help: commands need no setup, and --config reads a TOML file"),
         ("demo example examples tutorial quickstart", "README.md, and make demo in a clone"),
         (
             "download pull push upload login fetch",
-            "hf://ORG/MODEL in the place of a model folder; to upload, the program hf of huggingface_hub",
+            "hf://ORG/MODEL, which can be used like a model folder; to upload, the program hf of huggingface_hub",
         ),
         ("resume", "--resume of each command"),
     )
     for name in names.split()
 }
-IN_PROCESSES = ("pretrain", "sft", "train-reward", "rl")  # which torchrun may start several times
+IN_PROCESSES = ("pretrain", "sft", "train-reward", "rl")  # commands that run in several processes under torchrun
 PIPE_CLOSED = 141
 
 
-# ---- every ending
+# ---- exit codes
 
 
 def run_command_line(arguments: list[str]) -> int:
-    """Run one subcommand and return the exit code; every ending is handled here and nowhere else."""
+    """Run one subcommand and return the exit code; all exceptions are handled here."""
     _interrupt_on_signals()
     try:
         job = parse(arguments)
@@ -134,7 +134,7 @@ def run_command_line(arguments: list[str]) -> int:
     except LlmkitError as error:
         return _fail(str(error), error.exit_code)
     except MemoryError:
-        return _fail("not enough memory for this input on this machine", UserError.exit_code)
+        return _fail("not enough memory on this machine for this input", UserError.exit_code)
     except Exception as error:
         from llmkit.io.files import is_full_disk
 
@@ -156,9 +156,9 @@ def run_command_line(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Callable[[], Any] | int:
-    """Return the work, still to be done, or an exit code when typer has said it all.
+    """Return a function that does the work, or an exit code if there is none, as for --help.
 
-    The work is not done inside typer, which takes an EOFError for an interrupt and a broken pipe for exit 1.
+    The work runs outside of typer, which turns an EOFError into an interrupt and a broken pipe into exit code 1.
     """
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
@@ -169,7 +169,7 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
     try:
         return command.main(args=arguments, prog_name="llmkit", standalone_mode=False) or 0
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # while it printed the help
+        if isinstance(stop.__context__, BrokenPipeError):  # while printing the help
             raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
@@ -180,7 +180,7 @@ def parse(arguments: list[str]) -> Callable[[], Any] | int:
         field = flag.lstrip("-").removeprefix("no-").replace("-", "_")
         if advice := dropped(field, getattr(importlib.import_module(module), config_class)):
             raise UserError(f"{flag}: was removed; {advice}") from None
-        message = error.format_message()  # type: ignore[attr-defined]  # typer's own click: a wrong flag
+        message = error.format_message()  # type: ignore[attr-defined]  # an error of typer's own click
         message = f"{message[:1].lower()}{message[1:].rstrip('.')}".replace(". Did you mean", "; did you mean")
         raise UserError(f"{message} See --help" if message.endswith("?") else f"{message}; see --help") from None
 
@@ -190,28 +190,28 @@ def _command_name(arguments: list[str]) -> str | None:
 
 
 def _interrupt_on_signals() -> None:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does, so that no half-written output stays; training saves first."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C: training saves a checkpoint, and partial outputs are deleted."""
     process = os.getpid()
 
     def interrupt(number: int, frame: object) -> None:
         if os.getpid() == process:
             raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_DFL)  # a worker forked from us, ended by its pool: no traceback
+        signal.signal(number, signal.SIG_DFL)  # a forked worker, ended by its pool, prints no traceback
         os.kill(os.getpid(), number)
 
     in_main = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup has SIGHUP ignored
+    for number in (signal.SIGTERM, signal.SIGHUP):  # not if nohup has set SIGHUP to be ignored
         if in_main and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, interrupt)
 
 
 def _abandon_stdout() -> None:
-    """Python would complain again when it flushes stdout at its end."""
+    """Redirect stdout to /dev/null, because Python flushes it at exit and would report the error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str, code: int) -> int:
-    if _several():  # one speaks for all
+    if _several():  # one rank reports for all
         from llmkit.training.failures import fail_together
 
         fail_together(message, code)
@@ -220,7 +220,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _several() -> bool:
-    """True if other processes run beside this one. What torchrun did not set stands for no others."""
+    """Return True if the job has several processes; False if torchrun's variables are invalid."""
     with suppress(UserError):
         return launch().size > 1
     return False
@@ -230,7 +230,7 @@ def _several() -> bool:
 
 
 def build_app(wanted: str | None) -> typer.Typer:
-    """The typer application; only the subcommand `wanted` is imported, or all where a shell asks for completions."""
+    """Build the typer application; import only the subcommand `wanted`, or all for shell completion."""
     app = typer.Typer(
         help=OVERVIEW,
         epilog="Next: llmkit train-bpe --help",
@@ -256,7 +256,7 @@ def _on_terminal() -> bool:
 
 
 def _literal(text: str) -> str:
-    return text.replace("[", "\\[") if _on_terminal() else text  # rich would take `[words]` for its markup
+    return text.replace("[", "\\[") if _on_terminal() else text  # rich parses `[words]` as markup
 
 
 def _top(
@@ -272,9 +272,9 @@ def _top(
 
 
 def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A function whose signature typer turns into flags, made from the fields of a config class."""
+    """Make a function whose signature, from the fields of a config class, typer turns into flags."""
 
-    # `--no-force` wins over a file's `force = true`, and would only be noise in the help
+    # `--no-force` overrides `force = true` of a config file; hidden, because it would be noise in the help
     off = {f"not_{item.name}": item for item in option_fields(config_class) if item.default is False}
 
     def command(context: typer.Context, config_file: str | None = None, **flags: Any) -> Callable[[], Any]:
@@ -309,7 +309,7 @@ def _command(config_class: type, run: Callable[[Any], Any]) -> Callable[..., Any
 
 
 def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
-    """Run a stage while no other run writes its --out; of several processes the first sees to it."""
+    """Run a stage under a lock on its --out, which rank 0 holds."""
     from llmkit.io.files import sole_writer
     from llmkit.io.remote import is_remote, settings
 
@@ -322,7 +322,7 @@ def _run_alone(run: Callable[[Any], Any], config: Any) -> Any:
 
 
 def _check_inputs_stay(config: Any) -> None:
-    """Raise UserError where an output would replace an input, or lies in the folder of a model that is read."""
+    """Raise UserError if an output would replace an input, or is inside the folder of an input model."""
     from llmkit.io.remote import is_named
 
     outputs = [value for name in OUTPUTS if (value := getattr(config, name, None)) not in (None, "-")]
@@ -336,13 +336,13 @@ def _check_inputs_stay(config: Any) -> None:
     for path, out in itertools.product(inputs, outputs):
         read, written = os.path.realpath(path), os.path.realpath(out)
         if f"{read}/".startswith(f"{written}/") or is_named(out, path):
-            raise UserError(f"{out}: is an input, and would be lost; choose another place")
+            raise UserError(f"{out}: is an input and would be lost; choose another place")
         if written.startswith(f"{read}/") and any(os.path.isfile(f"{read}/{name}") for name in OF_A_RUN):
-            raise UserError(f"{out}: lies in the input {path}, and would be lost; choose another place")
+            raise UserError(f"{out}: is inside the input {path} and would be lost; choose another place")
 
 
 def _paths_in(text: str) -> Iterator[str]:
-    """Yield each part of an option's value that may be a path, between a kind before it and a weight behind it."""
+    """Yield each part of an option's value that may be a path: it may have a kind before and a weight after it."""
     for part in dict.fromkeys((text, *text.split(","))):
         words = part.split(":")[:8]
         for start, stop in itertools.combinations(range(len(words) + 1), 2):
@@ -351,7 +351,7 @@ def _paths_in(text: str) -> Iterator[str]:
 
 
 def _annotation(item: Field, hint: Any) -> Any:
-    """One option as typer wants it. Its value stays text, which `resolve` converts and checks."""
+    """Annotate one option for typer. Its value stays a string, which `resolve` converts and checks."""
     details = option_of(item)
     base, _, many = value_type(hint)
     kind: Any = bool if base is bool else list[str] if many else str

@@ -1,10 +1,10 @@
-"""Options declared once: a frozen dataclass feeds the flags, the TOML file, the manifest and the checks.
+"""Options, declared once as fields of a frozen dataclass, which defines the flags, TOML keys, manifest and checks.
 
     @dataclass(frozen=True, kw_only=True)
     class PretrainConfig(CommonConfig):
         depth: int | None = option(None, "Transformer layers; sets the rest.", group="Model", at_least=1)
 
-Values come from a flag, else the TOML file, else the default; `None` means off or automatic.
+A flag takes precedence over the TOML file, and the file over the default; `None` means off or automatic.
 """
 
 from __future__ import annotations
@@ -36,67 +36,67 @@ _SCALES: dict[str, dict[str, int]] = {
     },
     "duration": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400},
 }
-LARGEST_INTEGER = 2**63 - 1  # of what generators take and JSON of 64 bits holds
+LARGEST_INTEGER = 2**63 - 1  # the largest seed of torch's generators and integer of orjson
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 PATHS = ("PATH", "FILE", "FOLDER")
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}
 
-# Options of the version before, for one version, as fields: the configs that had them, and what to give instead
+# Options removed in this version, by field name: the configs that had them, and advice
 DROPPED = {
-    "gpu_kind gpu_price": ("PretrainConfig", "--dry-run has FLOPs and memory; docs/scale.md estimates with them"),
+    "gpu_kind gpu_price": ("PretrainConfig", "--dry-run prints FLOPs and memory; docs/scale.md shows the estimate"),
     "gpus nodes": ("PretrainConfig", "start several processes with torchrun (docs/scale.md)"),
-    "tensor_parallel": ("TrainingConfig", "FSDP2 divides a model among the processes of torchrun (docs/scale.md)"),
+    "tensor_parallel": ("TrainingConfig", "FSDP2 shards a model over the processes of torchrun (docs/scale.md)"),
     "scores write_scores": ("CrawlFilterConfig", "try recipes on the documents of `crawl-filter --only url,extract`"),
-    "judge_check": ("ProbeKnowledgeConfig", "compare the judgements of --report with labels of your own"),
+    "judge_check": ("ProbeKnowledgeConfig", "compare the judgements of --report with your own labels"),
     "calibration": ("ProbeKnowledgeConfig", "--report has the log-probability of each answer and its judgement"),
-    "retries": ("ServedConfig", "6 is fixed: 0.5 to 8 seconds lie between them, or as long as the server asks for"),
+    "retries": ("ServedConfig", "fixed at 6, after 0.5 to 8 seconds or as long as the server asks for"),
     "as_assistant": ("SampleConfig", "--shots assistant"),
-    "unordered": ("SampleConfig", "records come in the order of the input; --resume continues where a run has ended"),
+    "unordered": ("SampleConfig", "records keep the order of the input; --resume continues an interrupted run"),
     "consistent": ("ProbeKnowledgeConfig", "two thirds of the answers must agree"),
-    "prefix_tokens": ("ProbeKnowledgeConfig", "32 is fixed"),
-    "reply_tokens": ("ProbeKnowledgeConfig", "2,048 is fixed"),
-    "match_f1": ("ProbeKnowledgeConfig", "0.7 is fixed; --judge MODEL judges otherwise"),
-    "top_p": ("ProbeKnowledgeConfig", "answers are sampled at --temperature alone"),
+    "prefix_tokens": ("ProbeKnowledgeConfig", "fixed at 32"),
+    "reply_tokens": ("ProbeKnowledgeConfig", "fixed at 2,048"),
+    "match_f1": ("ProbeKnowledgeConfig", "fixed at 0.7; use --judge MODEL to judge by a model"),
+    "top_p": ("ProbeKnowledgeConfig", "answers are sampled by --temperature only"),
     "center": ("TrainRewardConfig", "the weight is fixed at 0.01"),
-    "baseline": ("TrainRewardConfig", "evaluation.json always has the baseline of length"),
+    "baseline": ("TrainRewardConfig", "evaluation.json always has the length baseline"),
     "probe_biases": ("TrainRewardConfig", "evaluation.json always has the biases"),
-    "print_recipe": ("CrawlFilterConfig", "--dry-run prints the recipe on stdout"),
+    "print_recipe": ("CrawlFilterConfig", "--dry-run prints the recipe to stdout"),
     "precision recall": ("CrawlFilterConfig", "set [extract] favour in a recipe: --recipe FILE.toml"),
-    "pii": ("CrawlFilterConfig", "set [pii] mode in a recipe, or leave the step out: --skip pii"),
+    "pii": ("CrawlFilterConfig", "set [pii] mode in a recipe, or skip the step: --skip pii"),
     "min_language_score": ("CrawlFilterConfig", "set [language] min_score in a recipe: --recipe FILE.toml"),
     "clip_low clip_high": ("RlConfig", "--algo decides (docs/rl.md has the bounds of each)"),
-    "overlong": ("RlConfig", "--algo decides: dapo takes reward away from attempts near --max-tokens"),
-    "refill": ("RlConfig", "as many groups again are sampled at most; --group and --batch-size set their number"),
-    "max_difference": ("RlConfig", "0.001 is allowed in float32, 0.05 in bfloat16 and with a server"),
-    "concurrency": ("RlConfig", "64 requests are under way at a time"),
-    "slots": ("RlConfig", "256 sequences are decoded at a time by a small model on a CPU, else 64"),
+    "overlong": ("RlConfig", "--algo decides: dapo reduces the reward of attempts near --max-tokens"),
+    "refill": ("RlConfig", "a step samples at most twice its groups; --group and --batch-size set their number"),
+    "max_difference": ("RlConfig", "fixed at 0.001 in float32, 0.05 in bfloat16 and with a server"),
+    "concurrency": ("RlConfig", "fixed at 64 concurrent requests"),
+    "slots": ("RlConfig", "fixed at 256 sequences at a time for a small model on a CPU, else 64"),
     "embedding_learning_rate": ("PretrainConfig", "it follows from the plan; --learning-rate can be set"),
-    "head_learning_rate": ("PretrainConfig", "it is a quarter of --learning-rate"),
-    "intermediate_size": ("PretrainConfig", "it is 8/3 of the width"),
-    "token_cache": ("PretrainConfig", "token shards lie beside --out; a folder of them is an INPUT, too"),
+    "head_learning_rate": ("PretrainConfig", "fixed at a quarter of --learning-rate"),
+    "intermediate_size": ("PretrainConfig", "fixed at 8/3 of the width"),
+    "token_cache": ("PretrainConfig", "token shards are stored next to --out; a folder of them is also an INPUT"),
     "workers": ("TrainingConfig", "one thread prepares the batches"),
     "process_timeout": ("TrainingConfig", "set LLMKIT_PROCESS_TIMEOUT, in seconds"),
-    "max_grad_norm": ("TrainingConfig", "1 is fixed"),
-    "lora_alpha": ("TuningConfig", "twice the rank is fixed; --learning-rate sets the size of the steps"),
-    "identity_weight": ("SftConfig", 'give it with --identity "name=...;maker=...:WEIGHT"'),
+    "max_grad_norm": ("TrainingConfig", "fixed at 1"),
+    "lora_alpha": ("TuningConfig", "fixed at twice the rank; --learning-rate sets the size of the steps"),
+    "identity_weight": ("SftConfig", 'append it to --identity "name=...;maker=...:WEIGHT"'),
     "inspect": ("SftConfig", "--dry-run shows examples token by token"),
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
-    "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
+    "decay_fraction": ("PretrainConfig TuningConfig", "fixed: the rate decays over the last 0.6 of pretrain, else 0.9"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
     "epochs": ("RlConfig", "--max-steps or --time-budget; without them a run is one pass over the problems"),
-    "max_tool_calls": ("RlConfig", "8 calls per attempt are fixed"),
-    "micro_batch_size": ("RlConfig", "8,192 tokens are computed at a time, fewer where memory runs out"),
+    "max_tool_calls": ("RlConfig", "fixed at 8 calls per attempt"),
+    "micro_batch_size": ("RlConfig", "fixed at 8,192 tokens, fewer if memory runs out"),
     "sample_every": ("RlConfig", "rollouts.jsonl has every attempt"),
-    "warmup_steps": ("RlConfig", "a twentieth of the run is fixed, 10 steps or a quarter of it at least"),
-    "weight_decay": ("RlConfig", "attempts are learnt without weight decay"),
-    "seed": ("CrawlFilterConfig TrainBpeConfig ExportConfig ReportConfig", "the command draws nothing at random"),
+    "warmup_steps": ("RlConfig", "fixed at a twentieth of the run, at least 10 steps, in short runs a quarter"),
+    "weight_decay": ("RlConfig", "rl uses no weight decay"),
+    "seed": ("CrawlFilterConfig TrainBpeConfig ExportConfig ReportConfig", "the command uses no random numbers"),
     "tensorboard wandb": ("TrainingConfig", "--log-to tensorboard or wandb"),
 }
 
 
 @dataclass(frozen=True)
 class Option:
-    """Details of one option beside its name, type and default."""
+    """Details of one option, other than its name, type and default."""
 
     help: str
     group: str = "Options"
@@ -109,17 +109,17 @@ class Option:
     at_most: float | None = None
     above: float | None = None
     positional: bool = False
-    reads: bool = False  # names files or folders, that no output may replace; a weight or a kind may stand beside them
-    free: bool = False  # may differ between a run and its resumption, for it does not change what is computed
+    reads: bool = False  # names input files or folders, with or without a kind or weight; no output may replace them
+    free: bool = False  # may change when a run is resumed, because it does not affect the result
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
-    """A dataclass field that is an option; `details` are those of `Option`."""
+    """Declare an option as a dataclass field; `details` are those of `Option`."""
     return field(default=default, metadata={"option": Option(help=help, **details)})
 
 
 def argument(help: str, *, metavar: str, default: Any = ()) -> Any:
-    """A dataclass field that is given without a flag: one string, or a tuple of them."""
+    """Declare a positional argument as a dataclass field: a string or a tuple of strings."""
     return field(default=default, metadata={"option": Option(help=help, metavar=metavar, positional=True, reads=True)})
 
 
@@ -143,7 +143,7 @@ class CommonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
-    """Options of every stage that reads users' data."""
+    """Options of every stage that reads the user's data."""
 
     columns: tuple[str, ...] = option(
         (),
@@ -158,7 +158,7 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsConfig(ColumnsConfig):
-    """Options of every stage that reads users' records."""
+    """Options of every stage that reads the user's records."""
 
     max_bad: str = option(
         "1%", "Bad records allowed per file, as a share or a count.", group="Common", metavar="SHARE|COUNT", free=True
@@ -171,7 +171,7 @@ class RecordsConfig(ColumnsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    """Options of stages that compute with a model from elsewhere."""
+    """Options of stages that run models of any origin."""
 
     backend: str = option(
         "auto",
@@ -204,20 +204,20 @@ class TrainingConfig(RecordsConfig, CommonConfig):
         lengths = [item for item in option_fields(type(self)) if option_of(item).group == "Horizon"]
         given = [flag_of(item) for item in lengths if getattr(self, item.name) is not None and item.name != "patience"]
         if len(given) > 1:
-            raise UserError(f"{' and '.join(given)}: expected one way to say how long to train, found {len(given)}")
+            raise UserError(f"{' and '.join(given)}: expected one limit of the training length, found {len(given)}")
         for name in self.log_to:
             if find_spec(name) is None:
                 raise UserError(f"--log-to {name}: needs the package {name}; pip install 'llmkit[{name}]'")
 
 
-MOST_RATE, MOST_DECAY = 1, 10  # of AdamW: a step at the rate 1 moves each weight by as much
-DECAY_FRACTION = 0.9  # of tuning: the last part of the run, over which the learning rate decays
-MICRO_BATCH_TOKENS = 8192  # of tuning, where --micro-batch-size is not given
+MOST_RATE, MOST_DECAY = 1, 10  # AdamW's limits: at rate 1 a step changes each weight by about 1
+DECAY_FRACTION = 0.9  # tuning: the learning rate decays over this last fraction of the run
+MICRO_BATCH_TOKENS = 8192  # tuning: default without --micro-batch-size
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Options of every stage that trains a model that writes."""
+    """Options of every stage that trains a generative model."""
 
     evaluate: tuple[str, ...] = option(
         (), "Tasks scored at each validation.", group="Log", metavar="TASK,...", reads=True, free=True
@@ -246,14 +246,14 @@ class TuningConfig(TrainingConfig, BackendConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize is not None and self.lora_rank is None:
-            raise UserError(f"--quantize {self.quantize}: needs --lora-rank; weights that are trained stay whole")
+            raise UserError(f"--quantize {self.quantize}: needs --lora-rank; only frozen weights can be quantized")
         if self.quantize is not None and self.compile == "on":
-            raise UserError(f"--quantize {self.quantize}: expected no --compile on beside it")
+            raise UserError(f"--quantize {self.quantize}: cannot be combined with --compile on")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """Options of stages that complete prompts with a model here."""
+    """Options of stages that generate with a local model."""
 
     device: str = option("auto", "Compute device.", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
@@ -289,7 +289,7 @@ class PreferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GoldConfig:
-    """Options of every stage whose policy may game what it is trained on."""
+    """Options of every stage whose policy may hack its reward."""
 
     gold: str | None = option(None, "Reward to monitor but never train on.", group="Watch", metavar="KIND", reads=True)
     stop_on_hack: bool = option(False, "Stop once the reward rises while --gold falls.", group="Watch", free=True)
@@ -316,7 +316,7 @@ class ToolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedConfig:
-    """Options of every stage that may have a server generate."""
+    """Options of every stage that may generate through a server."""
 
     engine: str = option(
         "local",
@@ -335,19 +335,19 @@ class ServedConfig:
 
 
 def option_of(item: Field) -> Option:
-    """The `Option` of a dataclass field."""
+    """Return the `Option` of a dataclass field."""
     return item.metadata["option"]
 
 
 def option_fields(config_class: type) -> list[Field]:
-    """The fields of a config class that are options: its own as declared, then those of each class above it."""
+    """Return the option fields of a config class: its own as declared, then those of its bases in MRO order."""
     depth = {name: index for index, cls in enumerate(config_class.__mro__) for name in get_annotations(cls)}
     options = [item for item in fields(config_class) if "option" in item.metadata]
     return sorted(options, key=lambda item: depth[item.name])
 
 
 def flag_of(item: Field) -> str:
-    """The spelling of an option on the command line, such as `--batch-size`."""
+    """Return the spelling of an option on the command line, such as `--batch-size`."""
     details = option_of(item)
     if details.positional:
         return details.metavar or item.name.upper()
@@ -355,12 +355,12 @@ def flag_of(item: Field) -> str:
 
 
 def parse_quantity(text: str | int | float, unit: Unit) -> int | float:
-    """Read a number with a unit; a whole result is an int, free of rounding errors.
+    """Parse a number with a unit exactly; integral results are int.
 
     >>> parse_quantity("10m", "duration"), parse_quantity("1.15M", "count"), parse_quantity("2GiB", "bytes")
     (600, 1150000, 2147483648)
 
-    Raises ValueError with what was expected.
+    Raise ValueError with what was expected.
     """
     pattern = r"([0-9][0-9_]*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?|\.[0-9]+)\s*([a-z]*)"
     match = re.fullmatch(pattern, str(text).lower().strip())
@@ -371,12 +371,12 @@ def parse_quantity(text: str | int | float, unit: Unit) -> int | float:
 
 
 def parse_max_bad(text: str) -> tuple[float | None, int]:
-    """The share of `--max-bad 1%`, else None, and the count of `--max-bad 10`, for a share that of one record.
+    """Parse `--max-bad` to (share or None, count); with a share the count is 1.
 
     >>> parse_max_bad("1%"), parse_max_bad("10"), parse_max_bad("0%")
     ((0.01, 1), (None, 10), (None, 0))
 
-    Raises UserError for what is neither.
+    Raise UserError for other values.
     """
     try:
         if not text.endswith("%"):
@@ -390,12 +390,12 @@ def parse_max_bad(text: str) -> tuple[float | None, int]:
 
 
 def parse_columns(texts: Sequence[str]) -> dict[str, str]:
-    """The column of each field that `--columns` names.
+    """Parse `--columns` to field name: column.
 
     >>> parse_columns(["text=content,id=doc", "messages=chat.turns"])
     {'text': 'content', 'id': 'doc', 'messages': 'chat.turns'}
 
-    Raises UserError for what names none, and for a field that is named twice.
+    Raise UserError for malformed pairs and repeated fields.
     """
     columns: dict[str, str] = {}
     for pair in (pair.strip() for text in texts for pair in text.split(",")):
@@ -409,7 +409,7 @@ def parse_columns(texts: Sequence[str]) -> dict[str, str]:
 
 
 def value_type(annotation: Any) -> tuple[type, bool, bool]:
-    """Split an annotation into (base type, may be None, is a tuple of many)."""
+    """Split an annotation into (base type, may be None, is a tuple)."""
     if get_origin(annotation) in (Union, types.UnionType):
         base, _, many = value_type(next(kind for kind in get_args(annotation) if kind is not type(None)))
         return base, True, many
@@ -419,22 +419,22 @@ def value_type(annotation: Any) -> tuple[type, bool, bool]:
 
 
 def convert(value: Any, base: type, details: Option) -> Any:
-    """One value, from a flag or from TOML, as `base`; raises ValueError with what was expected."""
+    """Convert one value, of a flag or from TOML, to the type `base`. Raise ValueError with what was expected."""
     if base is bool:
         if isinstance(value, bool):
             return value
         raise ValueError("expected true or false")
     if base is str:
-        shape = details.metavar or ""  # what may be empty, a prompt or a title, has none
+        shape = details.metavar or ""  # options that may be empty, such as prompts and titles, have no metavar
         if "," in shape and isinstance(value, str) and not value.strip(", "):
-            raise ValueError("expected a name at least")  # a shell's variable that is not set
+            raise ValueError("expected at least one name")  # an unset shell variable
         if value == "" and (details.reads or shape):
             raise ValueError("expected a path" if details.reads or shape in PATHS else "expected text")
         if details.metavar == "SHARE|COUNT" and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value) if isinstance(value, int) else f"{value:%}"
         if not isinstance(value, (str, Path)):
             raise ValueError("expected a string")
-        with suppress(UnicodeEncodeError):  # what Python makes of other bytes on the command line; no JSON holds it
+        with suppress(UnicodeEncodeError):  # Python decodes invalid UTF-8 to surrogates, which JSON cannot contain
             str(value).encode()
             return str(value)
         is_name = details.reads or shape in PATHS
@@ -445,7 +445,7 @@ def convert(value: Any, base: type, details: Option) -> Any:
         raise ValueError(expected)
     if base is int and not isinstance(number, float):
         with suppress(ValueError):
-            return int(number)  # exact at any size
+            return int(number)  # exact for any size
     try:
         number = float(number)
     except (ValueError, OverflowError):
@@ -456,7 +456,7 @@ def convert(value: Any, base: type, details: Option) -> Any:
 
 
 def bounded(value: Any, details: Option) -> Any:
-    """The value; raises ValueError, with what was expected, for one outside an option's choices and bounds."""
+    """Return the value if it is within the option's choices and bounds. Raise ValueError with what was expected."""
     if details.choices is not None and value not in details.choices:
         raise ValueError(f"expected one of {', '.join(details.choices)}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -474,9 +474,9 @@ def bounded(value: Any, details: Option) -> Any:
 def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | None = None) -> Any:
     """Build a config from flags (field name to text or None), a TOML file and the defaults, in that order.
 
-    A flag that is None or empty was not given. `"none"`, in a flag or in the file, stands for None where the
-    option may be None. Raises UserError that names the flag, or the file and key, with what was expected and
-    found; TypeError for a flag that the config class does not have.
+    A flag that is None or empty was not given. `"none"`, in a flag or in the file, stands for None if the option may
+    be None. Raise UserError naming the flag, or the file and key, with the expected and the found value; TypeError
+    for a flag that the config class does not have.
     """
     known = {item.name: item for item in option_fields(config_class)}
     if strange := set(flags) - set(known):
@@ -508,14 +508,14 @@ def resolve(config_class: type, flags: Mapping[str, Any], config_file: str | Non
 
 
 def dropped(name: str, config_class: type) -> str | None:
-    """Advice for an option that this config class had in the version before; None if it had none."""
+    """Return advice for an option that was removed from this config class; None for other names."""
     classes = {cls.__name__ for cls in config_class.__mro__}
     entries = [entry for names, entry in DROPPED.items() if name in names.split()]
     return next((advice for owners, advice in entries if classes & set(owners.split())), None)
 
 
 def read_toml(path: str, name: str) -> dict[str, Any]:
-    """The content of a TOML file, such as a recipe. Raises UserError where it cannot be read or is none."""
+    """Read a TOML file, such as a recipe. Raise UserError if it cannot be read or is not TOML."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -531,7 +531,7 @@ def read_toml(path: str, name: str) -> dict[str, Any]:
 
 
 def _values_of_file(config_file: str, config_class: type) -> dict[str, Any]:
-    """The values of a TOML file by field names; dashes and underscores are the same."""
+    """Return the values of a TOML file by field name; dashes and underscores are equivalent."""
     known = {item.name: item for item in option_fields(config_class)}
     by_flag = {flag.removeprefix("--"): name for name, item in known.items() if (flag := option_of(item).flag)}
     values: dict[str, Any] = {}
@@ -551,14 +551,14 @@ def _values_of_file(config_file: str, config_class: type) -> dict[str, Any]:
 
 
 def lasting_options(config: Any) -> dict[str, Any]:
-    """The options, by flag, that a run and its resumption have in common: those that decide what is computed."""
+    """Return the options by flag that a resumed run must not change, because they affect the result."""
     return options_by_flag(config, free=False)
 
 
 def options_by_flag(config: Any, free: bool = True) -> dict[str, Any]:
-    """The resolved options, by flag, as plain JSON values; without `free` ones where these do not count.
+    """Return the resolved options by flag, as plain JSON values; with `free=False`, without the `free` ones.
 
-    A path to read is the same with and without a slash at its end, and has none here.
+    Trailing slashes of input paths are dropped.
     """
     bare = lambda value: (value.rstrip("/") or value) if isinstance(value, str) else value  # noqa: E731
     values, items = as_options(config), option_fields(type(config))
@@ -570,7 +570,7 @@ def options_by_flag(config: Any, free: bool = True) -> dict[str, Any]:
 
 
 def as_options(config: Any) -> dict[str, Any]:
-    """The resolved options as plain JSON values without credentials, for the manifest and `--dry-run`."""
+    """Return the resolved options as plain JSON values without credentials, for the manifest and `--dry-run`."""
     plain = lambda value: redacted(value) if isinstance(value, str) else value  # noqa: E731
     values = asdict(config).items()
     return {name: list(map(plain, value)) if isinstance(value, tuple) else plain(value) for name, value in values}

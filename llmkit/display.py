@@ -1,8 +1,8 @@
-"""Text for people: text of others without control characters, and no credentials.
+"""Safe text for people: foreign text without control characters, and no credentials.
 
-Every message goes through `write_message`, and what a terminal is given on stdout through `printable`. Text of models,
-servers, documents, file names and exceptions could otherwise move the cursor, set the title or fill the clipboard
-(ESC, OSC 52, C1). Options and commands are `redacted` before they are written into a manifest.
+Every message goes through `write_message`, and stdout on a terminal through `printable`. Text from models, servers,
+documents, file names and exceptions could otherwise move the cursor, set the title or fill the clipboard (ESC, OSC 52,
+C1). Options and commands are `redacted` before they are written to a manifest.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import IO, Any
 
 from llmkit.errors import UserError
 
-# all controls but newline and tab, DEL and C1 among them; what reorders text; what is no character
+# control characters except newline and tab, with DEL and C1; bidirectional overrides; surrogates
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-KEYS = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "HF_TOKEN", "WANDB_API_KEY")  # whose values are shown nowhere
-SHORTEST_KEY = 6  # characters: what is shorter would hide words ("none")
+KEYS = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "HF_TOKEN", "WANDB_API_KEY")  # values that are never shown
+SHORTEST_KEY = 6  # characters: shorter values would hide words such as "none"
 HIDDEN = "***"
 _USER = re.compile(r"(?<=://)[^\s/?#'\"]*@")
 _QUERY = re.compile(r"[?&]([^\s=&#'\",]{1,64})=([^\s&#'\",]+)")
-_OWN_QUERY = re.compile(r"\b(?:search|openai):https?://[^\s'\",]+")  # the user's, of which each value may be a key
+_OWN_QUERY = re.compile(r"\b(?:search|openai):https?://[^\s'\",]+")  # the user's servers: any value may be a key
 _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|cred", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
-    r"""A text whose control characters are escapes to be read, as in JSON; newlines and tabs stay.
+    r"""Escape control characters as in JSON, except newlines and tabs.
 
     >>> printable("\x1b[31mred\ttwo\n")
     '\\u001b[31mred\ttwo\n'
@@ -35,7 +35,7 @@ def printable(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text without credentials: users and keys in URLs, and the keys of the environment.
+    """Hide credentials in a text: users and keys in URLs, and the values of KEYS in the environment.
 
     >>> redacted("search:http://ada:pw@host/s?q2=K&n=1"), redacted("http://host/?page=2&apikey=K")
     ('search:http://***@host/s?q2=***&n=***', 'http://host/?page=2&apikey=***')
@@ -54,13 +54,13 @@ def _hidden(pair: re.Match[str]) -> str:
 
 
 def write_message(text: str) -> None:
-    """Write lines for people to stderr; nowhere where it is closed."""
+    """Write a message to stderr, if it is open."""
     if sys.stderr is not None:
         print(printable(redacted(text)), file=sys.stderr, flush=True)
 
 
 class TerminalBytes:
-    """The bytes of a terminal's stdout: UTF-8 text is written `printable`."""
+    """Binary stdout of a terminal that writes UTF-8 text as `printable`."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle = handle
@@ -71,17 +71,17 @@ class TerminalBytes:
         return len(data)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Flush the buffer."""
         self._handle.flush()
 
 
 def check_stdout() -> None:
-    """Raise UserError where stdout is closed."""
+    """Raise UserError if stdout is closed."""
     if sys.stdout is None:
-        raise UserError("stdout: closed; name a file by --out")
+        raise UserError("stdout: closed; name a file with --out")
 
 
 def stdout_bytes() -> Any:
-    """Stdout for bytes: on a terminal without control characters, elsewhere as they are. UserError where closed."""
+    """Return binary stdout, which escapes control characters on a terminal. Raise UserError if stdout is closed."""
     check_stdout()
     return TerminalBytes(sys.stdout.buffer) if sys.stdout.isatty() else sys.stdout.buffer

@@ -1,6 +1,6 @@
-"""The errors that llmkit raises on purpose, each with the exit code that the command line gives it.
+"""The errors that llmkit raises on purpose, with their exit codes.
 
-Anything else that escapes is our bug: a traceback and exit code 1.
+Any other exception that reaches the command line is a bug: a traceback and exit code 1.
 """
 
 from collections.abc import Iterator
@@ -8,44 +8,44 @@ from contextlib import contextmanager
 
 
 class LlmkitError(Exception):
-    """Base of the errors that are reported in one line."""
+    """Base class of errors that are reported in one line."""
 
     exit_code = 1
 
 
 class UserError(LlmkitError, ValueError):
-    """The user's mistake. The message is one line: the place, what was expected and found, what to do."""
+    """A mistake of the user. The message is one line: the place, what was expected and found, what to do."""
 
     exit_code = 2
 
 
 class SavedError(UserError):
-    """Raised after a checkpoint, which the message names."""
+    """Raised after saving a checkpoint, which the message names."""
 
 
 class SharedError(UserError):
-    """Raised in all processes of a job alike."""
+    """Raised identically on all ranks of a job."""
 
 
 class ServerError(UserError):
-    """A server is down, or refuses; what was done until then is worth keeping."""
+    """A server is down or refuses requests; the work done so far is kept."""
 
 
 class GateError(LlmkitError):
-    """A gate that the user asked for (`--fail-under`, `--fail-over`) was not met."""
+    """A gate (`--fail-under`, `--fail-over`) was not met."""
 
     exit_code = 3
 
 
 class Interrupted(LlmkitError):
-    """SIGINT or SIGTERM arrived and the work was saved first; the message says how to go on."""
+    """SIGINT or SIGTERM arrived and the work was saved; the message says how to resume."""
 
     exit_code = 130
 
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Put `where` before the message of a UserError that does not begin with it."""
+    """Prefix the message of a UserError with `where`, unless it already begins with it."""
     try:
         yield
     except UserError as error:

@@ -254,7 +254,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
         ("pretrain docs.jsonl --config old.toml", "old.toml: 'gpu-price': was removed; --dry-run"),
         ("sft chats.jsonl --tensor-parallel 2", "--tensor-parallel: was removed; FSDP2"),
         *(
-            (f"{command} a --seed 1", "--seed: was removed; the command draws nothing at random")
+            (f"{command} a --seed 1", "--seed: was removed; the command uses no random numbers")
             for command in ("crawl-filter", "train-bpe", "export", "report")
         ),
         ("sample model --top-p", "option '--top-p' requires an argument; see --help"),
@@ -350,10 +350,10 @@ def test_no_command_writes_over_what_an_option_reads(command: str, name: str, tm
         (model, "is an input"),
         (tmp_path / "link", "is an input"),
         (tmp_path, "is an input"),
-        (model / "deeper/notes.txt", f"lies in the input {model}"),
+        (model / "deeper/notes.txt", f"is inside the input {model}"),
     ):
         config = config_class(**{name: value, "out": str(out), "force": True})
-        with pytest.raises(UserError, match=f"{out}: {words}, and would be lost; choose another place"):
+        with pytest.raises(UserError, match=f"{out}: {words} and would be lost; choose another place"):
             cli._run_alone(lambda config: None, config)
 
 

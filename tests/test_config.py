@@ -251,7 +251,7 @@ def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, 
     [
         ({"learning_rate": "1e30"}, "--learning-rate: expected at most 10?, found"),
         ({"weight_decay": "1000"}, "--weight-decay: expected at most 10, found"),
-        ({"epochs": "1", "max_steps": "3"}, "--epochs.*: expected one way to say how long to train, found 2"),
+        ({"epochs": "1", "max_steps": "3"}, "--epochs.*: expected one limit of the training length, found 2"),
     ],
 )
 def test_what_no_training_survives_is_refused_before_any_work(stage: str, flags: dict[str, str], message: str) -> None:

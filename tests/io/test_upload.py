@@ -243,7 +243,7 @@ def test_folders_stay_here(store: ObjectStore, llmkit) -> None:
         with pytest.raises(UserError, match=rf"^{address}: only records are written"), open_output(address):
             pass
     done = llmkit("crawl-filter", "s3://bucket/*.jsonl", "-o", "s3://bucket/a.jsonl", "--force")
-    assert done.returncode == 2 and "s3://bucket/a.jsonl: is an input, and would be lost" in done.stderr
+    assert done.returncode == 2 and "s3://bucket/a.jsonl: is an input and would be lost" in done.stderr
     assert os.listdir() == ["docs.jsonl"]
 
 

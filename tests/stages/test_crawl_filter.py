@@ -189,7 +189,7 @@ def test_a_folder_that_is_read_takes_no_output(llmkit, tmp_path, flag):
     (tmp_path / "web" / "a.html").write_text("<p>one</p>")
     elsewhere = [] if flag == "-o" else ["-o", tmp_path / "out.jsonl"]
     done = llmkit("crawl-filter", tmp_path / "web", flag, tmp_path / "web" / "new.jsonl", *elsewhere)
-    assert done.returncode == 2 and "new.jsonl: lies in the input" in done.stderr
+    assert done.returncode == 2 and "new.jsonl: is inside the input" in done.stderr
     assert [path.name for path in (tmp_path / "web").iterdir()] == ["a.html"]
 
 
@@ -380,7 +380,7 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
         (["in.jsonl", "--precision"], "--precision"),
         (["in.jsonl", "--rejects", "-"], "--rejects: expected a file"),
         (["in.jsonl", "-o", "a", "--rejects", "a"], "expected different files"),
-        (["in.jsonl", "-o", "in.jsonl"], "is an input, and would be lost"),
+        (["in.jsonl", "-o", "in.jsonl"], "is an input and would be lost"),
         (["in.jsonl", "--resume"], "--resume: needs the --out"),
         (["in.jsonl", "--blocklist", "nowhere"], "nowhere"),
         (["in.jsonl", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),

@@ -170,7 +170,7 @@ def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
     "change, message",
     [
         (["--val", "nowhere.jsonl"], "nowhere.jsonl: expected a readable file"),
-        (["--epochs", "2", "--max-steps", "3"], "--max-steps and --epochs: expected one way to say how long to train"),
+        (["--epochs", "2", "--max-steps", "3"], "--max-steps and --epochs: expected one limit of the training length"),
         (["--hidden-size", "33", "--num-attention-heads", "1"], "--hidden-size 33: expected heads of an even number"),
     ],
 )

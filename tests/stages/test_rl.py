@@ -342,7 +342,7 @@ MISTAKES = [
     ({"tools": ("py:{tool}:look",), "max_tokens": 600}, "tokens, with --tools' definitions"),
     ({"gold": "length"}, "--gold: needs --val"),
     ({"val": ("{problems}",), "gold": "verifier"}, "not trained on"),
-    ({"time_budget": 1.0}, "expected one way to say"),
+    ({"time_budget": 1.0}, "expected one limit of the training length"),
     ({"model": "{base}", "system": "Be kind."}, "is a base model, which knows no turns"),
     ({"reward": ("rm:{judge}",)}, "expected the vocabulary of"),
     ({"val": ("{problems}",), "gold": "spread:{judge}"}, "expected a reward model of several heads, found one"),
