@@ -21,9 +21,15 @@ def main() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not WAITING.keys() & os.environ.keys():
         os.environ.update(WAITING)
-    from llmkit.cli import run_command_line
+    # A second signal, in a generator or an exit handler that cleans up, is no news
+    sys.unraisablehook = lambda event: event.exc_type is KeyboardInterrupt or sys.__unraisablehook__(event)
+    try:
+        from llmkit.cli import run_command_line
 
-    sys.exit(run_command_line(sys.argv[1:]))
+        code = run_command_line(sys.argv[1:])
+    except KeyboardInterrupt:  # while llmkit loads, or a second one while the first is handled
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

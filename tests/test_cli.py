@@ -143,6 +143,40 @@ def test_a_signal_cleans_up_and_exits_130(tmp_path: Path, number: signal.Signals
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
+WAITS = """
+import atexit, sys, time
+from llmkit import __main__, cli
+def wait():
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+def cleaning():
+    try:
+        yield 0
+    finally:
+        wait()
+sys.argv = ["llmkit", "--version"]
+cli._interrupt_on_signals()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "cli.run_command_line = lambda words: next(cleaning())",
+        "cli._fail = lambda message, code: wait(); cli.COMMANDS = {}; sys.argv = ['llmkit', 'convert']",
+        "atexit.register(wait)",
+    ],
+)
+def test_a_second_signal_at_the_end_prints_no_traceback(moment: str, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", f"{WAITS}{moment}\n__main__.main()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stderr.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode in (0, 130, -number)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert mistake(toy("-", "-o", "/dev/full")) == "/dev/full: no space left on disk; free some and run it again"
