@@ -36,7 +36,7 @@ ROOMS = {
     "probing": (970, 1020),
     "rewards": (1400, 2070),
     "writing": (800, 1229),
-    "evaluation": (900, 1460),
+    "evaluation": (900, 1453),
     "rl": (1350, 1450),
     "export": (600, 710),
     "serving": (1100, 1570),

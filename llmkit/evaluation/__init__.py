@@ -1,1 +1,1 @@
-"""What a model can do, in the numbers that the field compares."""
+"""Evaluating models on standard benchmarks."""

@@ -1,9 +1,9 @@
-"""Evaluates models: each item of a task becomes a record of likelihoods or completions, and metrics.
+"""Evaluate models: each item of a task gives a record of likelihoods or completions, and metrics.
 
-loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])  # of tasks
+loaded = load_items(load_tasks(["arc_easy=arc_easy.jsonl"])[0])  # evaluation.tasks
 with open_model("base/", Settings()) as model:
     records = [record for chunk in chunks(loaded.items) for record in model.evaluate(loaded.task, chunk)]
-summarise(loaded, records)["score"]  # of scores
+summarise(loaded, records)["score"]  # evaluation.scores
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from llmkit.tokenizer.encoding import Tokenizer, load_tokenizer
 from llmkit.tokenizer.templates import choose_thinking
 from llmkit.training.distributed import whole_model
 
-CHUNK = 512  # items evaluated and saved for --resume together
-ITEMS = 500  # of a task, at most: a standard error of 0.022 at a score of 0.5
+CHUNK = 512  # items evaluated together, and saved together for --resume
+ITEMS = 500  # most items per task during training: a standard error of 0.022 at a score of 0.5
 Validation = Callable[[], Mapping[str, float]]
 
 
@@ -52,10 +52,10 @@ Validation = Callable[[], Mapping[str, float]]
 class Settings:
     """How a model is prompted.
 
-    chat         with each item as a user turn in the model's chat format
-    system       the system message; without `chat` it is text before all else
-    samples, temperature, max_tokens, seed  of generation; None takes the task's `max_tokens`
-    tools        tools, thinking, and the sandbox of tested programs
+    chat         each item is a user turn in the model's chat format
+    system       the system message; without `chat`, text at the beginning of the prompt
+    samples, temperature, max_tokens, seed  for generation; without `max_tokens`, the task's own
+    tools        tools, thinking, and the sandbox for programs under test
     """
 
     chat: bool = False
@@ -68,12 +68,12 @@ class Settings:
 
 
 def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Yield the items in chunks that are evaluated together."""
+    """Split the items into chunks."""
     return (items[first : first + CHUNK] for first in range(0, len(items), CHUNK))
 
 
 def check_problems(task: Task, items: Sequence[Item], verifier: VerifierReward) -> None:
-    """Raise UserError for a problem without what its verifier needs, and for tests on a machine without the sandbox."""
+    """Raise UserError if a problem lacks what its verifier needs, or if there is no sandbox to run tests."""
     for item in items:
         if item.problem is not None and task.verifier != EXACT_MATCH:
             verifier.check(item.problem)
@@ -83,7 +83,7 @@ def check_problems(task: Task, items: Sequence[Item], verifier: VerifierReward) 
 class Model:
     """A model under evaluation, local or behind a server.
 
-    sampler  opens a sampler that ends completions at the given strings, which stays open until `close`
+    sampler  opens a sampler with the given stop strings, which stays open until `close`
     """
 
     name: str
@@ -96,9 +96,9 @@ class Model:
     _samplers: dict[tuple[str, ...], Sampler] = field(default_factory=dict, init=False)
 
     def _opened(self, stop: tuple[str, ...]) -> Sampler:
-        """Return the sampler that ends completions at these strings, opened once for all chunks of a task."""
+        """Return the sampler with these stop strings, opened once for all chunks of a task."""
         if stop not in self._samplers:
-            self._stack.close()  # one at a time, since each has a cache
+            self._stack.close()  # one at a time, because each has a cache
             self._samplers.clear()
             self._samplers[stop] = self._stack.enter_context(self.sampler(stop))
         return self._samplers[stop]
@@ -108,7 +108,7 @@ class Model:
         return VerifierReward(sandbox=self.settings.tools.sandbox != "none")
 
     def evaluate(self, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Return a record of each item: likelihoods or completions, and `metrics`.
+        """Return a record for each item: likelihoods or completions, and `metrics`.
 
         Raises UserError for a task that this model does not support.
         """
@@ -134,7 +134,7 @@ class Model:
                 return encode_pairs(tokenizer, self._pairs(task, items))
         chat = self._opened(()).chat
         if chat is None:
-            raise UserError("--chat: expected a model whose chat format is here")
+            raise UserError("--chat: expected a model with a local chat format")
         turns = [(self._turns(item, context), rest) for item in items for context, rest in item.pairs("")]
         prompts = [chat.encode(messages, prompt=True).token_ids.tolist() for messages, _ in turns]
         return [(ids + tokenizer.encode(rest), len(ids)) for ids, (_, rest) in zip(prompts, turns, strict=True)]
@@ -190,7 +190,7 @@ class Model:
         return records
 
     def _prompt(self, task: Task, item: Item, sampler: Sampler, limit: int) -> tuple[Any, bool]:
-        """Return an item's prompt as the sampler takes it, and whether it was cut on the left to leave room."""
+        """Return an item's prompt in the sampler's form, and whether it was truncated on the left."""
         assert item.problem is not None
         messages, text = item.problem.messages, item.contexts[0]
         with naming(item.where):
@@ -205,7 +205,7 @@ class Model:
         return prompt[-room:], len(prompt) > room
 
     def close(self) -> None:
-        """Close the samplers, and end the processes of the verifiers."""
+        """Close the samplers, and stop the verifiers' processes."""
         self._stack.close()
         self._verifier.close()
 
@@ -219,7 +219,7 @@ def _judge(task: Task, item: Item, scores: Sequence[Likelihood]) -> dict[str, An
         return {**record, "bytes": len(text.encode()), "words": len(re.split(r"\s+", text)), "metrics": metrics}
     lengths = {"acc": tokens if task.tokens == "core" else [1] * len(scores)}
     if task.tokens != "core" and task.kind == "multiple_choice":
-        lengths["acc_norm"] = [len(option) for option in item.options]  # by characters, as lm-evaluation-harness has it
+        lengths["acc_norm"] = [len(option) for option in item.options]  # characters, as in lm-evaluation-harness
         lengths["acc_bytes"] = [len(option.encode()) for option in item.options]
         lengths["acc_tokens"] = tokens
     chosen = {name: int(np.argmax(np.array(logprobs) / np.array(length))) for name, length in lengths.items()}
@@ -240,7 +240,7 @@ def model_here(
     precision: Precision | None = None,
     slots: int = 16,
 ) -> Model:
-    """Wrap a loaded model, also one in training."""
+    """Wrap a loaded model, possibly one in training."""
 
     @contextmanager
     def sampler(stop: Sequence[str]) -> Iterator[Sampler]:
@@ -269,7 +269,7 @@ def open_model(
     concurrency: int = 8,
     timeout: float = 120.0,
 ) -> Iterator[Model]:
-    """Open the model of a folder, or of a server, for which a folder provides the tokenizer. Raises UserError."""
+    """Open the model in a folder or behind a server; for a server, the folder has the tokenizer. Raises UserError."""
     if engine == "local":
         assert folder is not None
         path, tokenizer, chosen = local_folder(folder, weights=True), load_tokenizer(folder), choose_device(device)
@@ -304,9 +304,9 @@ def open_model(
 
 
 class TaskScores:
-    """Adds scores of tasks to those of a validation, as `task/NAME`.
+    """Adds the scores of tasks to a validation, as `task/NAME`.
 
-    chat  whether items are prompted in the model's chat format
+    chat  prompt in the model's chat format
     Raises UserError for tasks that cannot be loaded.
     """
 
@@ -315,7 +315,7 @@ class TaskScores:
         self._tokenizer, self._chat = tokenizer, chat
 
     def beside(self, validate: Validation | None, model: Transformer) -> Validation | None:
-        """Return a validation with both scores; each rank scores all items, since it would wait otherwise."""
+        """Return a validation with both scores. Each rank scores all items, because it would only wait otherwise."""
         if not self._loaded:
             return validate
 
@@ -335,7 +335,7 @@ class TaskScores:
 
 @contextmanager
 def _eager(model: Transformer) -> Iterator[None]:
-    """Disable torch.compile, which would compile each of an evaluation's many shapes."""
+    """Disable torch.compile, which would compile every shape in an evaluation."""
     compiled = [(layer, layer.__dict__.pop("forward", None)) for layer in model.layers]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations; common prefixes are computed once.
+"""Log-likelihoods of continuations; shared prefixes are computed once.
 
     scorer = Scorer(load_model("base/"))
     pairs = [("The sea is", " blue"), ("The sea is", " made of cheese")]
@@ -6,14 +6,14 @@
         print(likelihood.logprob, likelihood.is_greedy)
 
 Sequences are sorted, and neighbours that share most of their tokens become one row: a tree of tokens in depth-first
-order, in which each token attends to its ancestors. The options of a question are such a row, and so are questions
-after the same examples. Rows of similar length form a batch. Logits are computed only at scored positions, once for
-all options that share one.
+order, in which each token attends to its ancestors. The options of a question form such a row, and so do questions
+after the same examples. Rows of similar length form a batch. Logits are computed only at scored positions, and once
+for options that share a position.
 
-Tokens are cut between context and continuation as lm-evaluation-harness 0.4.13 does it (`TemplateLM._encode_pair` and
-`HFLM._loglikelihood_tokens`), so that the numbers are those of its `--model hf`.
+Tokens are split between context and continuation as in lm-evaluation-harness 0.4.13 (`TemplateLM._encode_pair` and
+`HFLM._loglikelihood_tokens`), so that scores equal those of its `--model hf`.
 
-B rows, T tokens of a row, N scored positions, V vocabulary.
+B rows, T tokens per row, N scored positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from llmkit.model.devices import is_small, threads
 from llmkit.model.transformer import Transformer
 from llmkit.tokenizer.encoding import Tokenizer
 
-LONGEST_ROW = 512  # tokens of a tree; beyond it attention to what is masked costs more than sharing saves
-SHARED = 2  # a sequence joins the tree of its neighbour if it shares one of so many of its tokens
-BATCH_TOKENS = {"cpu": 2048}  # of a batch, padding among them; more leave a processor's cache: 20% slower at 8192
+LONGEST_ROW = 512  # tokens of a tree; beyond that, masked attention costs more than sharing saves
+SHARED = 2  # a sequence joins its neighbour's tree if it shares at least 1/SHARED of its tokens
+BATCH_TOKENS = {"cpu": 2048}  # including padding; more do not fit the CPU's cache: 20% slower at 8192
 BATCH_TOKENS_ELSEWHERE = 1 << 16
-LOGITS = {"cpu": 1 << 20}  # computed at once: 4 MB in float32
+LOGITS = {"cpu": 1 << 20}  # per chunk: 4 MB in float32
 LOGITS_ELSEWHERE = 1 << 24
-SCORED = 128  # scored positions of a batch are a multiple of it: for each other number oneDNN compiles its products
-LARGEST = 31 << 20  # bytes; glibc keeps freed memory up to twice the largest block freed, and 32 MB count (mallopt(3))
+SCORED = 128  # scored positions are padded to a multiple: oneDNN compiles its matmul for each new number
+LARGEST = 31 << 20  # bytes; glibc keeps up to twice the largest freed block, if that is below 32 MB (mallopt(3))
 
-Tokens = tuple[list[int], int]  # ids of a sequence, and where the continuation in it begins: at least 1
+Tokens = tuple[list[int], int]  # ids of a sequence, and the start of its continuation (at least 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class Likelihood:
     """Likelihood of a continuation after its context.
 
     logprob    natural logarithm, summed over `tokens` tokens
-    is_greedy  whether each token is the likeliest
-    truncated  whether the context was cut on the left
+    is_greedy  whether greedy decoding gives the continuation
+    truncated  whether the context was truncated on the left
     """
 
     logprob: float
@@ -59,26 +59,26 @@ class Likelihood:
     truncated: bool = False
 
 
-# ---- text to tokens
+# ---- tokenization
 
 
 def split_pair(context: str, continuation: str) -> tuple[str, str]:
-    """Split a text where its continuation begins: white space at the end of a context goes to it.
+    """Move white space at the end of a context to the continuation.
 
     Raises UserError for an empty continuation.
     """
     before = context.rstrip()
     rest = context[len(before) :] + continuation
     if not rest.strip():
-        raise UserError(f"expected a continuation with text, found {rest[:40]!r} behind {context[-40:]!r}")
+        raise UserError(f"expected a continuation with text, found {rest[:40]!r} after {context[-40:]!r}")
     return before, rest
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
-    """Encode contexts with their continuations, each pair as one text.
+    """Encode contexts with their continuations, each pair as one text, split by `split_pair`.
 
-    A pair is split by `split_pair`; an empty context is the beginning token, or the end
-    token where there is none. Raises UserError for an empty continuation.
+    An empty context becomes the beginning token, or the end token if the tokenizer has none. Raises UserError for an
+    empty continuation.
     """
     split = [split_pair(context, continuation) for context, continuation in pairs]
     texts = list(dict.fromkeys(text for context, rest in split for text in (context, context + rest)))
@@ -92,7 +92,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
         start = max(1, len(before))
         if start < len(whole):  # the context's own tokens, even if its last one would merge with the continuation
             encoded.append((before + whole[start:] if before else whole, start))
-        else:  # a merge takes all of it into the context's tokens, where lm-evaluation-harness fails
+        else:  # the continuation merges completely into the context's last token; lm-evaluation-harness fails here
             encoded.append((whole, len(whole) - 1))
     return encoded
 
@@ -100,10 +100,10 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
 def encode_core(
     tokenizer: Tokenizer, groups: Sequence[Sequence[str]], contexts: Sequence[str] | None, is_schema: bool
 ) -> list[Tokens]:
-    """Encode whole texts, those of each item's options together, as nanochat's core_eval does for CORE.
+    """Encode the options of each item as nanochat's core_eval does for CORE.
 
-    Scored tokens are those after the options' common prefix; of a schema their common suffix; with `contexts` those
-    after the context.
+    Scored are the tokens after the options' common prefix; of a schema, their common suffix; with `contexts`, the
+    tokens after the context.
     """
     begin, encoded = beginning(tokenizer), []
     for number, texts in enumerate(groups):
@@ -121,13 +121,11 @@ def encode_core(
 
 
 def beginning(tokenizer: Tokenizer) -> int:
-    """Return the token of an empty context. Raises UserError if the tokenizer names none."""
+    """Return the token that stands for an empty context. Raises UserError if the tokenizer has none."""
     known = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_text_id)
     first = next((token for token in known if token is not None), None)
     if first is None:
-        raise UserError(
-            f"{tokenizer.path}: expected a beginning or end token, which an empty context needs, found none"
-        )
+        raise UserError(f"{tokenizer.path}: expected a beginning or end token for an empty context, found none")
     return first
 
 
@@ -136,9 +134,9 @@ def _with(begin: list[int], ids: list[int]) -> list[int]:
 
 
 def windows(tokens: Tokens, context: int) -> list[Tokens]:
-    """Cut a sequence to a model's context: its beginning goes.
+    """Truncate a sequence on the left to a model's context.
 
-    A continuation longer than the context is scored in pieces that do not overlap, each after one token.
+    A continuation longer than the context is scored in non-overlapping pieces, each after one token of context.
 
     >>> windows(([0, 1, 2, 3, 4], 3), 3), windows(([0, 1, 2, 3, 4], 1), 3)
     ([([1, 2, 3, 4], 2)], [([0, 1, 2, 3], 1), ([1, 2, 3, 4], 3)])
@@ -161,10 +159,10 @@ def windows(tokens: Tokens, context: int) -> list[Tokens]:
 
 @dataclass
 class _Row:
-    """Tree of tokens: ids, depths, and ends of subtrees.
+    """A tree of tokens: ids, depths, and ends of subtrees.
 
     scored  (request, positions of the logits, target tokens)
-    path    positions of the sequence that came last
+    path    positions of the last sequence
     """
 
     ids: list[int] = field(default_factory=list)
@@ -175,7 +173,7 @@ class _Row:
     branches: bool = False
 
     def add(self, ids: list[int], shared: int) -> None:
-        """Add a sequence whose first `shared` tokens are those of the sequence before."""
+        """Add a sequence that shares its first `shared` tokens with the previous one."""
         self.close(shared)
         self.branches |= bool(self.ids)
         first, new = len(self.ids), len(ids) - shared
@@ -192,7 +190,7 @@ class _Row:
 
 
 def _rows(requests: Sequence[Tokens]) -> list[_Row]:
-    """Lay out all sequences without their last tokens, whose logits nothing needs."""
+    """Arrange all sequences in rows, without their last tokens, whose logits are not needed."""
     order = sorted(range(len(requests)), key=lambda index: requests[index][0])
     rows: list[_Row] = []
     before: list[int] = []
@@ -225,7 +223,7 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 class _Trees(Branching):
-    """Attention mask of trees: a token attends to its ancestors.
+    """The attention mask of trees: a token attends to its ancestors.
 
     ends (B, T)    exclusive end of each token's subtree
     depths (B, T)  position of each token in its sequence
@@ -233,7 +231,7 @@ class _Trees(Branching):
 
     def __init__(self, ends: Tensor, depths: Tensor) -> None:
         super().__init__(ends, ends, depths)
-        self.documents = None  # subtrees end within one
+        self.documents = None  # subtrees do not cross documents
 
     @cached_property
     def _seen(self) -> Tensor:
@@ -246,7 +244,7 @@ class _Trees(Branching):
 
 
 class Scorer:
-    """Scores continuations by a model. `computed` counts the tokens of its forward passes, with padding."""
+    """Scores continuations with a model. `computed` counts the tokens of its forward passes, including padding."""
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.device = model, model.embed_tokens.device
@@ -254,10 +252,10 @@ class Scorer:
         self._threads = 1 if is_small(model.config.parameter_count, self.device) else torch.get_num_threads()
         self._batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_ELSEWHERE)
         self.computed = 0
-        torch.empty(LARGEST, dtype=torch.uint8, device="cpu")  # else a tenth of the time are page faults
+        torch.empty(LARGEST, dtype=torch.uint8, device="cpu")  # otherwise page faults take a tenth of the time
 
     def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
-        """Return the likelihood of each continuation. Raises UserError for logits that are no numbers."""
+        """Return the likelihood of each continuation. Raises UserError if logits are not finite."""
         pieces = [(number, piece) for number, tokens in enumerate(requests) for piece in windows(tokens, self.context)]
         logprobs = np.zeros(len(requests))
         greedy = np.ones(len(requests), bool)
@@ -268,7 +266,7 @@ class Scorer:
                     logprobs[pieces[index][0]] += logprob
                     greedy[pieces[index][0]] &= is_greedy
         if not np.isfinite(logprobs).all():
-            raise UserError("the model's logits are no numbers: its weights are damaged, or too large for its dtype")
+            raise UserError("the model's logits are not finite: its weights are damaged, or overflow its dtype")
         return [
             Likelihood(float(logprob), bool(is_greedy), len(ids) - start, len(ids) > self.context + 1)
             for (ids, start), logprob, is_greedy in zip(requests, logprobs, greedy, strict=True)
@@ -277,7 +275,7 @@ class Scorer:
     def _score_batch(self, rows: Sequence[_Row]) -> Iterator[tuple[int, float, bool]]:
         width = max(len(row.ids) for row in rows)
         filled = np.zeros((3, len(rows), width), np.int64)
-        filled[2] = width  # a token of padding sees itself
+        filled[2] = width  # padding attends to itself
         for number, row in enumerate(rows):
             filled[:, number, : len(row.ids)] = row.ids, row.depths, row.ends
         self.computed += len(rows) * width
@@ -299,7 +297,7 @@ class Scorer:
             chosen = np.flatnonzero((where >= first) & (where < first + step))
             row, target = (torch.from_numpy(x[chosen]).to(self.device) for x in (where - first, targets))
             logprob = logprobs_NV[row, target]
-            greedy = logprob == logprobs_NV.amax(-1)[row]  # argmax takes 13x as long; of a tie it takes the first
+            greedy = logprob == logprobs_NV.amax(-1)[row]  # argmax, which breaks ties, takes 13x as long
             greedy[greedy.clone()] = logprobs_NV[row[greedy]].argmax(-1) == target[greedy]
             logprobs[chosen], best[chosen] = logprob.cpu().numpy(), greedy.cpu().numpy()
         end = 0
@@ -309,7 +307,7 @@ class Scorer:
 
 
 def _batches(rows: list[_Row], tokens: int) -> Iterator[list[_Row]]:
-    """Yield batches of rows of similar length, the longest first; rows with branches apart from others."""
+    """Yield batches of rows of similar length, longest first; rows with and without branches are not mixed."""
     for branches in (True, False):
         batch: list[_Row] = []
         for row in sorted((row for row in rows if row.branches is branches), key=lambda row: -len(row.ids)):

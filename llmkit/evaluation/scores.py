@@ -1,4 +1,4 @@
-"""Scores of tasks from the records of their items, and of CORE from those of its tasks."""
+"""Scores of tasks from the records of their items, and the CORE score from its tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmkit.errors import UserError
 from llmkit.evaluation.tasks import FILE_FORMS, KINDS, Loaded, Task
 
 CORE_KINDS = {kind: form for kind, form in FILE_FORMS if kind != "text"}
-LIKELY = 0.05  # p below which a difference is more than chance
+LIKELY = 0.05  # significance level
 
 
 def values_of(kind: str, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -29,14 +29,14 @@ def values_of(kind: str, records: Sequence[Mapping[str, Any]]) -> dict[str, np.n
 
 
 def metric_of(task: Task) -> str:
-    """Return the metric that is the score of a task."""
+    """Return the metric used as the score of a task."""
     return task.metric or KINDS[task.kind][1]
 
 
 def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return score, standard error and all metrics of a task, with their provenance.
 
-    The standard error is that of a mean over items, by their sample's variance, as lm-evaluation-harness has it.
+    The standard error of the mean over items uses the sample variance, as in lm-evaluation-harness.
     """
     task = loaded.task
     values = values_of(task.kind, records)
@@ -44,7 +44,7 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
     metrics: dict[str, float | None] = {}
     for name, each in values.items():
         metrics[name] = float(each.mean())
-        if name == "bits_per_byte":  # a ratio of two sums: take the residual of each item
+        if name == "bits_per_byte":  # ratio of two sums: use the residuals
             sizes = np.array([record["bytes"] for record in records])
             each = each - each.mean() * sizes / sizes.mean()
         metrics[f"{name}_stderr"] = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None
@@ -79,7 +79,7 @@ def summarise(loaded: Loaded, records: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def summarise_apart(loaded: Loaded, records: Sequence[Mapping[str, Any]], contaminated: set[str]) -> dict[str, Any]:
-    """Return the scores of the items that occur in training text, given as FILE:LINE, and of the others."""
+    """Return separate scores for items that occur in training text (given as FILE:LINE), and for the others."""
     values = values_of(loaded.task.kind, records)[metric_of(loaded.task)]
     inside = np.array([item.where in contaminated for item in loaded.items])
     return {
@@ -92,10 +92,10 @@ def summarise_apart(loaded: Loaded, records: Sequence[Mapping[str, Any]], contam
 
 
 def compare(task: Task, first: Sequence[Mapping], second: Sequence[Mapping]) -> dict[str, Any]:
-    """Compare two models on the same items: mean difference (second - first), standard error, and p.
+    """Compare two models on the same items: mean difference (second - first), standard error, and p-value.
 
-    p is the chance of so large a difference between equal models: of right and wrong answers by the exact sign test
-    (McNemar), of others by the normal distribution of the paired differences (Miller 2024, arXiv:2411.00640).
+    p: for right and wrong answers by the exact sign test (McNemar); for other metrics by a normal approximation of the
+    paired differences (Miller 2024, arXiv:2411.00640).
     """
     metric = metric_of(task)
     difference = values_of(task.kind, second)[metric] - values_of(task.kind, first)[metric]
@@ -114,10 +114,10 @@ def compare(task: Task, first: Sequence[Mapping], second: Sequence[Mapping]) -> 
 
 
 def core_tasks(bundle: str) -> list[Task]:
-    """Return the tasks of CORE, from the folder `eval_bundle` that DCLM and nanochat evaluate.
+    """Return the tasks of CORE, from the folder `eval_bundle` of DCLM and nanochat.
 
-    core.yaml names the tasks, eval_meta_data.csv has the score of a guess, in percent, and eval_data/ the items.
-    Raises UserError where one of these is missing or malformed.
+    core.yaml lists the tasks, eval_meta_data.csv has the random baselines in percent, and eval_data/ the items.
+    Raises UserError if one of these is missing or malformed.
     """
     import yaml
 
@@ -147,11 +147,11 @@ def core_tasks(bundle: str) -> list[Task]:
             )
             tasks.append(task)
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"--core {bundle}: not a bundle of CORE: {type(error).__name__}: {error}") from None
+        raise UserError(f"--core {bundle}: not a CORE bundle: {type(error).__name__}: {error}") from None
     return tasks
 
 
 def core_score(tasks: Iterable[tuple[Task, float]]) -> float | None:
-    """Return the CORE metric: the mean over its tasks of scores between a guess (0) and all right (1)."""
+    """Return the CORE metric: the mean of its tasks' scores, centred so that a guess is 0 and all right is 1."""
     centred = [(score - task.baseline) / (1 - task.baseline) for task, score in tasks if task.tokens == "core"]
     return sum(centred) / len(centred) if centred else None

@@ -1,8 +1,8 @@
-"""Log-likelihoods from a server that echoes prompts with log-probabilities: OpenAI's legacy `/v1/completions`.
+"""Log-likelihoods from a server that echoes prompts with log-probabilities (OpenAI's legacy `/v1/completions`).
 
 scorer = ServedScorer(OpenAIClient(parse_address("openai:http://localhost:8000/v1#base", "--engine")))
-scorer.score([([1, 72, 105], 1)])  # by ids
-scorer.score_texts([("The sea is", " blue")])  # by the server's tokens
+scorer.score([([1, 72, 105], 1)])  # our token ids
+scorer.score_texts([("The sea is", " blue")])  # the server's tokenization
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llmkit.generation.served_models import OpenAIClient, PromptTooLong, Refused
 from llmkit.io.progress import counted
 from llmkit.tokenizer.encoding import Tokenizer
 
-WITH_FOLDER = "give MODEL beside --engine, whose tokenizer makes the tokens"
+WITH_FOLDER = "give MODEL with --engine, to use its tokenizer"
 
 
 class ServedScorer:
-    """Scores continuations by a model behind a server, `concurrency` requests at a time.
+    """Scores continuations with a model behind a server, `concurrency` requests at a time.
 
-    context    longest prompt in tokens; longer ones are cut on the left. None if only the server knows it
-    tokenizer  of the ids in `score`, with which the texts of echoed tokens are compared
+    context    longest prompt in tokens; longer ones are truncated on the left. None if unknown
+    tokenizer  the tokenizer of the ids in `score`; the texts of echoed tokens are compared with it
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class ServedScorer:
     ) -> None:
         self._server, self._concurrency, self._context, self._tokenizer = server, concurrency, context, tokenizer
         self._max_tokens = 0
-        self._checked = set[int]()  # ids whose texts were compared
+        self._checked = set[int]()  # token ids already compared
 
     def score(self, requests: Sequence[Tokens]) -> list[Likelihood]:
         """Return the likelihood of each continuation.
 
         Raises ServerError if the server does not echo, or has another tokenizer.
         """
-        # a server takes whole prompts, with the last token, and may want room for one more
+        # a server also takes the last token of a sequence, and may need room to generate one more
         context = 1 << 40 if self._context is None else self._context - 2
         pieces = [windows(tokens, context) for tokens in requests]
         scores = iter(self._each(self._score, [piece for some in pieces for piece in some]))
@@ -51,9 +51,9 @@ class ServedScorer:
         return likelihoods
 
     def score_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        """Return the likelihood of each continuation after its context, by the server's own tokens.
+        """Return the likelihood of each continuation after its context, with the server's tokenization.
 
-        Raises ServerError if no token begins with the continuation, or none precedes it.
+        Raises ServerError if no token starts at the beginning of the continuation, or none precedes it.
         """
         return self._each(self._score_text, [split_pair(context, rest) for context, rest in pairs])
 
@@ -68,8 +68,8 @@ class ServedScorer:
             raise self._fault(
                 f"log-probabilities of the prompt's {counted(len(ids), 'token')}", len(echo["token_logprobs"])
             )
-        # each id once, and words and numbers alone: servers differ in spaces, special tokens and bytes that are no
-        # character
+        # compare each id once, and only words and numbers: servers differ in spaces, special tokens and partial
+        # characters
         for token, name in zip(ids, echo["tokens"], strict=True):
             if self._tokenizer is None or token in self._checked:
                 continue
@@ -77,7 +77,7 @@ class ServedScorer:
             if ours.isalnum() and theirs not in (ours, f"token_id:{token}"):
                 raise self._fault(
                     f"the tokenizer of {self._tokenizer.path.parent}, whose token {token} is {ours!r}",
-                    f"{theirs!r}; give the folder that is served as MODEL",
+                    f"{theirs!r}; give the served folder as MODEL",
                 )
             self._checked.add(token)
         return self._likelihood(echo, start)
@@ -87,18 +87,18 @@ class ServedScorer:
         echo = self._echo(context + rest)
         names = [str(name) for name in echo["tokens"]]
         letters, start, text = "".join(rest.split()), len(names), ""
-        # from the end, for a server may put a token before the prompt; without spaces, which some leave out of tokens
+        # from the end, because servers may prepend a token; without spaces, because some omit them from tokens
         while start and len(text) < len(letters):
             start -= 1
             text = "".join(names[start].split()) + text
         if text != letters:
-            raise self._fault(f"tokens of which one begins {rest[:40]!r}", f"{text[:40]!r}; {WITH_FOLDER}")
+            raise self._fault(f"a token that starts {rest[:40]!r}", f"{text[:40]!r}; {WITH_FOLDER}")
         while start > 1 and not names[start - 1].strip():
             start -= 1
         return self._likelihood(echo, start)
 
     def _echo(self, prompt: str | list[int]) -> dict[str, Any]:
-        """Return a prompt's tokens and log-probabilities, without those of a token that had to be generated."""
+        """Return a prompt's tokens and log-probabilities, without those of a token generated on the side."""
         extra = self._max_tokens
         try:
             reply = self._server.ask(prompt, max_tokens=extra, seed=0, temperature=0.0, logprobs=True, echo=True)
@@ -107,19 +107,19 @@ class ServedScorer:
         except Refused:
             if extra:
                 raise
-            self._max_tokens = 1  # not every server takes 0
+            self._max_tokens = 1  # not every server accepts 0
             return self._echo(prompt)
         names = ("tokens", "token_logprobs", "top_logprobs")
         rows = {name: row if isinstance(row := reply.echoed.get(name), list) else [] for name in names}
         sizes = {len(row) for row in rows.values()}
         if len(sizes) > 1 or max(sizes) <= extra:
-            raise self._fault("log-probabilities of the prompt (echo=true)", "none; llmkit serve and vLLM give them")
+            raise self._fault("log-probabilities of the prompt (echo=true)", "none; llmkit serve and vLLM return them")
         return {name: row[: len(row) - extra] for name, row in rows.items()}
 
     def _likelihood(self, echo: dict[str, Any], start: int) -> Likelihood:
         logprobs, best = echo["token_logprobs"][start:], echo["top_logprobs"][start:]
         if not all(isinstance(value, (int, float)) for value in logprobs):
-            raise self._fault("a log-probability of each token of a continuation", f"none of the first; {WITH_FOLDER}")
+            raise self._fault("log-probabilities of a continuation's tokens", f"none for the first; {WITH_FOLDER}")
         greedy = [not top or value >= max(top.values()) for value, top in zip(logprobs, best, strict=True)]
         return Likelihood(float(sum(logprobs)), all(greedy), len(logprobs))
 

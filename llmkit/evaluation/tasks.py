@@ -1,30 +1,30 @@
-"""Tasks: one TOML file each, in tasks/ beside this module or of the user's own, and the items that records become.
+"""Tasks, each a TOML file in tasks/ next to this module or the user's own, and their items, made from records.
 
-    source = "lm-evaluation-harness 0.4.13, arc_easy"     where prompts and metric come from
+    source = "lm-evaluation-harness 0.4.13, arc_easy"     the origin of prompts and metric
     version = "1.0"                                       of the task there
     kind = "multiple_choice"
-    metric = "acc"                                        the score; others of the kind are reported beside it
-    baseline = 0.25                                       score of a guess
-    hub = "hf://datasets/allenai/ai2_arc/ARC-Easy/test-00000-of-00001.parquet"    read without --data-dir
+    metric = "acc"                                        the score; other metrics of the kind are reported too
+    baseline = 0.25                                       score of a random guess
+    hub = "hf://datasets/allenai/ai2_arc/ARC-Easy/test-00000-of-00001.parquet"    used without --data-dir
 
-    [[form]]                                              the first whose fields a file has
+    [[form]]                                              the first form whose fields a record has is used
     prompt = "Question: {{question}}\\nAnswer:"
     choices = "choices.text"
     gold = "choices.label.index(answerKey)"
 
 `prompt`, `continuation`, `text` and `answer` are Jinja templates over a record's fields; `choices`, `contexts`, `gold`
-and `answers` are Jinja expressions, or values. Beside Jinja's own filters there is `regex_replace(pattern, by)`. Kinds,
-by what their forms have:
+and `answers` are Jinja expressions, or values. `regex_replace(pattern, by)` is available in addition to Jinja's
+filters. The kinds, the fields of their forms, and what is scored:
 
     multiple_choice    prompt, choices, gold           the likeliest choice after the prompt
     schema             contexts, continuation, gold    the context after which the continuation is likeliest
-    language_modeling  prompt, continuation            the continuation token by token
-    text               text                            bits per byte of whole texts
-    generation         prompt, answer? or answers?     completions, judged by the verifiers of rl, or by exact_match;
-                                                       `continuation` is what an example shows, if not the answer
+    language_modeling  prompt, continuation            the continuation, token by token
+    text               text                            bits per byte of complete texts
+    generation         prompt, answer? or answers?     completions, by the verifiers of rl or by exact_match;
+                                                       few-shot examples show `continuation`, or else the answer
 
-A JSONL file needs no TOML where its records have such fields by the names of llm-foundry (FILE_FORMS), or are problems
-that `rl` reads (formats/problems.py).
+A JSONL file needs no TOML if its records have the field names of llm-foundry (FILE_FORMS), or are problems for `rl`
+(formats/problems.py).
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ from llmkit.io.remote import is_remote
 from llmkit.rewards.verifiers import NAMES as VERIFIERS
 
 TASKS = Path(__file__).with_name("tasks")
-KINDS = {  # kind: fields of its forms, then metrics, of which the first is the default score
+KINDS = {  # kind: required fields of its forms, then metrics, the default score first
     "multiple_choice": (("prompt", "choices", "gold"), "acc", "acc_norm", "acc_bytes", "acc_tokens"),
     "schema": (("contexts", "continuation", "gold"), "acc"),
     "language_modeling": (("prompt", "continuation"), "acc", "bits_per_byte"),
     "text": (("text",), "bits_per_byte"),
     "generation": (("prompt",), "pass@1"),
 }
-TEMPLATES = ("prompt", "continuation", "text", "answer")  # of a form; its other fields are expressions
+TEMPLATES = ("prompt", "continuation", "text", "answer")  # template fields of a form; the others are expressions
 SHOTS_ORDERS = ("random", "spare", "first", "core")
 ENDINGS = ("", *(kind + packed for kind in RECORDS for packed in ("", ".gz", ".zst")))
-SHOT_SEED = 1234  # of lm-evaluation-harness and nanochat
-CORE_SEED = 1337  # of nanochat: the order of a task's items
-EXACT_MATCH = "exact_match"  # verifier of tasks whose answers are compared as lm-evaluation-harness compares them
+SHOT_SEED = 1234  # as in lm-evaluation-harness and nanochat
+CORE_SEED = 1337  # nanochat's seed for the order of items
+EXACT_MATCH = "exact_match"  # a verifier that compares answers like lm-evaluation-harness
 
 
 @dataclass(frozen=True)
 class Form:
-    """Templates and expressions of the records of one form; None where a kind has no use for one."""
+    """Templates and expressions for records of one form; None if the kind does not use a field."""
 
     prompt: str | None = None
     choices: Any = None
@@ -95,19 +95,19 @@ FILE_FORMS = (
 class Task:
     """A task; `path` is the file of its items.
 
-    delimiter    between prompt and continuation; none in chats
-    description  before the examples, a template; in chats the system message
+    delimiter    between prompt and continuation; not used in chats
+    description  template before the examples; in chats, the system message
     separator    after each example
-    shots        examples before the question
-    shots_file   stem of their file; else they are `example`, records in the TOML, or the other items, which also
-                 replace a missing file of a task with `shots = 0`
-    shots_order  "random" draws them for each item, "spare" one more than is shown, as lm-evaluation-harness does for
-                 tasks without a test split, "first" takes the first, "core" is nanochat's draw
-    group        an expression: items are scored apart by it, and examples are of the item's own group
-    tokens       of continuations: "harness", or "core": those that the options do not share
-    stop, max_tokens, verifier  of generation
-    extract, ignore, ignore_case  of the verifier exact_match: the expression that finds an answer in a completion,
-                 expressions whose matches are left out of both answers
+    shots        few-shot examples per item
+    shots_file   stem of the file of examples; else they come from `example` (records in the TOML) or from the other
+                 items, also if the file is missing and `shots = 0`
+    shots_order  "random": drawn per item; "spare": one more is drawn than shown, as lm-evaluation-harness does for
+                 tasks without a test split; "first": the first ones; "core": drawn as in nanochat
+    group        an expression: groups are also scored separately, and examples come from the item's group
+    tokens       scored tokens: "harness": the continuation; "core": those that the options do not share
+    stop, max_tokens, verifier  for generation
+    extract, ignore, ignore_case  for the verifier exact_match: a regular expression that finds the answer in a
+                 completion, and others whose matches are removed from both answers
     """
 
     name: str
@@ -143,9 +143,9 @@ class Task:
 class Item:
     """A question with its examples.
 
-    contexts, continuations  one for all options, or one for each
+    contexts, continuations  one for all options, or one per option
     gold     index of the right option; None without options
-    problem  by which a completion is judged
+    problem  for judging a completion
     """
 
     where: str
@@ -158,20 +158,20 @@ class Item:
     problem: Problem | None = None
 
     def pairs(self, delimiter: str) -> list[tuple[str, str]]:
-        """Return context and continuation of each option."""
+        """Return the context and continuation of each option."""
         return [(context, delimiter + rest) for context in self.contexts for rest in self.continuations]
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Return the texts that are chosen from."""
+        """The texts to choose from."""
         return self.contexts if len(self.contexts) > 1 else self.continuations
 
 
-# ---- which tasks
+# ---- tasks
 
 
 def load_tasks(specs: Sequence[str], data_dir: str | None = None, flag: str = "--tasks") -> list[Task]:
-    """Load tasks, each NAME, NAME=FILE, FILE.toml, or FILE of items. Reads TOML only.
+    """Load tasks, each NAME, NAME=FILE, FILE.toml, or FILE of items. Does not read the items.
 
     Raises UserError for an unknown task, with the nearest names, and for missing data.
     """
@@ -191,7 +191,7 @@ def _task(spec: str, data_dir: str | None, flag: str) -> Task:
         task, data_dir = read_task(Path(spec)), data_dir or str(Path(spec).parent)
     elif not path and (is_remote(spec) or Path(spec).is_file()):
         stem = re.sub(r"(\.(jsonl|json|ndjson|gz|zst|parquet|csv|tsv))+$", "", spec.rpartition("/")[2])
-        return Task(stem, path=spec)  # its kind is known when its first record is read
+        return Task(stem, path=spec)  # the first record will tell its kind
     else:
         near = get_close_matches(name, known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(known)}"
@@ -199,7 +199,7 @@ def _task(spec: str, data_dir: str | None, flag: str) -> Task:
     path = path or _find(task.name, task.file or task.name, task.hub, data_dir, flag)
     if task.shots_file:
         beside = data_dir or (None if path == task.hub else str(Path(path).parent))
-        with suppress(UserError):  # it may not be needed
+        with suppress(UserError):  # the examples may not be needed
             task = replace(task, shots_path=_find(task.name, task.shots_file, task.shots_hub, beside, flag))
     return replace(task, path=path)
 
@@ -209,7 +209,7 @@ def _find(name: str, stem: str, hub: str, data_dir: str | None, flag: str) -> st
         if hub:
             return hub
         raise UserError(
-            f"{flag} {name}: its data has no address; give --data-dir DIR with {stem}.jsonl, or {name}=FILE"
+            f"{flag} {name}: its data is not on the Hub; give --data-dir DIR with {stem}.jsonl, or {name}=FILE"
         )
     for ending in ENDINGS:
         if (path := Path(data_dir) / f"{stem}{ending}").is_file():
@@ -218,13 +218,13 @@ def _find(name: str, stem: str, hub: str, data_dir: str | None, flag: str) -> st
 
 
 def read_task(path: Path) -> Task:
-    """Read a task's TOML. Raises UserError that names file and key."""
+    """Read a task's TOML. Raises UserError naming file and key."""
     from jinja2 import TemplateError
 
     values = read_toml(str(path), "task")
     forms = values.get("form")
     if not isinstance(forms, list) or not forms:
-        raise UserError(f"{path}: expected a table [[form]] or more, found none")
+        raise UserError(f"{path}: expected at least one table [[form]], found none")
     types = {item.name: type(item.default) for item in fields(Task) if item.name not in ("name", "path", "shots_path")}
     for table, known, prefix in [(values, types, ""), *((form, FORM_FIELDS, "[[form]]: ") for form in forms)]:
         if unknown := [key for key in table if key not in known]:
@@ -248,11 +248,11 @@ def read_task(path: Path) -> Task:
             raise UserError(f"{path}: {key}: expected {', '.join(names)}, found {values.get(key)!r}")
     task = Task(path.stem, **values)
     if task.shots < 0 or not 0 <= task.baseline < 1:
-        raise UserError(f"{path}: expected shots of 0 or more, and a baseline from 0 to below 1")
+        raise UserError(f"{path}: expected shots >= 0 and 0 <= baseline < 1")
     sources = [("description", task.description), ("group", task.group)]
     for form in forms:
         if missing := [key for key in KINDS[task.kind][0] if key not in form]:
-            raise UserError(f"{path}: [[form]]: expected {missing[0]!r}, which kind {task.kind} needs")
+            raise UserError(f"{path}: [[form]]: expected {missing[0]!r}, required for kind {task.kind}")
         sources += form.items()
     for key, source in sources:
         is_template = key in ("description", *TEMPLATES)
@@ -272,7 +272,7 @@ def read_task(path: Path) -> Task:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task with its items, the SHA-256 of the records that they come from, and the files of items and examples."""
+    """A task with its items, the SHA-256 of their records, and the files of items and examples."""
 
     task: Task
     items: list[Item]
@@ -282,11 +282,11 @@ class Loaded:
 
 
 def load_items(task: Task, limit: int | None = None, shots: int | None = None, seed: int = 0) -> Loaded:
-    """Read a task's items, `limit` at most, each with its examples before it.
+    """Read at most `limit` items of a task, each with its examples.
 
-    shots  how many examples, in place of the task's own number
-    seed   added to the one that draws them
-    Raises UserError for records in no form of the task, options that are empty and a gold that is none of them.
+    shots  number of examples; overrides the task's
+    seed   added to the seed for drawing examples
+    Raises UserError for records that match no form of the task, empty options, and a gold that is not an option.
     """
     try:
         files = expanded(task.path)
@@ -307,11 +307,11 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
         rows = rows[:limit]
     count = task.shots if shots is None else shots
     if count and task.shots and task.shots_file and not task.shots_path:
-        raise UserError(f"{task.path}: expected {task.shots_file}.jsonl beside it, which has the examples, found none")
+        raise UserError(f"{task.path}: expected {task.shots_file}.jsonl next to it, for the examples, found none")
     elsewhere = bool(task.shots_path or task.example)
     pool = [_parse(task, row) for row in (rows if task.group or (count and not elsewhere) else rows[:limit])]
     items = pool
-    if limit is not None and len(items) > limit:  # as many of each group as there are
+    if limit is not None and len(items) > limit:  # spread evenly over groups
         seen, ranks = Counter[str](), []
         for number, item in enumerate(items):
             ranks.append((seen[item.group], number))
@@ -329,7 +329,7 @@ def load_items(task: Task, limit: int | None = None, shots: int | None = None, s
 
 
 def _by_form(task: Task, row: Row) -> Task:
-    """Return the task of a file without TOML, by its first record."""
+    """Return the task for a file without TOML, judging by its first record."""
     for kind, form in FILE_FORMS:
         task = replace(task, kind=kind, form=(form,))
         with suppress(_OtherForm):
@@ -346,7 +346,7 @@ def _by_form(task: Task, row: Row) -> Task:
 
 
 class _OtherForm(Exception):
-    """A record lacks a field of a form."""
+    """A record lacks a field of the form."""
 
 
 @lru_cache(maxsize=256)
@@ -370,19 +370,19 @@ def _render(source: Any, record: Mapping[str, Any], is_expression: bool = False)
     name = source if is_expression else source[2:-2] if source.startswith("{{") and source.endswith("}}") else ""
     if name in record and record[name] is None:
         raise _OtherForm(f"{source!r}: null")
-    if name in record:  # a plain field, without the 0.1 ms of Jinja
+    if name in record:  # a plain field: saves Jinja's 0.1 ms
         return record[name] if is_expression else str(record[name])
     try:
         value = _compiled(source, is_expression)(record)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise _OtherForm(f"{shorten(source, 60)!r}: {error}") from None
     if isinstance(value, Undefined):
-        raise _OtherForm(f"{source!r}: a field that is not there")
+        raise _OtherForm(f"{source!r}: missing field")
     return value
 
 
 def _parse(task: Task, row: Row) -> Item:
-    """Read the item of a record, without examples."""
+    """Return the item of a record, without examples."""
     if not task.form:
         problem = read_problem(row)
         return Item(row.where, row.value, "", (problem.prompt,), (problem.answer or "",), problem=problem)
@@ -420,12 +420,12 @@ def _item(task: Task, form: Form, row: Row) -> Item:
     options = _render(form.contexts if task.kind == "schema" else form.choices, record, True)
     gold = _render(form.gold, record, True)
     if not isinstance(options, (list, tuple)) or len(options) < 2:
-        raise UserError(f"{row.where}: expected two choices or more, found {options!r}")
+        raise UserError(f"{row.where}: expected at least two choices, found {options!r}")
     options = tuple(_text(row, "choice", option) for option in options)
     if isinstance(gold, str) and gold in options:
         gold = options.index(gold)
     if not isinstance(gold, int) or not 0 <= gold < len(options):
-        raise UserError(f"{row.where}: expected a right choice from 0 to {len(options) - 1}, found {gold!r}")
+        raise UserError(f"{row.where}: expected the right choice, from 0 to {len(options) - 1}, found {gold!r}")
     if task.kind == "schema":
         rest = _text(row, "continuation", continuation)
         return Item(contexts=options, continuations=(rest,), gold=int(gold), **common)
@@ -444,9 +444,9 @@ def _text(row: Row, name: str, value: Any) -> str:
 
 
 def is_exact_match(task: Task, completion: str, problem: Problem) -> bool:
-    """Return whether a completion is one of a problem's answers, compared as lm-evaluation-harness's exact_match does.
+    """Return whether a completion equals one of a problem's answers, like exact_match of lm-evaluation-harness.
 
-    What `extract` finds first is compared, of an expression with groups the first that is not empty.
+    Compares the first match of `extract`; if that has groups, the first non-empty one.
     """
     if task.extract:
         match = re.search(task.extract, completion)
@@ -467,10 +467,10 @@ def is_exact_match(task: Task, completion: str, problem: Problem) -> bool:
 def _with_examples(
     task: Task, items: Sequence[Item], pool: Sequence[Item], count: int, seed: int, elsewhere: bool
 ) -> list[Item]:
-    """Put `count` examples of a pool before each item. An item is never its own example.
+    """Put `count` examples from a pool before each item. An item is never its own example.
 
-    elsewhere  whether the pool has other records than the items
-    Raises UserError for too small a pool.
+    elsewhere  whether the pool is separate from the items
+    Raises UserError if the pool is too small.
     """
     draw, drawn = Random(SHOT_SEED + seed), []
     groups: dict[str, list[Item]] = defaultdict(list)
@@ -486,7 +486,7 @@ def _with_examples(
         elif task.shots_order == "core":
             draw = Random(SHOT_SEED + number)
         elif not elsewhere or task.shots_order == "spare":
-            # as lm-evaluation-harness: one more than wanted, less the item itself
+            # like lm-evaluation-harness: draw one more than needed, in case the item itself is drawn
             more = draw.sample(pool, min(count + 1, len(pool)))
             examples = [other for other in more if other.record != item.record][:count]
         if len(examples) < count and task.shots_order != "first":

@@ -75,7 +75,7 @@ def test_pairs_are_encoded_as_one_text(tokenizer, context, continuation, expecte
 
 
 def test_a_continuation_needs_text(tokenizer):
-    with pytest.raises(UserError, match="expected a continuation with text, found '' behind 'a'"):
+    with pytest.raises(UserError, match="expected a continuation with text, found '' after 'a'"):
         encode_pairs(tokenizer, [("a", "")])
 
 
@@ -83,7 +83,7 @@ def test_logits_that_are_no_numbers_are_named():
     model = make_model()
     with torch.no_grad():
         model.norm.fill_(float("nan"))
-    with pytest.raises(UserError, match="logits are no numbers"):
+    with pytest.raises(UserError, match="logits are not finite"):
         Scorer(model).score([([1, 2, 3], 1)])
 
 

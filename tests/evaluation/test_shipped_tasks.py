@@ -144,7 +144,7 @@ def test_a_training_file_that_is_not_there_leaves_the_other_items_as_examples(tm
     (task,) = load_tasks(["arc_easy"], str(tmp_path))
     assert {item.contexts[0].partition("\n")[0] for item in load_items(task, shots=1).items} == {"Was it?"}
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
-    with pytest.raises(UserError, match=r"expected gsm8k.train.jsonl beside it"):
+    with pytest.raises(UserError, match=r"expected gsm8k.train.jsonl next to it"):
         load_items(load_tasks(["gsm8k"], str(tmp_path))[0])
 
 

@@ -154,10 +154,10 @@ def test_likelihoods_from_a_server_are_those_of_its_model(models, tmp_path, fold
             TEXTS,
             {"no begin"},
             {},
-            "expected a log-probability of each token of a continuation, found none of the first",
+            "expected log-probabilities of a continuation's tokens, found none for the first",
         ),
-        (CHOICES, set(), {}, "expected tokens of which one begins ' öd', found .*; give MODEL beside --engine"),
-        (CHOICES, set(), {"chat": True}, "a: --chat needs the tokens of prompts; give MODEL beside --engine"),
+        (CHOICES, set(), {}, "expected a token that starts ' öd', found .*; give MODEL with --engine"),
+        (CHOICES, set(), {"chat": True}, "a: --chat needs the tokens of prompts; give MODEL with --engine"),
     ],
 )
 def test_a_server_that_gives_no_likelihoods_is_named(models, tmp_path, rows, lies, options, expected):
@@ -178,7 +178,7 @@ def test_a_server_with_another_tokenizer_is_named(models, tmp_path):
     with ModelServer(models / "base") as server, pytest.raises(UserError) as error:
         evaluate(folder, tasks=write_lines(tmp_path / "a.jsonl", CHOICES), engine=server.spec)
     assert f"expected the tokenizer of {folder}, whose token " in str(error.value)
-    assert "give the folder that is served as MODEL" in str(error.value)
+    assert "give the served folder as MODEL" in str(error.value)
 
 
 def test_completions_are_judged_as_rl_judges_them(models, tmp_path):
@@ -469,9 +469,9 @@ def test_choices_that_are_answered_in_text_are_told_of(models, tmp_path, llmkit)
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"query": "a", "choices": ["b", "c"], "gold": 2}], "1: expected a right choice from 0 to 1, found 2"),
+        ([{"query": "a", "choices": ["b", "c"], "gold": 2}], "1: expected the right choice, from 0 to 1, found 2"),
         ([{"query": "a", "choices": ["b", " "], "gold": 0}], "1: expected a choice with text, found ' '"),
-        ([{"query": "a", "choices": ["b"], "gold": 0}], "1: expected two choices or more, found ['b']"),
+        ([{"query": "a", "choices": ["b"], "gold": 0}], "1: expected at least two choices, found ['b']"),
         ([*CHOICES, {"query": "a"}], "7: expected an item of bad, found ['query']"),
         ([*CHOICES, {"query": None, "choices": ["a", "b"], "gold": 0}], "7: expected an item of bad"),
         ([{"id": 7}], "1: expected an item (query, choices, gold;"),
@@ -545,11 +545,11 @@ def test_unit_tests_want_the_sandbox_before_any_model_is_asked(models, tmp_path,
     [
         ('kind = "choice"\n[[form]]\nprompt = ""\n', "kind: expected multiple_choice"),
         ('kind = "text"\nbasline = 1\n[[form]]\ntext = ""\n', "expected baseline, found 'basline'"),
-        ('kind = "text"\n[[form]]\nprompt = ""\n', "[[form]]: expected 'text', which kind text needs"),
+        ('kind = "text"\n[[form]]\nprompt = ""\n', "[[form]]: expected 'text', required for kind text"),
         ('kind = "text"\nshots = "2"\n[[form]]\ntext = ""\n', "shots: expected int, found '2'"),
-        ('kind = "text"\n', "expected a table [[form]] or more"),
+        ('kind = "text"\n', "expected at least one table [[form]]"),
         ('kind = "text"\nmetric = "acc"\n[[form]]\ntext = ""\n', "metric: expected bits_per_byte, found 'acc'"),
-        ('kind = "text"\nshots = -1\n[[form]]\ntext = ""\n', "expected shots of 0 or more"),
+        ('kind = "text"\nshots = -1\n[[form]]\ntext = ""\n', "expected shots >= 0"),
         ('kind = "text"\nshots_order = "frist"\n[[form]]\ntext = ""\n', "shots_order: expected random"),
         ('kind = "text"\n[[form]]\ntext = 3\n', "[[form]]: text: expected a template, found 3"),
         ('kind = "text"\n[[form]]\ntext = "{{a"\n', "text: expected a Jinja template: unexpected end of template"),
