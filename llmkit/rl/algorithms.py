@@ -1,10 +1,10 @@
-"""The algorithms of `llmkit rl`: an advantage and four choices in one loss (rl/policy_loss.py); the `Horizon` of a run.
+"""The algorithms of `llmkit rl`: an advantage and the choices in one loss (rl/policy_loss.py); the `Horizon` of a run.
 
-The loss of a token, for its ratio r of the policy's probability to that under which it was sampled, is
+With r, the ratio of a token's probability under the policy to that under the sampler, and its advantage A, its loss is
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-and the loss of a batch is a mean over tokens, weighted by `weighting`.
+and the loss of a batch is the mean over tokens, weighted by `weighting`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from llmkit.rewards import Weighted
 from llmkit.rewards.reward import ModelReward
 from llmkit.rl.rollouts import Rollout, rewards_of
 
-KL_COEF = 0.05  # against a reward model
-STEPS = 300  # against a reward model: beyond a few hundred it is gamed
-WARMUP_STEPS = 10  # at least: Adam's first steps go by signs alone, and cost a model two thirds of its success
-SMALLEST_DEVIATION = 1e-6  # of rewards; below it, all are equal
-LENGTH_BUFFER = 0.2  # share of the longest attempt over which a penalty grows to 1: DAPO's 4,096 of 20,480
-ROUNDS_WITHOUT_SIGNAL = 8  # of attempts, all worth the same within their groups, after which a run ends
-REFILL = 1.0  # of the groups of a step: how many more are sampled at most, for those whose rewards are all equal
+KL_COEF = 0.05  # with a reward model
+STEPS = 300  # with a reward model, which is gamed after a few hundred
+WARMUP_STEPS = 10  # at least: Adam's first steps follow signs alone, which once cost two thirds of the success
+SMALLEST_DEVIATION = 1e-6  # of rewards; below this all count as equal
+LENGTH_BUFFER = 0.2  # share of --max-tokens over which a penalty grows to 1: DAPO's 4,096 of 20,480
+ROUNDS_WITHOUT_SIGNAL = 8  # after which a run ends: within each group all rewards were equal
+REFILL = 1.0  # upper bound of extra groups, as a share of a step's, to replace those with equal rewards
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def choose_horizon(
     time_budget: float | None,
     kl_coef: float | None,
 ) -> Horizon:
-    """Fill in options that are None: one pass over the problems, or with a reward model `STEPS` and a KL penalty."""
+    """Fill in options that are None: one pass over the problems, or `STEPS` and a KL penalty with a reward model."""
     with_model = any(isinstance(weighted.reward, ModelReward) for weighted in rewards)
     if kl_coef is None:
         kl_coef = KL_COEF if with_model else 0.0
@@ -60,15 +60,14 @@ def choose_horizon(
 class Algorithm:
     """One algorithm.
 
-    baseline   what is subtracted from a reward: the mean of its group ("group"), of the others of its group
-               ("others"), or of the batch ("batch")
-    scale      what the difference is divided by: the deviation of the "group" or the "batch", or nothing
-    weighting  of tokens: "token" gives all the same, "sequence" gives each sequence the same, "constant" divides sums
-               by the longest that a sequence may be, and "sum" only by the number of sequences
-    ratio      of one "token", or the geometric mean over its "sequence"
+    baseline   subtracted from a reward: the mean of its "group", of the "others" in its group, or of the "batch"
+    scale      divides the difference: the standard deviation of the "group" or the "batch", or None
+    weighting  of tokens: "token" weights all equally, "sequence" weights sequences equally, "constant" divides sums by
+               --max-tokens, and "sum" only by the number of sequences
+    ratio      per "token", or its geometric mean over the "sequence"
     clip       (low, high), or None
-    kl         whether the divergence from the reference is part of the "loss" or of the "reward"
-    penalises_length  whether attempts near the longest lose up to 1 of their reward
+    kl         whether the KL to the reference is part of the "loss" or of the "reward"
+    penalises_length  whether rollouts near --max-tokens lose up to 1 of their reward
     """
 
     baseline: str
@@ -81,7 +80,7 @@ class Algorithm:
 
     @property
     def compares_within_groups(self) -> bool:
-        """True if a group needs two attempts of different worth to teach anything."""
+        """True if a group without two different rewards gives no gradient."""
         return self.baseline != "batch"
 
 
@@ -95,7 +94,7 @@ ALGORITHMS = {
     "dapo": Algorithm("group", "group", "token", clip=(0.2, 0.28), penalises_length=True),
     # Ahmadian et al. 2024 (arXiv 2402.14740), section 3: REINFORCE on whole sequences
     "rloo": Algorithm("others", None, "sum", clip=None, kl="reward"),
-    # Hu et al. 2025 (arXiv 2501.03262), section 3: normalised over the batch, so that one attempt at a problem will do
+    # Hu et al. 2025 (arXiv 2501.03262), section 3: normalised over the batch, so one rollout per problem suffices
     "reinforce++": Algorithm("batch", "batch", "token", kl="reward"),
     # Zheng et al. 2025 (arXiv 2507.18071), sections 4.1 and 5.1
     "gspo": Algorithm("group", "group", "sequence", ratio="sequence", clip=(3e-4, 4e-4)),
@@ -103,23 +102,21 @@ ALGORITHMS = {
 
 
 def check_group(algo: str, group: int, batch_size: int) -> None:
-    """Raise UserError for so few attempts that an algorithm compares nothing."""
+    """Raise UserError if an algorithm has too few rollouts to compare."""
     if group == 1 and ALGORITHMS[algo].compares_within_groups:
         raise UserError(
-            f"--group 1: --algo {algo} compares the attempts at a problem with one another and needs 2 or more; "
+            f"--group 1: --algo {algo} compares the attempts at a problem with each other and needs 2 or more; "
             "--algo reinforce++ compares those of a step"
         )
     if group == batch_size == 1:
-        raise UserError("--group 1 --batch-size 1: expected two attempts a step at least, to compare")
+        raise UserError("--group 1 --batch-size 1: expected at least two attempts per step, to compare")
 
 
 def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list[np.ndarray]:
-    """float64 of each group of rewards: how much better an attempt is than was to be expected.
+    """Return the advantages of each group of rewards, as float64; 0 if its rewards are equal.
 
     >>> advantages(ALGORITHMS["rloo"], [[1.0, 0.0, 0.0]])
     [array([ 1. , -0.5, -0.5])]
-
-    Where rewards are all equal the advantages are 0.
     """
     every = np.concatenate([np.asarray(group, np.float64) for group in rewards])
     normalised = []
@@ -128,34 +125,34 @@ def advantages(algorithm: Algorithm, rewards: Sequence[Sequence[float]]) -> list
         if algorithm.baseline == "others":
             centred = centred * len(group) / max(1, len(group) - 1)
         deviation = {"group": group.std(), "batch": every.std(), None: 1.0}[algorithm.scale]
-        # equal rewards differ by their mean's rounding, which a division would blow up
+        # equal rewards differ from their mean by rounding, which a division would amplify
         normalised.append(centred / deviation if deviation > SMALLEST_DEVIATION else np.zeros_like(centred))
     return normalised
 
 
 def set_advantages(algorithm: Algorithm, groups: Sequence[Sequence[Rollout]], kl_coef: float) -> None:
-    """Give every attempt its advantage, from rewards less the divergence from the reference where that is in them."""
+    """Set the advantage of every rollout, from its reward, minus the KL penalty if the algorithm puts it there."""
     penalty = kl_coef if algorithm.kl == "reward" else 0.0
-    worth = [[rollout.reward - penalty * rollout.divergence for rollout in group] for group in groups]
-    for group, values in zip(groups, advantages(algorithm, worth), strict=True):
+    rewards = [[rollout.reward - penalty * rollout.divergence for rollout in group] for group in groups]
+    for group, values in zip(groups, advantages(algorithm, rewards), strict=True):
         for rollout, advantage in zip(group, values.tolist(), strict=True):
             rollout.advantage = advantage
 
 
 def penalise_length(rollout: Rollout, max_tokens: int) -> None:
-    """Take up to 1 away over the last fifth of the length (Yu et al. 2025, arXiv 2503.14476, equation 13)."""
+    """Subtract up to 1 over the last fifth of max_tokens (Yu et al. 2025, arXiv 2503.14476, equation 13)."""
     buffer = max(1.0, LENGTH_BUFFER * max_tokens)
     rollout.reward -= min(1.0, max(0.0, (rollout.token_count - (max_tokens - buffer)) / buffer))
 
 
 def teaches(algorithm: Algorithm, group: Sequence[Rollout]) -> bool:
-    """True if a group has advantages other than 0."""
+    """True if a group has nonzero advantages."""
     apart = not algorithm.compares_within_groups or is_informative(rewards_of(group))
     return apart and any(rollout.trained for rollout in group)
 
 
 def groups_missing(wanted: int, useful: int, sampled: int) -> int:
-    """How many groups more to sample where some of those sampled taught nothing; none where none was useful.
+    """Return how many more groups to sample to replace those without a signal; 0 if none was useful.
 
     >>> groups_missing(4, useful=2, sampled=4), groups_missing(4, useful=1, sampled=4), groups_missing(4, 3, sampled=8)
     (4, 4, 0)
@@ -166,18 +163,18 @@ def groups_missing(wanted: int, useful: int, sampled: int) -> int:
 
 
 def is_informative(rewards: Sequence[float]) -> bool:
-    """True if a group tells one attempt from another."""
+    """True if the rewards differ."""
     return len(rewards) > 0 and max(rewards) - min(rewards) > SMALLEST_DEVIATION
 
 
 def token_weights(weighting: str, lengths: Sequence[int], max_tokens: int) -> np.ndarray:
-    """float64 weight of every token of each sequence, for a mean over all tokens of the batch.
+    """Return the weight of the tokens of each sequence, float64, for a mean over all tokens of the batch.
 
     >>> token_weights("sequence", [1, 3], 8)
     array([2.        , 0.66666667])
     """
     sizes = np.asarray(lengths, np.float64)
-    mean = sizes.mean()  # tokens of the batch for each of its sequences
+    mean = sizes.mean()  # tokens per sequence
     if weighting == "token":
         return np.ones_like(sizes)
     if weighting == "sequence":

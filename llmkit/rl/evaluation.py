@@ -1,4 +1,4 @@
-"""Figures of attempts: what a step or an evaluation was worth, by the rewards and by a gold one that never trains."""
+"""Metrics of rollouts of a step or an evaluation, by the rewards and by a gold reward that is never trained on."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from llmkit.training.finetuning import Tuning
 from llmkit.training.speed import batch_seconds
 
 Groups = Sequence[Sequence[Rollout]]
-HELD_OUT_GROUP = 1 << 62  # number of the first group of an evaluation, which no group in training has
-PROMPTS = 64  # at most: a standard error of the mean length of an eighth of its deviation
-LONGEST_ANSWER = 512  # tokens, where the context has room
-JUDGED_SHARE = 4  # of a judge's context: for a byte that is no UTF-8 it sees U+FFFD, three tokens for one
+HELD_OUT_GROUP = 1 << 62  # number of the first group of an evaluation; training never gets there
+PROMPTS = 64  # at most: the mean length has a standard error of an eighth of the deviation
+LONGEST_ANSWER = 512  # tokens, if the context has room
+JUDGED_SHARE = 4  # inverse share of a judge's context: a byte of invalid UTF-8 becomes U+FFFD, three tokens
 CURVES = {
     "reward.svg": {"training": "reward", "held out": "val_reward", "gold": "val_gold"},
     "success.svg": {"training": "success", "held out": "val_success", "calling": "called"},
@@ -42,12 +42,12 @@ CURVES = {
 
 
 def describe(groups: Groups, rewards: Sequence[Weighted]) -> dict[str, float]:
-    """Figures of groups of attempts: the mean `reward` and its parts, `length` in tokens, `cut` (share that was),
-    `called` (share that called a tool) and `calls_failed` (share of the calls that failed) where any did, and where a
-    reward verifies `success` and `pass_at_group` (share of groups with a right attempt). Attempts that a reward could
-    not judge count only in `length`, `cut`, and `unjudged`, their share where there are any.
+    """Return the metrics of groups of rollouts: the mean `reward` and its parts, `length` in tokens, `cut` (share
+    truncated), with tool calls `called` (share of rollouts with one) and `calls_failed` (share of calls), and with a
+    verifier `success` and `pass_at_group` (share of groups with a right rollout). Rollouts that a reward could not
+    judge count only in `length`, `cut` and `unjudged`, their share.
 
-    Raises UserError where none could be judged.
+    Raises UserError if none could be judged.
     """
     every = [rollout for group in groups for rollout in group]
     judged = [rollout for rollout in every if rollout.judged]
@@ -59,7 +59,7 @@ def describe(groups: Groups, rewards: Sequence[Weighted]) -> dict[str, float]:
         ]
         raise UserError(
             f"--reward {' and '.join(names)}: expected a number for some of {counted(len(every), 'attempt')}, found "
-            "None, which says that it cannot judge, for all"
+            "None, not judged, for all"
         )
     figures: dict[str, Any] = {
         "reward": np.mean(rewards_of(every)),
@@ -85,7 +85,7 @@ def describe(groups: Groups, rewards: Sequence[Weighted]) -> dict[str, float]:
 
 
 def nothing_to_learn(groups: Groups, rewards: Sequence[Weighted], algorithm: Algorithm) -> str:
-    """Say why a run ends whose attempts are all worth the same, and what would help."""
+    """Return why a run without different rewards ends, and what would help."""
     figures = describe(groups, rewards)
     advice = "harder problems, or more attempts (--group)"
     lowest = min(reward for group in groups for reward in rewards_of(group))
@@ -95,13 +95,13 @@ def nothing_to_learn(groups: Groups, rewards: Sequence[Weighted], algorithm: Alg
         advice += ", or more --max-tokens"
     each = "each of " if algorithm.compares_within_groups else ""
     return (
-        f"nothing left to learn: all attempts at {each}{counted(len(groups), 'problem')} were worth the same "
-        f"(the mean reward is {figures['reward']:.3g}); give {advice}"
+        f"nothing left to learn: all attempts at {each}{counted(len(groups), 'problem')} had the same reward "
+        f"(the mean is {figures['reward']:.3g}); give {advice}"
     )
 
 
 def costs(groups: Groups, algorithm: Algorithm, spent: Mapping[str, float]) -> dict[str, float]:
-    """How many groups were sampled and how many teach nothing, the tokens, and the seconds of sampling and judging."""
+    """Count sampled groups, those without a signal, tokens, and the seconds of sampling and judging."""
     tokens = sum(rollout.token_count for group in groups for rollout in group)
     return {
         "groups": len(groups),
@@ -114,16 +114,16 @@ def costs(groups: Groups, algorithm: Algorithm, spent: Mapping[str, float]) -> d
 
 
 def gold_rewards(rollouts: Sequence[Rollout], gold: Weighted, max_tokens: int) -> list[float]:
-    """What a reward that is not trained on gives each attempt; NaN where it cannot judge."""
+    """Return the gold reward of each rollout; NaN if it cannot judge."""
     attempts = [rollout.as_attempt(max_tokens) for rollout in rollouts]
     judged = map_shares(attempts, partial(judge, weighted=[gold]))
     return [math.nan if reward is None else reward for _, reward in judged]
 
 
 def gold_figures(rewards: Sequence[float], groups: int, name: str) -> dict[str, float]:
-    """`val_gold`, the mean gold reward, and its standard error over problems, `val_gold_se`.
+    """Return `val_gold`, the mean gold reward, and `val_gold_se`, its standard error over problems.
 
-    Raises UserError where nothing was judged.
+    Raises UserError if nothing was judged.
     """
     by_group = np.array(rewards).reshape(groups, -1)
     counts = (~np.isnan(by_group)).sum(1)
@@ -135,9 +135,9 @@ def gold_figures(rewards: Sequence[float], groups: int, name: str) -> dict[str, 
 
 
 def write_disagreements(folder: Path, rollouts: Sequence[Rollout], gold: Sequence[float], count: int = 20) -> None:
-    """Write disagreements.jsonl: the attempts that the rewards think most of in comparison with the gold one.
+    """Write disagreements.jsonl: the rollouts that the rewards overrate most, compared with the gold reward.
 
-    Both are measured in deviations from their means, and the records are ordered by the difference.
+    Both are standardised, and the records are ordered by the difference.
     """
 
     def standardised(values: Sequence[float]) -> np.ndarray:
@@ -145,7 +145,7 @@ def write_disagreements(folder: Path, rollouts: Sequence[Rollout], gold: Sequenc
         return (array - np.nanmean(array)) / max(float(np.nanstd(array)), 1e-9)
 
     difference = standardised([rollout.reward for rollout in rollouts]) - standardised(gold)
-    order = np.argsort(-difference, kind="stable")[:count]  # NaN, what one could not judge, comes last
+    order = np.argsort(-difference, kind="stable")[:count]  # NaN, not judged, comes last
     with open_output(str(folder / "disagreements.jsonl"), force=True) as write:
         for i in order[~np.isnan(difference[order])].tolist():
             record = rollouts[i].record()
@@ -163,9 +163,9 @@ def rehearse(
     updates: int,
     steps: int | None,
 ) -> Iterator[str]:
-    """Compute the gradient of a step, and change nothing; lines for --dry-run: what came of it, what a run takes.
+    """Compute the gradient of a step and change nothing; yield lines for --dry-run with its rewards and costs.
 
-    sampling_seconds: of its attempts, judging them included
+    sampling_seconds: of its rollouts, with judging
     """
     rollouts = [rollout for group in groups for rollout in group]
     if loss.algorithm.penalises_length:
@@ -176,7 +176,7 @@ def rehearse(
     rows_at_once = max(1, MICRO_BATCH_TOKENS // batch.token_ids.shape[1])
     training_seconds = updates * batch_seconds(model, loss, batch, rows_at_once, tuning.device)
     memory = sum(tuning.training_memory(MICRO_BATCH_TOKENS))
-    copies = loss.with_reference and tuning.adapter is None  # adapters leave the reference as it is
+    copies = loss.with_reference and tuning.adapter is None  # with adapters the base weights are the reference
     memory += copies * model.embed_tokens.dtype.itemsize * model.config.parameter_count
     figures = describe(groups, rewards)
     solved = ""
@@ -190,8 +190,8 @@ def rehearse(
     seconds = sampling_seconds + training_seconds
     whole = "" if steps is None else f", {duration(steps * seconds)} or more for {counted(steps, 'step')}"
     lengths = f"length {figures['length']:.1f} tokens, {figures['cut']:.0%} cut"
-    yield f"a step tried: mean reward {figures['reward']:.3g}, {lengths}{solved}"
-    yield f"{informative} of {counted(len(compared), 'group')} tell attempts apart"
+    yield f"one step: mean reward {figures['reward']:.3g}, {lengths}{solved}"
+    yield f"{informative} of {counted(len(compared), 'group')} have different rewards"
     yield (
         f"about {memory / 1e9:.2f} GB of memory for training; a step takes {sampling_seconds:.1f} s of sampling and "
         f"judging and {training_seconds:.1f} s of training on {quantity(batch.tokens)} tokens{whole}"
@@ -202,12 +202,12 @@ def rehearse(
 
 
 class HeldOutAnswers:
-    """Samples a policy's answers to the first prompts that it was shown, one each.
+    """Samples a policy's answers to the first held-out prompts, one each.
 
-    A loss of preferences is lowest where answers are long, or odd, if those preferred were; the length of its own
-    answers, their divergence from the reference and what a gold reward gives them show what that loss does not.
+    A preference loss can fall because answers become long or odd; the length of the policy's own answers, their KL to
+    the reference and their gold reward show it.
 
-    read  reads a record, as `read_comparison` does
+    read  reads a record, like `read_comparison`
     """
 
     def __init__(self, read: Callable[[Row], Comparison | str]) -> None:
@@ -219,13 +219,13 @@ class HeldOutAnswers:
         comparison = self._read(row)
         if isinstance(comparison, Comparison) and comparison.prompt and len(self._problems) < PROMPTS:
             messages, text = comparison.prompt, comparison.prompt[-1].text
-            alone = messages == (message("user", text),)  # rewards then see its text
+            alone = messages == (message("user", text),)  # rewards then see the text only
             problem = Problem(() if alone else messages, text, None, None, row.value, comparison.where)
             self._problems.setdefault(said_in(messages), problem)
         return comparison
 
     def check(self, tuning: Tuning, gold: Sequence[Weighted]) -> None:
-        """Raise UserError for a policy or a prompt that a reward cannot judge."""
+        """Raise UserError if a reward cannot judge the policy or a prompt."""
         for weighted in gold:
             weighted.reward.check_policy(tuning.tokenizer)
             for problem in self._problems.values():
@@ -234,11 +234,11 @@ class HeldOutAnswers:
     def open(
         self, tuning: Tuning, reference: Transformer | None, gold: Sequence[Weighted], seed: int
     ) -> Callable[[], dict[str, float]] | None:
-        """Return a function that gives the figures of the policy as it is; None where no prompt is known.
+        """Return a function that evaluates the current policy; None without prompts.
 
-        `val_length` in tokens, `val_cut` (the share cut at the longest), with a reference `val_kl` in nats an answer,
-        and with a gold reward `val_gold` and its standard error. Raises UserError for prompts that the reward cannot
-        judge, and for a reward without any. All processes call the function together.
+        Its metrics: `val_length` in tokens, `val_cut` (share truncated), with a reference `val_kl` in nats per answer,
+        with a gold reward `val_gold` and `val_gold_se`. The function is collective. Raises UserError if the reward
+        cannot judge a prompt, or has none.
         """
         problems = []
         self.check(tuning, gold)

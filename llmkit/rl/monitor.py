@@ -1,8 +1,7 @@
-"""Guards of a policy's training, which end a run that goes wrong.
+"""Guards that end a policy's training when it goes wrong.
 
-Three faults are looked for: log-probabilities of sampler and trainer that disagree, rewards that collapse, and a reward
-that is gamed. The guards read metrics alone, so that a resumed run feeds them the rows of `metrics.jsonl` and goes on
-with the same state.
+They look for three faults: sampler and trainer disagree on log-probabilities, rewards collapse, or the reward is gamed.
+They see metrics only, so a resumed run restores their state from the rows of `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from llmkit.io.progress import say
 from llmkit.training.trainer import Trainer
 
 COLLAPSED = "collapsed"
-KEEP_EVERY = 10  # steps between parameters kept against a collapse, where nothing is held out
-# between sampler and trainer, in nats a token: usual are 1e-6 and 5e-3; another program computes otherwise
+KEEP_EVERY = 10  # steps between parameters kept against a collapse, without --val
+# between sampler and trainer, in nats per token; 1e-6 and 5e-3 are usual, a server's kernels differ
 MOST_DIFFERENCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.05, "a server": 0.05}
 
 
 class CollapseGuard:
-    """Tells when the rewards of training have fallen beyond noise.
+    """Detects that training rewards have fallen beyond noise.
 
-    Compared are means over WINDOW steps. A collapse is a fall from the best of them by more than ERRORS standard
-    errors, by more than half of what had been gained since the first, and by more than a quarter of the best, seen
-    WINDOW times in succession. The error is that of the difference of two such means, from the median change between
-    neighbouring steps, in which what is learnt slowly has little part.
+    It compares means over WINDOW steps. A collapse is a fall from the best mean by more than ERRORS standard errors,
+    by more than half of the gain since the first mean, and by more than a quarter of the best, WINDOW times in
+    succession. The standard error of the difference of two means comes from the median change between neighbouring
+    steps, which slow learning hardly affects.
     """
 
     WINDOW, ERRORS = 5, 6.0
@@ -50,14 +49,16 @@ class CollapseGuard:
         return sum(part) / len(part)
 
     def note(self, figures: Mapping[str, float]) -> str | None:
-        """See the figures of a step; in words what has collapsed, or None."""
+        """Add the metrics of a step; return a description of the collapse, or None."""
         self._rewards.append(figures["reward"])
         if len(self._rewards) < self.WINDOW:
             return None
         mean = self._mean(-self.WINDOW, None)
         self._best = max(self._best, mean)
         changes = sorted(abs(b - a) for a, b in pairwise(self._rewards))
-        deviation = changes[len(changes) // 2] / 0.954  # the median of |x - y| of two normal numbers, in deviations
+        deviation = (
+            changes[len(changes) // 2] / 0.954
+        )  # median of |x - y| of two normal variables, in standard deviations
         noise = self.ERRORS * deviation * math.sqrt(2 / self.WINDOW)
         gained = self._best - self._mean(0, self.WINDOW)
         low = self._best - mean > max(noise, gained / 2, abs(self._best) / 4, 1e-6)
@@ -68,16 +69,16 @@ class CollapseGuard:
 
 
 class HackWatch:
-    """Tells when a reward, `proxy` of an evaluation, rises while the gold one falls beyond noise: it is being gamed
-    (Gao et al. 2022, arXiv 2210.10760).
+    """Detects reward hacking: the reward `proxy` rises while the gold reward falls beyond noise (Gao et al. 2022,
+    arXiv 2210.10760).
 
-    Compared is each evaluation with that at which the gold reward was highest. Gamed is a gold reward lower by more
-    than ERRORS standard errors of the difference with a reward no lower, at two evaluations in succession.
+    It compares each evaluation with the one with the highest gold reward. A reward is gamed if in two successive
+    evaluations the gold reward is lower by more than ERRORS standard errors of the difference, and the reward is not.
     """
 
-    # The highest of many is high by luck, too: with 2, runs whose reward rose and whose gold reward stayed the same
-    # were stopped within 60 evaluations in 48 to 84 of 100 cases, with 3 in 4 to 8, with 3.5 in 1 or 2. A fall by a
-    # point an evaluation, at 200 problems, was seen 20 evaluations after it began, by 2 after 12.
+    # The highest of many values is also high by luck. With a rising reward and a constant gold reward, 2 errors stopped
+    # 48 to 84 of 100 runs within 60 evaluations, 3 errors 4 to 8, and 3.5 errors 1 or 2. With 200 problems, a fall of a
+    # point per evaluation was detected after 20 evaluations, of two points after 12.
     ERRORS = 3.5
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = (), proxy: str = "val_reward") -> None:
@@ -89,7 +90,7 @@ class HackWatch:
                 self.note(row)
 
     def note(self, scores: Mapping[str, float]) -> str | None:
-        """See an evaluation; in words how the reward is gamed, or None, which `gamed` has, too."""
+        """Add an evaluation; set and return `gamed`, a description of the hack, or None."""
         self.gamed, best = None, self._best
         if best is None or scores["val_gold"] > best["val_gold"]:
             self._best, self._suspicious = scores, 0
@@ -100,8 +101,8 @@ class HackWatch:
         if self._suspicious < 2:
             return None
         self.gamed = (
-            f"the reward is gamed: it has gone from {best[self.proxy]:.3g} to {scores[self.proxy]:.3g} on held-out "
-            f"problems, and the gold one from {best['val_gold']:.3g} to {scores['val_gold']:.3g}"
+            f"the reward is gamed: it went from {best[self.proxy]:.3g} to {scores[self.proxy]:.3g} on held-out "
+            f"problems, and the gold reward from {best['val_gold']:.3g} to {scores['val_gold']:.3g}"
         )
         return self.gamed
 
@@ -109,12 +110,12 @@ class HackWatch:
 class Watch:
     """The guards of one run, which stop its trainer.
 
-    difference  at most between sampler and trainer, in nats a token: an error
-    kl          at most from the reference, in nats an attempt
-    rows        of the metrics so far, where the run is resumed: one that was to stop stops again
-    proxy       name of what is trained on, in the scores of an evaluation
-    stop_on_hack  stop where the reward is gamed, and do not only say so
-    `stopped` says in words why training has ended before its horizon.
+    difference  largest difference of sampler and trainer, in nats per token; more is an error
+    kl          largest KL to the reference, in nats per rollout
+    rows        metrics so far of a resumed run; one that was about to stop stops again
+    proxy       name of the trained reward in the scores of an evaluation
+    stop_on_hack  stop if the reward is gamed, instead of only saying so
+    `stopped` is the reason why training ended before its horizon, or None.
     """
 
     def __init__(
@@ -134,22 +135,22 @@ class Watch:
             self._stop(self._hack.gamed)
 
     def note_step(self, figures: Mapping[str, float]) -> None:
-        """See the figures of a step. Raises SavedError, after a checkpoint, where sampler and trainer disagree."""
+        """Add the metrics of a step. Raises SavedError, after a checkpoint, if sampler and trainer disagree."""
         gap = figures["logprob_difference"]
         if not gap <= self._difference:  # NaN, too: the loss would be biased
             self._trainer.save(wait=True)
             raise SavedError(
-                f"sampler and trainer disagree: their log-probabilities differ by {gap:.2g} nats a token in the mean, "
-                f"where at most {self._difference:g} is expected; saved in {self._trainer.checkpoints.folder}; begin "
-                "again with --dtype float32, or without --engine"
+                f"sampler and trainer disagree: their log-probabilities differ by {gap:.2g} nats per token on average, "
+                f"expected at most {self._difference:g}; saved in {self._trainer.checkpoints.folder}; start again with "
+                "--dtype float32, or without --engine"
             )
         if self._kl is not None and figures["kl_per_attempt"] > self._kl:
-            self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats an attempt from its beginning (--max-kl)")
+            self._stop(f"the policy is {figures['kl_per_attempt']:.3g} nats per attempt from MODEL (--max-kl)")
         if collapsed := self._collapse.note(figures):
             self._stop(f"{COLLAPSED}: {collapsed}; try a lower --learning-rate")
 
     def note_evaluation(self, scores: Mapping[str, float]) -> None:
-        """See an evaluation; where the reward is gamed, stop the run or say so once."""
+        """Add an evaluation; if the reward is gamed, stop the run or say so once."""
         gamed = self._hack.note(scores) if {"val_gold", self._hack.proxy} <= scores.keys() else None
         if gamed and self._stop_on_hack:
             self._stop(gamed)
@@ -164,10 +165,10 @@ class Watch:
 
     @property
     def has_collapsed(self) -> bool:
-        """True if the run was stopped because its rewards had fallen."""
+        """True if the run was stopped because its rewards collapsed."""
         return self.stopped is not None and self.stopped.startswith(COLLAPSED)
 
     @property
     def keeps(self) -> bool:
-        """True if the parameters of this step are worth keeping: the rewards of the last steps are the highest."""
+        """True if this step's parameters should be kept: the mean reward of the last steps is the highest so far."""
         return self._collapse.is_best and self._trainer.step % KEEP_EVERY == 0

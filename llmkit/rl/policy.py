@@ -1,13 +1,13 @@
-"""Samplers of the policy as it is: here, or by a server, to which its weights are handed over before each batch.
+"""Samplers of the current policy: in this process, or on a server that loads its weights before each batch.
 
     policy = ServedPolicy("openai:http://localhost:8000/v1#chat", tuning, 120.0, 64, (), work / "served", write)
     for samples in policy.sampler(temperature=1.0).complete(requests): ...
 
-A server's weights go through the server's own mechanism, from a folder that it must see under the same path: SGLang's
-`/update_weights_from_disk`, vLLM's `reload_weights` by `/collective_rpc` (with VLLM_SERVER_DEV_MODE=1) and
-`/reset_prefix_cache`. Where a server does not say that it has loaded them, the run ends. Where it says so and has not,
-its log-probabilities differ from the trainer's, which ends the run; SGLang also names the version of the
-weights in every answer, which is compared.
+The server loads the weights from a folder that it must see under the same path, by its own API: SGLang's
+`/update_weights_from_disk`, or vLLM's `reload_weights` through `/collective_rpc` (with VLLM_SERVER_DEV_MODE=1) and
+`/reset_prefix_cache`. The run ends if the server does not confirm. If it confirms and has not loaded them, its
+log-probabilities differ from the trainer's, which ends the run, too; SGLang also names the version of its weights in
+every answer, which is compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.training.distributed import whole_model
 from llmkit.training.finetuning import Tuning, load_unchanged
 
-KINDS = ("vllm", "sglang")  # by the owner of the model in the list of a server's models
+KINDS = ("vllm", "sglang")  # `owned_by` of the server's model
 SLOTS, SMALL_MODEL_SLOTS = 64, 256  # sequences decoded at a time
 
 
@@ -47,27 +47,27 @@ def load_policy(
     backend: str,
     quiet: bool,
 ) -> Tuning:
-    """The model, which stays what it is: an assistant, or with a warning a base model, which takes no `system`."""
+    """Load an assistant, or with a warning a base model, which takes no `system`."""
     tuning = load_unchanged(folder, device, dtype, quantize, backend)
     if not tuning.is_assistant:
         if system is not None:
-            raise UserError(f"--system: {folder} is a base model, which knows no turns; tune it by llmkit sft")
+            raise UserError(f"--system: {folder} is a base model, which has no chat format; tune it with llmkit sft")
         say(
-            f"{folder}: a base model: prompts are continued as text, and an attempt may never stop; llmkit sft teaches "
-            "turns, --stop ends attempts at a text",
+            f"{folder}: a base model: prompts are continued as text, and attempts may never stop; tune it with llmkit "
+            "sft, or end attempts with --stop",
             quiet,
         )
     return tuning
 
 
 def reference_of(model: Transformer, frozen: bool) -> Transformer:
-    """The model as it is now, to compare with; of one that stays `frozen` beside adapters it has the same tensors."""
+    """Return a frozen copy of the model; if its weights are `frozen` under adapters, it shares them."""
     memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers()) if frozen}
     return deepcopy(model, memo).eval().requires_grad_(False)
 
 
 class OwnPolicy:
-    """A policy that samples here; `name` is the model's, in errors, `stop` are strings that end an attempt."""
+    """A policy that samples in this process; `name` of the model for errors, `stop` sequences of a rollout."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, stop: Sequence[str], name: str, tools: ToolUse | None
@@ -76,7 +76,7 @@ class OwnPolicy:
         self._slots = SMALL_MODEL_SLOTS if is_small(model.config.parameter_count, model.embed_tokens.device) else SLOTS
 
     def sampler(self, temperature: float) -> Generator:
-        """Return a sampler of the policy as it is now."""
+        """Return a sampler of the current policy."""
         model = whole_model(self._model)
         with torch.inference_mode():
             return Generator(
@@ -85,18 +85,18 @@ class OwnPolicy:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Do nothing: no files were written."""
 
 
 class ServedPolicy:
     """A policy that a server samples.
 
-    engine       openai:URL#NAME; `timeout` seconds of an answer, `concurrency` requests at a time
-    stop         strings that end an attempt, beside the end tokens
-    folder       where the weights are written, each time into another folder, which replaces the former
-    write        saves the policy as it is now in a folder
+    engine       openai:URL#NAME; `timeout` of a request in seconds, `concurrency` of requests
+    stop         stop sequences, in addition to the end tokens
+    folder       receives the weights, each time in a new subfolder that replaces the old one
+    write        saves the current policy to a folder
 
-    Raises UserError for a server that is none of those that load weights, ServerError where it does not answer.
+    Raises UserError for a server that cannot load weights, ServerError if it does not answer.
     """
 
     def __init__(
@@ -111,27 +111,27 @@ class ServedPolicy:
     ) -> None:
         server = self._server = OpenAIClient(parse_address(engine, "--engine"), timeout)
         self._tokenizer, self._stop = tuning.tokenizer, stop
-        self._end_ids = end_tokens(tuning.model.config, tuning.tokenizer)  # one of them ends an attempt by itself
+        self._end_ids = end_tokens(tuning.model.config, tuning.tokenizer)  # each ends a rollout alone
         self._concurrency, self._folder, self._write = concurrency, folder, write
-        self._held: Path | None = None  # what the server has loaded
+        self._held: Path | None = None  # the folder that the server has loaded
         self.kind = server.check()
         if self.kind not in KINDS:
             raise UserError(
-                f"{server.place}: expected vLLM or SGLang, which load new weights, found a server of "
-                f"{self.kind or 'unknown kind'}; sample from the folder instead, without --engine"
+                f"{server.place}: expected vLLM or SGLang, which can load new weights, found "
+                f"{self.kind or 'a server of unknown kind'}; sample from the folder instead, without --engine"
             )
 
     def sampler(self, temperature: float) -> ServedSampler:
-        """Return a sampler of the policy as it is now. Raises ServerError unless the server says it has loaded that."""
+        """Return a sampler of the current policy. Raises ServerError unless the server confirms that it loaded it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="policy-", dir=self._folder.resolve()))
-        folder.chmod(0o755)  # the server may be another user's
+        folder.chmod(0o755)  # the server may run as another user
         self._write(folder)
         command = self._server.command
         try:
             if self.kind == "vllm":
                 command("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-                # without the flag vLLM keeps a prefix that a request still holds
+                # without the flag vLLM keeps the prefixes of running requests
                 command("/reset_prefix_cache?reset_running_requests=true")
             else:
                 version = {"model_path": str(folder), "weight_version": folder.name}
@@ -141,7 +141,7 @@ class ServedPolicy:
         except ServerError as error:
             dev_mode = "was it started with VLLM_SERVER_DEV_MODE=1, and " if self.kind == "vllm" else ""
             raise ServerError(
-                f"{error}: it did not load the policy, and would sample from an older one; {dev_mode}does it see "
+                f"{error}: it did not load the policy and would sample from an older one; {dev_mode}can it read "
                 f"{folder}?"
             ) from None
         if self._held is not None:
@@ -162,5 +162,5 @@ class ServedPolicy:
         return sampler
 
     def close(self) -> None:
-        """Remove what was written for the server."""
+        """Remove the weights written for the server."""
         remove(self._folder)

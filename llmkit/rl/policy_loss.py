@@ -1,4 +1,4 @@
-"""The loss of `llmkit rl`, one for all algorithms: clipped policy gradient with a penalty for leaving a reference.
+"""The loss of `llmkit rl` for all algorithms: a clipped policy gradient with a KL penalty.
 
 N targets, B rows of T tokens.
 """
@@ -20,17 +20,17 @@ from llmkit.rl.rollouts import PolicyRows, Rollout, map_shares, pack_rollouts
 from llmkit.training.distributed import world
 from llmkit.training.loss import Summed
 
-TOKENS_AT_ONCE = 8192  # of a reference, without gradients
-LARGEST_LOG_RATIO = 20.0  # exp of more overflows a sum in float32
+TOKENS_AT_ONCE = 8192  # of the reference, without gradients
+LARGEST_LOG_RATIO = 20.0  # exp of more would overflow a float32 sum
 
 
 class PolicyLoss:
-    """The summed loss of some rows of attempts, and their targets, as the trainer wants it.
+    """The summed loss of rows of rollouts, and the number of targets.
 
-    temperature  at which the attempts were sampled: log-probabilities are those of the distribution drawn from
-    kl_coef      weight of the divergence from the reference, by the estimator k3 of Schulman 2020 ("Approximating KL
-                 divergence"), which is never negative; not here where the algorithm has it in the reward
-    with_reference  whether the attempts know their log-probabilities under a reference
+    temperature  of sampling: log-probabilities are those of the distribution that was sampled from
+    kl_coef      KL coefficient, with the k3 estimator of Schulman 2020 ("Approximating KL divergence"), which is never
+                 negative; ignored if the algorithm has the KL in the reward
+    with_reference  whether the rollouts have log-probabilities under the reference
 
     Its figures are sums over the targets, for `policy_figures`.
     """
@@ -75,13 +75,13 @@ class PolicyLoss:
 def policy_figures(
     updates: Sequence[Sequence[Mapping[str, float]]], attempts: int, with_reference: bool
 ) -> dict[str, float]:
-    """Return the figures of a step over all processes, which all call this together.
+    """Return the metrics of a step over all ranks; collective.
 
-    updates: those of `PolicyLoss` for each micro-batch of each update; attempts: trained on, in all processes
+    updates: figures of `PolicyLoss` for each micro-batch of each update; attempts: trained on, over all ranks
 
-    Of all updates `policy_kl` to the policy that sampled, `clipped` (share of tokens) and `ratio`; of the first one
-    `entropy` (nats a token), `logprob_difference` and `logprob_difference_max`, how far the sampler's log-probabilities
-    are from ours, and where there is a reference `kl` to it (nats a token) and `kl_per_attempt`.
+    Over all updates: `policy_kl` to the policy that sampled, `clipped` (share of tokens) and `ratio`. Of the first
+    update: `entropy` (nats per token), `logprob_difference` and `logprob_difference_max` between sampler and trainer,
+    and with a reference `kl` to it (nats per token) and `kl_per_attempt`.
     """
     every = [figures for update in updates for figures in update]
     own = [sum(figures[name] for figures in every) for name in ("policy_kl", "clipped", "ratio", "targets")]
@@ -98,7 +98,7 @@ def policy_figures(
 
 
 def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Log-probability and entropy of each target, (N,) float32, and the mask (B, T) of where they stand."""
+    """Return the log-probability and entropy of each target, (N,) float32, and the mask (B, T) of the targets."""
     device = model.embed_tokens.device
     where = batch.targets != IGNORED
     ids, *layout = (torch.from_numpy(array).to(device) for array in batch[:1] + batch[2:5])
@@ -113,7 +113,7 @@ def target_logprobs(model: Transformer, batch: PolicyRows, temperature: float) -
 def reference_logprobs(
     reference: Transformer, rollouts: Sequence[Rollout], temperature: float, share_prompts: bool
 ) -> None:
-    """Give every attempt the log-probabilities of its tokens under another model; each process computes its share."""
+    """Set the log-probabilities of every rollout under the reference; each rank computes its share."""
 
     @torch.no_grad()
     def computed(own: Sequence[Rollout]) -> list[np.ndarray]:
@@ -133,13 +133,13 @@ def reference_logprobs(
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    """exp(x) - x - 1 of x = log(other / policy): unbiased for KL(policy || other) under the policy, never negative."""
+    """Return exp(x) - x - 1 of x = log(other / policy), an unbiased estimate of KL(policy || other), never negative."""
     bounded = log_ratio.clamp(max=LARGEST_LOG_RATIO)
     return bounded.expm1() - bounded
 
 
 def _sequence_means(values_N: Tensor, batch: PolicyRows, where: np.ndarray) -> Tensor:
-    """Each value replaced by the mean of its sequence: (N,)."""
+    """Replace each value by the mean of its sequence: (N,)."""
     _, inverse = np.unique(batch.attempts[where], return_inverse=True)
     sequence_N = torch.from_numpy(inverse).to(values_N.device)
     count = int(inverse.max()) + 1 if len(inverse) else 0

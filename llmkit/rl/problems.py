@@ -1,4 +1,4 @@
-"""Problems as the policy reads them."""
+"""Problems as token ids for the policy."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from llmkit.io.records import OUTSIDE, BadRecords, Row
 from llmkit.rewards import Weighted
 from llmkit.training.finetuning import Tuning
 
-LEAST_MAX_TOKENS = 256  # of an attempt, where the context has room: short answers do not say how long a model reasons
-MAX_TOKENS_SHARE = 0.95  # of the problems, and of the answers, decide the default; a few long ones do not
+LEAST_MAX_TOKENS = 256  # per rollout, if the context has room: short answers may need long reasoning
+MAX_TOKENS_SHARE = 0.95  # quantile of prompt and answer lengths that determines the default: a few long ones do not
 
 NOT_USED = {f"{name!r} not used" for name in TOOL_FIELDS}
 
 
 @dataclass(frozen=True)
 class EncodedProblem:
-    """A problem, as the policy is asked it, and its tokens."""
+    """A problem with its prompt as token ids."""
 
     problem: Problem
     prompt_ids: Sequence[int]
-    losses: tuple[str, ...] = ()  # what of the problem's record is not asked
-    tools: ToolUse | None = None  # in the place of the policy's
+    losses: tuple[str, ...] = ()  # fields of the record that the prompt does not use
+    tools: ToolUse | None = None  # replaces the policy's tools
 
 
 def load_problems(
@@ -46,15 +46,15 @@ def load_problems(
     columns: Mapping[str, str] = {},
     tools: ToolUse | None = None,
 ) -> tuple[list[EncodedProblem], int]:
-    """The problems of files in tokens, and the tokens of an attempt. These are, where `max_tokens` is None, twice those
-    of the answers, 256 at least, as far as the context has room for them.
+    """Read problems from files and encode them; return them and the maximum tokens of a rollout.
 
-    An assistant is asked in its format, with `system` before problems that have no system message; a base model's
-    prompt is text. `tools` may be called, and functions that a problem offers, which nobody runs. A problem that with
-    its attempt is longer than the context is left out, and counted. Bad records are those that a reward cannot judge,
-    and conversations with a base model, too.
+    If `max_tokens` is None, it is twice the length of the answers and at least 256, if the context has room. The prompt
+    has the assistant's chat format, with `system` for problems without a system message; for a base model it is text.
+    `tools` may be called, and functions that a problem offers, which are not run. Problems longer than the context with
+    their rollout are left out and counted. Records that a reward cannot judge are bad, and conversations for a base
+    model.
 
-    Raises UserError for a reward that cannot judge this policy, and where no problem is left.
+    Raises UserError if a reward cannot judge this policy, or no problem is left.
     """
     for weighted in rewards:
         weighted.reward.check_policy(tuning.tokenizer)
@@ -74,7 +74,7 @@ def load_problems(
         room = max(1, tuning.context - _at_share([len(item.prompt_ids) for item in read]))
         max_tokens = min(room, max(LEAST_MAX_TOKENS, 2 * longest))
         if max_tokens == room:
-            say(f"--max-tokens {max_tokens}: what the context of {tuning.context} leaves beside the problems", quiet)
+            say(f"--max-tokens {max_tokens}: all that the context of {tuning.context} leaves after the problems", quiet)
         elif max_tokens > LEAST_MAX_TOKENS:
             say(f"--max-tokens {max_tokens}: twice the {longest} tokens of long answers in the data", quiet)
     encoded = [item for item in read if len(item.prompt_ids) + max_tokens <= tuning.context]
@@ -90,14 +90,16 @@ def load_problems(
 
 
 def _at_share(lengths: Sequence[int]) -> int:
-    """The length that a share of `MAX_TOKENS_SHARE` does not exceed."""
+    """Return the `MAX_TOKENS_SHARE` quantile of the lengths."""
     return sorted(lengths)[int(MAX_TOKENS_SHARE * (len(lengths) - 1))] if lengths else 0
 
 
 def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: ToolUse | None) -> EncodedProblem:
     if not tuning.is_assistant:
         if problem.messages:
-            raise UserError(f"{problem.where}: a conversation, but {tuning.folder} is a base model; use llmkit sft")
+            raise UserError(
+                f"{problem.where}: a conversation, but {tuning.folder} is a base model; tune it with llmkit sft"
+            )
         return EncodedProblem(problem, prompt_ids(tuning.tokenizer, problem.prompt))
     messages = problem.messages or (message("user", problem.prompt),)
     if system is not None and messages[0].role != "system":
@@ -115,7 +117,7 @@ def _encode(problem: Problem, tuning: Tuning, system: str | None, tools: ToolUse
 
 
 def digest(encoded: Iterable[EncodedProblem]) -> str:
-    """A hash of what is asked, and of all that it is judged by."""
+    """Return a hash of the prompts and of the records that they are judged by."""
     hasher = sha256()
     for item in encoded:
         hasher.update(dump_json([list(item.prompt_ids), item.problem.record], default=str))
@@ -123,7 +125,7 @@ def digest(encoded: Iterable[EncodedProblem]) -> str:
 
 
 def report_overlap(problems: Sequence[EncodedProblem], held_out: Sequence[EncodedProblem], quiet: bool) -> None:
-    """Say how many of the problems are held out, too, exactly or nearly."""
+    """Report how many of the problems are also held out, exactly or nearly."""
     overlap = Overlap.of_texts(encoded.problem.prompt for encoded in held_out)
     overlap.compare_texts(encoded.problem.prompt for encoded in problems)
     overlap.report(quiet)

@@ -1,7 +1,7 @@
-"""Rollouts: attempts at problems, the rows in which they are trained on, and their log.
+"""Rollouts: attempts at problems, the packed rows to train on, and their log.
 
-`rollouts.jsonl` has a line for each attempt, {"prompt", "completion", ...}, which sft and `train-reward --score` read
-as they read any other file; sft reads the `messages` of an attempt that called tools.
+`rollouts.jsonl` has a line per rollout, {"prompt", "completion", ...}, which sft and `train-reward --score` can read;
+sft reads the `messages` of a rollout with tool calls.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from llmkit.training.distributed import world
 T = TypeVar("T")
 R = TypeVar("R")
 ROLLOUTS = "rollouts.jsonl"
-SHORTEST_ROW, LONGEST_ROW = 128, 512  # tokens; attention costs the square of a row, and padding grows in short ones
+SHORTEST_ROW, LONGEST_ROW = 128, 512  # tokens; attention is quadratic in the row, and short rows have more padding
 
 
 @dataclass
 class Rollout:
     """One attempt at a problem.
 
-    step       of training that it is for, from 1; 0 in an evaluation
-    group      number of the group, counted over the whole run; all attempts of a group answer one prompt
-    rewards    by name, without their weights
-    reward     their weighted sum, and what overlong handling takes away; NaN where one could not judge it
-    judged     whether all could
-    trained    whether it has a part in the loss
-    parts      texts, calls and results, where a tool was called
-    advantage  of every token of it
+    step       training step, from 1; 0 in an evaluation
+    group      number of its group in the run; the rollouts of a group answer one prompt
+    rewards    by name, without weights
+    reward     their weighted sum, minus the length penalty; NaN if a reward could not judge it
+    judged     whether all rewards could judge it
+    trained    whether it is in the loss
+    parts      texts, calls and results, if it called a tool
+    advantage  of each of its tokens
     reference_logprobs  float32, of each token of the completion under the reference; None without one
     """
 
@@ -73,30 +73,29 @@ class Rollout:
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and completion."""
+        """Token ids of prompt and completion."""
         return [*self.prompt_ids, *self.completion.token_ids]
 
     @property
     def token_count(self) -> int:
-        """Tokens that the policy chose."""
+        """Number of tokens that the policy sampled."""
         return sum(self.completion.sampled)
 
     @property
     def divergence(self) -> float:
-        """log(policy / reference) of the whole attempt, whose mean is the divergence; 0 without a reference."""
+        """log(policy / reference) of the rollout, whose mean is the KL; 0 without a reference."""
         if self.reference_logprobs is None:
             return 0.0
         chosen = np.array(self.completion.sampled, bool)
         return float((np.array(self.completion.logprobs) - self.reference_logprobs)[chosen].sum())
 
     def as_attempt(self, max_tokens: int) -> Attempt:
-        """Return what rewards take."""
+        """Return the input of rewards."""
         text, reason, calls = self.completion.text, self.completion.finish_reason, self.completion.tool_calls
         return Attempt(self.problem, text, self.token_count, reason, max_tokens, calls)
 
     def record(self) -> dict[str, Any]:
-        """The line of the log. Where a tool was called it has `messages`, which teach sft the call, as the text of
-        the completion would not."""
+        """Return the line of the log. With tool calls it has `messages`, from which sft can learn the calls."""
         problem, completion = self.problem, self.completion
         thought, answer = split_thoughts(completion.text)
         prompt: Any = problem.prompt
@@ -127,9 +126,9 @@ class Rollout:
 
 
 def map_shares(items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
-    """Have each process work on its share of the items; the results of all, in every process.
+    """Have each rank work on its share of the items, and return all results on every rank.
 
-    A UserError that one raises is raised in all, as a SharedError.
+    If a rank raises UserError, all raise SharedError.
     """
     if world().size == 1:
         return work(items)
@@ -137,7 +136,7 @@ def map_shares(items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> li
     own: list[R] | UserError
     try:
         own = work(items[first:stop])
-    except UserError as error:  # the others wait for this process's results
+    except UserError as error:  # the other ranks wait for this one's results
         own = error
     gathered = world().gather(own)
     if failed := next((part for part in gathered if isinstance(part, UserError)), None):
@@ -155,9 +154,9 @@ def sample_attempts(
     step: int = 0,
     tools: ToolUse | None = None,
 ) -> list[list[Rollout]]:
-    """Sample a group of attempts at each problem, numbered from `first`; each process samples its share of them.
+    """Sample a group of rollouts for each problem, numbered from `first`; each rank samples its share.
 
-    Random numbers are those of a group and a sample, whoever draws them. Raises UserError for a prompt without room.
+    Random numbers depend on the group and the sample only, not on the rank. Raises UserError if a prompt is too long.
     """
     requests = [
         Request(encoded.prompt_ids, group, max_tokens, seed, number, encoded.problem.where, tools=encoded.tools)
@@ -181,7 +180,7 @@ def sample_attempts(
 
 
 def set_rewards(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_tokens: int) -> None:
-    """Have every attempt judged: its rewards, and their total, without which it has no part in the loss."""
+    """Set the rewards of every rollout and their total; a rollout without a total is not trained on."""
     attempts = [rollout.as_attempt(max_tokens) for rollout in rollouts]
     judged = map_shares(attempts, partial(judge, weighted=rewards))
     for rollout, (by_name, total) in zip(rollouts, judged, strict=True):
@@ -190,20 +189,22 @@ def set_rewards(rollouts: Sequence[Rollout], rewards: Sequence[Weighted], max_to
 
 
 def rewards_of(rollouts: Iterable[Rollout]) -> list[float]:
-    """The rewards of those attempts that could be judged."""
+    """Return the rewards of the rollouts that could be judged."""
     return [rollout.reward for rollout in rollouts if rollout.judged]
 
 
 class RolloutLog:
-    """The log of a run. A step's lines are on disk before its update is, and their checksum stands in state/."""
+    """The log of a run. A step's lines are on disk before its update; state/ has their checksum."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._note = path, path.parent / "state" / "rollouts.json"
         self._size, self._digest = 0, blake2b(digest_size=16)
 
     def trim(self, steps: int) -> int:
-        """Drop what a killed run has left of later steps, and half a line; the number of the next group. Raises
-        UserError where lines are others than were written."""
+        """Drop lines of later steps, and a partial line, of a killed run; return the number of the next group.
+
+        Raises UserError if the lines were changed.
+        """
         if not world().leads:
             return world().broadcast(0)
         if self._note.exists():
@@ -212,8 +213,8 @@ class RolloutLog:
                 check_file(self.path)
             self._read(noted["bytes"])
             if (self._size, self._digest.hexdigest()) != (noted["bytes"], noted["checksum"]):
-                raise UserError(f"{self.path}: damaged or edited; put back what was there, or start again with --force")
-            self._note.unlink()  # a kill leaves a shorter file, of which nothing is noted
+                raise UserError(f"{self.path}: damaged or edited; restore it, or start again with --force")
+            self._note.unlink()  # a kill from here on leaves a file without a note
         last = trim_metrics(self.path, steps)
         self._read()
         if self._size:
@@ -221,7 +222,7 @@ class RolloutLog:
         return world().broadcast(0 if last is None else integer(last, "group", str(self.path), 0, at_least=0) + 1)
 
     def _read(self, most: int = sys.maxsize) -> None:
-        """Take the size and checksum of the file's beginning."""
+        """Set size and checksum to those of the file's first `most` bytes."""
         self._size, self._digest = 0, blake2b(digest_size=16)
         with suppress(FileNotFoundError), self.path.open("rb") as handle:
             while block := handle.read(min(BLOCK, most - self._size)):
@@ -233,7 +234,7 @@ class RolloutLog:
         write_sealed(self._note, {"bytes": self._size, "checksum": self._digest.hexdigest()})
 
     def write(self, rollouts: Sequence[Rollout]) -> None:
-        """Add the attempts of a step; the first process does."""
+        """Append the rollouts of a step, on rank 0."""
         if not world().leads:
             return
         lines = b"".join(dump_json(rollout.record()) + b"\n" for rollout in rollouts)
@@ -247,17 +248,17 @@ class RolloutLog:
 
 
 class PolicyRows(NamedTuple):
-    """Rows of attempts, each [B, T].
+    """Rows of rollouts, each [B, T].
 
-    token_ids, targets   int64; the target is the next token where the policy has chosen it, else -100
-    doc_ids, branch_ids  int32, for `Branching`: prompts from 1, 0 for padding; attempts of a prompt from 1, 0 for what
-                         they share of it, which is all but its last token
-    position_ids         int64, of each token in its attempt
-    attempts             int32, the number of the attempt in the batch, from 0
-    logprobs             float32, of each target as it was sampled
+    token_ids, targets   int64; the target is the next token if the policy sampled it, else -100
+    doc_ids, branch_ids  int32, for `Branching`: prompts from 1, 0 for padding; rollouts of a prompt from 1, 0 for the
+                         shared prompt, which is all but its last token
+    position_ids         int64, of each token in its rollout
+    attempts             int32, number of the rollout in the batch, from 0
+    logprobs             float32, of each target under the sampler
     advantages           float32
     weights              float32, of each target in the mean over all targets of the batch
-    reference_logprobs   float32, under the reference; 0 where there is none
+    reference_logprobs   float32, under the reference; 0 without one
     """
 
     token_ids: np.ndarray
@@ -273,17 +274,17 @@ class PolicyRows(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed, without padding."""
+        """Number of tokens without padding."""
         return int((self.doc_ids > 0).sum())
 
     def nothing(self) -> PolicyRows:
-        """One row that predicts nothing, for a process that has no more rows where others have."""
+        """Return one row without targets, for a rank that has run out of rows before the others."""
         row = PolicyRows(*(array[:1] for array in self))
         return row._replace(targets=np.full_like(row.targets, IGNORED))
 
 
 class Place(NamedTuple):
-    """Where an attempt stands: its row, and where the tokens of its completion are predicted."""
+    """Place of a rollout: its row, and the positions that predict its completion."""
 
     row: int
     completion: slice
@@ -292,9 +293,10 @@ class Place(NamedTuple):
 def pack_rollouts(
     rollouts: Sequence[Rollout], weights: Sequence[float], pad: int, share_prompts: bool
 ) -> tuple[PolicyRows, list[Place]]:
-    """Whole attempts in rows, and the place of each; `weights` of the tokens of each.
+    """Pack rollouts into rows; return the rows and the place of each rollout.
 
-    With `share_prompts` a prompt stands once before neighbouring attempts at it, else before each of them.
+    weights        token weight of each rollout
+    share_prompts  whether neighbouring rollouts of a group share one copy of their prompt
     """
     units, length = _units(rollouts, share_prompts)
     bins = best_fit([_size([rollouts[i] for i in unit]) for unit in units], length)
@@ -337,7 +339,7 @@ def pack_rollouts(
 
 
 def _units(rollouts: Sequence[Rollout], share_prompts: bool) -> tuple[list[list[int]], int]:
-    """Attempts by number that stand behind one prompt, and the length of a row."""
+    """Return the indices of rollouts that share a copy of their prompt, and the length of a row."""
     longest = max(_size([rollout]) for rollout in rollouts)
     if not share_prompts:
         return [[index] for index in range(len(rollouts))], max(longest, LONGEST_ROW)
@@ -357,6 +359,6 @@ def _units(rollouts: Sequence[Rollout], share_prompts: bool) -> tuple[list[list[
 
 
 def _size(rollouts: Sequence[Rollout]) -> int:
-    """Tokens of a row that attempts at one prompt take."""
+    """Return the tokens that rollouts with one copy of their prompt take."""
     shared = len(rollouts[0].prompt_ids) - 1
     return shared + sum(len(rollout.completion.token_ids) for rollout in rollouts)

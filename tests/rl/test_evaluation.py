@@ -63,6 +63,6 @@ def test_gaming_is_told_once_and_stops_where_that_is_wanted(capsys, stop):
         trainer.step += 1
         watch.note_evaluation({"val_reward": trainer.step, "val_gold": gold, "val_gold_se": 0.01})
     said = capsys.readouterr().err
-    assert said.count("the reward is gamed: it has gone from 8 to 10") == 1 and said.count("gamed") == 1
+    assert said.count("the reward is gamed: it went from 8 to 10") == 1 and said.count("gamed") == 1
     assert trainer.stopping is stop and (watch.stopped is not None) is stop
     assert ("--stop-on-hack would stop here" in said) is not stop

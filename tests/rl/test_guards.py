@@ -15,7 +15,7 @@ def test_a_difference_above_the_bound_is_told():
     watch = Watch(MagicMock(), 1e-3)
     watch.note_step({"logprob_difference": 1e-4, "reward": 0.0})
     for found in (2e-3, float("nan")):
-        with pytest.raises(UserError, match=r"at most 0\.001 is expected; saved in"):
+        with pytest.raises(UserError, match=r"expected at most 0\.001; saved in"):
             watch.note_step({"logprob_difference": found, "reward": 0.0})
 
 

@@ -47,7 +47,7 @@ def test_a_log_that_was_edited_is_not_gone_on_with(tmp_path):
     log.write([attempt([1], [52], reward=1.0)])
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"completion":"4"', b'"completion":"5"'))
-    with pytest.raises(UserError, match=r"rollouts\.jsonl: damaged or edited; put back what was there, or start again"):
+    with pytest.raises(UserError, match=r"rollouts\.jsonl: damaged or edited; restore it, or start again"):
         RolloutLog(path).trim(9)
     path.write_bytes(written + b'{"step": 7, "group": 999')  # a line that a kill has cut
     assert RolloutLog(path).trim(9) == 1 and path.read_bytes() == written
