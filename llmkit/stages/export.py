@@ -1,4 +1,4 @@
-"""`llmkit export`: a model folder becomes what other programs read: GGUF, another precision, the adapter alone."""
+"""`llmkit export`: convert a model folder to GGUF, to another precision, or to its adapter alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("gguf", "hf", "adapter")
 MAX_SHARD_SIZE = 5 * 10**9
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "q8_0": 34 / 32}  # of a number; q8_0: 32 and their scale
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "q8_0": 34 / 32}  # a number; q8_0: 32 and their scale
 EXAMPLE = {"gguf": "chat.gguf", "hf": "chat-bf16/", "adapter": "adapter/"}
 
 
@@ -51,7 +51,7 @@ class ExportConfig(CommonConfig):
     max_shard_size: int | None = option(
         None, "Maximum size of a weight file [5GB]; hf only.", unit="bytes", at_least=1, metavar="BYTES"
     )
-    limit: None = None  # of the common options: there are no records
+    limit: None = None  # no --limit and --seed: there are no records
     seed: None = None
 
     def reads_stdin(self) -> bool:
@@ -100,7 +100,7 @@ def run(config: ExportConfig) -> Summary | None:
 
 
 def _checked(config: ExportConfig) -> Path:
-    """The output, once all that can be known before the work is in order."""
+    """Check the options before any work; return the output path."""
     check_model_folder(config.model, "llmkit export chat/ --format gguf -o chat.gguf")
     if config.format is None:
         raise UserError(f"--format is required: one of {', '.join(FORMATS)}")
@@ -120,7 +120,7 @@ def _checked(config: ExportConfig) -> Path:
     else:
         out = output_folder(config.out, example)
     if out.resolve() == Path(str(config.model)).resolve():
-        raise UserError(f"{out}: is the model itself; choose another --out")
+        raise UserError(f"{out}: is the model folder itself; choose another --out")
     if not config.dry_run:
         check_output(config.out or str(out), config.force)
     return out
@@ -149,7 +149,7 @@ def _export_folder(config: ExportConfig, out: Path, source: Source, dtype: str) 
     from llmkit.export.writers import write_folder
 
     if not any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        say(f"{config.model}: has no tokenizer.json, and neither will {out}")
+        say(f"{config.model}: has no tokenizer.json, so {out} will have none")
     if config.dry_run:
         return None
     with (

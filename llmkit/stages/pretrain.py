@@ -1,4 +1,4 @@
-"""`llmkit pretrain`: documents and a tokenizer become a base model."""
+"""`llmkit pretrain`: pretrain a base model on documents."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmkit.training.run import Run
     from llmkit.training.trainer import Trainer
 
-LONGEST_ROW = 2048  # tokens, where the context of a model that is trained further is longer
+LONGEST_ROW = 2048  # tokens per row with --from, if the model's context is longer
 FIXED_BY_MODEL = [
     "tokenizer",
     "depth",
@@ -48,7 +48,7 @@ FIXED_BY_MODEL = [
     "num_key_value_heads",
     "tie_word_embeddings",
 ]
-MANY = 20_000_000  # tokens, of which not every run is compared with those of --val: half the time
+MANY = 20_000_000  # tokens; with more, every fourth run of tokens is compared with --val: half the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class PretrainConfig(TrainingConfig, TaskConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures that the command prints; of each source of a mixture its share of the tokens, and the epochs over it."""
+    """Figures that the command prints; `shares` of the tokens and `epochs` by source of a mixture."""
 
     path: str
     steps: int
@@ -140,7 +140,7 @@ def run(config: PretrainConfig) -> Summary | None:
     """Load, build, train, save, summarise. Raises UserError for the user's mistakes, Interrupted after a signal."""
     from llmkit.training.run import Run
 
-    # first what can be refused without the seconds that torch takes to import
+    # first the checks without torch, which takes seconds to import
     run = Run("pretrain", config, "base/")
     if results := run.finished():
         return Summary(**results)
@@ -168,7 +168,7 @@ def run(config: PretrainConfig) -> Summary | None:
     if config.dry_run:
         return None
     derived = {"plan": plan.to_json()}
-    run.begin(identity, derived)  # not before: a plan may be refused
+    run.begin(identity, derived)  # only now: the plan may be refused
     model = (trainer := _trainer(config, plan, run)).model
 
     # train
@@ -199,7 +199,7 @@ def run(config: PretrainConfig) -> Summary | None:
 
 
 def _checked_sources(config: PretrainConfig) -> Sources:
-    """The documents. Raises UserError for files that are not there, also those of the other options."""
+    """Return the sources of documents. Raises UserError for wrong options and missing files."""
     from llmkit.data.shards import document_files  # brings numpy, which --help does without
     from llmkit.data.shares import parse_sources
 
@@ -210,10 +210,10 @@ def _checked_sources(config: PretrainConfig) -> Sources:
     if config.model is not None:
         for item in option_fields(PretrainConfig):
             if item.name in FIXED_BY_MODEL and getattr(config, item.name) not in (None, False):
-                raise UserError(f"{flag_of(item)}: comes from the model of --from {config.model}; leave it out")
+                raise UserError(f"{flag_of(item)}: is set by the model of --from {config.model}; leave it out")
         if config.learning_rate is not None and config.learning_rate > MOST_RATE:
             raise UserError(
-                f"--learning-rate: expected at most {MOST_RATE} with --from, for it is AdamW's, "
+                f"--learning-rate: expected at most {MOST_RATE} with --from, which trains with AdamW, "
                 f"found {config.learning_rate:g}"
             )
         check_model_folder(config.model, "llmkit pretrain docs.jsonl --from base/")
@@ -232,7 +232,7 @@ def _checked_sources(config: PretrainConfig) -> Sources:
 
 
 def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
-    """What the options leave open follows later, from the documents; a wrong shape is refused before they are read."""
+    """Return the planner, which needs the documents for a plan. Raises UserError for a wrong shape of the model."""
     from llmkit.kernels.dispatch import backend
     from llmkit.model.folder import SavedTensors, load_config
     from llmkit.training.plan import Planner
@@ -241,7 +241,7 @@ def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
     if config.model is not None:
         model = load_config(config.model)
         tokenizer.check_fits(model.vocab_size)
-        if not is_remote(config.model):  # others would be fetched by a dry run
+        if not is_remote(config.model):  # a dry run downloads no weights
             SavedTensors(config.model).check_kind()
         context = model.max_position_embeddings
         if config.sequence_length is not None and config.sequence_length > context:
@@ -249,9 +249,9 @@ def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
                 f"--sequence-length: the context of --from {config.model} is {context}, found {config.sequence_length}"
             )
         model = replace(model, max_position_embeddings=config.sequence_length or min(context, LONGEST_ROW))
-    backend(run.device.type)  # an unknown LLMKIT_KERNELS
+    backend(run.device.type)  # raises UserError for an unknown LLMKIT_KERNELS
     planner = Planner(
-        options=cast("PlanOptions", config),  # its fields are read-only, which a protocol of fields cannot say
+        options=cast("PlanOptions", config),  # a protocol cannot declare read-only fields
         vocab_size=tokenizer.vocab_size,
         device=run.device.type,
         seconds_used=lambda: run.seconds,
@@ -265,7 +265,7 @@ def _planner(config: PretrainConfig, tokenizer: Tokenizer, run: Run) -> Planner:
 def _token_shards(
     config: PretrainConfig, sources: Sources, tokenizer: Tokenizer, run: Run
 ) -> tuple[list[TokenShards], TokenShards | None]:
-    """The tokens of each source of documents, and of the held-out ones; a dry run leaves none behind."""
+    """Tokenize each source of documents, and --val; a dry run leaves no files behind."""
     from llmkit.data.overlap import Overlap
     from llmkit.data.shards import document_files, tokenize_documents
 
@@ -308,7 +308,7 @@ def _plan(
     sources: Sources,
     val_shards: TokenShards | None,
 ) -> Plan:
-    """The plan of the run that is resumed, or a new one of the first process, which may measure this machine."""
+    """Return the plan of the resumed run, or a new one from rank 0, which may time this machine."""
     from llmkit.model.devices import check_memory
     from llmkit.training import speed
     from llmkit.training.plan import Plan
@@ -317,7 +317,7 @@ def _plan(
         return Plan.from_json(notes["plan"])
 
     def rate(model: ModelConfig, recipe: Recipe, rows: int, length: int) -> float:
-        """Measure tokens/s; a dry run times no more than a layer."""
+        """Measure tokens/s; a dry run times one layer only."""
         if run.config.dry_run:
             own, _ = speed.expected_tokens_per_second(model, recipe, rows, length, run.device, run.dtype)
         else:
@@ -342,13 +342,13 @@ def _batches(config: PretrainConfig, plan: Plan, corpus: list[TokenShards], sour
     from llmkit.data.batches import Batches
 
     by_part = sources.shares([shards.tokens for shards in corpus])
-    # without the last bits of a product of floats, which would begin .29 of 100 steps at 28
+    # rounded: .29 * 100 is 28.999..., which would begin a phase at step 28
     shares = {int(round(start * plan.total_steps, 6)): shares for start, shares in by_part.items()}
     return Batches(corpus, plan.sequence_length, plan.batch_rows, config.seed, shares)
 
 
 def _say_plan(config: PretrainConfig, plan: Plan, sources: Sources, batches: Batches, run: Run) -> None:
-    """Say what will be done. Raises UserError for what cannot be."""
+    """Print the plan. Raises UserError if the data or the memory do not suffice."""
     from llmkit.data.shares import shares_table
     from llmkit.model.devices import check_batch_memory, check_memory
     from llmkit.training.optimizer import warn_of_long_warmup
@@ -377,7 +377,7 @@ def _say_plan(config: PretrainConfig, plan: Plan, sources: Sources, batches: Bat
             say(f"{name} runs out and repeats: {epochs:.2f} epochs", config.quiet)
     warn_of_long_warmup(plan.warmup_steps, plan.total_steps, config.quiet)
     check_memory(plan.training_memory(run.world.size), run.device)
-    follows = "" if config.batch_tokens else ", which follows from the tokens of the whole training"
+    follows = "" if config.batch_tokens else ", which is derived from the total training tokens"
     check_batch_memory(plan.batch_tokens, f"lower --batch-tokens{follows}")
     if config.dry_run:
         rate, basis = expected_tokens_per_second(
@@ -387,7 +387,7 @@ def _say_plan(config: PretrainConfig, plan: Plan, sources: Sources, batches: Bat
 
 
 def _trainer(config: PretrainConfig, plan: Plan, run: Run) -> Trainer:
-    """The trainer of a new model, or that of --from, divided among the processes."""
+    """Return the trainer of a new model or of --from, sharded over the ranks."""
     from llmkit.model.folder import load_model
     from llmkit.model.transformer import Transformer
     from llmkit.training.distributed import shard

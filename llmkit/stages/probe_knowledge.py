@@ -1,4 +1,4 @@
-"""`llmkit probe-knowledge`: test a model's knowledge, and write conversations that teach it to admit what it lacks."""
+"""`llmkit probe-knowledge`: test what a model knows, and write conversations that teach it to refuse the rest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmkit.probing.refusals import Refusals
 
 STARTED = time.monotonic()
-WRITTEN = ".written.state"  # after --out: the questions that a model has written
+WRITTEN = ".written.state"  # suffix of --out: the questions of --writer
 WORDS = "match"
 
 
@@ -122,7 +122,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
 class Summary:
     """Figures that the command prints when the conversations went to a file.
 
-    `left_out` counts questions by reason; `usage` has the requests and tokens of the writer and the judge in this run.
+    `left_out` counts questions by reason; `usage` has this run's requests and tokens by model.
     """
 
     path: str
@@ -169,7 +169,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         sampler = stack.enter_context(_sampler(config, config.temperature))
         sampler.check()
         models = _models(config, stack, until_written)
-        _ = [asked.chat for asked in (sampler, *(model.sampler for model in models.values()))]  # base models say so now
+        _ = [asked.chat for asked in (sampler, *(model.sampler for model in models.values()))]  # refuses base models
         passages, questions, left_out = _read(config, bad)
         writer = models["writer"].sampler.name if "writer" in models else None
         most = len(passages) * config.per_passage if writer else len(questions)
@@ -209,7 +209,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
 
 
 def _models(config: ProbeKnowledgeConfig, stack: ExitStack, until_written: ExitStack) -> dict[str, ChatModel]:
-    """The "writer" and the "judge", where they are models; not asked yet."""
+    """Open the "writer" and the "judge", if they are models."""
     from llmkit.probing.judges import TEMPERATURE as JUDGE
     from llmkit.probing.judges import ChatModel
     from llmkit.probing.model_questions import TEMPERATURE as WRITER
@@ -233,7 +233,7 @@ def _save(
     left_out: Counter[str],
     answers: Usage | None,
 ) -> Summary:
-    """Write the report, the conversations and their manifest, and say what was found."""
+    """Write the report, the conversations and their manifest, and print the results."""
     from llmkit.probing.judges import check_verdicts
     from llmkit.probing.probe import NAMES, count_by_kind, describe
     from llmkit.probing.refusals import write_lessons
@@ -262,9 +262,9 @@ def _save(
     for line in describe(kinds, left_out, taught, config.balance):
         say(line, config.quiet)
     if names["written_by"] == "embedded":
-        say("the questions were made by patterns: some are clumsy (written_by: embedded)", config.quiet)
+        say("the questions come from patterns: some are clumsy (written_by: embedded)", config.quiet)
     if verdicts[UNREADABLE]:
-        say(f"judgements that could not be read: {verdicts[UNREADABLE]} of {verdicts.total()}", config.quiet)
+        say(f"unreadable judgements: {verdicts[UNREADABLE]} of {verdicts.total()}", config.quiet)
     for name, model in models.items():
         say(f"{name} {model.cost()}", config.quiet)
     usage = {name: asdict(model.sampler.usage) for name, model in models.items()}
@@ -283,7 +283,7 @@ def _save(
     )
 
 
-# ---- what is asked for
+# ---- options
 
 
 def _checked(config: ProbeKnowledgeConfig) -> None:
@@ -291,11 +291,11 @@ def _checked(config: ProbeKnowledgeConfig) -> None:
     if not config.is_served or config.model is not None:
         check_model_folder(config.model, "llmkit probe-knowledge chat/ --questions q.jsonl")
     if config.is_served and (config.max_tokens is None or config.recite):
-        raise UserError("--engine: expected neither --max-tokens none nor --recite beside it")
+        raise UserError("--engine: cannot be combined with --max-tokens none or --recite")
     if config.questions and config.passages:
-        raise UserError("--passages: expected no --questions beside it; they are two runs")
+        raise UserError("--passages: cannot be combined with --questions; make two runs")
     if config.writer is not None and not config.passages:
-        raise UserError("--writer: expected --passages, which it writes questions about")
+        raise UserError("--writer: needs --passages, to write questions about")
     input_files(config.questions)
     input_files(config.passages, text=True)
 
@@ -307,7 +307,7 @@ def _sampler(
     source: str | None = None,
     end_ids: Collection[int] | None = None,
 ) -> AbstractContextManager[Sampler]:
-    """The model under test, or that of another option."""
+    """Open the model under test, or `source` of another option."""
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
 
@@ -329,7 +329,7 @@ def _sampler(
 
 
 def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
-    """The passages, the questions unless a model is to write them, and why others are left out. Raises UserError."""
+    """Read passages and questions (none with --writer), and count the questions left out by reason."""
     columns = parse_columns(config.columns)
     if not config.passages:
         questions, left_out = read_questions(input_files(config.questions or ("-",)), config.limit, bad, columns)
@@ -349,16 +349,16 @@ def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage],
     return passages, questions, Counter()
 
 
-# ---- a run of its own
+# ---- recitation
 
 
 def _recite(config: ProbeKnowledgeConfig, path: str) -> Recited | None:
-    """`--recite FILE`: how much of its documents the model goes on with, word for word."""
+    """Measure how much of the documents of --recite the model continues word for word."""
     from llmkit.probing.recitation import Recital, Recited, describe, summarise, written
 
-    beside = config.questions or config.passages or config.report or config.resume or config.writer
-    if beside or config.judge != WORDS or config.max_tokens is None:
-        raise UserError("--recite: expected neither questions, --report, --resume nor --max-tokens none beside it")
+    others = config.questions or config.passages or config.report or config.resume or config.writer
+    if others or config.judge != WORDS or config.max_tokens is None:
+        raise UserError("--recite: cannot be combined with questions, --report, --resume or --max-tokens none")
     out = config.out or "-"
     _checked(config)
     check_files(config, "probe-knowledge", "report", (STATE, WRITTEN))

@@ -1,4 +1,4 @@
-"""`llmkit report`: runs become one page that shows what every stage did."""
+"""`llmkit report`: show what every stage did on one page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReportConfig(CommonConfig):
     title: str = option("What every stage did", "Heading of the page.")
     records: int = option(40, "Records to show from each file.", at_least=2, at_most=100_000)
     json: bool = option(False, "Figures as one JSON object instead of the page.")
-    seed: None = None  # of the common options: nothing is random
+    seed: None = None  # no --seed: nothing is random
 
     def reads_stdin(self) -> bool:
         """True if help is wanted: without a run there is nothing to do."""
@@ -100,5 +100,5 @@ def _checked(config: ReportConfig) -> str:
     if not config.dry_run:
         check_output(out, config.force, is_file=True)
     if out != "-" and (Path(out).is_dir() or any(Path(out).resolve() == Path(run).resolve() for run in config.runs)):
-        raise UserError(f"{out}: expected a file of its own for the page; choose another --out")
+        raise UserError(f"{out}: expected a new file for the page; choose another --out")
     return out

@@ -1,4 +1,4 @@
-"""`llmkit rl`: a policy tries problems many times, and learns from the attempts that were worth more than others."""
+"""`llmkit rl`: train a policy on rollouts, attempts at problems, weighted by their rewards."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from llmkit.training.run import Run
     from llmkit.training.trainer import Trainer
 
-# of AdamW at a width of 256; docs/experiments.md, "Reinforcement learning"
+# AdamW, width of 256; docs/experiments.md, "Reinforcement learning"
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
-CONCURRENCY = 64  # requests; a server queues what is more than it computes at once
-ATTEMPT_BYTES = 100  # a token of an attempt: id and log-probabilities, as Python has them
+CONCURRENCY = 64  # requests; a server queues those that it cannot batch
+ATTEMPT_BYTES = 100  # per token of a rollout: id and log-probabilities, as Python objects
 RESULTS = ("reward", "success", "val_reward", "val_success", "val_gold")
 
 
@@ -79,14 +79,14 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
         None, "KL coefficient [0; 0.05 with rm:].", group="Algorithm", at_least=0, at_most=1000
     )
 
-    group: int = option(8, "Rollouts per problem.", group="Attempts", at_least=1, at_most=4096)
-    batch_size: int = option(16, "Problems per step.", group="Attempts", at_least=1)
+    group: int = option(8, "Rollouts per problem.", group="Rollouts", at_least=1, at_most=4096)
+    batch_size: int = option(16, "Problems per step.", group="Rollouts", at_least=1)
     max_tokens: int | None = option(
-        None, "Tokens per rollout [by the data's answers, at least 256].", group="Attempts", unit="count", at_least=1
+        None, "Tokens per rollout [by the data's answers, at least 256].", group="Rollouts", unit="count", at_least=1
     )
-    temperature: float = option(1.0, "Sampling temperature.", group="Attempts", at_least=0.05, at_most=10)
-    stop: tuple[str, ...] = option((), "Stop sequence; repeatable.", group="Attempts", metavar="TEXT")
-    system: str | None = option(None, "System message for problems without one.", group="Attempts")
+    temperature: float = option(1.0, "Sampling temperature.", group="Rollouts", at_least=0.05, at_most=10)
+    stop: tuple[str, ...] = option((), "Stop sequence; repeatable.", group="Rollouts", metavar="TEXT")
+    system: str | None = option(None, "System message for problems without one.", group="Rollouts")
 
     max_kl: float | None = option(
         None, "KL from MODEL that ends the run, in nats per rollout.", group="Watch", above=0, free=True
@@ -95,9 +95,9 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
 
     time_budget: float | None = option(None, "Wall-clock limit.", group="Horizon", unit="duration", above=0)
 
-    # no options: what other stages may set is fixed here
+    # options of other stages that are fixed here
     concurrency: int = CONCURRENCY
-    compile: str = "off"  # rows differ in length from step to step, and it was never tried
+    compile: str = "off"  # never tried; rows differ in length from step to step
     micro_batch_size: None = None
     sample_every: None = None  # rollouts.jsonl has every attempt
     warmup_steps: None = None
@@ -111,7 +111,7 @@ class RlConfig(TuningConfig, TaskConfig, ToolConfig, ServedConfig, GoldConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures that the command prints. `success` is the share of right attempts in the last step, with verifiers."""
+    """Figures that the command prints; `success` is the last step's share of right rollouts, with a verifier."""
 
     path: str
     steps: int
@@ -147,10 +147,10 @@ def run(config: RlConfig) -> Summary | None:
 
 
 class Learner:
-    """A policy that learns: what the options ask for is loaded, then attempts are made and trained on step by step.
+    """The loop: sample rollouts of the policy, reward them, train on them.
 
-    group  number of the next group of attempts
-    ended  says in words why there is nothing more to learn
+    group  number of the next group of rollouts
+    ended  why there is nothing more to learn, in words
     spent  seconds of sampling and judging in this step
     """
 
@@ -171,8 +171,8 @@ class Learner:
         config, run, model = self.config, self.run, str(self.config.model)
         run.join()
         if config.is_served and run.world.size > 1:
-            raise UserError("--engine: expected one process, for one server gets the weights; start without torchrun")
-        self._load_rewards(stack)  # whose names are looked at before the model is read
+            raise UserError("--engine: runs in one process; start it without torchrun")
+        self._load_rewards(stack)  # before the model: their names may be wrong
         tuning = load_policy(model, config.system, run.device, run.dtype, config.quantize, config.backend, config.quiet)
         choose_thinking(tuning.tokenizer, config.thinking)
         self.tasks = TaskScores(config.evaluate, tuning.tokenizer, chat=tuning.is_assistant)
@@ -224,7 +224,7 @@ class Learner:
             raise UserError(f"--gold {config.gold}: expected a reward that is not trained on")
 
     def _check_plan(self) -> None:
-        """Say what will be done. Raises UserError where the memory does not hold it."""
+        """Print the plan. Raises UserError if it does not fit into memory."""
         from llmkit.model.devices import check_batch_memory
 
         config, horizon, tokens = self.config, self.horizon, self.max_tokens
@@ -244,7 +244,7 @@ class Learner:
             say(f"--batch-size {config.batch_size}: more than the {known}, so a step repeats some", config.quiet)
 
     def learn(self) -> None:
-        """Make attempts and train on them, until the horizon or until there is a reason to stop."""
+        """Sample rollouts and train on them, until the horizon or a reason to stop."""
         from llmkit.rl.algorithms import set_advantages, token_weights
         from llmkit.rl.evaluation import costs, describe, nothing_to_learn
         from llmkit.rl.policy_loss import policy_figures, reference_logprobs
@@ -259,30 +259,30 @@ class Learner:
             evaluate=self.tasks.beside(validate, self.tuning.model),
             evaluate_first=True,
         )
-        compared, share_prompts = self.reference is not None, run.device.type == "cpu"  # with a mask for torch alone
+        compared, share_prompts = self.reference is not None, run.device.type == "cpu"  # only torch has the mask
         with run.training(trainer), session:
             while trainer.goes_on:
                 with trainer.interruptible():
                     self.spent.clear()
-                    # problems are drawn, attempts at them sampled and rewarded
+                    # draw problems, sample and reward rollouts
                     useful, every = self.sample_groups(trainer.step + 1)
                     if not useful:
                         self.ended = nothing_to_learn(every, rewards, algorithm)
                         break
-                    # attempts are compared with the reference, and with one another
+                    # compare them with the reference, and with each other
                     groups = [[rollout for rollout in group if rollout.judged] for group in useful]
                     rollouts = [rollout for group in groups for rollout in group]
                     if self.reference is not None:
                         reference_logprobs(self.reference, rollouts, config.temperature, share_prompts)
                     set_advantages(algorithm, groups, self.horizon.kl_coef)
-                    # packed into rows, and logged
+                    # pack them into rows, and log them
                     trained = [rollout for rollout in rollouts if rollout.trained]
                     lengths = [rollout.token_count for rollout in trained]
                     weights = token_weights(algorithm.weighting, lengths, self.max_tokens)
                     batch, _ = pack_rollouts(trained, weights.tolist(), self.tuning.pad_id, share_prompts)
                     self.log.write([rollout for group in every for rollout in group])
                     figures = describe(every, rewards) | costs(every, algorithm, self.spent)
-                # trained on
+                # train
                 started = time.monotonic()
                 metrics = trainer.train_step(batch)
                 seconds = max(time.monotonic() - started, 1e-9)
@@ -292,11 +292,11 @@ class Learner:
                 self.watch.note_step(figures)
                 if not self.held_out and self.watch.keeps:
                     self.best.keep(trainer.step)
-                trainer.end_step(metrics | figures)  # evaluates where it is time to
+                trainer.end_step(metrics | figures)  # evaluates when due
         self.policy.close()
 
     def _begin(self) -> Trainer:
-        """Begin the folder, or go on with it: the trainer, the log of attempts and the guards."""
+        """Begin or resume the run folder, with the trainer, the log of rollouts and the guards."""
         from llmkit.rl.monitor import MOST_DIFFERENCE, Watch
         from llmkit.rl.problems import digest
         from llmkit.rl.rollouts import ROLLOUTS, RolloutLog
@@ -314,7 +314,7 @@ class Learner:
             updates_per_batch=config.updates,
             micro_batch_tokens=MICRO_BATCH_TOKENS,
             memory_advice="lower --max-tokens",
-            spike_nats=float("inf"),  # this loss does not measure progress
+            spike_nats=float("inf"),  # the loss does not measure progress
             shown="reward",
         )
         schedule = Schedule(self.horizon.warmup_steps, DECAY_FRACTION)
@@ -327,19 +327,19 @@ class Learner:
         return trainer
 
     def sample_groups(self, step: int) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-        """The groups to train on, none where no round had one, and all that were sampled for them."""
+        """Sample the groups of a step; return those to train on (none without a signal), and all of them."""
         from llmkit.data.batches import shuffled
         from llmkit.rl.algorithms import ROUNDS_WITHOUT_SIGNAL, groups_missing, is_informative, penalise_length, teaches
         from llmkit.rl.rollouts import rewards_of
 
         wanted, size = self.config.batch_size, len(self.problems)
         sampler = self.policy.sampler(self.config.temperature)
-        order = cache(partial(shuffled, size, self.config.seed))  # of an epoch
+        order = cache(partial(shuffled, size, self.config.seed))  # by epoch
         every: list[list[Rollout]] = []
         useful: list[list[Rollout]] = []
         for _ in range(ROUNDS_WITHOUT_SIGNAL):
             useful, count = [], wanted
-            while count > 0:  # groups that teach nothing are replaced by those of the next problems
+            while count > 0:  # replace groups without a signal by those of the next problems
                 numbers = range(self.group, self.group + count)
                 drawn = [self.problems[order(number // size)[number % size]] for number in numbers]
                 groups = self.attempt(drawn, sampler, self.config.group, step=step, first=self.group)
@@ -352,7 +352,7 @@ class Learner:
                 count = groups_missing(wanted, len(useful), len(every))
             if is_informative(rewards_of(rollout for group in useful for rollout in group)):
                 break
-            useful = []  # a batch all of whose attempts are worth the same
+            useful = []  # all rewards of the batch are equal
         used = {group[0].group for group in useful[:wanted]}
         for rollout in (rollout for group in every for rollout in group):
             rollout.trained &= rollout.group in used
@@ -361,7 +361,7 @@ class Learner:
     def attempt(
         self, problems: Sequence[EncodedProblem], sampler: Sampler, group: int, *, step: int, first: int
     ) -> list[list[Rollout]]:
-        """Sample a group of attempts at each problem, numbered from `first`, and have them rewarded."""
+        """Sample and reward a group of rollouts for each problem, numbered from `first`."""
         from llmkit.rl.rollouts import sample_attempts, set_rewards
 
         started = time.monotonic()
@@ -373,7 +373,7 @@ class Learner:
         return groups
 
     def evaluate(self) -> dict[str, float]:
-        """Try the held-out problems: `val_reward` and others of `describe`; with --gold `val_gold`, `val_gold_se`."""
+        """Evaluate on the held-out problems: `val_reward` and more; with --gold `val_gold` and `val_gold_se`."""
         from llmkit.rl.evaluation import HELD_OUT_GROUP, describe, gold_figures, gold_rewards, write_disagreements
 
         samples = self.config.eval_samples
@@ -391,7 +391,7 @@ class Learner:
         return scores
 
     def rehearse(self) -> None:
-        """Try one step, for --dry-run: where the policy stands, and what a step takes; nothing is changed."""
+        """Try one step, for --dry-run: print its rewards and its cost, and change nothing."""
         from llmkit.rl.evaluation import rehearse
 
         config, rewards, tokens, steps = self.config, self.rewards, self.max_tokens, self.horizon.steps
@@ -402,16 +402,16 @@ class Learner:
             say(line, config.quiet)
 
     def write_policy(self, folder: Path) -> None:
-        """Write the policy as it is now, in the precision that it is trained in."""
+        """Write the current policy, in its working precision."""
         from llmkit.model.folder import save_model
         from llmkit.training.finetuning import save_tuned
 
         save_tuned(self.tuning, self.optimizer.masters(), folder, write=partial(save_model, dtype=self.run.dtype))
 
     def save(self) -> Summary | None:
-        """Say why the loop has ended, and write the folder, in the first process: the best parameters, else the last.
+        """Print why the loop ended, and on rank 0 write the folder, with the best parameters or the last.
 
-        Raises UserError where no step was made.
+        Raises UserError if no step was made.
         """
         from llmkit.generation.tool_calls import unavailable_notes
         from llmkit.rewards.reward import ModelReward
@@ -448,16 +448,16 @@ class Learner:
 
 
 def _check(config: RlConfig) -> None:
-    """Raise UserError for what can be known to be wrong before the work."""
+    """Check the options before any work."""
     check_model_folder(config.model, "llmkit rl chat/ --data problems.jsonl")
-    looks_often = config.eval_every and not config.evaluate
-    needing = {"--gold": config.gold, "--eval-every": looks_often, "--eval-samples": config.eval_samples > 1}
+    evaluates_val = config.eval_every and not config.evaluate
+    needing = {"--gold": config.gold, "--eval-every": evaluates_val, "--eval-samples": config.eval_samples > 1}
     if not config.val and any(needing.values()):
-        raise UserError(f"{next(flag for flag, given in needing.items() if given)}: needs --val, problems to look at")
+        raise UserError(f"{next(flag for flag, given in needing.items() if given)}: needs --val, held-out problems")
     if config.stop_on_hack and not (config.gold and config.eval_every):
-        raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
+        raise UserError("--stop-on-hack: needs --gold, the reward to monitor, and --eval-every")
     if config.is_served and config.tools:
-        raise UserError("--tools: expected no --engine beside it; tools are called where attempts are made here")
+        raise UserError("--tools: cannot be combined with --engine; rl runs tools only when it samples itself")
     input_files([*config.data, *config.val])
 
     from llmkit.rl.algorithms import check_group  # brings numpy, which --help does without

@@ -1,4 +1,4 @@
-"""`llmkit sample`: text from a model, from one prompt or from a stream of them."""
+"""`llmkit sample`: generate text from one prompt or a stream of prompts."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from llmkit.generation.prompts import Prompts
     from llmkit.generation.sampler import Sampler
 
-KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the model's content, and its prompts
-OURS, THEIRS = ("device", "dtype", "backend", "batch_size"), ("concurrency", "timeout")  # here, on a server
+KNOWN_OTHERWISE = ("MODEL", "INPUT...", "--limit")  # a resumed run compares the content of model and prompts instead
+OURS, THEIRS = ("device", "dtype", "backend", "batch_size"), ("concurrency", "timeout")  # used here, used with a server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class SampleConfig(RecordsConfig, CommonConfig, DecodingConfig, BackendConfig, T
     )
 
     def __post_init__(self) -> None:
-        """Take a first argument that is no folder for an input where a server generates: MODEL may be left out then."""
+        """With --engine, where MODEL is optional, treat a first argument that is not a model as an input."""
         super().__post_init__()
         if self.is_served and self.model is not None and not is_model(self.model):
             object.__setattr__(self, "inputs", (self.model, *self.inputs))
@@ -216,24 +216,22 @@ def _check_options(config: SampleConfig, out: str) -> None:
     defaults = {item.name: item.default for item in fields(config)}
     for name in OURS if config.is_served else THEIRS:
         if getattr(config, name) != defaults[name]:
-            where = "beside --engine: it is the server's" if config.is_served else "without --engine openai:URL#NAME"
+            where = "with --engine: the server decides" if config.is_served else "without --engine openai:URL#NAME"
             raise UserError(f"--{name.replace('_', '-')}: has no effect {where}")
     if config.is_served and config.max_tokens is None:
-        raise UserError("--max-tokens none: expected a number beside --engine, as servers do")
+        raise UserError("--max-tokens none: expected a number with --engine")
     if config.inputs and not config.jsonl:
         raise UserError(f"{config.inputs[0]}: an input file needs --jsonl; give one prompt by -p or on stdin")
     if config.inputs and config.prompt is not None:
         raise UserError(f"-p and {config.inputs[0]}: expected one or the other, found both")
     if config.resume and (not config.jsonl or out == "-"):
-        raise UserError("--resume: expected --jsonl and --out, whose unfinished file is gone on with")
+        raise UserError("--resume: needs --jsonl and --out")
     if config.logprobs and not config.jsonl:
-        raise UserError("--logprobs: expected --jsonl beside it")
+        raise UserError("--logprobs: needs --jsonl")
     if config.chat and (config.jsonl or config.inputs or config.out or config.shots):
-        raise UserError(
-            "--chat: expected neither files, --jsonl, --out nor examples beside it; -p is its first message"
-        )
+        raise UserError("--chat: cannot be combined with files, --jsonl, --out or --shots; -p is its first message")
     if config.system is not None and not config.chat:
-        raise UserError("--system: expected --chat; in JSONL, put a system message into the record's messages")
+        raise UserError("--system: needs --chat; in JSONL, put a system message into the record's messages")
     input_files(config.inputs)
     if config.jsonl:
         check_unfinished(config.force, config.resume, out + STATE)
@@ -249,7 +247,7 @@ def _wanted(config: SampleConfig) -> str:
 
 
 def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
-    """The records of the input; one without a line where it is --prompt or plain text."""
+    """Yield the records of the input; --prompt or plain text is one record, without a line number."""
     if config.prompt is not None:
         yield Row({"prompt": config.prompt}, "--prompt", 0)
     elif config.jsonl:
@@ -263,7 +261,7 @@ def _rows(config: SampleConfig, bad: BadRecords) -> Iterator[Row]:
 
 
 def _identity(config: SampleConfig, shots: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Collect the options that decide the text, for the check on resuming; model and prompts are compared elsewhere."""
+    """Return the options that determine the text, for --resume; model and prompts are compared elsewhere."""
     shown = sha256(repr(list(shots)).encode()).hexdigest()[:16] if shots else None
     options = {name: value for name, value in lasting_options(config).items() if name not in KNOWN_OTHERWISE}
     return {"what is in --shots": shown} | options

@@ -1,4 +1,4 @@
-"""`llmkit serve`: models behind OpenAI's protocol, and a page to talk to them."""
+"""`llmkit serve`: models behind an OpenAI-compatible API, and a chat page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmkit.serving.models import ServedModel
 
 EXAMPLE = "llmkit serve chat/"
-LOCAL = ("localhost", "127.0.0.1", "[::1]")  # what a browser on this machine may call it
+LOCAL = ("localhost", "127.0.0.1", "[::1]")  # names that a browser on this machine may use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class ServeConfig(DecodingConfig, ToolConfig, CommonConfig):
     queue: int = option(256, "Maximum number of waiting requests per model; more get status 429.", at_least=0)
     timeout: float = option(600, "Timeout of a request.", unit="duration", above=0, free=True)
     seed: int = option(0, "Random seed for requests without one.", group="Common", at_least=0, at_most=LARGEST_INTEGER)
-    out: None = None  # of the common options: there is no output
+    out: None = None  # no --out, --limit and --force: there is no output
     limit: None = None
     force: None = None
 
@@ -76,13 +76,13 @@ def run(config: ServeConfig) -> None:
     keys = _keys(config)
     if not keys and not is_this_machine(config.host.strip("[]")):
         raise UserError(
-            f"--host {config.host}: others could use the model; expected --api-key-file FILE beside an address that is "
-            "not this machine's own"
+            f"--host {config.host}: other machines could use the model; an address that they can reach needs "
+            "--api-key-file FILE"
         )
     guide = None
     if config.guide is not None:
         if config.collect is None:
-            raise UserError("--guide: expected --collect FILE.jsonl beside it, which takes what people judge")
+            raise UserError("--guide: needs --collect FILE.jsonl, for the judgements")
         with open_input(config.guide) as handle:
             guide = read_text(handle, config.guide)
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ def run(config: ServeConfig) -> None:
 
 
 def _names(config: ServeConfig) -> dict[str, str]:
-    """Return the folder of each name. Raises UserError for two of one name."""
+    """Return the folder of each model name. Raises UserError if two have the same name."""
     names: dict[str, str] = {}
     for path in config.models or (None,):
         check_model_folder(path, EXAMPLE)
@@ -135,7 +135,7 @@ def _load(config: ServeConfig, names: dict[str, str], stack: ExitStack) -> list[
     from llmkit.tokenizer.chat import has_chat_tokens, has_own_template
     from llmkit.tokenizer.encoding import load_tokenizer
 
-    chats: set[str] = set()  # a base model beside them gets no tools, instead of an error
+    chats: set[str] = set()  # base models among them get no tools, instead of an error
     if len(names) > 1 and (config.tools or config.thinking != "auto"):
         tokenizers = {name: load_tokenizer(path) for name, path in names.items()}
         chats = {name for name, known in tokenizers.items() if has_chat_tokens(known) or has_own_template(known)}
@@ -181,7 +181,7 @@ def _serve(
             judgements=judgements,
             guide=guide,
         )
-        hosts = () if keys else {*LOCAL, config.host}  # a page of another site has no key
+        hosts = () if keys else {*LOCAL, config.host}  # with keys, a page of another site is refused anyway
         origins = [origin.lower().rstrip("/") for origin in config.allow_origin]
         app = build(service, keys=keys, hosts=hosts, origins=origins)
         address = f"[{host}]" if ":" in host else host

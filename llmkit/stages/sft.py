@@ -1,4 +1,4 @@
-"""`llmkit sft`: conversations turn a base model into an assistant, and preferences make its answers those preferred."""
+"""`llmkit sft`: fine-tune a model on conversations or preferences."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from llmkit.training.trainer import Trainer
 
 PROMPTS = ("Hello, who are you?", "What is the capital of France?")
-LONGEST_CONTEXT = 2048  # tokens of a row, where the model's context is longer
+LONGEST_CONTEXT = 2048  # tokens per row, if the model's context is longer
 EPOCHS, PREFERENCE_EPOCHS = 2.0, 1.0
 CONVERSATION_LOSSES = ("assistant", "answer", "last", "all")
 PREFERENCE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
-PREFERENCE_RATE, PREFERENCE_LORA_RATE = 1e-4, 1e-3  # of AdamW at a width of 256; docs/preferences.md
-ANSWER_TOKENS = 64  # of an answer while training
-SHOWN = 5  # examples of a dry run, and conversations that --not-in left out
-STEPS_OF_A_RUN = 200  # from which the batch follows, within its bounds
+PREFERENCE_RATE, PREFERENCE_LORA_RATE = 1e-4, 1e-3  # AdamW, width of 256; docs/preferences.md
+ANSWER_TOKENS = 64  # of a sample during training
+SHOWN = 5  # examples that a dry run shows, and conversations that --not-in leaves out
+STEPS_OF_A_RUN = 200  # determines the default batch, within its bounds
 SMALLEST_BATCH, LARGEST_BATCH = 1024, 32768  # tokens
-MUCH_MORE = 1.25  # times the epochs that were asked for, which the last step may go beyond
+MUCH_MORE = 1.25  # times the requested epochs, which a full last step may exceed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures that the command prints; with `kept_step`, those behind `val_` are of that, the saved parameters."""
+    """Figures that the command prints; the `val_` ones are those of the saved parameters, of `kept_step`."""
 
     path: str
     steps: int
@@ -148,7 +148,7 @@ class Summary:
     loss: float
     seconds: float
     val_loss: float | None = None
-    val_accuracy: float | None = None  # of a loss of preferences: held-out pairs in order
+    val_accuracy: float | None = None  # preference losses: share of held-out pairs in order
     val_gold: float | None = None
     tasks: dict[str, float] | None = None  # the last scores of --evaluate
     kept_step: int | None = None
@@ -249,10 +249,10 @@ def _write(config: SftConfig, tuning: Tuning, values: Mapping[str, Tensor], find
 
 @dataclass(frozen=True)
 class Lessons:
-    """What is learnt: examples, or comparisons of answers, of which `pack` makes rows of `row_tokens`, and their loss.
+    """Training data and its loss: examples or comparisons of answers, which `pack` puts into rows of `row_tokens`.
 
-    digests  of the sources
-    figures  of a step, by those that the loss has told of its micro-batches
+    digests  hash of each source
+    figures  figures of a step, from those of its micro-batches
     answers  figures of the model's own answers to held-out prompts
     """
 
@@ -278,7 +278,7 @@ def _trainer(
     flops_per_token = tuning.model.config.flops_per_token(mixture.sequence_length)
     flops = flops_per_token * mixture.batch_size * mixture.sequence_length * (steps or STEPS_OF_A_RUN)
     rate, lora_rate = ADAMW_RATE, LORA_LEARNING_RATE
-    if config.loss in PREFERENCE_LOSSES:  # of rows that were never compiled
+    if config.loss in PREFERENCE_LOSSES:  # no flops: never tried with torch.compile
         rate, lora_rate, flops = PREFERENCE_RATE, PREFERENCE_LORA_RATE, None
     optimizer = tuning.build_optimizer(config.learning_rate, config.weight_decay, anchor=rate, lora_anchor=lora_rate)
     settings = TrainerSettings(micro_rows, flops_per_token=flops_per_token)
@@ -299,7 +299,7 @@ def _validation(
 ) -> Callable[[], dict[str, float]] | None:
     """Return a function that evaluates the model on the held-out examples, and may stop the run.
 
-    rows  of the metrics so far
+    rows  metrics so far
     """
     if not lessons.held_out:
         return None
@@ -333,7 +333,7 @@ def _validation(
 def _rehearse(
     config: SftConfig, lessons: Lessons, mixture: Mixture, steps: int | None, micro_rows: int, tuning: Tuning
 ) -> None:
-    """Show some examples on stdout, and say what memory and time a training takes."""
+    """Show some examples on stdout, and estimate the memory and time of the training."""
     from llmkit.reward_model.preferences import answers_of
     from llmkit.training.distributed import world
     from llmkit.training.finetuning import show_examples
@@ -352,7 +352,7 @@ def _rehearse(
 
 
 def _kept(config: SftConfig, work: Path, step: int | None, stopped: str | None) -> dict[str, Any]:
-    """Return `kept_step` and the figures of the best parameters, for the summary; nothing where the last are saved."""
+    """Return `kept_step` and the figures of the best parameters; nothing if the last ones are saved."""
     if step is None:
         return {}
     figures = last_figures(read_metrics(work / METRICS), step)
@@ -363,21 +363,21 @@ def _kept(config: SftConfig, work: Path, step: int | None, stopped: str | None) 
     return {**values, "kept_step": step, **({"stopped": stopped} if stopped else {})}
 
 
-# ---- what is asked for
+# ---- options
 
 
 def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
-    """Check the options; return them, with the files that --not-in names, and the sources of --data."""
+    """Check the options; return them, with --not-in as files, and the files of --data."""
     check_model_folder(config.model, "llmkit sft base/ --data chats.jsonl")
     if config.patience is not None and not (config.val and config.eval_every):
-        raise UserError("--patience: needs --val and --eval-every, to see whether there is a gain")
+        raise UserError("--patience: needs --val and --eval-every, to measure improvement")
     if config.eval_every is not None and not (config.val or config.evaluate):
-        raise UserError("--eval-every: needs --val, conversations to look at, or --evaluate, tasks")
+        raise UserError("--eval-every: needs --val, held-out conversations, or --evaluate, tasks")
     if config.keep_adapter and config.lora_rank is None:
         raise UserError("--keep-adapter: needs --lora-rank; there is no adapter otherwise")
     _check_loss(config)
     if config.system == "identity" and config.identity is None:
-        raise UserError("--system identity: needs --identity, whose facts it states")
+        raise UserError("--system identity: needs --identity, which it is generated from")
 
     from llmkit.data.examples import parse_data  # brings numpy, which --help does without
     from llmkit.data.identity import parse_identity
@@ -390,7 +390,7 @@ def _checked(config: SftConfig) -> tuple[SftConfig, list[DataFile]]:
 
 
 def _check_loss(config: SftConfig) -> None:
-    """Raise UserError for an option that the loss of the run has no use for."""
+    """Raise UserError for an option that --loss does not use."""
     used_by = {
         "beta": PREFERENCE_LOSSES,
         "label_smoothing": ("dpo", "simpo"),
@@ -401,21 +401,21 @@ def _check_loss(config: SftConfig) -> None:
     }
     for name, losses in used_by.items():
         if getattr(config, name) not in (None, ()) and config.loss not in losses:
-            those = f"{', '.join(losses[:-1])} or {losses[-1]}" if losses[1:] else losses[0]
+            expected = f"{', '.join(losses[:-1])} or {losses[-1]}" if losses[1:] else losses[0]
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag}: expected --loss {those}, found {config.loss}, which has no use for it")
+            raise UserError(f"{flag}: expected --loss {expected}, found {config.loss}, which does not use it")
     if config.gold and (not config.val or config.patience):
-        raise UserError("--gold: expected --val, prompts to answer, and no --patience, which chooses by the loss")
+        raise UserError("--gold: needs --val, for its prompts, and no --patience, which selects by the loss")
     if config.stop_on_hack and not (config.gold and config.eval_every):
-        raise UserError("--stop-on-hack: needs --gold, a reward to watch, and --eval-every, how often to look")
+        raise UserError("--stop-on-hack: needs --gold, the reward to monitor, and --eval-every")
     if config.on_long == "split" and config.loss in PREFERENCE_LOSSES:
         raise UserError(f"--on-long split: expected truncate, drop or error with --loss {config.loss}")
 
 
 def _row_tokens(config: SftConfig, context: int) -> int:
-    """The length of a row, which the model's context bounds."""
+    """Return the tokens per row. Raises UserError if they exceed the model's context."""
     if config.sequence_length is not None and config.sequence_length > context:
-        raise UserError(f"--sequence-length: the model's context is {context}, found {config.sequence_length}")
+        raise UserError(f"--sequence-length: expected at most {context}, the context, found {config.sequence_length}")
     return config.sequence_length or min(context, LONGEST_CONTEXT)
 
 
@@ -424,7 +424,7 @@ def _epochs(config: SftConfig) -> float:
 
 
 def _mixture(config: SftConfig, lessons: Lessons, tuning: Tuning) -> Mixture:
-    """Batches of as many rows as make some 200 steps of the data, within bounds."""
+    """Return batches, by default of a size that makes about 200 steps of the data."""
     from llmkit.data.batches import Mixture
     from llmkit.model.devices import check_batch_memory
 
@@ -438,7 +438,7 @@ def _mixture(config: SftConfig, lessons: Lessons, tuning: Tuning) -> Mixture:
 
 
 def _horizon(config: SftConfig, mixture: Mixture) -> tuple[int | None, int]:
-    """The steps of the run, None under a time budget, and those of its warmup."""
+    """Return the steps of the run (None with a time budget) and of its warm-up."""
     steps = None
     if config.time_budget is None:
         steps = config.max_steps or mixture.steps_for(config.tokens or _epochs(config) * mixture.inputs)
@@ -448,7 +448,7 @@ def _horizon(config: SftConfig, mixture: Mixture) -> tuple[int | None, int]:
 def _preferences(
     config: SftConfig, files: list[DataFile], tuning: Tuning, context: int, run: Run, gold: list[Weighted]
 ) -> Lessons:
-    """Comparisons of answers, with what the model as it is gives them, where the loss asks for it."""
+    """Read comparisons of answers, with reference log-probabilities if the loss needs them."""
     import numpy as np
 
     from llmkit.data.overlap import read_sources
@@ -494,7 +494,7 @@ def _preferences(
 def _conversations(
     config: SftConfig, files: list[DataFile], tuning: Tuning, row_tokens: int, bad: BadRecords, findings: Findings
 ) -> Lessons:
-    """Examples of conversations; what --not-in leaves out goes to the findings."""
+    """Read examples of conversations; those that --not-in leaves out go to `findings`."""
     from llmkit.data.batches import Source
     from llmkit.data.examples import Examples, read_examples
     from llmkit.data.identity import identity_conversations, parse_identity, system_message
@@ -556,10 +556,10 @@ def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, warmup_ste
     epochs = mixture.epochs(steps)
     say(f"epochs of each source: {', '.join(f'{source.examples.name} {n:.2f}' for source, n in epochs)}", config.quiet)
     taken = sum(source.examples.inputs * n for source, n in epochs) / mixture.inputs
-    asked = _epochs(config)
-    if config.max_steps is None and config.tokens is None and taken > MUCH_MORE * asked:
+    wanted = _epochs(config)
+    if config.max_steps is None and config.tokens is None and taken > MUCH_MORE * wanted:
         say(
-            f"that is {taken:.2g} epochs of all, where {asked:g} were asked for: a step takes up to "
+            f"that is {taken:.2g} epochs in total instead of {wanted:g}: a step takes up to "
             f"{rows * mixture.sequence_length:,} tokens and there are {mixture.inputs:,}; give more data, or a "
             "smaller --batch-tokens or --sequence-length",
             config.quiet,

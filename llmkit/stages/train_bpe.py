@@ -1,4 +1,4 @@
-"""`llmkit train-bpe`: text becomes a byte-level BPE tokenizer that Hugging Face libraries load."""
+"""`llmkit train-bpe`: train a byte-level BPE tokenizer that Hugging Face libraries load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmkit.io.progress import Progress, counted, duration, quantity, say
 from llmkit.io.ranks import available_cores
 from llmkit.io.records import BadRecords
 
-BYTES_PER_SECOND = 30e6  # of English at a vocabulary of 32k, on two cores
+BYTES_PER_SECOND = 30e6  # English, vocabulary of 32k, two cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class TrainBpeConfig(RecordsConfig, CommonConfig):
     min_frequency: int = option(0, "Minimum frequency of a merged pair.", at_least=0)
     limit_bytes: int | None = option(None, "Maximum number of bytes of text to read [all].", unit="bytes", at_least=1)
     compare: tuple[str, ...] = option((), "Tokenizer to compare with; repeatable.", metavar="PATH", reads=True)
-    seed: None = None  # of the common options: nothing is random
+    seed: None = None  # no --seed: nothing is random
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""

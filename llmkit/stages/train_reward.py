@@ -1,4 +1,4 @@
-"""`llmkit train-reward`: preferences turn a model into a judge of answers; `--score` lets it judge."""
+"""`llmkit train-reward`: train a reward model on preferences; with `--score`, score completions with one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from llmkit.training.run import Run
     from llmkit.training.trainer import Trainer
 
-LEARNING_RATE = 1.5e-3  # of AdamW at a width of 256; docs/experiments.md, "Reward models"
+LEARNING_RATE = 1.5e-3  # AdamW, width of 256; docs/experiments.md, "Reward models"
 EVALUATION = "evaluation.json"
-FEW = 50  # comparisons, from which no temperature can be fitted
+FEW = 50  # comparisons: too few to fit a temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class TrainRewardConfig(TuningConfig):
 
     epochs: float | None = option(None, "Passes over the data [1].", group="Horizon", above=0)
     batch_size: int = option(32, "Comparisons per step, approximately.", group="Training", at_least=1)
-    sample_every: None = None  # of the trainer's options: a judge says nothing that could be shown
+    sample_every: None = None  # a reward model writes no text to show
 
     def reads_stdin(self) -> bool:
         """True if stdin is the input."""
@@ -111,7 +111,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Scored:
-    """Figures that the command prints when the records went to a file, or after an evaluation alone."""
+    """Figures that --score prints: `counts` if the records went to a file, or the `evaluation` on --val."""
 
     path: str | None = None
     counts: dict[str, int] | None = None
@@ -181,7 +181,7 @@ def run(config: TrainRewardConfig) -> Summary | Scored | None:
 
 
 def _checked(config: TrainRewardConfig) -> list[DataFile]:
-    """The files of --data, once all that can be known before the work is in order."""
+    """Check the options before any work; return the files of --data."""
     if len(config.inputs) != 1:
         actual = f"{len(config.inputs)} ({' '.join(config.inputs)})" if config.inputs else "none"
         raise UserError(
@@ -189,7 +189,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
         )
     check_model_folder(config.inputs[0], "llmkit train-reward chat/ --data prefs.jsonl")
     if config.rank:
-        raise UserError("--rank: expected --score, whose completions are ranked")
+        raise UserError("--rank: needs --score, whose completions it ranks")
     from llmkit.data.examples import parse_data  # brings numpy, which --help does without
 
     input_files(config.val)
@@ -199,7 +199,7 @@ def _checked(config: TrainRewardConfig) -> list[DataFile]:
 def _read_all(
     config: TrainRewardConfig, files: Sequence[DataFile], tuning: Tuning, bad: BadRecords
 ) -> tuple[list[Comparisons], list[Comparisons], list[str]]:
-    """Comparisons to learn from, those held out, and a digest of each source."""
+    """Read the training comparisons and the held-out ones, with a digest of each source."""
     from llmkit.data.overlap import read_sources
 
     read = _reader(config, tuning.chat, tuning.context, bad)
@@ -215,7 +215,7 @@ def _read_all(
 def _reader(
     config: TrainRewardConfig, chat: ChatFormat, context: int, bad: BadRecords
 ) -> Callable[..., tuple[Comparisons, str]]:
-    """`read_comparisons` with the options of the command; it is called with a name and its files."""
+    """Return `read_comparisons` with the options of the command, to call with a name and files."""
     from llmkit.reward_model.comparisons import read_comparisons
 
     options = {"on_long": config.on_long, "limit": config.limit, "quiet": config.quiet}
@@ -226,7 +226,7 @@ def _reader(
 def _plan(
     config: TrainRewardConfig, files: Sequence[DataFile], training: list[Comparisons], tuning: Tuning, pad: int
 ) -> tuple[Mixture, int]:
-    """The batches and the number of steps."""
+    """Return the batches and the number of steps."""
     import numpy as np
 
     from llmkit.data.batches import Mixture, Source
@@ -236,7 +236,7 @@ def _plan(
     row_tokens = row_length(np.concatenate([source.sizes for source in training]))
     comparisons = sum(map(len, training))
     if (batch := min(config.batch_size, comparisons)) < config.batch_size:
-        say(f"--batch-size {config.batch_size:,} becomes {batch:,}, for there are no more comparisons", config.quiet)
+        say(f"--batch-size {config.batch_size:,} becomes {batch:,}, the number of comparisons", config.quiet)
     rows = max(1, round(batch * sum(source.inputs for source in training) / comparisons / row_tokens))
     tuning.check_memory(min(config.micro_batch_size or 1, rows) * row_tokens)
     sources = [Source(part, file.weight or float(part.inputs)) for part, file in zip(training, files, strict=True)]
@@ -244,7 +244,7 @@ def _plan(
     steps = config.max_steps or mixture.steps_for((config.epochs or 1) * mixture.inputs)
     say(
         f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
-        f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} or so each; "
+        f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} each, approximately; "
         f"{quantity(tuning.trained_parameters)} parameters trained",
         config.quiet,
     )
@@ -252,7 +252,7 @@ def _plan(
 
 
 def _trainer(run: Run, tuning: Tuning, mixture: Mixture, steps: int, digests: list[str]) -> Trainer | None:
-    """The trainer; of a dry run none, but what training would cost is said."""
+    """Return the trainer; in a dry run print its costs and return None."""
     from llmkit.reward_model.head import ComparisonLoss
     from llmkit.training.optimizer import Schedule, warn_of_long_warmup
     from llmkit.training.speed import batch_seconds
@@ -294,14 +294,14 @@ def _results(
 
 @uploaded("out")
 def _score(config: TrainRewardConfig) -> Scored | None:
-    """`--score FOLDER`: completions in, the same with rewards out; with --val, how good the judge is."""
+    """Add rewards to completions, or with --val evaluate the reward model."""
     for flag, given in (("--data", config.data), ("--resume", config.resume), ("--lora-rank", config.lora_rank)):
         if given:
-            raise UserError(f"{flag}: expected no --score beside it; training and scoring are two runs")
+            raise UserError(f"{flag}: cannot be combined with --score; training and scoring are two runs")
     if config.val and (config.out or config.inputs or config.rank):
-        raise UserError("--val: with --score it evaluates, and nothing is scored; leave out INPUT, --out and --rank")
+        raise UserError("--val: evaluates the model of --score and scores nothing; leave out INPUT, --out and --rank")
     if config.fail_under is not None and not config.val:
-        raise UserError("--fail-under: expected --val beside --score, which gives an accuracy")
+        raise UserError("--fail-under: needs --val with --score, for an accuracy")
     from llmkit.model.devices import choose_device, choose_dtype
     from llmkit.reward_model.evaluation import judge
     from llmkit.reward_model.head import load_reward_model
@@ -351,7 +351,7 @@ def _say_evaluation(evaluation: dict[str, Any], quiet: bool) -> None:
     sources = evaluation["by_source"] if len(evaluation["by_source"]) > 1 else {}
     for name, scores in {"held out": evaluation["overall"], **sources, **baselines}.items():
         low, high = scores["accuracy_95"]
-        doubt = " (of too few to be relied on)" if scores["comparisons"] < FEW else ""
+        doubt = " (too few to rely on)" if scores["comparisons"] < FEW else ""
         say(
             f"{name}: accuracy {scores['accuracy']:.3f} (95%: {low:.3f} to {high:.3f}), "
             f"{counted(scores['comparisons'], 'comparison')}; calibration error {scores['ece']:.3f}, "

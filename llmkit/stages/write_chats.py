@@ -1,4 +1,4 @@
-"""`llmkit write-chats`: conversations that models write, by labelling instructions."""
+"""`llmkit write-chats`: generate conversations with a model that follows labelling instructions."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
     source, inputs_hash = _source(config, bad)
     with ExitStack() as stack:
         sampler = stack.enter_context(_sampler(config, "--writer", config.writer, config.temperature))
-        _ = sampler.chat  # a base model says so now
+        _ = sampler.chat  # refuses base models
         writer = Writer(
             sampler,
             source,
@@ -214,7 +214,7 @@ def _save(
     functions, out, total = selection.writer.sampler.tools, config.out or "-", len(selection.indices)
     schemas = [] if functions is None else [tool for tool in functions.schemas if tool["function"]["name"] not in TOOLS]
     pairs, replaces = None if config.pairs is None else 0, config.force or config.resume
-    with ExitStack() as outputs:  # appear together
+    with ExitStack() as outputs:  # both files appear together
         write = outputs.enter_context(open_output(out, replaces))
         write_pair = None if config.pairs is None else outputs.enter_context(open_output(config.pairs, replaces))
         for best, worst, end in selection.kept():
@@ -227,7 +227,7 @@ def _save(
                 write_pair({"prompt": as_record(best.messages[:-1]), "chosen": chosen, "rejected": rejected})
                 pairs += 1
     if pairs is not None and (alike := total - pairs):
-        reason = "the answers are equally good, or one alone is kept"
+        reason = "the answers are equally good, or only one is kept"
         say(f"{alike:,} of {counted(total, 'conversation')} gave no pair: {reason}", config.quiet)
     results = {"conversations": total, "drafts": selection.decided, "pairs": pairs}
     inputs = input_files([str(config.guide), *config.topics, *config.documents], text=True)
@@ -255,7 +255,7 @@ def _save(
     )
 
 
-# ---- what is asked for
+# ---- options
 
 
 def _checked(config: WriteChatsConfig) -> tuple[str, dict[str, float], tuple[str, ...]]:
@@ -270,22 +270,22 @@ def _checked(config: WriteChatsConfig) -> tuple[str, dict[str, float], tuple[str
         raise UserError("--writer: expected a model's folder or openai:URL#NAME, found none")
     if config.answer and (config.turns > 1 or config.language):
         flag = "--turns" if config.turns > 1 else "--language"
-        raise UserError(f"{flag}: has no effect beside --answer, whose prompts are given")
+        raise UserError(f"{flag}: has no effect with --answer, which gives the prompts")
     if config.documents and config.language:
-        raise UserError("--language: has no effect beside --documents, whose questions are in their language")
+        raise UserError("--language: has no effect with --documents, whose language the questions have")
     if config.topics and config.columns:
-        raise UserError("--columns: has no effect beside --topics, whose lines have no fields")
+        raise UserError("--columns: has no effect with --topics, whose lines have no fields")
     languages = tuple(name.strip() for text in config.language for name in text.split(",") if name.strip())
     if languages:
         from llmkit.text.language import check_languages
 
         check_languages(languages, "without --language the writer chooses")
     if config.fail_below is not None and config.judge is None:
-        raise UserError("--fail-below: expected --judge beside it, whose scores it is about")
+        raise UserError("--fail-below: needs --judge, for its scores")
     if config.pairs is not None and config.samples < 2:
-        raise UserError("--pairs: expected --samples 2 or more, of which it takes the best and the worst")
+        raise UserError("--pairs: needs --samples 2 or more, for a best and a worst answer")
     if config.samples > 1 and config.judge is None and not config.answer:
-        raise UserError("--samples: expected --judge, or --answer with answers to check, which tell good from bad")
+        raise UserError("--samples: needs --judge, or --answer with reference answers, to find the best")
     shares = _parse_mix(config)
     input_files([*config.seeds, *config.answer, *config.not_in])
     input_files([*config.topics, *config.documents], text=True)
@@ -297,9 +297,9 @@ def _checked(config: WriteChatsConfig) -> tuple[str, dict[str, float], tuple[str
 
 
 def _check_models(config: WriteChatsConfig, out: str) -> None:
-    """Raise UserError where a finished run had another writer or judge."""
+    """Raise UserError if a finished run had another writer or judge."""
     former = (read_manifest(out) or {}).get("options") or {}
-    for name in ("writer", "judge"):  # of a server the model counts: its address may change
+    for name in ("writer", "judge"):  # a server's address may change, its model may not
         before, now = former.get(name), getattr(config, name)
         if (before or "").rpartition("#")[2].rstrip("/") != (now or "").rpartition("#")[2].rstrip("/"):
             raise UserError(f"{out}: finished with --{name} {before or 'none'}; another starts again with --force")
@@ -310,7 +310,7 @@ def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
 
     useless: dict[str, str] = {}
     if config.answer:
-        useless = dict.fromkeys(("system", "refusals"), "--answer, whose prompts are given")
+        useless = dict.fromkeys(("system", "refusals"), "--answer, which gives the prompts")
     elif config.documents:
         useless = {"refusals": "--documents, which answer their questions"}
     shares = {}
@@ -323,14 +323,14 @@ def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:
         if name not in SHARES or not 0 <= shares[name] <= 1:
             raise UserError(f"--mix: expected NAME=SHARE, such as thinking=0.3, of {', '.join(SHARES)}, found {pair!r}")
         if name == "tools" and not config.tools:
-            raise UserError("--mix tools: expected --tools beside it")
+            raise UserError("--mix tools: needs --tools")
         if name in useless:
-            raise UserError(f"--mix {name}: has no effect beside {useless[name]}")
+            raise UserError(f"--mix {name}: has no effect with {useless[name]}")
     return shares
 
 
 def _source(config: WriteChatsConfig, bad: BadRecords) -> tuple[Source, str]:
-    """The prompts, and a hash of what they are made from. Raises UserError where there are none."""
+    """Return the source of prompts, and a hash of its content. Raises UserError if it is empty."""
     from llmkit.writing.selection import WINDOW
     from llmkit.writing.sources import Documents, Prompts, Seeds, Topics
 
@@ -342,7 +342,7 @@ def _source(config: WriteChatsConfig, bad: BadRecords) -> tuple[Source, str]:
                 lines += read_text(handle, file).splitlines()
         topics = list(dict.fromkeys(topic for line in lines if (topic := " ".join(line.split()))))[: config.limit]
         if not topics:
-            raise UserError(f"{names_of(config.topics)}: expected topics, one a line, found none")
+            raise UserError(f"{names_of(config.topics)}: expected topics, one per line, found none")
         return Topics(topics), _hash(topics)
     if config.seeds:
         tasks = list(dict.fromkeys(read_jsonl(input_files(config.seeds), config.limit, _first_message, bad, columns)))
@@ -363,13 +363,13 @@ def _source(config: WriteChatsConfig, bad: BadRecords) -> tuple[Source, str]:
     if not problems:
         raise UserError(f"{names_of(config.answer)}: expected prompts, found none")
     for problem in problems:
-        if problem.verifier is not None:  # else it is known after the first draft
+        if problem.verifier is not None:  # else chosen by the answer, after the first draft
             check_name(problem.verifier, f"{problem.where}, 'verifier'")
     return Prompts(problems), _hash([problem.record for problem in problems])
 
 
 def _first_message(row: Row) -> str:
-    """The task of a record: what the person says first."""
+    """Return the task of a record: the first user message."""
     prompt = find_prompt(row)
     messages = () if prompt is None else read_messages(row, prompt.entries)
     text = next((message.text.strip() for message in messages if message.role == "user"), "")
@@ -381,7 +381,7 @@ def _first_message(row: Row) -> str:
 def _sampler(
     config: WriteChatsConfig, flag: str, source: str | None, temperature: float
 ) -> AbstractContextManager[Sampler]:
-    """The writer, which has the tools, or the judge."""
+    """Open the writer, with the tools, or the judge."""
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
 
@@ -393,7 +393,7 @@ def _sampler(
         dtype=config.dtype,
         slots=config.batch_size,
         tools=config if flag == "--writer" and not config.dry_run else None,
-        end_at_others=flag == "--writer",  # what a call of a tool that is not there leaves behind is no answer
+        end_at_others=flag == "--writer",  # the text after a call of an unknown tool is not an answer
         concurrency=config.concurrency,
         timeout=config.timeout,
         skip_refused=flag == "--writer",
@@ -401,7 +401,7 @@ def _sampler(
 
 
 def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | None:
-    """A reward model's folder, or an assistant that reads the guide."""
+    """Open the judge: a reward model, or an assistant that reads the guide."""
     if config.judge is None:
         return None
     from llmkit.probing.judges import TEMPERATURE, ChatModel
@@ -415,7 +415,7 @@ def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | No
 
 
 def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:
-    """Raise UserError where no first request of a draft fits a folder's context: every draft would be dropped."""
+    """Raise UserError if no first request fits the writer's context: every draft would be dropped."""
     from llmkit.writing.selection import USELESS
 
     sampler, lengths = writer.sampler, list[int]()
@@ -426,11 +426,11 @@ def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:
         lengths.append(len(sampler.encode(request.prompt, request.tools)))
         if lengths[-1] < sampler.context:
             return
-    without = ", or --mix guide=0, which leaves it out" if writer.source.is_given and shares.get("guide", 1) else ""
+    without = ", or leave it out with --mix guide=0" if writer.source.is_given and shares.get("guide", 1) else ""
     raise UserError(
         f"--writer {sampler.name}: expected room for the guide and a prompt, at least "
-        f"{counted(min(lengths), 'token')}, found a context of {sampler.context:,}; take a "
-        f"writer with a longer one, or a shorter guide{without}"
+        f"{counted(min(lengths), 'token')}, found a context of {sampler.context:,}; use a "
+        f"writer with a longer context, or a shorter guide{without}"
     )
 
 

@@ -99,7 +99,7 @@ def test_nothing_is_lost_on_the_way(filtered):
     assert manifest["options"]["recipe"]["c4"]["min_sentences"] == 5
     shown = (filtered / "stderr").read_text()
     told = [line.split() for line in shown.splitlines()]
-    assert shown.startswith("recipe fineweb with changes by flags\nstep ") and "\x1b" not in shown
+    assert shown.startswith("recipe fineweb with changes from flags\nstep ") and "\x1b" not in shown
     assert any(line[:2] == ["read", "15"] for line in told) and ["lorem_ipsum", "1"] in [line[:2] for line in told]
     names = {path.name for path in filtered.iterdir()} - {"summary.json", "stderr"}
     assert names == {"docs.jsonl", "docs.jsonl.manifest.json", "rejects.jsonl"}
@@ -374,7 +374,7 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
     ("arguments", "message"),
     [
         (["missing.warc.gz"], "missing.warc.gz"),
-        (["missing.warc.gz", "-o", "docs.jsonl"], "can be read: no such file or directory\n"),
+        (["missing.warc.gz", "-o", "docs.jsonl"], "expected a readable file: no such file or directory\n"),
         (["in.jsonl", "--only", "extract,c4", "--skip", "c4"], "both name c4"),
         (["in.jsonl", "--only", "extrac"], "--only: unknown step 'extrac'; did you mean 'extract'?"),
         (["in.jsonl", "--precision"], "--precision"),
@@ -386,7 +386,7 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
         (["in.jsonl", "--recipe", "nowhere.toml"], "nowhere.toml: cannot read the recipe"),
         (["in.jsonl", "--workers", "0"], "--workers: expected at least 1"),
         *(
-            (["in.jsonl", "--only", "pii", flag, value], f"{flag}: needs the step {step}, which is not taken")
+            (["in.jsonl", "--only", "pii", flag, value], f"{flag}: needs the step {step}, which is skipped")
             for flag, value, step in (
                 ("--not-in", "in.jsonl", "contamination"),
                 ("--classifier", "m.bin:good>=0.5", "classifier"),
@@ -433,7 +433,7 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     (tmp_path / "z.jsonl").write_text('{"text": "the last"}\n')
     done = llmkit("crawl-filter", *sorted(tmp_path.glob("*.jsonl")), *command, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "2 parts of the work done already" in done.stderr
+    assert "2 parts already done" in done.stderr
     assert len(lines(tmp_path / "out")) == 4
 
 
@@ -510,7 +510,7 @@ def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
     shown = json.loads(llmkit("report", docs, "--json").stdout)
     assert shown["runs"][0]["stage"] == "crawl-filter"
     refused = llmkit("crawl-filter", text, "-o", docs, "--force")
-    assert refused.returncode == 2 and f"found a folder; a slash at its end asks for one, {docs}/" in refused.stderr
+    assert refused.returncode == 2 and f"found a folder; for a folder write {docs}/" in refused.stderr
 
 
 def test_a_name_that_is_no_utf8_ends_no_run(llmkit, tmp_path):

@@ -389,7 +389,7 @@ def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words:
 def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) -> None:
     o200k = save_assistant(tmp_path / "o200k", "o200k")
     assert "expected text to be split as llama.cpp" in refused(o200k, tmp_path / "m.gguf")
-    assert "is the model itself" in refused(o200k, o200k, format="hf", force=True)
+    assert "is the model folder itself" in refused(o200k, o200k, format="hf", force=True)
     biased = save_assistant(tmp_path / "biased", attention_bias=True, attention_out_bias=True)
     assert "llama.cpp's qwen3 has no attention_bias; --format hf keeps it" in refused(biased, tmp_path / "m.gguf")
     wide = save_assistant(tmp_path / "wide", **FAMILIES["qwen2"], head_dim=24)

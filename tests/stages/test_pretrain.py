@@ -433,11 +433,14 @@ def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, fa
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--hidden-size", "64"], "--hidden-size: comes from the model of --from "),
-        (["--depth", "1"], "--depth: comes from the model"),
-        (["--tie-word-embeddings"], "--tie-word-embeddings: comes from the model"),
-        (["--tokenizer", "tok/"], "--tokenizer: comes from the model"),
-        (["--learning-rate", "1.5"], "--learning-rate: expected at most 1 with --from, for it is AdamW's, found 1.5"),
+        (["--hidden-size", "64"], "--hidden-size: is set by the model of --from "),
+        (["--depth", "1"], "--depth: is set by the model"),
+        (["--tie-word-embeddings"], "--tie-word-embeddings: is set by the model"),
+        (["--tokenizer", "tok/"], "--tokenizer: is set by the model"),
+        (
+            ["--learning-rate", "1.5"],
+            "--learning-rate: expected at most 1 with --from, which trains with AdamW, found 1.5",
+        ),
         (["--sequence-length", "64"], "is 32, found 64"),
         (["--from", "nowhere/"], "nowhere/: expected a model folder, found nothing"),
         (["--from", "{corpus}/tok"], "config.json: not found"),

@@ -231,11 +231,11 @@ def test_what_cannot_be_meant_is_refused(parrot, documents, tmp_path):
     asked = questions(tmp_path / "q.jsonl")
     out = tmp_path / "r.jsonl"
     for options, message in (
-        ({"questions": asked, "writer": str(parrot)}, "--writer: expected --passages, which it writes"),
+        ({"questions": asked, "writer": str(parrot)}, "--writer: needs --passages, to write"),
         ({"questions": asked, "judge": "mtach"}, "--judge: expected the folder of a model, or openai:.*, found mtach"),
         ({"questions": asked, "judge": "openai:localhost"}, "--judge: expected a server and its model, such as"),
         ({"passages": documents, "writer": "openai:#m"}, "--writer: expected a server and its model, such as"),
-        ({"recite": str(documents), "judge": str(parrot)}, "--recite: expected neither"),
+        ({"recite": str(documents), "judge": str(parrot)}, "--recite: cannot be combined"),
     ):
         with pytest.raises(UserError, match=message):
             probe(parrot, out, **options)

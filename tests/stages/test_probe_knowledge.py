@@ -169,8 +169,8 @@ def test_recitals_that_cannot_be(babbler, tmp_path):
     for options, message in (
         ({}, "docs.jsonl: expected documents of more than 32 tokens, found none"),
         ({"max_tokens": 250}, r"expected less than the model's context of 256 tokens"),
-        ({"max_tokens": None}, "--recite: expected neither"),
-        ({"questions": documents}, "--recite: expected neither"),
+        ({"max_tokens": None}, "--recite: cannot be combined"),
+        ({"questions": documents}, "--recite: cannot be combined"),
     ):
         with pytest.raises(UserError, match=message):
             probe(babbler, tmp_path / "r.jsonl", recite=str(documents), **options)
@@ -284,7 +284,7 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
     asked = write(tmp_path / "q.jsonl", PARIS)
     out = tmp_path / "r.jsonl"
     for options, message in (
-        ({"questions": asked, "passages": asked}, "--passages: expected no --questions beside it"),
+        ({"questions": asked, "passages": asked}, "--passages: cannot be combined with --questions"),
         ({"questions": asked, "report": str(out)}, "--report: expected another file than --out"),
         ({"questions": asked, "report": "-"}, "--report: expected a file, found -"),
         ({"questions": tmp_path / "none.jsonl"}, "none.jsonl: expected a readable file"),

@@ -171,7 +171,7 @@ def test_a_baseline_of_the_batch_learns_from_groups_whose_rewards_are_all_equal(
 
 def test_a_run_ends_where_nothing_is_left_to_learn(coin, tmp_path, capsys):
     scripted(coin, tmp_path, "(1, 0 if number in (1, 3) else 1)", max_steps=3)
-    said = "stopping after step 1: nothing left to learn: all attempts at each of 32 problems were worth the same (the"
+    said = "stopping after step 1: nothing left to learn: all attempts at each of 32 problems had the same reward (the"
     assert said in capsys.readouterr().err
 
 
@@ -309,7 +309,7 @@ def judge(tmp_path_factory) -> Path:
 def test_one_attempt_at_a_problem_is_none_to_compare(coin, problems, tmp_path, algo):
     with pytest.raises(UserError, match=f"--group 1: --algo {re.escape(algo)} compares .* reinforce"):
         train(coin, problems, tmp_path / "policy", group=1, algo=algo)
-    with pytest.raises(UserError, match="--group 1 --batch-size 1: expected two attempts"):
+    with pytest.raises(UserError, match="--group 1 --batch-size 1: expected at least two attempts"):
         train(coin, problems, tmp_path / "policy", group=1, batch_size=1, algo="reinforce++")
 
 
@@ -318,7 +318,7 @@ def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, cap
     chat = save_assistant(tmp_path / "chat", context=256)
     train(chat, problems, tmp_path / "policy", max_tokens=None, batch_size=16, dry_run=True)
     said = capsys.readouterr().err
-    assert 200 < int(re.search(r"--max-tokens (\d+): what the context of 256 leaves", said)[1]) < 256
+    assert 200 < int(re.search(r"--max-tokens (\d+): all that the context of 256 leaves", said)[1]) < 256
     assert "8 problems\n" in said and "--batch-size 16: more than the 8 problems" in said
 
 
@@ -343,7 +343,7 @@ MISTAKES = [
     ({"gold": "length"}, "--gold: needs --val"),
     ({"val": ("{problems}",), "gold": "verifier"}, "not trained on"),
     ({"time_budget": 1.0}, "expected one limit of the training length"),
-    ({"model": "{base}", "system": "Be kind."}, "is a base model, which knows no turns"),
+    ({"model": "{base}", "system": "Be kind."}, "is a base model, which has no chat format"),
     ({"reward": ("rm:{judge}",)}, "expected the vocabulary of"),
     ({"val": ("{problems}",), "gold": "spread:{judge}"}, "expected a reward model of several heads, found one"),
     ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),
@@ -417,7 +417,9 @@ def test_a_base_model_is_warned_of(base, tmp_path, capsys):
 def test_a_dry_run_tells_where_the_policy_stands(coin, problems, tmp_path, capsys):
     assert train(coin, problems, tmp_path / "policy", dry_run=True) is None
     told = capsys.readouterr().err
-    assert "of the attempts are right" in told and "of 4 groups tell attempts apart" in told and "GB of memory" in told
+    assert (
+        "of the attempts are right" in told and "of 4 groups have different rewards" in told and "GB of memory" in told
+    )
     assert not list(tmp_path.glob("policy*"))
 
 

@@ -88,9 +88,9 @@ def test_the_policy_that_is_saved_is_the_one_that_was_handed_over_last(base, pro
         (
             "sglang",
             "refuses",
-            r"have other shapes.*update_weights_from_disk\): it did not load the policy.*does it see /",
+            r"have other shapes.*update_weights_from_disk\): it did not load the policy.*can it read /",
         ),
-        ("vllm", "refuses", r"it did not load the policy.*started with VLLM_SERVER_DEV_MODE=1, and does it see /"),
+        ("vllm", "refuses", r"it did not load the policy.*started with VLLM_SERVER_DEV_MODE=1, and can it read /"),
     ],
 )
 def test_a_server_that_lies_ends_the_run_in_one_line(base, problems, kind, lie, said):
@@ -104,7 +104,7 @@ def test_a_server_that_lies_ends_the_run_in_one_line(base, problems, kind, lie, 
 def test_stale_weights_that_the_server_keeps_silent_about_are_seen_in_the_log_probabilities(base, problems):
     with ModelServer(base, "vllm") as server:
         server.lies = {"stale"}
-        said = r"sampler and trainer disagree: .* differ by .* where at most 0.05 is expected; saved in"
+        said = r"sampler and trainer disagree: .* differ by .* expected at most 0.05; saved in"
         with pytest.raises(UserError, match=said):
             train(base, problems, server)
     steps = [row for row in lines(problems.with_name("policy.partial") / "metrics.jsonl") if "reward" in row]
@@ -155,5 +155,5 @@ def test_a_dry_run_leaves_the_server_as_it_is(base, problems):
 
 
 def test_tools_are_called_here_alone(base, problems):
-    with ModelServer(base) as server, pytest.raises(UserError, match="--tools: expected no --engine beside it"):
+    with ModelServer(base) as server, pytest.raises(UserError, match="--tools: cannot be combined with --engine"):
         train(base, problems, server, tools=("calc",))

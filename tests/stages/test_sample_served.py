@@ -237,8 +237,8 @@ def test_a_dry_run_asks_whether_it_is_there(folder, llmkit):
     ("options", "said"),
     [
         ({"tools": "calc"}, "--tools: expected no MODEL beside --engine"),
-        ({"batch_size": "3"}, "--batch-size: has no effect beside --engine"),
-        ({"max_tokens": "none"}, "--max-tokens none: expected a number beside --engine"),
+        ({"batch_size": "3"}, "--batch-size: has no effect with --engine"),
+        ({"max_tokens": "none"}, "--max-tokens none: expected a number with --engine"),
         ({"model": "no/where"}, "no/where: expected a model folder or an input file, found nothing"),
         ({"engine": "http://localhost"}, "--engine: expected a server and its model, such as openai:http"),
         ({"engine": "local", "concurrency": "3"}, "--concurrency: has no effect without --engine"),

@@ -319,7 +319,7 @@ def test_dry_run_says_what_would_be_done(base, chats, llmkit):
 
 def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_path, llmkit):
     said = llmkit("sft", base, "--data", chats, "--epochs", "2", "--dry-run").stderr
-    assert " epochs of all, where 2 were asked for: a step takes up to 1,024 tokens and there are " in said
+    assert " epochs in total instead of 2: a step takes up to 1,024 tokens and there are " in said
     many = tmp_path / "many.jsonl"
     many.write_text(chats.read_text() * 60)
     quiet = [
@@ -328,7 +328,7 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
         [many, "--epochs", "2"],
     ]
     for options in quiet:
-        assert "were asked for" not in llmkit("sft", base, "--data", *options, "--dry-run").stderr
+        assert "in total instead of" not in llmkit("sft", base, "--data", *options, "--dry-run").stderr
 
 
 @pytest.mark.parametrize(

@@ -211,12 +211,12 @@ def test_bad_preferences(base, llmkit, tmp_path, rows, expected):
     [
         (["BASE"], "--out"),
         (["-o", "judge"], "MODEL: expected one model folder"),
-        (["BASE", "-o", "judge", "--rank"], "--rank: expected --score"),
+        (["BASE", "-o", "judge", "--rank"], "--rank: needs --score"),
         (["--score", "BASE"], "expected a reward model, as llmkit train-reward makes it, found no tensor score.weight"),
         (["--score", "nowhere"], "nowhere: expected a reward model's folder, found nothing"),
-        (["--score", "JUDGE", "--data", "x"], "--data: expected no --score"),
-        (["--score", "JUDGE", "--fail-under", "0.5"], "--fail-under: expected --val beside --score"),
-        (["--score", "JUDGE", "--val", "x", "-o", "y"], "--val: with --score it evaluates"),
+        (["--score", "JUDGE", "--data", "x"], "--data: cannot be combined with --score"),
+        (["--score", "JUDGE", "--fail-under", "0.5"], "--fail-under: needs --val with --score"),
+        (["--score", "JUDGE", "--val", "x", "-o", "y"], "--val: evaluates the model of --score"),
         (["BASE", "--data", "-", "--val", "nowhere", "-o", "y"], "nowhere: expected a readable file"),
         (["nowhere", "--data", "x", "-o", "judge"], "nowhere: expected a model folder, found nothing"),
         (["BASE", "--data", "-", "--sample-every", "9", "-o", "y"], "no such option: --sample-every"),
@@ -242,8 +242,8 @@ def test_a_batch_larger_than_the_data_becomes_the_data(base, data, llmkit, tmp_p
     done = llmkit("train-reward", base, *words)
     assert done.returncode == 0, done.stderr
     comparisons = json.loads(done.stdout)["comparisons"]
-    assert f" becomes {comparisons}, for there are no more comparisons" in done.stderr
-    said = re.search(r", (\d+) comparisons or so each", done.stderr)
+    assert f" becomes {comparisons}, the number of comparisons" in done.stderr
+    said = re.search(r", (\d+) comparisons each, approximately", done.stderr)
     assert said is not None and int(said[1]) <= 1.5 * comparisons, done.stderr
 
 

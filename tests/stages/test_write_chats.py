@@ -381,7 +381,7 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
 @pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "plan"])
 @pytest.mark.parametrize(
     ("source", "ends"),
-    [(TOPICS, "a shorter guide\n"), (("--answer", "prompts.jsonl"), "--mix guide=0, which leaves it out\n")],
+    [(TOPICS, "a shorter guide\n"), (("--answer", "prompts.jsonl"), "leave it out with --mix guide=0\n")],
     ids=["topics", "answer"],
 )
 def test_a_guide_longer_than_the_context_is_refused_at_once(place, capsys, source, ends, more):
@@ -392,7 +392,7 @@ def test_a_guide_longer_than_the_context_is_refused_at_once(place, capsys, sourc
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.endswith(ends) and not list(place.glob("chats.jsonl*"))
     assert re.search(
-        r"room for the guide and a prompt, at least [1-9]\d\d tokens, found a context of 64; take a writer", said
+        r"room for the guide and a prompt, at least [1-9]\d\d tokens, found a context of 64; use a writer", said
     )
 
 
@@ -413,7 +413,7 @@ def test_a_long_guide_may_stay_out_of_the_context(place):
             ["--topics", "topics.txt", "--guide", "empty.txt"],
             "empty.txt: expected labelling instructions, found an empty",
         ),
-        (["--topics", "empty.txt"], "empty.txt: expected topics, one a line, found none"),
+        (["--topics", "empty.txt"], "empty.txt: expected topics, one per line, found none"),
         (["--topics", "none.txt"], "none.txt"),
         (["--topics", "none*.txt"], "none*.txt: expected files that match this pattern, found none"),
         (["--seeds", "empty.txt"], "empty.txt: expected tasks, found none"),
@@ -421,21 +421,21 @@ def test_a_long_guide_may_stay_out_of_the_context(place):
         (["--answer", "empty.txt"], "empty.txt: expected prompts, found none"),
         ([], "expected one of --topics, --seeds, --documents and --answer, found none"),
         ([*TOPICS, "--seeds", "seeds.jsonl"], "found --topics and --seeds"),
-        ([*TOPICS, "--pairs", "p.jsonl"], "--pairs: expected --samples 2 or more"),
+        ([*TOPICS, "--pairs", "p.jsonl"], "--pairs: needs --samples 2 or more"),
         (["--answer", "prompts.jsonl", "--samples", "2", "--pairs", "-"], "--pairs: expected a file, found -"),
-        ([*TOPICS, "--samples", "2"], "--samples: expected --judge, or --answer"),
-        ([*TOPICS, "--fail-below", "2"], "--fail-below: expected --judge"),
+        ([*TOPICS, "--samples", "2"], "--samples: needs --judge, or --answer"),
+        ([*TOPICS, "--fail-below", "2"], "--fail-below: needs --judge"),
         ([*TOPICS, "--mix", "thinking=2"], "--mix: expected NAME=SHARE"),
-        ([*TOPICS, "--mix", "tools=1"], "--mix tools: expected --tools"),
+        ([*TOPICS, "--mix", "tools=1"], "--mix tools: needs --tools"),
         ([*TOPICS, "--budget", "5@x"], "--budget: expected tokens, such as 2M, or money"),
         ([*TOPICS, "--language", "en,xx"], "found 'xx'; "),
         ([*TOPICS, "--language", "all"], "found 'all'; without --language the writer chooses"),
-        ([*TOPICS, "--columns", "text=x"], "--columns: has no effect beside --topics"),
-        (["--answer", "prompts.jsonl", "--language", "de"], "--language: has no effect beside --answer"),
-        (["--answer", "prompts.jsonl", "--turns", "2"], "--turns: has no effect beside --answer"),
-        (["--answer", "prompts.jsonl", "--mix", "system=1"], "--mix system: has no effect beside --answer"),
-        (["--documents", "seeds.jsonl", "--mix", "refusals=1"], "--mix refusals: has no effect beside --documents"),
-        (["--documents", "seeds.jsonl", "--language", "de"], "--language: has no effect beside --documents"),
+        ([*TOPICS, "--columns", "text=x"], "--columns: has no effect with --topics"),
+        (["--answer", "prompts.jsonl", "--language", "de"], "--language: has no effect with --answer"),
+        (["--answer", "prompts.jsonl", "--turns", "2"], "--turns: has no effect with --answer"),
+        (["--answer", "prompts.jsonl", "--mix", "system=1"], "--mix system: has no effect with --answer"),
+        (["--documents", "seeds.jsonl", "--mix", "refusals=1"], "--mix refusals: has no effect with --documents"),
+        (["--documents", "seeds.jsonl", "--language", "de"], "--language: has no effect with --documents"),
         (["--answer", "maths.jsonl"], "maths.jsonl:1, 'verifier': expected a verifier among"),
         ([*TOPICS, "--writer", "nowhere/"], "--writer: expected the folder of a model, or openai:"),
         ([*TOPICS, "--writer", "base"], "base"),

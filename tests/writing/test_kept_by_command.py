@@ -109,5 +109,5 @@ def test_pairs_without_a_difference_are_counted(place, capsys):
     summary = json.loads(said.out)
     assert summary["pairs"] == len(lines(place / "pairs.jsonl")) > 0
     alike = summary["conversations"] - summary["pairs"]
-    reason = "the answers are equally good, or one alone is kept"
+    reason = "the answers are equally good, or only one is kept"
     assert alike >= 4 and f"{alike} of {summary['conversations']} conversations gave no pair: {reason}" in said.err
