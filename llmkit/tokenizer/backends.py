@@ -1,8 +1,8 @@
-"""The libraries that can encode text with a tokenizer.json, fastest first, and the proof that one is right.
+"""Libraries that encode text with a tokenizer.json, fastest first, and the check of their ids.
 
-`tokenizers` defines what is right. gigatoken and fastokens are optional and many times faster
-(benchmarks/tokens.py prints how much); each is trusted only after it has given the ids of `tokenizers` on
-hostile strings and on the heads of the documents at hand. tokie was left out: its ids were wrong.
+`tokenizers` is the reference. gigatoken and fastokens are optional and many times faster (benchmarks/tokens.py prints
+how much); each is used only if it gives the same ids as `tokenizers` on adversarial strings and on the beginnings of
+the documents to encode. tokie is not supported: its ids were wrong.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import orjson
 
 from llmkit.io.foreign import no_panic
 
-# One core encodes a whole corpus of this size before the import of awkward (0.3 s, needed by gigatoken's own
-# threads) would pay for itself.
+# gigatoken's threads need awkward; its import (0.3 s) pays off only for larger corpora.
 GIGATOKEN_THREADS_FROM_BYTES = 128 << 20
-CANNOT_ENCODE = "tokenizers cannot encode a text by it; simplify its regular expressions"
+CANNOT_ENCODE = "tokenizers cannot encode a text with it; simplify its regular expressions"
 PROOF_DOCUMENTS, PROOF_CHARACTERS = 64, 1500  # 0.05 s: tokenizers encodes 1.8 MB/s
 
 # fmt: off
@@ -39,13 +38,13 @@ HOSTILE = (
 # fmt: on
 
 
-# Encodes raw texts, in which special tokens are plain text and around which nothing is added, to the ids of all end to
-# end (uint32) and the number of ids of each (int64)
+# Encodes raw texts, with special tokens as plain text and without adding any, to their concatenated ids (uint32) and
+# the number of ids of each text (int64)
 EncodeBatch = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 class TokenizersBackend:
-    """Hugging Face tokenizers: always there, the reference."""
+    """Hugging Face tokenizers: always installed, the reference."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
         from tokenizers import Tokenizer
@@ -62,19 +61,19 @@ class TokenizersBackend:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_specials: bool) -> str:
-        """Return the text of some ids by the tokenizer's own decoder."""
+        """Decode ids with the tokenizer's own decoder."""
         with no_panic("tokenizer.json", "its decoder fails"):
             return self.tokenizer.decode(ids, skip_special_tokens=skip_specials)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As EncodeBatch."""
+        """Encode texts like EncodeBatch."""
         with no_panic("tokenizer.json", CANNOT_ENCODE):
             encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return _joined([np.array(encoding.ids, np.uint32) for encoding in encodings])
 
 
 def fastokens(tokenizer_json: bytes) -> EncodeBatch:
-    """Encode with fastokens, which uses all cores by itself (RAYON_NUM_THREADS limits it)."""
+    """Encode with fastokens, which uses all cores (RAYON_NUM_THREADS limits it)."""
     import fastokens as library
 
     plain = orjson.dumps({**orjson.loads(tokenizer_json), "post_processor": None})  # which would add tokens
@@ -88,10 +87,10 @@ def fastokens(tokenizer_json: bytes) -> EncodeBatch:
 
 
 def gigatoken(tokenizer_json: bytes) -> EncodeBatch:
-    """Encode with gigatoken: one thread at first, its own threads once the corpus is large."""
+    """Encode with gigatoken: in one thread at first, in its own threads once the corpus is large."""
     import gigatoken as library
 
-    spec = orjson.loads(tokenizer_json)  # it has no switch for special tokens
+    spec = orjson.loads(tokenizer_json)  # gigatoken cannot encode special tokens as text: remove them
     spec["added_tokens"] = [token for token in spec.get("added_tokens") or [] if not token["special"]]
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     tokenizer = library.Tokenizer.from_json(orjson.dumps(spec))
@@ -119,9 +118,9 @@ def _joined(pieces: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[str]:
-    """Collect texts that a backend must encode as `tokenizers` does.
+    """Collect texts that a backend must encode like `tokenizers`.
 
-    These are hostile strings, the tokenizer's own added tokens in several neighbourhoods, and the heads of the first
+    These are adversarial strings, the tokenizer's added tokens in several contexts, and the beginnings of the first
     documents.
     """
     templates = ("{0}", "a{0}b", " {0} {0}\n")
@@ -131,7 +130,7 @@ def proof_texts(documents: Sequence[str], added_tokens: Sequence[str]) -> list[s
 
 
 def same_ids(encode_batch: EncodeBatch, reference: TokenizersBackend, texts: Sequence[str]) -> bool:
-    """True if both give the same ids, text for text."""
+    """Return True if both give the same ids for each text."""
     expected_ids, expected_lengths = reference.encode_batch(texts)
     ids, lengths = encode_batch(texts)
     return np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)
@@ -140,9 +139,9 @@ def same_ids(encode_batch: EncodeBatch, reference: TokenizersBackend, texts: Seq
 def fastest_proven(
     tokenizer_json: bytes, reference: TokenizersBackend, texts: Sequence[str], only: str | None = None
 ) -> tuple[str, EncodeBatch]:
-    """Find the fastest library that is installed, takes this tokenizer, and proves the reference's ids on `texts`.
+    """Find the fastest installed library that gives the reference's ids on `texts`; return its name and function.
 
-    Returns its name and its function. `only` names the one library to consider beside the reference.
+    `only` names the single library to try before the reference.
     """
     for make in FASTEST_FIRST:
         if only not in (None, make.__name__):
@@ -153,6 +152,6 @@ def fastest_proven(
                 return make.__name__, encode_batch
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # not installed, or a refusal; a panic in a Rust library is no Exception
+        except BaseException:  # not installed or not supported; a Rust panic does not derive from Exception
             continue
     return "tokenizers", reference.encode_batch

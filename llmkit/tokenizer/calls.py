@@ -1,14 +1,14 @@
-"""Calls of functions in what models write: the forms that families were taught, and which of them a template has.
+"""Tool calls in the output of models: the formats of the model families, and detection of a template's format.
 
-    form = form_of(template_text, call)             # the one that reads the call which a template has written
+    form = form_of(template_text, call)             # the form that parses a call rendered by the template
     form.read('<tool_call>\\n{"name": "rain", "arguments": {"city": "Oslo"}}\\n</tool_call>')
     ->  [Call("rain", {"city": "Oslo"})]
 
-Sources are the chat templates of the families: Hermes 2 Pro, Qwen 2.5 and 3, SmolLM3, Granite 4 (JSON in tags), Qwen 3
-Coder and 3.5, Nemotron 3 (tags alone), GLM 4.5 to 4.7 (keys and values in tags), Llama 3.1 (bare JSON), Mistral
-(`[TOOL_CALLS]`), Granite 3 and Phi-4-mini (a list behind a token), Apriel and Nemotron Nano 2 (a list in tags), OLMo 3
-and LFM2 (calls as in Python), DeepSeek V3 and R1, Kimi K2 and gpt-oss (a name and JSON between tokens), Gemma 4 and
-FunctionGemma (`call:name{key:value}`).
+Sources: the chat templates of Hermes 2 Pro, Qwen 2.5 and 3, SmolLM3, Granite 4 (JSON in tags), Qwen 3 Coder and 3.5,
+Nemotron 3 (only tags), GLM 4.5 to 4.7 (keys and values in tags), Llama 3.1 (bare JSON), Mistral (`[TOOL_CALLS]`),
+Granite 3 and Phi-4-mini (a list after a token), Apriel and Nemotron Nano 2 (a list in tags), OLMo 3 and LFM2 (Python
+calls), DeepSeek V3 and R1, Kimi K2 and gpt-oss (a name and JSON between tokens), Gemma 4 and FunctionGemma
+(`call:name{key:value}`).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from typing import Any, NamedTuple
 
 
 class Call(NamedTuple):
-    """A call of a function by its name, with the values of its arguments."""
+    """A function call: its name and the values of its arguments."""
 
     name: str
     arguments: dict[str, Any]
 
 
-Schemas = Sequence[Mapping[str, Any]]  # of functions, in OpenAI's form
-Reader = Callable[["re.Match[str]", Schemas], list[Call]]  # no calls where one of them is not well formed
+Schemas = Sequence[Mapping[str, Any]]  # function schemas in OpenAI's format
+Reader = Callable[["re.Match[str]", Schemas], list[Call]]  # returns no calls if one of them is malformed
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a model writes calls.
+    """A format of tool calls.
 
     openers  texts and special tokens with which calls begin
     stretch  matches calls in an answer, with their tags or tokens
-    reader   reads what it has matched
-    writing  texts before, between and after calls in JSON, for templates that show functions but render no calls:
-             llmkit then writes them into the answer, and `closer` behind, where the vocabulary has it
+    reader   parses a match of `stretch`
+    writing  texts before, between and after JSON calls, for templates that show functions but render no calls:
+             llmkit then writes the calls into the answer, followed by `closer` if the vocabulary has it
     """
 
     openers: tuple[str, ...]
@@ -52,9 +52,9 @@ class CallForm:
     closer: str = ""
 
     def read(self, text: str, schemas: Schemas = ()) -> list[Call]:
-        """Find the calls in an answer without its end token; none where one of them is not well formed.
+        """Parse the calls in an answer without its end token; return none if one of them is malformed.
 
-        `schemas` tell text from numbers in forms without quotes.
+        `schemas` distinguish strings from numbers in formats without quotes.
         """
         calls: list[Call] = []
         for match in self.stretch.finditer(text):
@@ -65,12 +65,12 @@ class CallForm:
 
 
 def form_of(written: str, call: Call) -> CallForm | None:
-    """Find the form that reads a call as a template has written it; None for a template that has none known."""
+    """Find the form that parses `call` from a template's rendering `written`; None if no known form does."""
     return next((form for form in FORMS if form.read(written) == [call]), None)
 
 
 def response_form(template: dict[str, Any]) -> CallForm | None:
-    """Make a form of transformers' `response_template`; None without transformers 5.13, or for one it refuses."""
+    """Make a form from transformers' `response_template`; None without transformers 5.13."""
     try:
         from transformers.utils.chat_parsing import parse_response
     except ImportError:
@@ -91,7 +91,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _calls(values: Any) -> list[Call]:
-    """Read calls from JSON values; none where one of them is no call."""
+    """Convert JSON values to calls; return none if one of them is not a call."""
     calls = []
     for value in values if isinstance(values, list) else [values]:
         arguments = value.get("arguments", value.get("parameters", {})) if isinstance(value, dict) else None
@@ -105,12 +105,12 @@ def _calls(values: Any) -> list[Call]:
 
 
 def _json_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
-    """Read JSON values that white space or semicolons separate."""
+    """Parse JSON calls separated by white space or semicolons."""
     decoder, text, calls = json.JSONDecoder(strict=False), match[1].strip(), []
     while text:
         try:
             value, end = decoder.raw_decode(text)
-        except (ValueError, RecursionError):  # the latter of a thousand brackets
+        except (ValueError, RecursionError):  # RecursionError: a thousand nested brackets
             return []
         if not (value_calls := _calls(value)):
             return []
@@ -120,7 +120,7 @@ def _json_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
 
 
 def _named(pattern: str) -> Reader:
-    """Make a reader of a name and its arguments in JSON, the groups of a pattern."""
+    """Make a reader of a pattern whose groups are a name and its arguments in JSON."""
     inner = _pattern(rf"\s*{pattern}\s*")
 
     def read(match: re.Match[str], schemas: Schemas) -> list[Call]:
@@ -133,12 +133,12 @@ def _named(pattern: str) -> Reader:
 
 
 def _first(*readers: Reader) -> Reader:
-    """Make a reader of the first of some readers that finds calls."""
+    """Make a reader that returns the calls of the first of `readers` that finds any."""
     return lambda match, schemas: next((calls for read in readers if (calls := read(match, schemas))), [])
 
 
 def _pairs(head: str, pair: str) -> Reader:
-    """Make a reader of a name, behind which keys and values stand in tags, without quotes."""
+    """Make a reader of a name followed by unquoted keys and values in tags."""
     named, each = _pattern(rf"\s*{head}\s*"), _pattern(rf"\s*{pair}\s*")
 
     def read(match: re.Match[str], schemas: Schemas) -> list[Call]:
@@ -155,7 +155,7 @@ def _pairs(head: str, pair: str) -> Reader:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """Read a value that is written without quotes: text where the schema says so, else JSON or a word of Python's."""
+    """Parse an unquoted value: a string if the schema says so, else JSON or a Python literal."""
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
     with suppress(ValueError, RecursionError):
@@ -165,7 +165,7 @@ def _value(text: str, schema: Any) -> Any:
 
 
 class _JSONWords(ast.NodeTransformer):
-    """Replaces JSON's words by values, and pairs of escaped surrogates by the character."""
+    """Replaces true, false and null by their values, and pairs of escaped surrogates by the character."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         words = {"true": True, "false": False, "null": None}
@@ -178,10 +178,10 @@ class _JSONWords(ast.NodeTransformer):
 
 
 def _python_calls(match: re.Match[str], schemas: Schemas) -> list[Call]:
-    """Read calls in Python, with named arguments, in a list or one a line; JSON's words are values, too."""
-    for text in (match[1].strip(), match[1].strip().replace("\n", "\\n")):  # LFM2's template escapes no line breaks
+    """Parse Python calls with keyword arguments, in a list or one per line; true, false and null are allowed."""
+    for text in (match[1].strip(), match[1].strip().replace("\n", "\\n")):  # LFM2's template does not escape newlines
         with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unknown escapes
+            warnings.simplefilter("ignore")  # warnings about unknown escapes
             values = [line.value if isinstance(line, ast.Expr) else None for line in ast.parse(text).body]
             calls = [call for value in values for call in (value.elts if isinstance(value, ast.List) else [value])]
             if all(isinstance(call, ast.Call) and not call.args for call in calls):
@@ -196,7 +196,7 @@ def _python_call(call: Any) -> dict[str, Any]:
 
 
 def _gemma(match: re.Match[str], schemas: Schemas) -> list[Call]:
-    """Read `call:name{key:value}`, whose texts stand between tokens of their own."""
+    """Parse `call:name{key:value}`, whose strings are enclosed by special tokens."""
     strings: list[str] = []
 
     def keep(quoted: re.Match[str]) -> str:
@@ -214,12 +214,12 @@ def _gemma(match: re.Match[str], schemas: Schemas) -> list[Call]:
 
 
 def _between(begin: str, end: str, reader: Reader, or_cut: str = r"|\Z") -> CallForm:
-    """Make the form of calls between two texts or tokens; the second may be missing at the end of the answer."""
+    """Make a form of calls between two texts or tokens; the closing one may be missing at the end of the answer."""
     return CallForm((begin,), _pattern(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}{or_cut})"), reader)
 
 
 def _within(form: CallForm) -> Reader:
-    """Make a reader of calls of another form, each between its own texts or tokens."""
+    """Make a reader of calls of another form, nested in this one."""
     return lambda match, schemas: form.read(match[1], schemas)
 
 
@@ -233,7 +233,7 @@ _DEEPSEEK = _first(
 )
 _KIMI = _named(r"functions\.([\w.-]+):\d+\s*<\|tool_call_argument_begin\|>\s*(\{.*\})")
 _HARMONY = _named(r"functions\.([\w.-]+)(?![\w.-])[^{]*<\|message\|>\s*(\{.*\})")
-TAGGED = replace(  # ours, too
+TAGGED = replace(  # also our own form
     _between("<tool_call>", "</tool_call>", _first(_json_calls, _XML)),
     writing=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
 )
@@ -246,7 +246,7 @@ FORMS: Sequence[CallForm] = (
     ),
     _between("<tool_call>", "</tool_call>", _GLM, or_cut=""),
     CallForm(("[TOOL_CALLS]",), _pattern(r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|\Z)"), _first(_json_calls, _MISTRAL)),
-    CallForm(("functools",), _pattern(r"functools(\[.*)\Z"), _json_calls),  # Phi-4-mini's, too
+    CallForm(("functools",), _pattern(r"functools(\[.*)\Z"), _json_calls),  # also Phi-4-mini's
     _between("<tool_calls>", "</tool_calls>", _json_calls),
     _between("<TOOLCALL>", "</TOOLCALL>", _json_calls),
     _between("<|tool_call>", "<tool_call|>", _gemma),

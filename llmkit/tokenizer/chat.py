@@ -1,9 +1,9 @@
-"""Conversations to token ids and back: `<|im_start|>role<|im_sep|>text<|im_end|>` for each turn, nothing between.
+"""Conversations as token ids: `<|im_start|>role<|im_sep|>text<|im_end|>` for each turn, with nothing in between.
 
-What the assistant writes to a tool stands in the tool's tokens, a call of any other function as JSON between
-`<tool_call>` and `</tool_call>`, what comes back in `<|result_start|>...<|result_end|>`, in the same turn. The
-functions that it may call stand behind the system message. Text never becomes a special token, whatever it spells;
-transformers' `apply_chat_template` on the folder's template gives the same ids for text that spells none.
+A call of a built-in tool is enclosed by the tool's tokens, a call of another function is JSON between `<tool_call>` and
+`</tool_call>`; the result follows in the same turn, between `<|result_start|>` and `<|result_end|>`. The system
+message ends with the functions that may be called. Text never becomes a special token, even if it spells one;
+otherwise transformers' `apply_chat_template` gives the same ids with the folder's template.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmkit.tokenizer.folder import END_OF_TEXT, SPECIALS, write_template
 CHAT_SPECIALS = tuple(name for name in SPECIALS if name != END_OF_TEXT)
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 ENCODED_AT_ONCE = 4096  # texts
-# about the functions that may be called, as chat_template.jinja has it
+# around the schemas of functions, as in chat_template.jinja
 TOOLS_BEFORE = "# Tools\n\nFunctions that you may call, as JSON schemas:\n<tools>"
 TOOLS_AFTER = """
 </tools>
@@ -34,7 +34,7 @@ A call is written as:
 <tool_call>
 {"name": FUNCTION, "arguments": {ARGUMENT: VALUE}}
 </tool_call>"""
-Turn = list[tuple[np.ndarray | EnclosedText, bool]]  # ids or a text between special tokens, and whether it is learnt
+Turn = list[tuple[np.ndarray | EnclosedText, bool]]  # ids or a text between special tokens, and whether it is trained
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Encoded:
     """A conversation in tokens.
 
     token_ids   (T,) int32
-    trained     (T,) bool: which tokens are targets of the loss
-    turn_ends   positions at which a turn has just ended, T the last of them
-    questions   positions at which a turn of the user begins
-    preamble    length of the system message that it begins with, 0 where there is none
+    trained     (T,) bool: True for targets of the loss
+    turn_ends   position after each turn; the last is T
+    questions   position at which each turn of the user begins
+    preamble    length of the leading system message, or 0
     """
 
     token_ids: np.ndarray
@@ -59,10 +59,10 @@ class Encoded:
 
 
 class ChatFormat:
-    """The chat format of a tokenizer that has its special tokens.
+    """The chat format of a tokenizer with llmkit's special tokens.
 
     end_id       the token that ends a turn
-    shows_tools  whether functions that may be called are described to the model
+    shows_tools  True if the prompt describes the functions that may be called
     """
 
     shows_tools = True
@@ -77,7 +77,7 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._tokens = {name: np.array([tokenizer.specials[name]], np.int32) for name in CHAT_SPECIALS}
         self.end_id = tokenizer.specials["<|im_end|>"]
-        # SentencePiece's tokenizers cut a text behind a special token otherwise than alone
+        # SentencePiece tokenizers encode a text differently after a special token
         self._whole = None if tokenizer.encodes_alone(CHAT_SPECIALS) else tokenizer.with_stand_ins(CHAT_SPECIALS)
         begin, end = "<|im_start|>", "<|im_sep|>"
         roles = ("system", "user", "assistant")
@@ -89,21 +89,20 @@ class ChatFormat:
 
     @property
     def unk_id(self) -> int | None:
-        """Token of characters outside the vocabulary, if there is one."""
+        """The token for characters outside the vocabulary, if there is one."""
         return self._tokenizer.unk_id
 
     def encode(
         self, messages: Sequence[Message], *, loss: str = "assistant", prompt: bool = False, tools: Definitions = ()
     ) -> Encoded:
-        """Encode messages; with `prompt`, also what comes before the assistant's answer to them.
+        """Encode messages; with `prompt`, append the header of the assistant's answer.
 
-        `tools` are functions that may be called, as JSON schemas.
+        tools: JSON schemas of functions that may be called
+        loss: the tokens that are trained: the assistant's turns ("assistant"), these without thoughts ("answer"), only
+              its last turn ("last"), or every token ("all"). Tool results and turns of weight 0 are trained only by
+              "all".
 
-        A last turn of the assistant that ends in a call or in its result is left open: the answer goes on with it.
-
-        `loss` says what is trained on: all that the assistant says and does ("assistant"), the same without its
-        thoughts ("answer"), its last turn only ("last"), or every token ("all"). An assistant's tool results and turns
-        of weight 0 never are, but by "all".
+        A last turn of the assistant that ends in a call or a result stays open, and the answer continues it.
         """
         (encoded,) = self.encode_many([Conversation(tuple(messages), tools=tuple(tools))], loss=loss)
         if not prompt:
@@ -116,9 +115,9 @@ class ChatFormat:
         return replace(encoded, token_ids=ids, trained=trained)
 
     def encode_many(self, conversations: Iterable[Conversation], *, loss: str = "assistant") -> list[Encoded]:
-        """Encode many conversations, their texts together by the fastest backend.
+        """Encode conversations in batches by the fastest backend.
 
-        A record of plain text becomes a document: its beginning token, its text and its end, all of it trained on.
+        A plain-text record becomes a document: start token, text and end token. Its text and end token are trained.
         """
         shown = map(with_definitions, conversations)
         listed = [(conversation, self._turns(conversation, loss)) for conversation in shown]
@@ -128,7 +127,7 @@ class ChatFormat:
         return [self._without_thoughts(whole) for whole in joined] if loss == "answer" else joined
 
     def _without_thoughts(self, encoded: Encoded) -> Encoded:
-        """Take thoughts, with the tags about them, out of what is trained on."""
+        """Exclude thoughts and their tags from training."""
         stream, trained = self._tokenizer.stream(), encoded.trained.copy()
         pieces = [stream.push([token]) for token in encoded.token_ids.tolist()]
         ends = np.cumsum([len(piece) for piece in pieces])
@@ -140,7 +139,7 @@ class ChatFormat:
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
     ) -> list[tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
-        """Encode prompts, each with the answers that may follow it, as ids and what is `trained`; no turns, no ids."""
+        """Encode prompts, each with its possible answers: the ids of the prompt, ids and `trained` of each answer."""
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
         encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
         nothing = np.zeros(0, np.int32), np.zeros(0, bool)
@@ -152,11 +151,11 @@ class ChatFormat:
         ]
 
     def encode_result(self, text: str) -> list[int]:
-        """Encode what a tool answered, as it stands between the tokens of a result."""
+        """Encode the text of a tool's result, without the tokens around it."""
         return self._encode_texts([(f"<|{RESULT}_start|>", text, f"<|{RESULT}_end|>")])[0].tolist()
 
     def _encode_texts(self, texts: list[EnclosedText]) -> list[np.ndarray]:
-        if self._whole is None and len(texts) < 32:  # a batch proves its backend first
+        if self._whole is None and len(texts) < 32:  # too few to be worth choosing a faster backend
             return [np.array(self._tokenizer.encode(text), np.int32) for _, text, _ in texts]
         pieces: list[np.ndarray] = []
         for start in range(0, len(texts), ENCODED_AT_ONCE):
@@ -169,7 +168,7 @@ class ChatFormat:
         return pieces
 
     def _turns(self, conversation: Conversation, loss: str) -> list[Turn]:
-        """Lay out a conversation as turns of ids and texts, each with whether it is learnt."""
+        """Lay out a conversation as turns of ids and texts, each marked as trained or not."""
         if conversation.document is not None:
             start, end = self._tokenizer.document_bounds()
             first, last = np.array([start], np.int32), np.array([end], np.int32)
@@ -180,7 +179,7 @@ class ChatFormat:
             taught = message.role == "assistant" and message.weight > 0 and (loss != "last" or index == last)
             trained = taught or loss == "all"
             turn: Turn = [(self._headers[message.role], loss == "all")]
-            stretches: list[tuple[str, str]] = []  # neighbouring texts as one
+            stretches: list[tuple[str, str]] = []  # (kind, text), consecutive texts joined
             for kind, run in groupby(message.parts, key=lambda part: "text" if part.kind == CALL else part.kind):
                 texts = [f"<tool_call>\n{part.text}\n</tool_call>" if part.kind == CALL else part.text for part in run]
                 stretches += [(kind, "".join(texts))] if kind == "text" else [(kind, text) for text in texts]
@@ -200,18 +199,18 @@ class ChatFormat:
         return turns
 
     def tool_tokens(self) -> dict[str, tuple[int, int]]:
-        """Return the start and end ids of each tool's call, and of `result`."""
+        """Return the start and end ids of each tool's calls, and of `result`."""
         ids = self._tokenizer.specials
         return {kind: (ids[f"<|{kind}_start|>"], ids[f"<|{kind}_end|>"]) for kind in (*TOOLS, RESULT)}
 
 
 def _goes_on(message: Message) -> bool:
-    """True for a turn of the assistant that ends in a call of a tool or in its result."""
+    """Return True for a turn of the assistant that ends in a tool call or its result."""
     return message.role == "assistant" and message.parts[-1:] != () and message.parts[-1].kind != "text"
 
 
 def _joined(messages: Sequence[Message], turns: Sequence[Turn], encoded: Iterator[np.ndarray]) -> Encoded:
-    """Join the pieces of a conversation; `encoded` gives the ids of its texts."""
+    """Join the pieces of a conversation; `encoded` yields the ids of its texts."""
     pieces: list[np.ndarray] = []
     flags: list[bool] = []
     ends: list[int] = []
@@ -228,7 +227,7 @@ def _joined(messages: Sequence[Message], turns: Sequence[Turn], encoded: Iterato
 
 
 def with_definitions(conversation: Conversation) -> Conversation:
-    """Put the functions that a conversation offers behind its system message."""
+    """Append the schemas of a conversation's functions to its system message."""
     if not conversation.tools:
         return conversation
     listed = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
@@ -239,22 +238,22 @@ def with_definitions(conversation: Conversation) -> Conversation:
 
 
 def has_own_template(tokenizer: Tokenizer) -> bool:
-    """True if a folder from elsewhere brings a chat template, and not our format."""
+    """Return True if the tokenizer has a chat template other than ours."""
     if tokenizer.chat_template is None:
         return False
-    ours = "<|im_sep|>" in tokenizer.chat_template  # Phi-4's has it, too, without the tokens of our tools
+    ours = "<|im_sep|>" in tokenizer.chat_template  # also in Phi-4's, without our tool tokens
     return not ours or not has_chat_tokens(tokenizer)
 
 
 def has_chat_tokens(tokenizer: Tokenizer) -> bool:
-    """True if a tokenizer has all special tokens of our conversations."""
+    """Return True if a tokenizer has all special tokens of our conversations."""
     return tokenizer.specials.keys() >= set(CHAT_SPECIALS)
 
 
 def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """Write a tokenizer into `folder` with the special tokens and the template of conversations, and load it.
+    """Write a tokenizer to `folder` with our special tokens and chat template, and load it.
 
-    Tokens that it lacks come after all that it has. An older form of the template becomes that of today.
+    Missing tokens are appended to the vocabulary. An older version of the template is replaced.
     """
     tokenizer.copy_to(folder)
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -264,9 +263,9 @@ def write_chat_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     added += [
         {"id": tokenizer.vocab_size + i, "content": name, **flags, "special": True} for i, name in enumerate(missing)
     ]
-    # other classes of transformers put steps of their own in place of those in tokenizer.json
+    # other tokenizer classes of transformers override steps of tokenizer.json
     config = {**tokenizer.config, "tokenizer_class": "PreTrainedTokenizerFast"}
-    config.pop("added_tokens_decoder", None)  # what transformers 4 wrote of the tokens in tokenizer.json
+    config.pop("added_tokens_decoder", None)  # transformers 4's copy of the tokens in tokenizer.json
     write_template(folder, config)
     with atomic_file(folder / "tokenizer.json", "w") as handle:
         json.dump(spec, handle, indent=2, ensure_ascii=False)

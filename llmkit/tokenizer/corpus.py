@@ -1,15 +1,15 @@
-"""A corpus as the pieces that its text is cut into, and how often each occurs, at any size of input.
+"""Count the pieces into which a pattern splits a corpus of any size.
 
     corpus = Corpus(["docs.jsonl.gz"], find_pattern("qwen2"))
     pieces, counts = count_pieces(corpus.blocks(), corpus.pattern)
 
-Text comes in *blocks*: documents in UTF-8 one after another, each followed by END, a byte that UTF-8 does not have.
-Numpy finds the places where text may be cut (patterns.py) and loads each chunk of up to 16 bytes, 99.8% of those in
-English, as two integers; sorting brings equal ones together. At the end the pattern cuts each different chunk into
-pieces, which count as often as their chunk. 100 MB of English take 1.0 s where Hugging Face's trainer takes 22 s.
+Text comes in *blocks*: concatenated documents in UTF-8, each followed by END, a byte that does not occur in UTF-8.
+Numpy finds safe places to cut (patterns.py) and loads each chunk of up to 16 bytes, 99.8% of those in English, as two
+integers; sorting groups equal chunks. At the end the pattern splits each unique chunk into pieces, which get the
+chunk's count. 100 MB of English take 1.0 s; Hugging Face's trainer takes 22 s.
 
-Longer chunks are counted in a dict of bytes. Where these pile up (scripts without spaces), and with a pattern for
-which no places to cut are known, the pattern is asked at once and pieces are kept instead.
+Longer chunks are counted in a dict of bytes. When these accumulate (scripts without spaces), and for patterns without
+known safe places, text is split at once and pieces are counted instead.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from llmkit.tokenizer.patterns import Pattern, piece_finder
 
 BLOCK = 4 << 20  # bytes of text sent to a process at a time
 WHOLE_TEXT = 16 << 20  # plain text up to this size is one document under any pattern
-SAMPLE_OF_SOURCE, SAMPLE_OF_DOCUMENT, SAMPLE = 256 << 10, 16 << 10, 16 << 20  # bytes put aside at most
+SAMPLE_OF_SOURCE, SAMPLE_OF_DOCUMENT, SAMPLE = 256 << 10, 16 << 10, 16 << 20  # largest samples, in bytes
 NO_SOURCE = "(no source)"
 END = b"\xff"
-SLICE = 4 << 20  # bytes looked at together; 1 MB and 16 MB are slower (cache, number of calls)
-KEPT_BYTES = 16 << 20  # of long chunks, before they are cut into pieces
-PENDING = 1 << 19  # counts of a slice that wait to be added up
-ALONE_BYTES = 12 << 20  # counted within this process: others take 0.2 s to start
-HANDED_OVER = 2_000_000  # counts of a process that are handed to the parent, so that many cores need little more memory
+SLICE = 4 << 20  # bytes processed together; 1 MB and 16 MB are slower (cache, number of calls)
+KEPT_BYTES = 16 << 20  # long chunks kept before they are split into pieces
+PENDING = 1 << 19  # counts collected before they are merged
+ALONE_BYTES = 12 << 20  # counted in this process before others start, which takes 0.2 s
+HANDED_OVER = 2_000_000  # counts after which a process sends them to the parent, to bound memory on many cores
 
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
-Counts = tuple[Words, Words, Ints, dict[bytes, int], dict[bytes, int]]  # chunks by their two words, long ones, pieces
+Counts = tuple[Words, Words, Ints, dict[bytes, int], dict[bytes, int]]  # chunks: head, tail, count; long ones; pieces
 _MASK = np.array([(1 << 8 * i) - 1 for i in range(9)], np.uint64)  # the first i bytes of a little-endian integer
 _LETTER, _NOT_SPACE, _AFTER_END, _ANY = 1, 2, 4, 8
 
@@ -54,11 +54,11 @@ _LETTER, _NOT_SPACE, _AFTER_END, _ANY = 1, 2, 4, 8
 
 
 class Corpus:
-    """The text of some inputs, read once.
+    """The text of input files, read once.
 
-    documents, bytes   what was read so far
-    bytes_of_source    by the source of the documents
-    sample             source -> beginnings of documents, for the report, within the bounds above
+    documents, bytes   read so far
+    bytes_of_source    source of documents -> bytes
+    sample             source -> beginnings of documents, for the report
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Corpus:
         self._sampled: Counter[str] = Counter()
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield documents in UTF-8, each followed by END, in blocks of at least BLOCK bytes, without empty documents.
+        """Yield non-empty documents in UTF-8, each followed by END, in blocks of at least BLOCK bytes.
 
-        Bad records are skipped as `bad` has it; without that, the first raises UserError.
+        `bad` skips and counts bad records; without it, the first raises UserError.
         """
         pieces: list[bytes] = []
         size = 0
@@ -88,7 +88,7 @@ class Corpus:
             data = text.encode()
             last = self.limit_bytes is not None and self.bytes + len(data) >= self.limit_bytes
             if last:
-                text = data[: (self.limit_bytes or 0) - self.bytes].decode(errors="ignore")  # no half characters
+                text = data[: (self.limit_bytes or 0) - self.bytes].decode(errors="ignore")  # no partial characters
                 data = text.encode()
             self.bytes += len(data)
             self.bytes_of_source[source] += len(data)
@@ -129,10 +129,10 @@ class Corpus:
 
 
 def plain_text(handle: io.BufferedReader, name: str, pattern: Pattern) -> Iterator[str]:
-    """Yield a file of plain text as one document, in parts whose pieces are those of the whole.
+    """Yield a plain text file as one document, in parts that split into the same pieces as the complete text.
 
-    The parts end where the pattern cuts in any case: before a space after a letter. Where no such place is known,
-    text of more than WHOLE_TEXT is cut at ends of lines. Raises UserError for what is not UTF-8.
+    Parts end where the pattern always cuts: before a space that follows a letter. If no such place is known, text
+    above WHOLE_TEXT bytes is cut at newlines. Raise UserError if it is not UTF-8.
     """
     least = BLOCK if pattern.unbroken is not None else WHOLE_TEXT
     border = re.compile(rb".*(?<=[A-Za-z])(?= )" if pattern.unbroken is not None else rb".*\n", re.DOTALL)
@@ -168,11 +168,11 @@ def count_pieces(
     alone: int = ALONE_BYTES,
     handed_over: int = HANDED_OVER,
 ) -> tuple[list[bytes], Ints]:
-    """Count the different pieces of all blocks, on all cores unless told otherwise.
+    """Count the unique pieces of all blocks, by default on all cores; errors of `blocks` propagate.
 
-    on_progress gets the bytes of each block once it is counted. An error raised by `blocks` passes through.
-    alone: bytes that this process counts before it starts others.
-    handed_over: counts with which another process sends what it has.
+    on_progress: called with the bytes of each counted block
+    alone: bytes that this process counts before it starts others
+    handed_over: counts after which another process sends them
     """
     processes = available_cores() if processes is None else processes
     counter, counted = PieceCounter(pattern), 0
@@ -195,12 +195,12 @@ def count_pieces(
 
 
 class PieceCounter:
-    """Counts the pieces of blocks of text; in a process of the pool it hands its counts over when there are many."""
+    """Counts the pieces of blocks of text; a worker of the pool yields its counts when there are many."""
 
     def __init__(self, pattern: Pattern, handed_over: int = HANDED_OVER) -> None:
         self.pattern, self._handed_over = pattern, handed_over
         self._find = piece_finder(pattern)
-        # by byte: a chunk begins where before[byte before] & at[byte] is not 0
+        # by byte: a chunk begins where before[previous byte] & at[byte] != 0
         before, at = np.zeros(256, np.uint8), np.zeros(256, np.uint8)
         letters = np.array([byte for byte in range(128) if chr(byte).isalpha()])
         before[letters] |= _LETTER
@@ -225,7 +225,7 @@ class PieceCounter:
         self._pieces: Counter[bytes] = Counter()
 
     def __call__(self, block: bytes | None) -> Iterator[Counts]:
-        """Count a block; yield all counts where there are many, and after the last block, which None stands for."""
+        """Count a block; yield all counts if there are many, or for None, which ends the input."""
         if block is not None:
             self.add(block)
         rows = len(self._count) + len(self._long) + len(self._pieces) + sum(len(count) for *_, count in self._pending)
@@ -242,7 +242,7 @@ class PieceCounter:
         self._pieces.update(counts[4])
 
     def add(self, block: bytes) -> None:
-        """Count a block; it ends with END, and no two have a document in common."""
+        """Count a block, which ends with END."""
         if self.pattern.unbroken is None:
             for document in block.split(END):
                 self._pieces.update(self._find(document))
@@ -254,7 +254,7 @@ class PieceCounter:
             if start + size >= len(block):
                 end = len(part)
             elif len(cuts):
-                end = int(cuts[-1])  # what follows the last cut goes into the next slice
+                end = int(cuts[-1])  # the rest goes into the next slice
                 cuts, part = cuts[:-1], part[:end]
             else:
                 size *= 2
@@ -263,14 +263,14 @@ class PieceCounter:
             start, size = start + end, SLICE
 
     def _cuts(self, part: bytes) -> Ints:
-        """Find where chunks begin, but for the first."""
+        """Find where chunks begin, except the first."""
         before = np.frombuffer(part.translate(self._before), np.uint8)
         at = np.frombuffer(part.translate(self._at), np.uint8)
         cut = (before[:-1] & at[1:]) != 0
         letters = np.frombuffer(part, np.uint8)
         if np.count_nonzero(letters[::64] >= 0x80) * 64 > len(part) // 8:
-            # Not English: cut before spaces after other scripts, too. Two-byte letters from U+00C0 on (C3..DF) and
-            # three-byte ones under E0 and from E4 on contain no white space.
+            # Not English: also cut before spaces after other scripts. Two-byte letters from U+00C0 on (C3..DF) and
+            # three-byte ones with lead byte E0, or E4 and above, include no white space.
             space = np.flatnonzero(letters[3:] == 0x20) + 3
             last, two, three = letters[space - 1], letters[space - 2], letters[space - 3]
             wide = (two >= 0xC3) & (two <= 0xDF)
@@ -282,7 +282,7 @@ class PieceCounter:
         starts = np.concatenate([[0], cuts])
         lengths = np.diff(starts, append=len(part))
         padded = part + bytes(16)
-        packed = np.full(len(starts), b"\0" not in part)  # a chunk with a NUL would be taken for a shorter one
+        packed = np.full(len(starts), b"\0" not in part)  # NUL is the padding: such chunks would look shorter
         packed &= lengths <= 16
         word_at = np.ndarray(len(part) + 8, "<u8", padded, strides=(1,))
         short = packed & (lengths <= 8)
@@ -309,7 +309,7 @@ class PieceCounter:
     def _add_pending(self) -> None:
         self._pending.insert(0, (self._head, self._tail, self._count))
         head, tail, count = (np.concatenate([table[column] for table in self._pending]) for column in range(3))
-        self._pending.clear()  # before more memory is needed, which is 15% of the time otherwise
+        self._pending.clear()  # frees memory before more is needed; 15% of the time otherwise
         self._head, self._tail, self._count = _add_up(head, tail, count)  # pyright: ignore[reportArgumentType]
 
     def _cut_long(self) -> None:
@@ -325,13 +325,13 @@ class PieceCounter:
                 pieces[piece] = known(piece, 0) + count
 
     def result(self) -> tuple[list[bytes], Ints]:
-        """Return the different pieces, and how often each occurs; empty the counter."""
+        """Return the unique pieces and their counts, and clear the counter."""
         self._add_pending()
         self._cut_long()
         text = self._head != END[0]
         chunks = np.stack([self._head[text], self._tail[text]], axis=1).astype("<u8", copy=False).view("S16")[:, 0]
         counts, pieces = self._count[text], self._pieces
-        self._head = self._tail = np.empty(0, np.uint64)  # memory for the pieces
+        self._head = self._tail = np.empty(0, np.uint64)  # frees memory for the pieces
         self._count = np.empty(0, np.int64)
         for i in range(0, len(chunks), PENDING):  # S16 drops the zero bytes at the end
             self._cut(zip(chunks[i : i + PENDING].tolist(), counts[i : i + PENDING].tolist(), strict=True))
@@ -340,7 +340,7 @@ class PieceCounter:
 
 
 def _add_up(head: Words, tail: Words, count: Ints) -> tuple[Words, Words, Ints]:
-    """Add the counts of equal (head, tail), nearly always all of them: equal ones are brought together by a hash."""
+    """Sum the counts of equal (head, tail), sorted by a hash; a rare collision may leave equal ones apart."""
     order = np.argsort(head * np.uint64(0x9E3779B97F4A7C15) + tail * np.uint64(0xC2B2AE3D27D4EB4F))
     head, tail, count = head[order], tail[order], count[order]
     first = np.flatnonzero(_changes(head) | _changes(tail))
@@ -348,7 +348,7 @@ def _add_up(head: Words, tail: Words, count: Ints) -> tuple[Words, Words, Ints]:
 
 
 def _changes(values: Words) -> NDArray[np.bool_]:
-    """True where a value differs from the one before, and at the first."""
+    """Return True where a value differs from the previous one, and at the first."""
     changes = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=changes[1:])
     return changes

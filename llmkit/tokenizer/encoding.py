@@ -1,10 +1,10 @@
-"""A tokenizer.json put to use: text to token ids and back.
+"""Encode text with a tokenizer.json, and decode ids.
 
     tokenizer = load_tokenizer("tok/")
     ids, lengths = tokenizer.encode_batch(["Hello", "a literal <|im_start|> stays text"])
     tokenizer.decode(ids)
 
-Raw text never becomes a special token: only code that names one in `tokenizer.specials` can place it.
+Raw text never becomes a special token: only code can insert one, by its id in `tokenizer.specials`.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from llmkit.io.jsonl import read_object
 from llmkit.tokenizer.backends import TokenizersBackend, fastest_proven, proof_texts
 from llmkit.tokenizer.patterns import byte_alphabet
 
-END_OF_TEXT = "<|endoftext|>"  # of our own tokenizers: begins every document and ends it
-END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no tokenizer_config.json names one
+END_OF_TEXT = "<|endoftext|>"  # begins and ends every document in our own tokenizers
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # if tokenizer_config.json names none
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-MORE_TEMPLATES = "additional_chat_templates"  # a folder of transformers'
+MORE_TEMPLATES = "additional_chat_templates"  # a folder name of transformers
 _TERMS = re.compile(
     r"(licen[cs]e|notice|copying|copyright|(acceptable[-_ ])?use[-_ ]policy|usage[-_ ]policy|terms)([-_. ].*)?",
     re.IGNORECASE,
 )
-THOUGHTS = ("<think>", "</think>")  # special tokens in some tokenizers, and text that is read all the same
-RESERVED = "\ufde4\ufde5"  # noncharacters about the number of a stand-in
+THOUGHTS = ("<think>", "</think>")  # special tokens in some tokenizers, but always decoded
+RESERVED = "\ufde4\ufde5"  # noncharacters that enclose the number of a stand-in
 _RESERVED = re.compile(f"[{RESERVED}]")
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-# (special token, text, special token), as they follow one another; "" where there is no token
+# (special token, text, special token); "" for no token
 EnclosedText = tuple[str, str, str]
 OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt", "tiktoken.model")
 
 
 class Tokenizer:
-    """One tokenizer.json with the rules of the tokenizer_config.json beside it.
+    """A tokenizer.json with the settings of its tokenizer_config.json.
 
     path             the tokenizer.json
     vocab_size       one more than the largest id, specials included
     specials         text of each special token -> id
-    bos_id, add_bos  the beginning-of-sequence token, and whether a prompt starts with it
-    unk_id           what stands for characters outside the vocabulary, where there is such a token
-    eos_id, pad_id   what the config names as the end of a text or turn, and as padding
+    bos_id, add_bos  the beginning-of-sequence token, and whether prompts start with it
+    unk_id           the token for characters outside the vocabulary, or None
+    eos_id, pad_id   the configured end of a text or turn, and padding
     end_of_text_id   the end of a document
-    chat_template    Jinja text, or None
-    template_values  variables that the template is given beside messages, such as enable_thinking
+    chat_template    Jinja source, or None
+    template_values  variables of the template other than messages, such as enable_thinking
     sha256           of the bytes of tokenizer.json
-    backend          the library that encodes batches: `tokenizers` until a faster one has proved its ids on a batch
+    backend          the library that encodes batches: `tokenizers` until a faster one has given the same ids
     """
 
     def __init__(self, path: Path, data: bytes, config: dict[str, Any], chat_template: str | None) -> None:
@@ -100,7 +100,7 @@ class Tokenizer:
         )
         written, where = _template_bos(spec.get("post_processor"), path), f"{path.parent}/tokenizer_config.json"
         bos = self._configured("bos_token", where)
-        if config.get("add_bos_token") is not None:  # else the tokenizer.json itself decides
+        if config.get("add_bos_token") is not None:  # otherwise tokenizer.json decides
             self.add_bos = switch(config, "add_bos_token", where)
         else:
             self.add_bos = written is not None
@@ -126,35 +126,35 @@ class Tokenizer:
     # ---- text to ids
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raise UserError where a model of so many tokens lacks some of these."""
+        """Raise UserError if the tokenizer has more tokens than a model's `vocab_size`."""
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"{self.path}: the tokenizer has {self.vocab_size} tokens and the model {vocab_size}; "
-                "put the tokenizer beside it that the model was trained with"
+                "use the tokenizer that the model was trained with"
             )
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
-        """True if both have the same tokens under the same ids."""
+        """Return True if both have the same tokens with the same ids."""
         vocabularies = [tokenizer._reference.tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
         return self.sha256 == other.sha256 or vocabularies[0] == vocabularies[1]
 
     def choose_backend(self, documents: Sequence[str], only: str | None = None) -> None:
-        """Choose the fastest library, or `only` the one named, that proves its ids on these documents."""
+        """Choose the fastest library, or only the one named, that encodes these documents correctly."""
         texts = proof_texts(documents, list(self._added)[:64])
         self.backend, self._encode_batch = fastest_proven(self._data, self._reference, texts, only)
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text, with nothing added. Special tokens written in it are plain text."""
+        """Encode one text as plain text, without adding special tokens."""
         return self._reference.encode(check_text(text)).ids
 
     def encodes_alone(self, specials: Iterable[str]) -> bool:
-        """True if a text between these special tokens becomes the ids that it becomes alone."""
+        """Return True if a text between these special tokens has the same ids as on its own."""
         return self._bytewise and self._stripping.isdisjoint(specials)
 
     def with_stand_ins(self, specials: Iterable[str]) -> StandIns:
-        """Return a tokenizer for whole texts, in which a stand-in is written for each special token.
+        """Return a tokenizer for rendered texts, in which stand-ins replace the special tokens.
 
-        It has the steps that transformers 5 takes in place of those in tokenizer.json for the class LlamaTokenizer.
+        For the class LlamaTokenizer it has the steps that transformers 5 uses instead of those in tokenizer.json.
         """
         spec, beside = self.content, self.path.with_name("config.json")
         family = read_object(beside).get("model_type") if beside.is_file() else None
@@ -168,30 +168,30 @@ class Tokenizer:
         return StandIns(orjson.dumps({**spec, "normalizer": None, "pre_tokenizer": metaspace}), specials)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts: the ids of all end to end (uint32), and the number of ids of each (int64).
+        """Encode texts to their concatenated ids (uint32) and the number of ids of each text (int64).
 
-        The first call chooses the backend. Raises UserError for a lone surrogate.
+        The first call chooses the backend. Raise UserError for a lone surrogate.
         """
         try:
             if self._encode_batch is None:
                 self.choose_backend(texts)
             return (self._encode_batch or self._reference.encode_batch)(texts)
-        except (UnicodeEncodeError, TypeError):  # what the libraries say to a lone surrogate
+        except (UnicodeEncodeError, TypeError):  # raised by the libraries for a lone surrogate
             for text in texts:
                 check_text(text)
             raise
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a text to continue: with the beginning token in front where the config asks for one, never twice."""
+        """Encode a text to continue, preceded once by the beginning-of-sequence token if the config says so."""
         ids = self.encode(text)
         if not self.add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
 
     def document_bounds(self) -> tuple[int, int]:
-        """Return the id that starts every document in training and the id that its last token must predict.
+        """Return the id that starts every training document, and the id that its last token must predict.
 
-        For our own tokenizers both are `<|endoftext|>`. Raises UserError when there is no such token.
+        In our own tokenizers both are `<|endoftext|>`. Raise UserError if there is no such token.
         """
         end = self.end_of_text_id
         start = self.bos_id if self.add_bos else end
@@ -206,7 +206,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes] | None:
-        """Bytes that each id stands for, or None where the decoder is not a concatenation of bytes."""
+        """Bytes of each id, or None if the decoder does not simply concatenate bytes."""
         kinds = {step.get("type") for step in self._decoders}
         byte_level = kinds == {"ByteLevel"}
         if not byte_level and not (kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}):
@@ -224,18 +224,18 @@ class Tokenizer:
         return table
 
     def decode(self, ids: Iterable[int], skip_specials: bool = False) -> str:
-        """Decode ids; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
+        """Decode ids; bytes that are not UTF-8 become U+FFFD, and unknown ids are ignored."""
         stream = self.stream(skip_specials=skip_specials)
         return stream.push(ids) + stream.finish()
 
     def stream(self, after: Sequence[int] = (), skip_specials: bool = False) -> DecodeStream:
-        """Decode ids that follow the ids `after` (a prompt) as they come."""
+        """Return a stream that decodes ids incrementally after a prompt `after`."""
         return DecodeStream(self, after, skip_specials)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the tokenizer's files into a run folder, and those that state the terms of use of its own folder.
+        """Copy the tokenizer's files and the license files of its folder into a run folder.
 
-        tokenizer.json then begins a text as training does: transformers 5 asks it alone, not `add_bos_token`.
+        The copied tokenizer.json adds the beginning token as in training: transformers 5 ignores `add_bos_token`.
         """
         copy_companions(self.path.parent, folder)
         if self.path.resolve() != (folder / "tokenizer.json").resolve():
@@ -251,10 +251,10 @@ class Tokenizer:
 
 
 class StandIns:
-    """Encodes text with special tokens in it, each written as the text `stand_ins` has for it.
+    """Encodes text in which special tokens are written as their `stand_ins`.
 
-    Text that spells a special token stays text, and what a special token does to its neighbours (white space that it
-    takes, the space before a first word) is done.
+    Text that spells a special token stays text. The effects of special tokens on their neighbours, such as stripped
+    white space or the space before a first word, are kept.
     """
 
     def __init__(self, data: bytes, specials: Iterable[str]) -> None:
@@ -263,7 +263,7 @@ class StandIns:
         begin, end = RESERVED
         self._backend = TokenizersBackend(data)
         self.stand_ins = {name: f"{begin}{number}{end}" for number, name in enumerate(specials)}
-        tokenizer, self.special_ids = self._backend.tokenizer, dict[int, int]()  # of a stand-in: that of its token
+        tokenizer, self.special_ids = self._backend.tokenizer, dict[int, int]()  # id of a stand-in -> id of its token
         for token in orjson.loads(data).get("added_tokens") or []:
             if stand_in := self.stand_ins.get(token["content"]):
                 tokenizer.add_tokens([AddedToken(stand_in, **{flag: bool(token.get(flag)) for flag in _FLAGS})])
@@ -272,7 +272,7 @@ class StandIns:
                 self.special_ids[number] = token["id"]
 
     def encode_enclosed(self, texts: Sequence[EnclosedText]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_batch`, of texts between special tokens, without the ids of these."""
+        """Encode texts between special tokens, without the ids of these; returns like `Tokenizer.encode_batch`."""
         wholes = [
             f"{self.stand_ins.get(before, '')}{_RESERVED.sub('', check_text(text))}{self.stand_ins.get(after, '')}"
             for before, text, after in texts
@@ -283,13 +283,13 @@ class StandIns:
         return ids[keep], kept_before[ends] - kept_before[ends - lengths]
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
-        """Encode a text to (first character, end, id); the tokens of one character have the same place."""
+        """Encode a text to (start, end, id), with offsets in characters; tokens of one character share theirs."""
         encoding = self._backend.encode(check_text(text))
         return [(start, stop, token) for (start, stop), token in zip(encoding.offsets, encoding.ids, strict=True)]
 
 
 class DecodeStream:
-    """Gives out text as soon as its bytes are whole: a character may be spread over several tokens."""
+    """Incremental decoder: returns text once its bytes are complete, as a character may span several tokens."""
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int], skip_specials: bool) -> None:
         self._tokenizer, self._table = tokenizer, tokenizer.token_bytes
@@ -305,10 +305,10 @@ class DecodeStream:
             self._utf8.decode(b"", final=True)
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take more ids; return the text that is now complete (possibly none)."""
+        """Add ids; return the text that is now complete, possibly empty."""
         if self._table is None:
-            # Decoders that are no concatenation (WordPiece and the like): decode all and give out what is new.
-            self._ids.extend(map(int, ids))  # numpy's, too
+            # Decoders that do not concatenate, such as WordPiece: decode everything and return what is new.
+            self._ids.extend(map(int, ids))  # also numpy's integers
             before, self._given = self._given, self._tokenizer._reference.decode(self._ids, bool(self._skipped))
             return self._given[len(before) :]
         table, size = self._table, len(self._table)
@@ -316,7 +316,7 @@ class DecodeStream:
         return self._trimmed(self._utf8.decode(data))
 
     def finish(self) -> str:
-        """Return the rest: U+FFFD for bytes that never became a character."""
+        """Return the rest: U+FFFD for incomplete characters."""
         return "" if self._table is None else self._trimmed(self._utf8.decode(b"", final=True))
 
     def _trimmed(self, text: str) -> str:
@@ -326,9 +326,9 @@ class DecodeStream:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json, or the folder or address that holds it, with the tokenizer_config.json beside it.
+    """Load a tokenizer.json with its tokenizer_config.json, from a file, folder or address.
 
-    Raises UserError when there is none, or when tokenizers cannot read it.
+    Raise UserError if there is none, or if tokenizers cannot read it.
     """
     path = local_folder(path)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -340,7 +340,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         instead = ", ".join(names[:8]) or "nothing"
         if any(name in OTHER_FORMS or name.endswith(".gguf") for name in names):
             convert = f"AutoTokenizer as T; T.from_pretrained({str(path)!r}).save_pretrained('NEW')"
-            makes = f'transformers makes one: python -c "from transformers import {convert}"'
+            makes = f'convert it with transformers: python -c "from transformers import {convert}"'
             raise UserError(f"{path}: expected tokenizer.json, found {instead}; {makes}")
         raise UserError(f"{path}: expected a folder with tokenizer.json, found {instead}")
     config: dict[str, Any] = {}
@@ -359,14 +359,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             template = {entry["name"]: entry["template"] for entry in entries}.get("default")
     if template is not None and not isinstance(template, str):
         raise UserError(
-            f"{file.parent}/tokenizer_config.json: expected a text or a list of named texts for chat_template, "
+            f"{file.parent}/tokenizer_config.json: expected a string or a list of named strings for chat_template, "
             f"found {shown(template)}"
         )
     return Tokenizer(file, read_file(file, LARGEST_TOKENIZER), config, template)
 
 
 def check_text(text: str) -> str:
-    """Return `text`; raise UserError when it is no valid Unicode (a lone surrogate)."""
+    """Return `text`. Raise UserError if it is not valid Unicode (a lone surrogate)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -376,7 +376,7 @@ def check_text(text: str) -> str:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what goes with a tokenizer.json: its configuration, chat templates, and the terms of use."""
+    """Copy the files that belong to a tokenizer.json: configuration, chat templates and license files."""
     terms = [path.name for path in source.iterdir() if _TERMS.fullmatch(path.name)]
     templates = [str(path.relative_to(source)) for path in source.glob(f"{MORE_TEMPLATES}/*.jinja")]
     for name in (*COMPANIONS, *sorted(templates), *sorted(terms)):
@@ -386,7 +386,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def bos_post_processor(token: str, number: int) -> dict[str, Any]:
-    """Make the post_processor of a tokenizer.json that puts a special token in front of each text."""
+    """Make the post_processor of a tokenizer.json that prepends a special token to each text."""
 
     def text(name: str, kind: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": token, "type_id": kind}}, {"Sequence": {"id": name, "type_id": kind}}]
@@ -400,7 +400,7 @@ def bos_post_processor(token: str, number: int) -> dict[str, Any]:
 
 
 def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | None:
-    """Find the special token that the tokenizer.json itself puts in front of a text, if it does."""
+    """Return the id of the special token that tokenizer.json itself prepends to a text, or None."""
     for step in (post_processor or {}).get("processors", [post_processor or {}]):
         first = step["single"][0] if step.get("type") == "TemplateProcessing" and step["single"] else {}
         if "SpecialToken" in first:
@@ -411,11 +411,11 @@ def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | N
     return None
 
 
-# ---- JSON schemas as constraints on the tokens of a text, by llguidance: an Earley parser over a trie of them
+# ---- constrained decoding by a JSON schema, with llguidance: an Earley parser over a trie of tokens
 
 
 class JsonConstraint:
-    """What may follow in one text, so that it ends as JSON of a schema."""
+    """The state of one text that is constrained to JSON of a schema."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._size = matcher, vocab_size
@@ -424,19 +424,19 @@ class JsonConstraint:
         return JsonConstraint(self._matcher.deep_copy(), self._size)
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next, bool (V,); those that end a text once it is whole."""
+        """Return a mask of the tokens that may come next, bool (V,); end tokens once the JSON is complete."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, count=self._size, bitorder="little").astype(bool)
 
     def take(self, token: int) -> bool:
-        """Append an allowed token; False beyond the limits of the parser, which then allows the end alone."""
+        """Append an allowed token; return False beyond the parser's limits, when only an end token is allowed."""
         return self._matcher.consume_token(token) and not self._matcher.is_error()
 
 
 class JsonSchemas:
-    """Compiles schemas for texts of a tokenizer that end by one of `end_ids`.
+    """Compiles schemas for a tokenizer whose texts end with one of `end_ids`.
 
-    Raises UserError without llguidance, and for a tokenizer that it cannot read (WordPiece, Unigram with Metaspace).
+    Raise UserError without llguidance, and for a tokenizer that it cannot read (WordPiece, Unigram with Metaspace).
     """
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
@@ -451,12 +451,12 @@ class JsonSchemas:
             raise UserError(f"{tokenizer.path}: llguidance cannot read it: {str(error)[:200]}") from None
 
     def compile(self, schema: Mapping[str, Any]) -> JsonConstraint:
-        """The constraint of a schema, with a space at most between JSON's tokens. Raises UserError for a wrong one."""
+        """Compile a schema; the JSON has at most one space between its tokens. Raise UserError if it is invalid."""
         from llguidance import LLMatcher
 
-        # unbounded white space may go on until max_tokens
+        # with unbounded white space a model may write spaces until max_tokens
         grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_pattern": " ?"})
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise UserError(f"expected a JSON schema, found one with: {matcher.get_error()}")
+            raise UserError(f"invalid JSON schema: {matcher.get_error()}")
         return JsonConstraint(matcher, self._size)

@@ -1,9 +1,9 @@
-"""What training writes: tokenizer.json and tokenizer_config.json, as Hugging Face reads them, and a report.
+"""The output of tokenizer training: tokenizer.json and tokenizer_config.json for Hugging Face, and a report.
 
-The vocabulary is the 256 bytes, the tokens learned, the special tokens and, up to a multiple of 64 (16-byte loads of
-the output matrix), reserved tokens. Specials and reserved tokens come last, so that the ids of text never depend on
-them, and are not in the BPE model: raw text that spells one is encoded as text when special tokens are switched off
-(`encode_special_tokens`), as llmkit does everywhere.
+The vocabulary consists of the 256 bytes, the learned tokens, the special tokens, and reserved tokens up to a multiple
+of 64 (16-byte loads of the output matrix). Special and reserved tokens come last, so that the ids of text do not
+depend on them. They are not in the BPE model: with `encode_special_tokens`, which llmkit always sets, raw text that
+spells one is encoded as text.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ MULTIPLE = 64
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").strip()
 _OWN = "calc|python|search"
-# What transformers' `parse_response` makes of an answer: text, thoughts, calls. A call of our tools has one argument,
-# of the tool's name, for keys come of the text alone. JSON is read member by member, strings and nested values whole.
+# How transformers' `parse_response` parses an answer: text, thoughts, calls. A call of a built-in tool has one argument
+# with the tool's name, because keys must come from the text. JSON is parsed by member; strings and nested values are
+# matched as units.
 _MEMBER = (
     r"""(?(DEFINE)(?P<string>"(?:[^"\\]|\\.)*+")(?P<nested>[\[{](?:[^\[\]{}"]++|(?&string)|(?&nested))*+[\]}]))"""
     rf"""^(?P<key>{_OWN})(?P<value>_start\|>.*<\|(?P=key)_end\|>)$"""
@@ -78,7 +79,7 @@ CONFIG = {
     "clean_up_tokenization_spaces": False,
 }
 
-# Half a CPU second a tokenizer, where training takes 4 for 100 MB. Of less than 32 MB a 32nd part, 64 KB at least.
+# Half a CPU second per tokenizer; training takes 4 s for 100 MB. Below 32 MB a 32nd of the text, at least 64 KB.
 MEASURED_BYTES, MEASURED_SHARE, LEAST_MEASURED = 1 << 20, 1 / 32, 64 << 10
 LISTED_SOURCES = 50
 OTHERS = "(other sources)"
@@ -87,12 +88,12 @@ Sample = dict[str, list[str]]  # source -> texts
 
 
 def reserved_tokens(learned: int) -> list[str]:
-    """Name the tokens that fill a vocabulary of bytes, `learned` tokens and specials up to the next multiple of 64."""
+    """List the tokens that pad a vocabulary of bytes, `learned` tokens and specials to a multiple of 64."""
     return [f"<|reserved_{i}|>" for i in range(-(SMALLEST_VOCABULARY + learned) % MULTIPLE)]
 
 
 def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
-    """Make the text of tokenizer.json. Raises UserError when a learned token spells a special one."""
+    """Return the content of tokenizer.json. Raise UserError if a learned token spells a special one."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     character = {byte: letter for letter, byte in byte_alphabet()}
@@ -100,7 +101,7 @@ def tokenizer_json(merges: Merges, pattern: Pattern) -> str:
     added = [*SPECIALS, *reserved_tokens(len(tokens) - 256)]
     if taken := set(added) & set(tokens):
         raise UserError(
-            f"--pattern: pieces that contain {taken.pop()} became a token; choose one that cuts at '<' and '|'"
+            f"--pattern: the special token {taken.pop()} was learned from text; use a pattern that cuts at '<' and '|'"
         )
     pairs = [(tokens[left], tokens[right]) for left, right in merges.pairs]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
@@ -125,14 +126,14 @@ def write_tokenizer(folder: Path, tokenizer: str) -> None:
 
 
 def write_template(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write our chat template, and tokenizer_config.json with the tokens of conversations and what reads an answer."""
+    """Write our chat template, and tokenizer_config.json with the special tokens and the response template."""
     names = {f"{name.strip('<|>')}_token": name for name in SPECIALS if name != END_OF_TEXT}
     known = config.get("extra_special_tokens") or {}
-    # a table, which transformers 4 and 5 both read; version 5 takes a list, too, at which version 4 fails
+    # a dict, which transformers 4 and 5 read; version 4 fails at a list
     extra = dict.fromkeys((*known, *names.values())) if isinstance(known, list) else {**known, **names}
     beside = {**config, "extra_special_tokens": extra if isinstance(known, dict) else list(extra)}
     beside["response_template"] = RESPONSE_TEMPLATE
-    beside.pop("chat_template", None)  # transformers 5 reads it from a file of its own, and other programs with it
+    beside.pop("chat_template", None)  # transformers 5 and other programs read it from chat_template.jinja
     texts = {
         "chat_template.jinja": CHAT_TEMPLATE,
         "tokenizer_config.json": json.dumps(beside, indent=2, ensure_ascii=False),
@@ -146,14 +147,14 @@ def write_template(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 class Measured(NamedTuple):
-    """A tokenizer that is only asked how many tokens each of some texts has."""
+    """A tokenizer that only counts the tokens of texts."""
 
     vocab_size: int
     count: Callable[[Sequence[str]], Sequence[int]]
 
 
 def make_report(tokenizer: str, merges: Merges, sample: Sample, others: Mapping[str, Measured]) -> dict[str, Any]:
-    """Report bytes per token by source, beside other tokenizers, and figures of the tokens, of a tokenizer.json."""
+    """Report bytes per token of a tokenizer.json by source, compared with others, and statistics of its tokens."""
     backend = TokenizersBackend(tokenizer.encode())
     texts = [text for texts in sample.values() for text in texts]
     ids, lengths = backend.encode_batch(texts)
@@ -175,7 +176,7 @@ def make_report(tokenizer: str, merges: Merges, sample: Sample, others: Mapping[
         },
         "unused_tokens": {
             "count": len(unused),
-            "meaning": "learned tokens that only ever stand within longer ones in the training text",
+            "meaning": "learned tokens that occur only within longer ones in the training text",
             "first": [shown[i] for i in unused[:20]],
         },
         "longest_tokens": [
@@ -197,7 +198,7 @@ def _bytes_per_token(sample: Sample, lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def choose_sample(texts_of_source: Mapping[str, list[str]], bytes_of_source: Mapping[str, int]) -> Sample:
-    """Choose at most MEASURED_BYTES of text, as even over the sources as they allow; the smallest are put together."""
+    """Choose at most MEASURED_BYTES of text, spread evenly over the sources; the smallest sources are merged."""
     by_size = sorted(texts_of_source, key=lambda source: -bytes_of_source[source])
     sample: Sample = {source: texts_of_source[source] for source in by_size[:LISTED_SOURCES]}
     if len(by_size) > LISTED_SOURCES:
@@ -218,10 +219,9 @@ def choose_sample(texts_of_source: Mapping[str, list[str]], bytes_of_source: Map
 
 
 def load_other(path: str) -> Measured:
-    """Load a tokenizer to compare with, of any common form.
+    """Load a tokenizer to compare with, in any common format. Raise UserError if it cannot be read.
 
-    path: a tokenizer.json, its folder or address, GPT-2's encoder.json (vocab.bpe beside it), a SentencePiece .model.
-    Raises UserError when it cannot be read.
+    path: a tokenizer.json, its folder or address, GPT-2's encoder.json (with vocab.bpe), or a SentencePiece .model
     """
     from tokenizers import ByteLevelBPETokenizer
 
@@ -229,7 +229,7 @@ def load_other(path: str) -> Measured:
     if file.is_dir():
         file /= "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"{file}: no such tokenizer; --compare takes a tokenizer.json, encoder.json or .model")
+        raise UserError(f"{file}: no such file; --compare takes a tokenizer.json, encoder.json or .model")
     if file.suffix == ".model":
         try:
             import sentencepiece  # pyright: ignore[reportMissingImports]
@@ -244,7 +244,7 @@ def load_other(path: str) -> Measured:
         if file.name.endswith("encoder.json"):
             merges = file.with_name(file.name.removesuffix("encoder.json") + "vocab.bpe")
             if not merges.is_file():
-                raise UserError(f"{merges}: expected GPT-2's merges beside {file.name}, found nothing")
+                raise UserError(f"{merges}: expected GPT-2's merges next to {file.name}, found nothing")
             data = ByteLevelBPETokenizer.from_file(str(file), str(merges)).to_str().encode()
         else:
             data = file.read_bytes()

@@ -1,31 +1,31 @@
-"""Byte pair merges from weighted pieces of text: those of Hugging Face's BpeTrainer, in batches of numpy.
+"""Byte pair merges of weighted pieces of text: those of Hugging Face's BpeTrainer, in batches of numpy operations.
 
-Input are the unique pieces of a corpus with their counts. Output are the merges in order, the same as from
+Input: the unique pieces of a corpus with their counts. Output: the merges in order, the same as those of
 `tokenizers.trainers.BpeTrainer` with the 256 bytes as its alphabet, except that counts are int64 (there they are int32
-and overflow silently from 2 billion on).
+and overflow silently above 2 billion).
 
-One merge at a time would be 50 numpy calls for a handful of positions. But neighbours in the queue rarely touch. So a
-*batch* of the queue's first pairs is merged at once, on trial, and cut back to the longest prefix that must come out
-the same one by one. `round` is a pair's place in the batch. The prefix ends
+One merge at a time would take 50 numpy calls for a handful of positions. But consecutive merges rarely interact. So a
+*batch* of the queue's first pairs is merged at once, and then cut back to the longest prefix that gives the same
+result as merging one by one. `round` is a pair's index in the batch. The prefix ends
 
 1. before a pair whose occurrences overlap those of an earlier one ("a b c" for (a, b) and (b, c)): its count fell;
-2. before a pair that ranks below a pair which came into being in an earlier round;
+2. before a pair that ranks below a pair created in an earlier round;
 3. before and after a pair of one id with itself: in "a a a" its own occurrences overlap.
 
-At 100 MB of English and a vocabulary of 32,768 a batch holds 36 merges on average, 90 and more from the middle on.
+With 100 MB of English and a vocabulary of 32,768 a batch has 36 merges on average, and 90 or more in the second half.
 
-Two merged occurrences may stand side by side. Then their rounds decide what stood there at the time, and which pairs
-came and went within the batch: see `_replace`.
+Two merged occurrences may be adjacent. Then their rounds decide which tokens were there at the time, and which pairs
+were created and removed within the batch: see `_replace`.
 
-A token is made by one pair only. All places of a string evolve alike as long as no merge crosses its border, and where
-one did the string is no token: so when (l, r) is merged, l r is what stands at every place that can still become this
-token. Hence a merged pair never comes back, a pair with a new token is new itself, and every pair is filed once, with
-all its occurrences. The trainer's heap has provisions for all of these; from single bytes they are never used.
+Each token is made by one pair. All occurrences of a string are merged in the same way as long as no merge crosses its
+borders, and if one does, that occurrence cannot become the token: so when (l, r) is merged, every place that can still
+become this token reads l r. Hence a merged pair never returns, a pair with a new token is itself new, and every pair is
+filed once, with all its occurrences. The trainer's heap handles these cases, which never occur from single bytes.
 
-Candidate pairs wait in a queue of flat arrays, `PairQueue`. A pair ranks by its count, highest first, then by its two
-ids, lowest first: the order of Hugging Face's trainer. Counts only fall once a pair is filed. So it is enough to look
-at a *front*, the pairs that counted at least `threshold` when they were filed or when the threshold was lowered; the
-others cannot rank above it. A step costs the size of the front (thousands), not of the queue (millions).
+Candidate pairs are in a queue of flat arrays, `PairQueue`. A pair ranks by its count, highest first, then by its two
+ids, lowest first: the order of Hugging Face's trainer. Counts only fall after a pair is filed. So it is enough to look
+at a *front*, the pairs with a count of at least `threshold` when they were filed or when the threshold was lowered;
+the others cannot outrank it. A step costs the size of the front (thousands), not of the queue (millions).
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from llmkit.tokenizer.patterns import byte_alphabet
 
 Ints = NDArray[np.signedinteger]
 
-# Pairs in the front after the threshold was lowered. At a vocabulary of 32k and 100 MB, 1,024 and 16,384 are slower.
+# Size of the front after the threshold is lowered. At a vocabulary of 32k and 100 MB, 1,024 and 16,384 are slower.
 FRONT = 4096
 GAP = -1  # the symbol between two pieces
 NO_PAIR = -1
-NEVER = np.int64(2**62)  # a round after all others; int64 so that int32 rounds are widened beside it
+NEVER = np.int64(2**62)  # a round after all others; int64, so that int32 rounds are widened
 SMALLEST_BATCH, LARGEST_BATCH = 8, 1024
-LARGEST_WORK = 1 << 18  # places in the text that a batch looks at, unless its first pair has more
+LARGEST_WORK = 1 << 18  # occurrences in a batch, unless its first pair has more
 
 
 def rank_order(counts: Ints, keys: Ints) -> Ints:
@@ -56,19 +56,19 @@ def rank_order(counts: Ints, keys: Ints) -> Ints:
 
 
 class PairQueue:
-    """Pairs of token ids with their counts and the positions where they may stand. A pair's id is its index."""
+    """Pairs of token ids with their counts and possible positions. A pair's id is its index."""
 
     def __init__(self, position_type: type) -> None:
         self.size = 0
         self.key = np.empty(1024, np.int64)  # left id << 32 | right id, which orders pairs as (left, right)
         self.count = np.empty(1024, np.int64)  # 0 once merged
-        self.start = np.zeros(1024, np.int64)  # pair i may stand at positions[start[i] : start[i + 1]]
+        self.start = np.zeros(1024, np.int64)  # pair i may occur at positions[start[i] : start[i + 1]]
         self.positions = np.empty(1024, position_type)
         self.threshold = np.iinfo(np.int64).max
         self.front = np.empty(0, np.int64)
 
     def file(self, keys: Ints, counts: Ints, lengths: Ints, positions: Ints) -> Ints:
-        """Add pairs, each with the next `length` of the positions; return their ids."""
+        """Add pairs, pair i with the next `lengths[i]` positions; return their ids."""
         first, end = self.size, self.size + len(keys)
         noted = int(self.start[first])
         self.key, self.count, self.start = _grown(self.key, end), _grown(self.count, end), _grown(self.start, end + 1)
@@ -82,7 +82,7 @@ class PairQueue:
         return np.arange(first, end)
 
     def top(self, size: int, at_least: int) -> Ints:
-        """Return the first `size` pairs by rank that count `at_least` (> 0): fewer, but none only when all are gone."""
+        """Return up to `size` pairs by rank with counts of `at_least` (> 0); none only if no such pairs are left."""
         while True:
             counts = self.count[self.front]
             if not (counts >= self.threshold).all():
@@ -103,7 +103,7 @@ class PairQueue:
 
 
 def _grown(array: NDArray, size: int) -> NDArray:
-    """Make room for `size` elements, in a copy of at least half as many again, so that appending is O(1)."""
+    """Grow an array to `size` elements, by at least half, so that appending is amortized O(1)."""
     if size <= len(array):
         return array
     larger = np.empty(max(size, len(array) * 3 // 2), array.dtype)
@@ -113,9 +113,9 @@ def _grown(array: NDArray, size: int) -> NDArray:
 
 @dataclass(frozen=True)
 class Merges:
-    """`tokens[i]` are the bytes of id i, the 256 single bytes first; merge j makes the token of id 256 + j.
+    """`tokens[i]` are the bytes of id i, the 256 single bytes first; merge j makes token 256 + j.
 
-    counts[i] is how often token i stands in the text once all merges are made: its use in the encoded corpus.
+    counts[i] is the frequency of token i in the encoded corpus.
     """
 
     tokens: list[bytes]
@@ -130,10 +130,10 @@ def train_merges(
     min_frequency: int = 0,
     on_progress: Callable[[int], object] | None = None,
 ) -> Merges:
-    """Merge the most frequent pair, again and again, until there are `vocab_size` tokens, the 256 bytes included.
+    """Repeatedly merge the most frequent pair until there are `vocab_size` tokens, including the 256 bytes.
 
-    pieces: unique and not empty; counts: how often each occurs. Ends early when no pair occurs `min_frequency` times
-    (or once). on_progress gets the number of merges made since the last call.
+    pieces: unique and not empty; counts: how often each occurs. Stop early if no pair occurs `min_frequency` times (at
+    least once). on_progress is called with the number of merges since the last call.
 
     >>> train_merges([b"low", b"lower"], np.array([5, 2]), vocab_size=258).tokens[256:]
     [b'lo', b'low']
@@ -146,16 +146,16 @@ def train_merges(
 
 
 class _Occurrences(NamedTuple):
-    """Places where pairs of the batch stand."""
+    """Occurrences of the pairs of a batch."""
 
     position: Ints
-    second: Ints  # where the pair's right token begins
-    after: Ints  # where the pair ends
+    second: Ints  # start of the pair's right token
+    after: Ints  # end of the pair
     round: Ints
 
 
 class _Falls(NamedTuple):
-    """Pairs from before the batch that lose an occurrence of this weight in this round."""
+    """Older pairs that lose an occurrence of this weight in this round."""
 
     pair: Ints
     weight: Ints
@@ -163,13 +163,13 @@ class _Falls(NamedTuple):
 
 
 class _Changes(NamedTuple):
-    """Pairs with a token of the batch that gain (weight > 0) or lose (< 0) an occurrence in this round, by key."""
+    """Pairs with a new token that gain (weight > 0) or lose (< 0) an occurrence in this round, sorted by key."""
 
     key: Ints
     weight: Ints
     round: Ints
     position: Ints
-    until: Ints  # the round that takes a gained occurrence away again
+    until: Ints  # the round that removes a gained occurrence again
 
 
 Table = TypeVar("Table", _Occurrences, _Falls, _Changes)
@@ -180,10 +180,10 @@ def _where(table: Table, mask: NDArray[np.bool_]) -> Table:
 
 
 class _Trainer:
-    """The text, as one array with a gap before and after each piece, and the queue of the pairs in it.
+    """The text, as one array with a gap before and after each piece, and the queue of its pairs.
 
-    A token stands at its first and at its last position (`symbol`), so what stands beside an occurrence is one look-up
-    away. `pair_at` names the pair that begins at a token's first position, so a count that falls needs no search.
+    `symbol` has each token's id at its first and last position, so that the neighbours of an occurrence take one
+    lookup. `pair_at` has the pair that begins at a token's first position, so that reducing a count takes no search.
     """
 
     def __init__(self, pieces: list[bytes], counts: Ints, vocab_size: int, min_frequency: int) -> None:
@@ -207,7 +207,7 @@ class _Trainer:
         self.weight = np.zeros(len(inside), np.int32 if narrow else np.int64)
         self.weight[1:] = np.repeat(counts, lengths + 1)
 
-        self.token_count = np.zeros(len(self.token_length), np.int64)  # below 2**53, bincount's floats are exact
+        self.token_count = np.zeros(len(self.token_length), np.int64)  # bincount's floats are exact below 2**53
         self.token_count[:256] = np.bincount(self.symbol + 1, self.weight, minlength=257)[1:]
 
         self.queue = PairQueue(np.int32 if len(inside) < 2**31 else np.int64)
@@ -223,10 +223,10 @@ class _Trainer:
         first = both[start].astype(np.int64)
         ids = self.queue.file(first // 256 << 32 | first % 256, _sums(self.weight[position], start), lengths, position)
         self.pair_at[position] = np.repeat(ids.astype(np.int32), lengths)
-        self.round_of_pair = np.full(self.queue.size + 1, NO_PAIR, np.int32)  # scratch; the last is for NO_PAIR
+        self.round_of_pair = np.full(self.queue.size + 1, NO_PAIR, np.int32)  # scratch; NO_PAIR indexes the last
 
     def step(self) -> int:
-        """Merge the next batch; return how many merges it was, 0 at the end."""
+        """Merge the next batch; return its number of merges, 0 at the end."""
         room = self.vocab_size - len(self.tokens)
         top = self.queue.top(min(self.batch, room), self.least_count) if room > 0 else ()
         if len(top) == 0:
@@ -239,17 +239,17 @@ class _Trainer:
         if len(same):
             top, pairs = top[: max(1, same[0])], pairs[: max(1, same[0])]
         done = self._merge(top, pairs)
-        # Twice what was certain this time: the batch grows where pairs rarely touch, and little work is in vain.
+        # twice the merges of this batch: it grows while pairs rarely interact, and little work is undone
         self.batch = min(LARGEST_BATCH, max(SMALLEST_BATCH, 2 * done))
         return done
 
     def _merge(self, top: Ints, pairs: Ints) -> int:
-        """Merge as many of the top pairs (ids: pairs[:, 0], pairs[:, 1]) as are certain, at least one."""
+        """Merge the longest valid prefix of the top pairs (ids: pairs[:, 0], pairs[:, 1]), at least one."""
         base = len(self.tokens)
         start, stop = self.queue.start[top], self.queue.start[top + 1]
         noted = [self.queue.positions[i:j] for i, j in zip(start.tolist(), stop.tolist(), strict=True)]
         position, round_ = np.concatenate(noted).astype(np.int64), np.repeat(np.arange(len(top)), stop - start)
-        there = self.pair_at[position] == top[round_]  # a pair may have gone from there since
+        there = self.pair_at[position] == top[round_]  # a later merge may have removed this occurrence
         position, round_ = position[there], round_[there]
         second = position + self.token_length[pairs[round_, 0]]
         occurrences = _Occurrences(position, second, second + self.token_length[pairs[round_, 1]], round_)
@@ -304,12 +304,12 @@ class _Trainer:
         return _where(occurrences, occurrences.round < size), top[:size]
 
     def _replace(self, occurrences: _Occurrences, pairs: Ints, base: int) -> tuple[_Falls, _Changes]:
-        """Write the batch's tokens (ids from `base`) into the text; return what this does to the counts.
+        """Write the batch's tokens (ids from `base`) into the text; return the changes of the counts.
 
-        Merging (a, b) to x in "l a b r" takes away (l, a) and (b, r) and brings (l, x) and (x, r). Beside another
-        occurrence, l stands for what was there in this round: the batch's token if that was made in an earlier round
-        (or in the same one: a round goes from left to right), else the part that it will swallow, and then (l, x) is
-        gone again in that round. (l, a) was there before the batch only if l was.
+        Merging (a, b) to x in "l a b r" removes (l, a) and (b, r) and creates (l, x) and (x, r). Next to another
+        occurrence, l is the token that was there in this round: the batch's token if that was made in an earlier round
+        (or in the same one, as a round goes from left to right), else the part of it, and then (l, x) is removed again
+        in the later round. (l, a) existed before the batch only if l did.
         """
         position, second, after, round_ = occurrences
         new = base + round_
@@ -350,7 +350,7 @@ class _Trainer:
         return falls, _Changes(*(column[order] for column in changes))
 
     def _before_outranked(self, top: Ints, created: Ints, keys: Ints, created_in: Ints) -> int:
-        """Return how many rounds pass before the turn of a pair that counts `created` from round `created_in` on."""
+        """Return the number of rounds before a new pair, with count `created` from round `created_in` on, is due."""
         counts = self.queue.count[top]
         rival = np.flatnonzero(created >= counts[-1])
         if len(rival) == 0:
@@ -363,7 +363,7 @@ class _Trainer:
 
 
 def _every_other(occurrences: _Occurrences, step: int) -> NDArray[np.bool_]:
-    """Keep the first, third and so on of the occurrences of a pair (a, a) in "a a a a", as one merges rightwards."""
+    """Keep the first, third etc. occurrence of a pair (a, a) in "a a a a", as merging from left to right does."""
     order = np.argsort(occurrences.position)
     position = occurrences.position[order]
     run = np.flatnonzero(np.diff(position, prepend=-1 - step) != step)
@@ -379,5 +379,5 @@ def _group_starts(ordered: NDArray) -> Ints:
 
 
 def _sums(values: NDArray, start: Ints) -> Ints:
-    """Sums of the groups that begin at `start`."""
+    """Return the sums of the groups that begin at `start`."""
     return np.add.reduceat(values, start, dtype=np.int64) if len(start) else np.empty(0, np.int64)

@@ -1,16 +1,16 @@
-"""The regular expressions that cut text into pieces before BPE, and where text may be cut without asking them.
+"""Regular expressions that split text into pieces before BPE, and places where text may safely be cut first.
 
-A pattern is applied by Hugging Face's `Split` ("isolated"): matches are pieces, and so is what lies between them. It
-runs at 4 MB/s. But in the four patterns known by name a piece always ends
+Hugging Face's `Split` ("isolated") applies a pattern: its matches and the text between them are pieces. It runs at
+4 MB/s. But with the four named patterns a piece always ends
 
-1. where an ASCII letter meets another ASCII character: no alternative goes on from a letter to anything else, except
-   that o200k takes a contraction ("don't") into the word;
-2. before a space that follows a character which is not white space: an alternative takes a space only at its start
-   or within white space;
+1. between an ASCII letter and another ASCII character: no alternative continues from a letter to anything else, except
+   that o200k includes a contraction ("don't") in the word;
+2. before a space that follows a non-space character: an alternative matches a space only at its start or within white
+   space;
 
-and no alternative looks back, or ahead except after white space. So text may be cut at these places, and each cut-out
-*chunk* has the pieces that it has within the text. English has one chunk per 5 bytes and the same ones again and again:
-the pattern has to look at each only once (corpus.py).
+and no alternative looks behind, or ahead except after white space. So text may be cut at these places, and each
+*chunk* splits into the same pieces as within the text. English has one chunk per 5 bytes, and few unique ones: the
+pattern splits each of these only once (corpus.py).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llmkit.io.foreign import no_panic
 
 
 def byte_alphabet() -> list[tuple[str, int]]:
-    """List the (character, byte) pairs of byte-level BPE, by character: the order of Hugging Face's ids.
+    """List the (character, byte) pairs of byte-level BPE by character, which is the order of Hugging Face's ids.
 
-    Printable bytes stand for themselves, the others for U+0100 and up (GPT-2's bytes_to_unicode).
+    Printable bytes represent themselves, others are U+0100 and up (GPT-2's bytes_to_unicode).
 
     >>> byte_alphabet()[0], byte_alphabet()[-1]
     (('!', 33), ('Ń', 173))
@@ -38,11 +38,11 @@ def byte_alphabet() -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Pattern that cuts text into pieces.
+    """A pattern that splits text into pieces.
 
-    regex       in Oniguruma's syntax, which is what tokenizer.json holds
-    ascii_regex the same for chunks of ASCII, for `re` on bytes, which is ten times faster; None: unknown
-    unbroken    ASCII characters before which text must not be cut after a letter; None: it must not be cut anywhere
+    regex       in Oniguruma's syntax, as in tokenizer.json
+    ascii_regex the same for ASCII chunks, for `re` on bytes, which is ten times faster; None if unknown
+    unbroken    ASCII characters that must not be cut off from a preceding letter; None: no safe cuts are known
     """
 
     name: str
@@ -72,7 +72,7 @@ _CATEGORY = re.compile(r"\\p\{(\w+)\}")
 
 
 def _ascii_regex(regex: str) -> bytes:
-    """Rewrite a regular expression for ASCII, with ranges of characters for Unicode's categories.
+    """Rewrite a regular expression for ASCII: Unicode categories become character ranges.
 
     >>> _ascii_regex(r" ?[^\\s\\p{L}]+|\\p{N}{1,3}")
     b' ?[^\\\\sA-Za-z]+|[0-9]{1,3}'
@@ -88,10 +88,10 @@ PATTERNS = {
 
 
 def find_pattern(text: str) -> Pattern:
-    """Find a pattern by its name, or make it from a regular expression. UserError when tokenizers cannot read it."""
+    """Find a pattern by name, or make one from a regular expression. Raise UserError if tokenizers cannot read it."""
     if text in PATTERNS:
         return PATTERNS[text]
-    if not text or re.fullmatch(r"[\w.-]+", text):  # a name, and none of ours: as a regex it would match itself
+    if not text or re.fullmatch(r"[\w.-]+", text):  # an unknown name, which as a regex would match only itself
         raise UserError(f"--pattern: expected {', '.join(NAMES)} or a regular expression, found {text!r}")
     from tokenizers import Regex
 
@@ -105,13 +105,13 @@ def find_pattern(text: str) -> Pattern:
 
 
 def piece_finder(pattern: Pattern) -> Callable[[bytes], list[bytes]]:
-    """Return a function that cuts a text in UTF-8 into its pieces, none of them empty."""
+    """Return a function that splits a UTF-8 text into its non-empty pieces."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(pattern.regex), "isolated").pre_tokenize_str
 
     def find(text: bytes) -> list[bytes]:
-        with no_panic("--pattern", "a regular expression that takes too long, or too much memory, for a text"):
+        with no_panic("--pattern", "the regular expression takes too much time or memory for a text"):
             return [piece.encode() for piece, _ in split(text.decode()) if piece]
 
     if pattern.ascii_regex is None:

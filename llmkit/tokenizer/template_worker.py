@@ -1,7 +1,7 @@
-"""Chat templates rendered in a process of their own, whose time, memory and output are bounded.
+"""Render chat templates in a separate process with limits on time, memory and output.
 
-A template is a program of whoever made the folder: jinja2's sandbox keeps it from files and other code, but not from
-loops without end or strings of gigabytes. The process imports this module, so it asks for nothing heavy.
+A template is an untrusted program: jinja2's sandbox keeps it from files and other code, but not from endless loops or
+gigabytes of strings. The process imports this module, so it must not import anything heavy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from llmkit.io.pool import Worker, WorkerDied
 
-CPU_SECONDS, MEMORY = 3.0, 1 << 30  # of one rendering; bytes of address space in all
-MORE_TEXT, TIMES_TEXT = 1 << 20, 20  # characters of output: so many and so many for each character of input
+CPU_SECONDS, MEMORY = 3.0, 1 << 30  # per rendering; bytes of address space of the process
+MORE_TEXT, TIMES_TEXT = 1 << 20, 20  # output limit in characters: MORE_TEXT + TIMES_TEXT * input
 
 
 class TemplateFault(Exception):
-    """Failure of a template; `refused` where the template itself says no, `ended` at a limit."""
+    """A template failed; `refused` if it called raise_exception, `ended` if it exceeded a limit."""
 
     def __init__(self, reason: str, refused: bool = False, ended: bool = False) -> None:
         super().__init__(reason)
@@ -29,9 +29,9 @@ class TemplateFault(Exception):
 
 @lru_cache(maxsize=16)
 def renderer(template: str) -> Callable[[dict[str, Any] | None], str]:
-    """Return a function from a template's variables to its text; None compiles alone, which is done here once.
+    """Return a function that renders a template with variables; compile it once, which may raise TemplateFault.
 
-    Both raise TemplateFault.
+    The function raises TemplateFault, too; with None it only compiles.
     """
     worker = Worker(partial(Template, template), CPU_SECONDS)
 
@@ -39,7 +39,7 @@ def renderer(template: str) -> Callable[[dict[str, Any] | None], str]:
         try:
             kind, text = worker.call(values)
         except WorkerDied:
-            reason = f"it does not end within {CPU_SECONDS:.0f} s and {MEMORY >> 20} MB"
+            reason = f"it exceeds {CPU_SECONDS:.0f} s or {MEMORY >> 20} MB"
             raise TemplateFault(reason, ended=True) from None
         if kind != "text":
             raise TemplateFault(text, refused=kind == "refused")
@@ -50,10 +50,10 @@ def renderer(template: str) -> Callable[[dict[str, Any] | None], str]:
 
 
 class Template:
-    """Work of the pool: one template, compiled with the first values; answers (text | refused | fault, text)."""
+    """Work for a pool: one template, compiled at the first call; yields ("text" | "refused" | "fault", text)."""
 
     def __init__(self, source: str) -> None:
-        import resource  # which Windows lacks
+        import resource  # not available on Windows
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -66,7 +66,7 @@ class Template:
             self._compiled = self._compiled or _compiled(self._source)
             text = "" if values is None else self._compiled.render(**values)
             most = MORE_TEXT + TIMES_TEXT * len(repr(values))
-            yield ("text", text) if len(text) <= most else ("fault", f"it makes a text of length {len(text)}")
+            yield ("text", text) if len(text) <= most else ("fault", f"its output has length {len(text)}")
         except MemoryError:
             yield "fault", f"it needs more than {MEMORY >> 20} MB"
         except TemplateError as error:
@@ -76,7 +76,7 @@ class Template:
 
 
 def _compiled(template: str) -> Any:
-    """Compile a template as transformers does; SOURCE_DATE_EPOCH is today where it is set."""
+    """Compile a template like transformers; SOURCE_DATE_EPOCH, if set, replaces today's date."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -94,5 +94,5 @@ def _compiled(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = now.strftime  # one day for a whole run
+    environment.globals["strftime_now"] = now.strftime  # the same day during the run
     return environment.from_string(template)

@@ -104,7 +104,7 @@ def _replaced(times: int) -> dict:
         ),
         (
             lambda spec: spec.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}),
-            "tokenizers cannot encode a text by it",
+            "tokenizers cannot encode a text with it",
         ),
         (lambda spec: spec.update(decoder=["a"]), "expected an object or null for decoder, found"),
         (
@@ -133,7 +133,7 @@ def test_a_pattern_that_panics_is_a_line(tmp_path: Path, llmkit) -> None:
     (tmp_path / "text.txt").write_text("a" * 40 + "!\n")
     command = ("train-bpe", tmp_path / "text.txt", "--pattern", "(a+)+$", "--vocab-size", "320", "-o", tmp_path / "t")
     done = llmkit(*command)
-    assert done.returncode == 2 and "--pattern: a regular expression that takes too long" in done.stderr
+    assert done.returncode == 2 and "--pattern: the regular expression takes too much time" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -161,9 +161,21 @@ def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
     [
         ("model.safetensors", "model-q4.gguf", r"found neither, but model-q4\.gguf.*llama.cpp's; download"),
         ("model.safetensors", "consolidated.safetensors", "found neither, but consolidated.*rename it to"),
-        ("tokenizer.json", "tokenizer.model", r"expected tokenizer\.json, found .*; transformers makes one: python -c"),
-        ("tokenizer.json", "model.gguf", r"expected tokenizer\.json, found .*; transformers makes one: python -c"),
-        ("tokenizer.json", "tekken.json", r"expected tokenizer\.json, found .*; transformers makes one: python -c"),
+        (
+            "tokenizer.json",
+            "tokenizer.model",
+            r"expected tokenizer\.json, found .*; convert it with transformers: python -c",
+        ),
+        (
+            "tokenizer.json",
+            "model.gguf",
+            r"expected tokenizer\.json, found .*; convert it with transformers: python -c",
+        ),
+        (
+            "tokenizer.json",
+            "tekken.json",
+            r"expected tokenizer\.json, found .*; convert it with transformers: python -c",
+        ),
     ],
 )
 def test_another_form_of_weights_or_tokenizer_says_the_way_on(folder: Path, former: str, name: str, words: str) -> None:

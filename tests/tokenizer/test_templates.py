@@ -118,27 +118,27 @@ def test_an_assistant_from_elsewhere_is_tuned_and_answers_in_its_own_form(tmp_pa
 # ---- templates that are hostile, or change what is said
 
 SHOWN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
-CHANGED = r"leaves messages out or changes them: turn \d|ends an answer with no special"
+CHANGED = r"drops or changes messages: turn \d|does not end an answer with a special"
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "words"),
     [
         (TEMPLATES["llama2"], messages(1, system=True), "its chat template refuses this: Only user and assistant"),
-        ("{% for m in messages %}{{ m.content", messages(1), "its chat template is no valid Jinja"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", messages(1), "ends an answer with no special token"),
-        (SHOWN.replace("in messages", "in messages[-2:]"), messages(3), "leaves messages out or changes them"),
-        (SHOWN.replace("in messages", "in messages | reverse"), messages(3), "changes them: turn"),
+        ("{% for m in messages %}{{ m.content", messages(1), "its chat template is not valid Jinja"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", messages(1), "does not end an answer with"),
+        (SHOWN.replace("in messages", "in messages[-2:]"), messages(3), "drops or changes messages"),
+        (SHOWN.replace("in messages", "in messages | reverse"), messages(3), "changes messages: turn"),
         *[(SHOWN.replace("m.content", shown), messages(3), CHANGED)
           for shown in ("m.content | upper", "m.content | reverse", "m.content + m.content", "'x'")],
         *[(template + SHOWN, messages(1), words) for template, words in [
-            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
+            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it exceeds"),
             ("{{ ('a' * 20000000000) | length }}", "needs more than 1024 MB"),
-            ("{{ 'a' * 50000000 }}", "it makes a text of length 50000"),
+            ("{{ 'a' * 50000000 }}", "its output has length 50000"),
             ("{{ 1 / 0 }}", "fails: ZeroDivisionError: division by zero"),
             ("{{ 'a' + 1 }}", "fails: TypeError"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
-            ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "no valid Jinja"),
+            ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "not valid Jinja"),
             ("{{ messages[0].update({'role': 'x'}) }}", "refuses this"),
             ("{% include '/etc/passwd' %}", "fails"),
         ]],
@@ -287,7 +287,7 @@ def test_a_template_without_an_end_asks_all_the_same(tmp_path: Path) -> None:
     rows = [{"role": "user", "content": "Sure?"}]
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(rows, return_dict=False)
     assert chat.encode([message("user", "Sure?")], prompt=True).token_ids.tolist() == theirs
-    with pytest.raises(UserError, match="ends an answer with no special token"):
+    with pytest.raises(UserError, match="does not end an answer with a special token"):
         chat.encode_many([Conversation(tuple(messages(2)))])
 
 
@@ -331,7 +331,7 @@ def test_thoughts_are_asked_for_by_the_switch_of_a_template(tmp_path: Path, swit
 def test_a_template_without_a_switch_for_thoughts_is_told_of(tmp_path: Path, template: str | None) -> None:
     tokenizer = load_tokenizer(save(tmp_path, template))
     choose_thinking(tokenizer, "auto")
-    with pytest.raises(UserError, match="--thinking off: expected a chat template with the switch enable_thinking or"):
+    with pytest.raises(UserError, match="--thinking off: expected a chat template with enable_thinking or"):
         choose_thinking(tokenizer, "off")
 
 
