@@ -1,1 +1,1 @@
-"""Tools that a model may use while it writes: a calculator, a search index, a Python sandbox."""
+"""Tools for models: a calculator, search, a Python sandbox, and the user's functions."""

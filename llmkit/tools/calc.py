@@ -1,10 +1,10 @@
-"""A calculator for models: exact arithmetic over an explicit grammar, in bounded time and memory.
+"""A calculator for models: exact arithmetic with an explicit grammar, in bounded time and memory.
 
     calculate("2 * (3 + 4) ^ 2")  ->  "98"
     calculate("9**9**9")          ->  CalculationError: the result is too large
 
-Nothing is ever evaluated as Python. Whole numbers and fractions are exact; a function such as `sqrt` answers with a
-float of 53 bits. The grammar is LALR and values are made while it is read, so that neither depth nor length recurses.
+Nothing is evaluated as Python. Integers and fractions are exact; functions such as `sqrt` return 53-bit floats. The
+LALR parser computes values while parsing, so nothing recurses with depth or length.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from functools import lru_cache
 from typing import Any
 
 LONGEST_EXPRESSION = 1000  # characters
-LARGEST_BITS = 4096  # of a numerator or denominator: 1,233 digits
-SHOWN_DIGITS = 12  # of a number that does not end
+LARGEST_BITS = 4096  # of numerator and denominator: 1,233 digits
+SHOWN_DIGITS = 12  # of a non-terminating decimal
 FLOAT_FUNCTIONS = ("exp", "sin", "cos", "tan", "log10", "log2", "asin", "acos", "atan", "radians", "degrees")
 CONSTANTS = {"pi": math.pi, "e": math.e}
 
@@ -51,13 +51,13 @@ Number = Fraction | float
 
 
 class CalculationError(ValueError):
-    """Fault of an expression, in a few words that the model can read."""
+    """An error in an expression, as a short message to the model."""
 
 
 def calculate(expression: str) -> str:
-    """The value of an expression, as it would be written down.
+    """Return the value of an expression, formatted.
 
-    Raises CalculationError for what cannot be read, has no value, or is too large.
+    Raises CalculationError if it cannot be parsed, is undefined, or is too large.
 
     >>> calculate("0.1 + 0.2"), calculate("7 / 2"), calculate("1/3"), calculate("max(2, sqrt(16)) = ")
     ('0.3', '3.5', '0.333333333333', '4')
@@ -67,7 +67,7 @@ def calculate(expression: str) -> str:
     from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken, VisitError
 
     plain = expression.lower()
-    if not re.search(r"[a-z]\s*\(", plain):  # no function whose values commas part: 1,234,567 is one number
+    if not re.search(r"[a-z]\s*\(", plain):  # no function arguments: 1,234,567 is one number
         plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
     try:
         value = _parser().parse(plain)
@@ -89,7 +89,7 @@ def _written(value: Number) -> str:
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.{SHOWN_DIGITS}g}"
     if value.denominator == 1:
         return str(value.numerator)
-    digits = value.denominator.bit_length()  # at least as many as the decimals of a number that ends
+    digits = value.denominator.bit_length()  # at least the number of decimals, if it terminates
     ends = digits <= 64 and 10**digits % value.denominator == 0
     with localcontext(Context(prec=LARGEST_BITS if ends else SHOWN_DIGITS)):
         quotient = Decimal(value.numerator) / Decimal(value.denominator)
@@ -119,7 +119,7 @@ def _power(base: Number, exponent: Number) -> Number:
     if base == 0 and exponent < 0:
         raise CalculationError("division by zero")
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        if abs(base) in (0, 1):  # decided by the exponent's parity alone
+        if abs(base) in (0, 1):  # only the exponent's parity matters
             return base ** (2 - int(exponent) % 2) if exponent else Fraction(1)
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if abs(exponent) * (size - 1) > LARGEST_BITS:
@@ -159,7 +159,7 @@ def _square_root(value: Number) -> Number:
 
 
 def _rounded(value: Number, digits: Number = Fraction(0)) -> Number:
-    """Half away from zero, as people round."""
+    """Round half away from zero, as people do."""
     places = _whole(digits)
     if abs(places) > 100:
         raise CalculationError("round: expected at most 100 digits")
@@ -172,7 +172,7 @@ def _rounded(value: Number, digits: Number = Fraction(0)) -> Number:
 FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sqrt": (_square_root, 1, 1),
     "abs": (abs, 1, 1),
-    "min": (lambda *values: min(values), 1, 100),  # Python's takes one value for a list
+    "min": (lambda *values: min(values), 1, 100),  # Python's min takes a single value for an iterable
     "max": (lambda *values: max(values), 1, 100),
     "sum": (lambda *values: sum(values, Fraction(0)), 1, 100),
     "round": (_rounded, 1, 2),
@@ -202,7 +202,7 @@ def _constant(name: str) -> Number:
     return CONSTANTS[name]
 
 
-# what becomes of a rule of the grammar, while it is read; lark's tokens are strings
+# grammar rules to functions, applied while parsing; lark's tokens are strings
 STEPS: dict[str, Callable[..., Number]] = {
     "number": _number,
     "constant": _constant,
@@ -228,9 +228,9 @@ def _parser() -> Any:
                 return _bounded(step(*children))
             except CalculationError:
                 raise
-            except OverflowError:  # exact values beyond a float's range meet floats in any step
+            except OverflowError:  # an exact value beyond the range of floats meets a float
                 raise CalculationError("the result is too large") from None
-            except (ValueError, ZeroDivisionError):  # of math's functions
+            except (ValueError, ZeroDivisionError):  # from functions of math
                 raise CalculationError("no value there") from None
 
         return value

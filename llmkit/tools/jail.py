@@ -1,23 +1,23 @@
-"""The inside of the sandbox: run by a bare Python, it locks itself up and then runs the code that came on stdin.
+"""The inside of the sandbox: a bare Python runs this file, which locks itself in and runs the code from stdin.
 
     python -I -S -B jail.py STATUS_FD PARENT MILLISECONDS MEMORY_BYTES CPU_SECONDS FILE_BYTES < code
 
-STATUS_FD -1 means no jail. PARENT is the process that started it, with which it dies, as it does after MILLISECONDS.
+STATUS_FD -1 means no jail. PARENT is the process that started this one, which dies with it, or after MILLISECONDS.
 
-What holds the code, in the order in which it is put on:
+The layers of the jail, in the order in which they are set up:
 
-- user, mount, PID, network, IPC and UTS namespaces: no other process, no network, an empty host name;
-- a root of its own (a tmpfs that ends with the process): Python's standard library and the system's shared libraries,
+- user, mount, PID, network, IPC and UTS namespaces: no other processes, no network, a neutral host name;
+- a private root (a tmpfs that ends with the process): Python's standard library and the system's shared libraries,
   read-only, and an empty working folder; no /proc, /dev, /etc, /home;
-- no capability, no_new_privs, and another user than root where llmkit is run by root;
-- resource limits on memory, processor time, size and number of files, number of threads;
+- no capabilities, no_new_privs, and a user other than root if llmkit runs as root;
+- resource limits on memory, CPU time, size and number of files, number of threads;
 - Landlock: reading below the root, writing in the working folder only, no TCP;
-- seccomp: a list of the system calls that Python needs for itself. No new process, program, socket, namespace,
-  mount, trace, key or kernel module; what is not on the list fails with EPERM.
+- seccomp: an allowlist of the system calls that Python needs. No new process, program, socket, namespace, mount,
+  trace, key or kernel module; all other calls fail with EPERM.
 
-A step that this kernel does not know ends everything with a line on STATUS_FD, before any code has run, which begins
-with "busy: " where another try may succeed; an empty status means that the jail was closed. This file imports nothing
-but the standard library. Sources: unshare(2), user_namespaces(7), landlock(7), seccomp(2), pivot_root(2).
+If the kernel does not support a step, nothing is run and STATUS_FD gets a line with the reason, which begins with
+"busy: " if a retry may succeed; an empty status means that the jail is closed. This file imports only the standard
+library. Sources: unshare(2), user_namespaces(7), landlock(7), seccomp(2), pivot_root(2).
 """
 
 import contextlib
@@ -34,10 +34,10 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 163
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 NOBODY = 65534
-WORK = "/work"  # or a name like it, where Python lives below that
+WORK = "/work"  # with "-" appended if Python is installed below it
 THREADS = 16
 
-# Where the two machines differ: name: (x86_64, aarch64); None where it has no such call
+# system call numbers, name: (x86_64, aarch64); None if the architecture lacks the call
 SETUP_CALLS = {"capset": (126, 91), "pivot_root": (155, 41), "landlock": (444, 444), "mount_setattr": (442, 442)}
 ALLOWED_CALLS = {
     # files
@@ -52,14 +52,14 @@ ALLOWED_CALLS = {
     "copy_file_range": (326, 285), "statx": (332, 291), "faccessat2": (439, 439), "dup": (32, 23), "dup2": (33, None),
     "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59), "poll": (7, None), "ppoll": (271, 73),
     "select": (23, None), "pselect6": (270, 72),
-    # memory, threads, signals to itself
+    # memory, threads, signals to the process itself
     "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
     "madvise": (28, 233), "futex": (202, 98), "set_robust_list": (273, 99), "set_tid_address": (218, 96),
     "rseq": (334, 293), "membarrier": (324, 283), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
     "getcpu": (309, 168), "arch_prctl": (158, None), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "tgkill": (234, 131), "exit": (60, 93),
     "exit_group": (231, 94),
-    # time and what it may know of itself
+    # time, and information about the process
     "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "gettimeofday": (96, 169), "time": (201, None),
     "clock_gettime": (228, 113), "clock_getres": (229, 114), "times": (100, 153), "getrandom": (318, 278),
     "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getpgrp": (111, None), "getuid": (102, 174),
@@ -75,7 +75,7 @@ libc.syscall.restype = ctypes.c_long
 
 
 class Refused(Exception):
-    """A step of the setup that this machine does not allow."""
+    """A step of the setup that this machine does not support."""
 
     errno = 0
 
@@ -91,7 +91,7 @@ def checked(what, result):
 def column():
     machine = os.uname().machine
     if machine not in MACHINES:
-        raise Refused(f"no list of system calls for {machine}")
+        raise Refused(f"unsupported architecture: {machine}")
     return MACHINES[machine]
 
 
@@ -109,7 +109,7 @@ def mount(source, target, kind, flags, data=None):
 
 
 def enter_namespaces():
-    """Unshare all; a process outside writes the maps, since the new namespace may not map two users itself."""
+    """Unshare all namespaces. A process outside writes the id maps: the new namespace itself cannot map two users."""
     root = os.geteuid() == 0
     user, group = os.geteuid(), os.getegid()
     ready, done = os.pipe(), os.pipe()
@@ -150,7 +150,7 @@ def write(path, text):
 
 
 def library_folders():
-    """The folders that Python and its extension modules are loaded from, outermost only."""
+    """Return the folders from which Python and its extension modules are loaded (outermost only), and symlinks."""
     import sysconfig
 
     folders = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.join(sys.base_prefix, "lib")}
@@ -163,14 +163,14 @@ def library_folders():
 
 
 def enter_root(file_bytes):
-    """Make the root: library folders, read-only, and the working folder, which is given back; all else is gone."""
+    """Build the root: read-only library folders and an empty working folder. Return the working folder's path."""
     folders, links = library_folders()
     work = WORK
     while work.strip("/") in {folder.split("/")[1] for folder in folders}:
-        work += "-"  # a folder that is none of those of Python, and holds none of them
+        work += "-"  # must not be above or below Python's folders
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     base = "/tmp" if os.path.isdir("/tmp") else "/mnt"
-    # bound before the tmpfs covers a Python that lives below it
+    # opened before the tmpfs hides a Python installed below it
     descriptors = {folder: os.open(folder, os.O_PATH | os.O_DIRECTORY) for folder in folders}
     mount("llmkit", base, "tmpfs", MS_NOSUID | MS_NODEV, f"size={2 * file_bytes},mode=755,nr_inodes=4096")
     for folder, descriptor in descriptors.items():
@@ -195,11 +195,11 @@ def enter_root(file_bytes):
     return work
 
 
-# ---- rights
+# ---- privileges
 
 
 def die_with(parent):
-    """End as soon as the parent does, also where it has ended before this was asked for."""
+    """End when the parent ends, or now if it already has."""
     libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(99)
@@ -213,7 +213,7 @@ def out_of_time(number, frame):
 def drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes):
     import resource
 
-    # the first process of a namespace ignores a signal that it does not handle
+    # the init process of a PID namespace ignores signals without a handler
     signal.signal(signal.SIGXCPU, out_of_time)
     checked("sethostname", libc.sethostname(b"sandbox", 7))
     for capability in range(64):
@@ -225,10 +225,10 @@ def drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes):
         os.setresuid(NOBODY, NOBODY, NOBODY)
     checked("capset", call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *[0] * 6)))
     checked("no_new_privs", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)  # after the change of user, which clears it
+    libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)  # after changing the user, which clears it
     os.set_blocking(alive, False)
     with contextlib.suppress(BlockingIOError):
-        os.read(alive, 1)  # nobody writes: the end of it means that the parent, whom a namespace hides, is dead
+        os.read(alive, 1)  # EOF means that the parent, whose PID is hidden by the namespace, is dead
         os._exit(99)
     os.close(alive)
     limits = {
@@ -236,22 +236,22 @@ def drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes):
         "MEMLOCK": 0, "MSGQUEUE": 0,
     }  # fmt: skip
     for name, value in limits.items():
-        hard = value + 1 if name == "CPU" else value  # SIGXCPU first; SIGKILL where it is not heeded
+        hard = value + 1 if name == "CPU" else value  # SIGXCPU first, then SIGKILL
         kind = getattr(resource, f"RLIMIT_{name}")
         most = resource.getrlimit(kind)[1]
-        if most != resource.RLIM_INFINITY:  # a limit that was lower before stays
+        if most != resource.RLIM_INFINITY:  # keep lower limits
             value, hard = min(value, most), min(hard, most)
         try:
             resource.setrlimit(kind, (value, hard))
         except (OSError, ValueError) as error:
-            raise Refused(f"limits of resources: {error}") from None
+            raise Refused(f"resource limits: {error}") from None
 
 
 def restrict_files(work):
-    """Landlock: read everywhere below the root, all else in the working folder only, no TCP, no abstract sockets."""
+    """Landlock: allow reading below the root, writing only in the working folder; no TCP, no abstract sockets."""
     version = call("landlock", None, 0, 1)
     if version < 1:
-        raise Refused("Landlock: not in this kernel (5.13 or later, with landlock among its lsm=)")
+        raise Refused("Landlock: not available (needs kernel 5.13 or later, with landlock in lsm=)")
     files = (1 << {1: 13, 2: 14}.get(version, 15 if version < 5 else 16)) - 1
     rules = struct.pack("QQQ", files, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
@@ -271,7 +271,7 @@ def restrict_files(work):
 
 
 def restrict_calls():
-    """seccomp: a classic BPF program over (number, architecture, arguments)."""
+    """Restrict system calls by seccomp: a classic BPF program over (number, architecture, arguments)."""
     machine, architecture = column()
     load, equal, bits, give = 0x20, 0x15, 0x45, 0x06  # LD|W|ABS, JEQ|K, JSET|K, RET|K
     allow, denied, unknown = 0x7FFF0000, 0x00050001, 0x00050026  # ALLOW, ERRNO(EPERM), ERRNO(ENOSYS)
@@ -279,7 +279,7 @@ def restrict_calls():
     refuse = (give, 0, 0, denied)
 
     def when(call_numbers, steps):
-        """`steps` for one call, which end in a return; the others jump over them."""
+        """Return the instructions for one call, which end in a return; other calls jump over them."""
         number = call_numbers[machine]
         return [] if number is None else [(equal, 0, len(steps), number), *steps]
 
@@ -292,7 +292,7 @@ def restrict_calls():
     for numbers in ALLOWED_CALLS.values():
         program += when(numbers, [(give, 0, 0, allow)])
     clone3, clone, ioctl, prlimit64 = (435, 435), (56, 220), (16, 29), (302, 261)
-    program += when(clone3, [(give, 0, 0, unknown)])  # its flags lie in memory; glibc goes on with clone
+    program += when(clone3, [(give, 0, 0, unknown)])  # BPF cannot read its flags; glibc falls back to clone
     program += when(clone, [(load, 0, 0, at_argument), (bits, 0, 1, CLONE_THREAD), (give, 0, 0, allow), refuse])
     questions = [step for number in TERMINAL_QUESTIONS for step in ((equal, 0, 1, number), (give, 0, 0, allow))]
     program += when(ioctl, [(load, 0, 0, at_argument + 8), *questions, refuse])
@@ -313,7 +313,7 @@ def restrict_calls():
 
 
 def run(code):
-    """Run the code as a script and return its exit status; the value of a last expression is printed, too."""
+    """Run the code as a script and return its exit status; print the value of a final expression."""
     import ast
     import linecache
     import traceback
@@ -348,7 +348,7 @@ def main():
     status, parent, milliseconds, memory_bytes, cpu_seconds, file_bytes = map(int, sys.argv[1:])
     signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
     die_with(parent)
-    with contextlib.suppress(OSError):  # where memory runs out this goes first, not what started it
+    with contextlib.suppress(OSError):  # if memory runs out, kill this process rather than its parent
         write("/proc/self/oom_score_adj", "1000")
     code = sys.stdin.buffer.read().decode("utf-8", "replace")
     if status >= 0:
@@ -365,10 +365,10 @@ def main():
 
 
 def close_jail(status, parent, memory_bytes, cpu_seconds, file_bytes):
-    """Return in a child process that is locked up; the parent waits for it and ends as it ended."""
+    """Return in a jailed child process; the parent waits for it and exits with its status."""
     try:
         root = enter_namespaces()
-        die_with(parent)  # again: a change of rights may clear it
+        die_with(parent)  # again: a change of credentials may clear it
         alive, write_end = os.pipe()
         child = os.fork()  # the first process of the new PID namespace
         if child:

@@ -1,10 +1,10 @@
-"""Python for models: a program of theirs runs in a sandbox, and what it printed comes back.
+"""Python for models: runs a program in a sandbox and returns its output.
 
     run_python("print(2 ** 10)").output  ->  "1024\\n"
 
-The sandbox is llmkit/tools/jail.py: namespaces, a root of its own, Landlock, seccomp and limits, set up by the child
-process itself before the code runs. Linux 5.13 or later on x86_64 or aarch64; where anything of it is missing
-nothing is run, unless the user says `--sandbox none`.
+The sandbox is llmkit/tools/jail.py: namespaces, a private root, Landlock, seccomp and resource limits, which the child
+process sets up itself before the code runs. It needs Linux 5.13 or later on x86_64 or aarch64. If a part is missing,
+nothing is run, unless the user gives `--sandbox none`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from typing import Any
 
 from llmkit.errors import UserError
 
-BLOCK = 1 << 16  # bytes read at once, and kept of what is said on standard error
-LONGEST_WAIT = 3600.0  # seconds at a time: epoll takes no more than 24 days
+BLOCK = 1 << 16  # bytes per read; also the bytes of stderr that are kept
+LONGEST_WAIT = 3600.0  # seconds per wait: epoll's limit is 24 days
 LONGEST_PROGRAM = 1 << 18  # bytes
-PAUSES = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # seconds before another try, where the machine is out of processes or memory
-LEAVING_SECONDS = 0.5  # that a killed program on a busy machine may take to be gone
-GRACE_SECONDS = 1.0  # after which a program whose clock here has not ended it ends itself
+PAUSES = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # seconds between retries if the machine is out of processes or memory
+LEAVING_SECONDS = 0.5  # time for killed processes to disappear on a busy machine
+GRACE_SECONDS = 1.0  # a program ends itself this long after its timeout if it was not killed
 
 
 def exchange(
     process: subprocess.Popen[bytes], data: bytes, seconds: float, is_enough: Callable[[bytearray], bool]
 ) -> tuple[bytes, bytes, str]:
-    """Feed a process and return what it printed, the end of its errors, and "done", "output" or "timeout".
+    """Feed a process; return its stdout, the end of its stderr, and "done", "output" or "timeout".
 
-    is_enough  asked after each block of what was printed so far; True stops the reading with "output"
+    is_enough  called with the output after each block; True stops with "output"
     """
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + seconds
@@ -62,7 +62,7 @@ def exchange(
                         written += os.write(stream.fileno(), data[written : written + BLOCK])
                     except BlockingIOError:
                         continue
-                    except BrokenPipeError:  # it may answer before it has read all
+                    except BrokenPipeError:  # it may answer without reading everything
                         written = len(data)
                     if written == len(data):
                         selector.unregister(stream)
@@ -78,14 +78,14 @@ def exchange(
                         return bytes(out), err, "output"
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:  # it closed its output and goes on
+    except subprocess.TimeoutExpired:  # it closed its output and keeps running
         return bytes(out), err, "timeout"
     return bytes(out), err, "done"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a program. Its files count against the memory of the machine, twice `file_bytes` at most."""
+    """Limits of a program. Its files are in memory, at most twice `file_bytes`."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 5
@@ -96,11 +96,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class PythonResult:
-    """Result of a program.
+    """The result of a program.
 
-    output   what it wrote on stdout and stderr, in its order, `output_bytes` at most
-    ended    "done", "error" (an exception or a non-zero exit), "timeout" (of the clock or of
-             the processor), "output" (it wrote too much) or "killed"
+    output   stdout and stderr, interleaved, at most `output_bytes`
+    ended    "done", "error" (an exception or a non-zero exit status), "timeout" (wall or CPU time), "output" (too
+             much of it) or "killed"
     """
 
     output: str
@@ -108,11 +108,9 @@ class PythonResult:
 
 
 def check_sandbox() -> None:
-    """Raise UserError where no program runs to its end in the sandbox, with what is missing. Tried once a process."""
+    """Raise UserError with the reason if the sandbox does not work. Tried once per process."""
     if missing := _missing():
-        raise UserError(
-            f"the Python sandbox cannot be closed on this machine: {missing}; --sandbox none runs without one"
-        )
+        raise UserError(f"the Python sandbox does not work on this machine: {missing}; --sandbox none runs without one")
 
 
 @lru_cache(1)
@@ -125,13 +123,13 @@ def _missing() -> str | None:
         return str(error)
     if result != PythonResult("done\n", "done"):
         last_line = (result.output.strip().splitlines() or ["nothing"])[-1]
-        return f"expected a program to print 'done' in it, found {last_line[:200]!r} ({result.ended})"
+        return f"expected a program in it to print 'done', found {last_line[:200]!r} ({result.ended})"
     return None
 
 
 @lru_cache(1)
 def _memory() -> int:
-    """Three quarters of the memory that this machine, or this container, has for each process of a training."""
+    """Return three quarters of the machine's or container's memory, divided by the local world size."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
@@ -139,13 +137,13 @@ def _memory() -> int:
     return total * 3 // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-_taken = 0  # of `_memory`, by the programs that run
+_taken = 0  # bytes of `_memory` reserved by running programs
 _taken_changed = threading.Condition()
 
 
 @contextmanager
 def room_for(limits: Limits, programs: int) -> Iterator[None]:
-    """Wait until programs that need one another have memory beside all others; then they run with `descriptors`."""
+    """Reserve memory for programs that run at the same time, with `descriptors`; wait until it is free."""
     global _taken
     size = programs * (limits.memory_bytes + 2 * limits.file_bytes)
     with _taken_changed:
@@ -162,12 +160,12 @@ def room_for(limits: Limits, programs: int) -> Iterator[None]:
 def run_python(
     code: str, limits: Limits | None = None, *, sandbox: bool = True, descriptors: tuple[int, ...] = ()
 ) -> PythonResult:
-    """Run a program and wait for its end. Whatever it does, nothing of it is left when this returns.
+    """Run a program and wait for it to end. None of its processes is left when this returns.
 
-    `descriptors` are those of ours that it has too, by the same numbers, such as pipes to another program; whoever
-    gives them has taken `room_for` all of these. Others wait for theirs.
-    Raises UserError when the sandbox cannot be closed: the program has not been run then. Without `sandbox` it runs
-    as a plain child process in an empty folder, with the limits of time and output alone.
+    `descriptors` are file descriptors that it inherits, such as pipes to another program; then the caller holds
+    `room_for` both. Without them this waits for room itself. Raises UserError if the sandbox cannot be set up, before
+    the program runs. Without `sandbox` the program is a plain child process in an empty folder, limited only in time
+    and output.
     """
     limits = limits or Limits()
     data = code.encode("utf-8", "replace")
@@ -181,11 +179,11 @@ def run_python(
                 if pause is None:
                     raise UserError(f"{error}, for {sum(PAUSES):.0f} seconds") from None
                 time.sleep(pause)
-    raise AssertionError("the last try gives a result or raises")
+    raise AssertionError("the last try returns or raises")
 
 
 class _BusyError(Exception):
-    """The machine is out of processes or memory; nothing has been run."""
+    """The machine is out of processes or memory; nothing was run."""
 
 
 def _run_in(data: bytes, limits: Limits, sandbox: bool, descriptors: tuple[int, ...]) -> PythonResult:
@@ -207,7 +205,7 @@ def _run_in(data: bytes, limits: Limits, sandbox: bool, descriptors: tuple[int, 
 
 
 def _run(data: bytes, limits: Limits, status: int, folder: str, descriptors: tuple[int, ...]) -> PythonResult:
-    """Start jail.py, feed it `data`, read what it writes up to the limits, and end its whole group."""
+    """Start jail.py, feed it `data`, read its output up to the limits, and kill its process group."""
     milliseconds = round((limits.wall_seconds + GRACE_SECONDS) * 1000)
     numbers = (status, os.getpid(), milliseconds, limits.memory_bytes, limits.cpu_seconds, limits.file_bytes)
     jail = str(Path(__file__).with_name("jail.py"))
@@ -235,7 +233,7 @@ def _run(data: bytes, limits: Limits, status: int, folder: str, descriptors: tup
                 os.killpg(child.pid, signal.SIGKILL)
             child.kill()
             child.wait()
-            with suppress(ChildProcessError):  # of a container's process 1 what the child leaves becomes its own
+            with suppress(ChildProcessError):  # if we are a container's init process, orphans of the child become ours
                 while True:
                     os.waitpid(-child.pid, 0)
             until = time.monotonic() + LEAVING_SECONDS

@@ -1,10 +1,10 @@
-"""Search for models: passages of the user's own documents by BM25, or an HTTP engine that the user names.
+"""Search for models: BM25 over passages of the user's documents, or an HTTP search engine.
 
     with closing(SearchIndex("docs.jsonl")) as index:
         print(index.search("who built the lighthouse"))
 
-The index is an SQLite FTS5 table in one file beside the documents, `docs.jsonl.fts5`, made again where it does not hold
-their passages, word for word: it may be old, damaged, or another's.
+The index is an SQLite FTS5 table in a file next to the documents, `docs.jsonl.fts5`. It is rebuilt unless it contains
+exactly their passages: it may be outdated, damaged, or from someone else.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from llmkit.io.jsonl import read_documents
 from llmkit.io.progress import counted
 
 SUFFIX = ".fts5"
-FORMAT = "CREATE TABLE format (second)"  # of the index file: its number is a name
+FORMAT = "CREATE TABLE format (second)"  # version of the index file, as a column name
 PASSAGES = "CREATE VIRTUAL TABLE passages USING fts5(title, text, tokenize = 'porter unicode61 remove_diacritics 2')"
-PASSAGE_CHARACTERS = 800  # a passage ends at the first paragraph's or sentence's end after that many
+PASSAGE_CHARACTERS = 800  # a passage ends at the first end of a paragraph or sentence after this
 LONGEST_PASSAGE = 1600
 LONGEST_QUERY = 64  # words
 LARGEST_ANSWER = 1 << 20  # bytes read from an HTTP engine
@@ -48,17 +48,16 @@ NOTHING = "nothing found"
 
 
 class SearchError(Exception):
-    """Why a search gave no answer, in a few words that the model can read."""
+    """Why a search failed, as a short message to the model."""
 
 
 class SearchIndex:
-    """Passages of documents in an FTS5 table. Safe to use from several threads."""
+    """Passages of documents in an FTS5 table. Thread-safe."""
 
     def __init__(self, documents: str) -> None:
-        """Open the index of a JSONL file, made now where there is none that holds the file's passages, word for word.
+        """Open the index of a JSONL file; build it unless one with exactly the file's passages exists.
 
-        Where the folder cannot be written the index is held in memory. Raises UserError for documents that cannot
-        be read.
+        The index is kept in memory if the folder is not writable. Raises UserError if the documents cannot be read.
         """
         if not os.path.isfile(documents):
             instead = "a folder" if os.path.isdir(documents) else "no such file"
@@ -68,7 +67,7 @@ class SearchIndex:
         self._connection = self._open_existing() or self._build()
 
     def search(self, query: str, passages: int = 3) -> str:
-        """The best passages for a query, best first, numbered; `nothing found` where no word of it occurs."""
+        """Return the best passages for a query, numbered, best first; `nothing found` if none of its words occurs."""
         words = re.findall(r"\w+", query.encode("utf-8", "ignore").decode())[:LONGEST_QUERY]
         if not words:
             return NOTHING
@@ -79,14 +78,14 @@ class SearchIndex:
         with self._lock:
             try:
                 rows = self._connection.execute(statement, (wanted, passages)).fetchall()
-            except sqlite3.Error:  # the file is damaged where only a search looks
+            except sqlite3.Error:  # damage that only a search finds
                 self._connection.close()
                 self._connection = self._filled(":memory:")
                 rows = self._connection.execute(statement, (wanted, passages)).fetchall()
         return _listed(rows)
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the index file."""
         self._connection.close()
 
     def _open(self) -> sqlite3.Connection:
@@ -95,10 +94,10 @@ class SearchIndex:
         return connection
 
     def _open_existing(self) -> sqlite3.Connection | None:
-        """The index that stands there; None where there is none, or where it is damaged, old or not of these documents.
+        """Open the existing index; None if there is none, or if it is damaged, outdated or for other documents.
 
-        Others may have put it there: what a search can return is compared with the documents. That takes a tenth of
-        the time of making it.
+        It may be from someone else, so its passages are compared with the documents, in a tenth of the time of
+        building it.
         """
         if not self._path.is_file():
             return None
@@ -113,14 +112,14 @@ class SearchIndex:
         return None
 
     def _build(self) -> sqlite3.Connection:
-        """Make the index in its place, or in memory where that cannot be written, and return a connection to it."""
+        """Build the index in its file, or in memory if that fails, and return a connection."""
         try:
             handle, partial = tempfile.mkstemp(prefix=f"{self._path.name}{PARTIAL}.", dir=self._path.parent)
             os.close(handle)
         except OSError:
             return self._filled(":memory:")
         try:
-            os.chmod(partial, 0o644)  # as any other file, for those who share the documents
+            os.chmod(partial, 0o644)  # readable by others, like the documents
             self._filled(partial).close()
             os.replace(partial, self._path)
             return self._open()
@@ -154,7 +153,7 @@ def _listed(passages: list[tuple[str, str]]) -> str:
 
 
 def cut_passages(text: str) -> Iterator[str]:
-    """The text in pieces of about PASSAGE_CHARACTERS, cut at the ends of lines and sentences, white space evened."""
+    """Split text into passages of about PASSAGE_CHARACTERS, at ends of lines and sentences; normalize white space."""
     passage = ""
     for piece in re.split(r"(?<=[.!?。])\s+|\n+", text):
         piece = " ".join(piece.split())
@@ -174,16 +173,16 @@ def cut_passages(text: str) -> Iterator[str]:
 
 
 class SearchEngine:
-    """An engine on the web that answers in SearXNG's JSON form: GET url?q=...&format=json -> {"results": [...]}.
+    """A web search engine with SearXNG's JSON API: GET url?q=...&format=json -> {"results": [...]}.
 
-    A user and password in the URL are sent as HTTP's basic authentication, to that host alone; a host of this machine
-    is asked past any proxy. `timeout` seconds bound the whole call. Raises UserError for a URL that is none.
+    User and password in the URL are sent as HTTP basic authentication, only to that host. Requests to this machine
+    bypass proxies. `timeout` (seconds) bounds the complete call. Raises UserError for an invalid URL.
     """
 
     def __init__(self, url: str, timeout: float = 10.0) -> None:
         try:
             address = urllib.parse.urlsplit(url)
-            host, _ = address.hostname, address.port  # which raises for what is no number
+            host, _ = address.hostname, address.port  # raises ValueError unless the port is a number
         except ValueError:
             address, host = urllib.parse.urlsplit(""), None
         if not host or not url.isascii() or not url.isprintable() or " " in url:
@@ -194,7 +193,7 @@ class SearchEngine:
         self._timeout, self._is_near = timeout, is_this_machine(host)
 
     def search(self, query: str, passages: int = 3) -> str:
-        """The first results, numbered, with title and content. Raises SearchError when the engine does not answer."""
+        """Return the first results, numbered, with title and content. Raises SearchError if the engine fails."""
         call, outcome = _Call(self._is_near), Future[str]()
 
         def work() -> None:
@@ -209,7 +208,7 @@ class SearchEngine:
         except HTTPError as error:
             reason = f"answered {error.code}"
         except (TimeoutError, FutureTimeout):
-            call.cut()  # ends the thread, however slowly the engine drips
+            call.cut()  # ends the thread even if data trickles in
             reason = f"cannot be reached: no answer within {counted(self._timeout, 'second')}"
         except OSError as error:
             reason = f"cannot be reached: {redacted(str(getattr(error, 'reason', error)))}"
@@ -218,7 +217,7 @@ class SearchEngine:
         raise SearchError(f"the search engine {reason}")
 
     def _ask(self, call: _Call, query: str, passages: int) -> str:
-        words = query.encode("utf-8", "replace")  # a model may write half a character
+        words = query.encode("utf-8", "replace")  # a model may write lone surrogates
         separator = "&" if urllib.parse.urlsplit(self.url).query else "?"
         address = f"{self.url}{separator}{urllib.parse.urlencode({'q': words, 'format': 'json'})}"
         request = urllib_request.Request(address, headers={"Accept": "application/json", "User-Agent": "llmkit"})
@@ -229,11 +228,11 @@ class SearchEngine:
         rows = [
             (str(result.get("title") or ""), " ".join(str(result.get("content") or "").split())) for result in results
         ]
-        return _listed(rows[:passages]).encode("utf-8", "replace").decode()  # halves of characters, which no file takes
+        return _listed(rows[:passages]).encode("utf-8", "replace").decode()  # no file takes lone surrogates
 
 
 def is_this_machine(host: str) -> bool:
-    """True if a host name is that of the loopback interface, which no proxy reaches."""
+    """Return True if a host is the loopback interface, which a proxy cannot reach."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     with suppress(ValueError):
@@ -242,7 +241,7 @@ def is_this_machine(host: str) -> bool:
 
 
 class _Call:
-    """One request over HTTP with its redirects, which another thread may cut."""
+    """An HTTP request including redirects, which another thread can abort."""
 
     def __init__(self, is_near: bool) -> None:
         self._sockets: list[socket.socket] = []
@@ -265,7 +264,7 @@ class _Call:
             def https_open(self, request: urllib_request.Request) -> Any:
                 return self.do_open(tracked(HTTPSConnection), request, context=ssl.create_default_context())
 
-        # neither ftp: nor file: nor data:, to which a redirect might lead
+        # no handlers for ftp:, file: and data:, to which a redirect might lead
         self.opener = urllib_request.OpenerDirector()
         self.opener.add_handler(urllib_request.ProxyHandler({} if is_near else None))
         for kind in (
@@ -275,7 +274,7 @@ class _Call:
             self.opener.add_handler(kind())
 
     def cut(self) -> None:
-        """End the request now."""
+        """Abort the request."""
         self._is_cut = True
         for connection in self._sockets:
             with suppress(OSError):

@@ -1,10 +1,10 @@
-"""The tools that a model may use in one run, by the name of their special tokens.
+"""The tools that a model may use in a run, by name.
 
     with Toolbox.parse(["calc,python", "search:docs.jsonl", "py:weather.py:rain"]) as toolbox:
         toolbox.run("calc", "2 + 2")  ->  "4"
         toolbox.run("rain", '{"city": "Oslo"}')
 
-A mistake of the model's is no error of ours: what went wrong is the result, for the model to read.
+A mistake by the model is not an error of the run: the result tells the model what went wrong.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llmkit.tools.python import Limits, check_sandbox, run_python
 from llmkit.tools.search import SearchEngine, SearchError, SearchIndex
 from llmkit.tools.user_code import PREFIX, UserFunction, answer_of, check_spelling, schema_of
 
-RESULT_CHARACTERS = 4000  # of any result; a model's context is small
-DESCRIPTIONS = {  # of a tool and of its argument
+RESULT_CHARACTERS = 4000  # longest result, because contexts are small
+DESCRIPTIONS = {  # of the tool and its argument
     "calc": ("Calculate the value of an arithmetic expression.", "An expression, such as (783 - 389) * 2."),
     "python": ("Run a Python program and return what it prints.", "The program."),
     "search": ("Search documents and return the passages that fit best.", "What to look for."),
@@ -31,7 +31,7 @@ DESCRIPTIONS = {  # of a tool and of its argument
 
 
 class ToolResult(NamedTuple):
-    """A tool's answer for the model to read; `failed` where it is the reason of a failure."""
+    """A tool's answer to the model; `failed` if it is an error message."""
 
     text: str
     failed: bool = False
@@ -41,9 +41,9 @@ Tool = Callable[[str], str | ToolResult]
 
 
 class Toolbox:
-    """Tools by name, each a function from what the model wrote to a result. Safe to use from several threads.
+    """Tools by name, each a function from the model's text to a result. Thread-safe.
 
-    schemas  of each tool, as OpenAI's `tools` describe it
+    schemas  an entry of OpenAI's `tools` for each tool
     """
 
     def __init__(self, tools: dict[str, Tool], stack: ExitStack, schemas: dict[str, dict[str, Any]]) -> None:
@@ -51,11 +51,10 @@ class Toolbox:
 
     @classmethod
     def parse(cls, specs: Sequence[str], *, sandbox: str = "auto", timeout: float = 10.0) -> Toolbox:
-        """The tools of `--tools calc,python,search:docs.jsonl,py:weather.py:rain`.
+        """Open the tools of `--tools calc,python,search:docs.jsonl,py:weather.py:rain`.
 
-        `timeout` in seconds bounds each call of python and of a search engine; `sandbox` is "auto" or "none". Raises
-        UserError for a tool that there is not, documents and functions that cannot be read, and a machine without the
-        sandbox.
+        `timeout` (seconds) bounds each call of python and of a search engine; `sandbox` is "auto" or "none". Raises
+        UserError for unknown tools, unreadable documents or functions, and if the sandbox is not available.
         """
         tools: dict[str, Tool] = {}
         schemas: dict[str, dict[str, Any]] = {}
@@ -65,9 +64,7 @@ class Toolbox:
             if spec.startswith(PREFIX):
                 name = check_spelling(spec, f"--tools {spec}")[1]
                 if name in TOOL_OF_FUNCTION:
-                    raise UserError(
-                        f"--tools {spec}: expected another name than that of a tool of llmkit, found {name}"
-                    )
+                    raise UserError(f"--tools {spec}: expected a name that is not a built-in tool's, found {name}")
             elif name not in TOOLS or (name == "search") != bool(source):
                 expected = (
                     "calc, python, search:DOCS.jsonl, search:URL, search:py:FILE.py:FUNCTION or py:FILE.py:FUNCTION"
@@ -80,7 +77,7 @@ class Toolbox:
                 tools[name] = lambda text, function=function: ToolResult(*answer_of(function, text))
                 schemas[name] = schema_of(function, f"--tools {spec}")
                 continue
-            # of a tool of llmkit, for a model that was not taught its tokens
+            # the schema of a built-in tool, for models that were not trained on its special tokens
             properties = {ARGUMENT[name]: {"type": "string", "description": DESCRIPTIONS[name][1]}}
             parameters = {"type": "object", "properties": properties, "required": [ARGUMENT[name]]}
             described = {"name": name, "description": DESCRIPTIONS[name][0], "parameters": parameters}
@@ -101,19 +98,19 @@ class Toolbox:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tools there are."""
+        """The names of the tools."""
         return tuple(self._tools)
 
     def run(self, tool: str, text: str) -> ToolResult:
-        """Let a tool work on what the model wrote. Never raises for what the model did; UserError for what a function
-        of the user's did, and for a sandbox that cannot be closed."""
+        """Run a tool on the model's text. The model's mistakes never raise; raises UserError for errors of a user's
+        search function, and if the sandbox fails."""
         try:
             answer = self._tools[tool](text)
         except UserError:
             raise
         except (CalculationError, SearchError) as error:
             answer = ToolResult(f"error: {error}", failed=True)
-        except Exception as error:  # a defect of a tool is one failed call, not the end of the run
+        except Exception as error:  # a bug in a tool fails the call, not the run
             answer = ToolResult(f"error: {tool} failed ({type(error).__name__})", failed=True)
         result = ToolResult(answer) if isinstance(answer, str) else answer
         cut = result.text[:RESULT_CHARACTERS]
@@ -141,7 +138,7 @@ def _python(sandbox: bool, seconds: float) -> Tool:
 
 
 def _user_search(spec: str, where: str) -> Tool:
-    """A function of the user's: text in, text out. What it raises is the user's mistake, not the model's."""
+    """Wrap a user's function from text to text. Its exceptions are the user's mistakes, not the model's."""
     function = UserFunction(spec, where)
 
     def run(text: str) -> str:

@@ -1,11 +1,11 @@
-"""Functions of the user's own, `py:FILE.py:FUNCTION`: rewards, filters of pages, tools, and what answers a search.
+"""User functions, `py:FILE.py:FUNCTION`: rewards, page filters, tools, and search.
 
     reward = UserFunction("py:score.py:reward", "--reward py:score.py:reward")
     reward({"completion": "4"}, "problems.jsonl:5")
 
-They run in llmkit's process. An exception becomes a line with the last line of the user's file in its traceback, and
-the record that the function was called with. A tool is described to a model by the JSON schema that transformers'
-`get_json_schema` makes of its signature, with type hints, and of its docstring in Google's form.
+They run in llmkit's process. An exception becomes a one-line error with the last line of the user's file in the
+traceback, and the record that the function was called with. A tool's JSON schema is derived from its type hints and its
+Google-style docstring, as transformers' `get_json_schema` does.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Examples?|
 
 
 def check_spelling(spec: str, where: str) -> tuple[str, str]:
-    """File and function of `py:FILE.py:FUNCTION`; nothing is loaded. `where` names the option or key, in errors.
+    """Split `py:FILE.py:FUNCTION` into file and function, without loading it.
 
-    Raises UserError for another form, and for a file that is not there.
+    `where` is the option or key for error messages. Raises UserError if the spec is malformed or the file is missing.
     """
     path, separator, function = spec.removeprefix(PREFIX).rpartition(":")
     if not (spec.startswith(PREFIX) and separator and path.endswith(".py") and function.isidentifier()):
@@ -47,16 +47,16 @@ def check_spelling(spec: str, where: str) -> tuple[str, str]:
 
 
 class UserFunction:
-    """A function in a file of Python."""
+    """A function in a Python file."""
 
     def __init__(self, spec: str, where: str) -> None:
-        """Raises UserError as `check_spelling` does, for code that raises, and where there is no such function."""
+        """Load the function. Raises UserError like `check_spelling`, if the code raises, or has no such function."""
         path, name = check_spelling(spec, where)
         self._where, self._path = where, os.path.realpath(path)
         module_spec = spec_from_file_location("llmkit_user_" + Path(path).stem, path)
         assert module_spec is not None and module_spec.loader is not None, "its name ends in .py"
         module = module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module  # dataclasses and pickle look for it there
+        sys.modules[module_spec.name] = module  # where dataclasses and pickle look it up
         try:
             module_spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
@@ -72,9 +72,9 @@ class UserFunction:
         return self._function
 
     def __call__(self, argument: Any, record: object) -> Any:
-        """Call the function. Raises UserError with file and line of the user's code where it raises.
+        """Call the function. If it raises, raises UserError with file and line of the user's code.
 
-        record: what names the argument in errors, such as its id or `problems.jsonl:5`
+        record: the argument's name in errors, such as its id or `problems.jsonl:5`
         """
         try:
             return self._function(argument)
@@ -99,18 +99,18 @@ class UserFunction:
 
 
 def schema_of(function: Callable[..., Any], where: str) -> dict[str, Any]:
-    """Describe a function as OpenAI's `tools` do. Raises UserError, named by `where`, for one without a schema."""
+    """Describe a function as an entry of OpenAI's `tools`. Raises UserError, prefixed by `where`, if that fails."""
     doc, name = inspect.getdoc(function), getattr(function, "__name__", "function")
     if not doc:
         raise UserError(f"{where}: expected a docstring that tells the model what {name} does, found none")
     try:
         hints, signature = get_type_hints(function), inspect.signature(function)
     except (NameError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: expected type hints that can be read, found {error}") from None
+        raise UserError(f"{where}: cannot evaluate the type hints: {error}") from None
     descriptions, properties, required = _descriptions(doc), {}, []
     for argument, parameter in signature.parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise UserError(f"{where}: expected arguments that have names, found {parameter}")
+            raise UserError(f"{where}: expected named arguments, found {parameter}")
         if argument not in hints:
             raise UserError(f"{where}: expected a type hint for {argument}, as in '{argument}: str', found none")
         schema = _type_schema(hints[argument], f"{where}: {argument}")
@@ -122,7 +122,7 @@ def schema_of(function: Callable[..., Any], where: str) -> dict[str, Any]:
 
 
 def answer_of(function: Callable[..., Any], arguments: str) -> tuple[str, bool]:
-    """Call a function with arguments in JSON; return its answer, or the error, as text, and whether it failed."""
+    """Call a function with JSON arguments; return its answer or error as text, and whether it failed."""
     try:
         values = json.loads(arguments)
         inspect.signature(function).bind(**values)
@@ -136,7 +136,7 @@ def answer_of(function: Callable[..., Any], arguments: str) -> tuple[str, bool]:
 
 
 def _descriptions(doc: str) -> dict[str, str]:
-    """Read what a docstring in Google's form says of arguments."""
+    """Return the descriptions of arguments in a Google-style docstring."""
     pieces = _SECTION.split(doc)
     sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     descriptions: dict[str, str] = {}

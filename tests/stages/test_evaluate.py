@@ -521,7 +521,7 @@ def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):
 
 def test_unit_tests_want_the_sandbox_before_any_model_is_asked(models, tmp_path, monkeypatch):
     def missing() -> None:
-        raise UserError("the Python sandbox cannot be closed on this machine: no namespaces")
+        raise UserError("the Python sandbox does not work on this machine: no namespaces")
 
     test = {
         "task_id": "t/0",
@@ -533,7 +533,7 @@ def test_unit_tests_want_the_sandbox_before_any_model_is_asked(models, tmp_path,
     write_lines(tmp_path / "HumanEval.jsonl", [test])
     monkeypatch.setattr("llmkit.rewards.code.check_sandbox", missing)
     options = {"tasks": tasks, "data_dir": str(tmp_path), "max_tokens": 4}
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="cannot be closed on this machine"):
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="does not work on this machine"):
         patched.setattr(evaluator, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
         evaluate(models / "seven", **options)
     (scores,) = evaluate(models / "seven", sandbox="none", **options).models

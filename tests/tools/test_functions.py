@@ -89,9 +89,9 @@ def test_what_the_model_is_answered(file: Path) -> None:
     [
         ("bare", "expected a type hint for city"),
         ("silent", "expected a docstring that tells the model what silent does"),
-        ("many", "expected arguments that have names, found \\*cities"),
+        ("many", "expected named arguments, found \\*cities"),
         ("odd", "city: expected str, int, float"),
-        ("unknown", "expected type hints that can be read, found name 'City' is not defined"),
+        ("unknown", "cannot evaluate the type hints: name 'City' is not defined"),
         ("absent", "expected a function 'absent'"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_function_that_no_schema_describes_is_one_line(file: Path, name: str, 
 
 def test_names_of_tools_are_their_own(file: Path) -> None:
     file.write_text('def calc(text: str) -> str:\n    "A calculator."\n    return text\n')
-    with pytest.raises(UserError, match="expected another name than that of a tool of llmkit, found calc"):
+    with pytest.raises(UserError, match="expected a name that is not a built-in tool's, found calc"):
         Toolbox.parse([f"py:{file}:calc"])
     with pytest.raises(UserError, match=r"expected py:FILE\.py:FUNCTION"):
         Toolbox.parse(["py:weather"])
