@@ -3,9 +3,9 @@
     chat = Chat(sampler, system="Be brief.")
     chat.ask("Who are you?", write=print)
 
-It knows no terminal: messages and commands come as lines (generation/terminal.py reads them where somebody types),
-answers go to one function and notes to another. Of a conversation that outgrows the context the model no longer sees
-the oldest turns, but always the system message, and a note says so; `/save` writes them all.
+It is independent of the terminal: messages and commands arrive as lines (generation/terminal.py reads them from the
+keyboard), answers and notes go to two callbacks. When a conversation outgrows the context, the oldest turns are hidden
+from the model, but never the system message, and a note says so; `/save` still writes all turns.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from llmkit.io.files import atomic_file
 from llmkit.io.jsonl import PACKED
 from llmkit.io.progress import counted
 
-LEAST_ANSWER = 32  # tokens of the context that stay free for an answer
-SHOWN = 400  # characters of a call or of its result
+LEAST_ANSWER = 32  # tokens of the context reserved for an answer
+SHOWN = 400  # characters shown of a call or a result
 Say = Callable[[str], object]
 HELP = """\
 commands:
-  /retry          take the last answer back, and have another one
-  /edit [TEXT]    take the last message and its answer back, and send TEXT;
-                  without TEXT, on a terminal, change the message first
-  /system [TEXT]  begin again with the system message TEXT, or without one
-  /reset          begin again, with the system message that there is
-  /save FILE      append the whole conversation to a JSONL file, for sft;
-                  again, put it in the place of what it was when last saved
-  /tokens         how much of the context the conversation fills
-  /help           this list
-  /quit           end, as Ctrl-D does
-A line that ends in \\ goes on in the next one. On a terminal Alt-Enter begins a
-new line, what is pasted is one message, and Ctrl-C stops an answer. A space
+  /retry          replace the last answer with another one
+  /edit [TEXT]    replace the last message with TEXT and answer it again;
+                  without TEXT, on a terminal, edit the message first
+  /system [TEXT]  start over with the system message TEXT, or without one
+  /reset          start over with the same system message
+  /save FILE      append the conversation to a JSONL file, for sft;
+                  again, replace what was last saved there
+  /tokens         show how full the context is
+  /help           show this list
+  /quit           quit, as Ctrl-D does
+A line that ends in \\ continues on the next one. On a terminal Alt-Enter starts
+a new line, pasted text is one message, and Ctrl-C stops an answer. A space
 before / sends a command as a message."""
 COMMANDS = tuple(re.findall(r"^  (/[a-z]+)", HELP, re.MULTILINE))
 BARE = (*re.findall(r"^  (/[a-z]+)  ", HELP, re.MULTILINE), "/exit")  # take no text
@@ -51,9 +51,9 @@ BARE = (*re.findall(r"^  (/[a-z]+)  ", HELP, re.MULTILINE), "/exit")  # take no 
 class Chat:
     """One conversation.
 
-    max_tokens  of an answer; None goes on until the model stops or the context is full
-    seed        of the random numbers; each turn draws its own, and each try at it
-    greedy      whether each token is the likeliest, so that another try gives the same
+    max_tokens  per answer; None: until the model stops or the context is full
+    seed        of the random numbers; each turn, and each retry of it, draws its own
+    greedy      whether decoding is greedy, so that a retry gives the same answer
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Chat:
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
-        """Begin again, with a system message or without one."""
+        """Start over, with a system message or without one."""
         self.turns = [] if system is None else [message("system", system)]
-        self._first = len(self.turns)  # of the turns that the model is shown behind the system message
+        self._first = len(self.turns)  # index of the first turn after the system message that the model sees
         self.asked: str | None = None  # the last message, answered or not
         self._answered = False
-        self._tries = 0  # at it
-        self._saved: dict[str, bytes] = {}  # by file, the line that /save has written there
+        self._tries = 0  # retries of it
+        self._saved: dict[str, bytes] = {}  # file -> the line that /save wrote there
 
     @property
     def system(self) -> str | None:
@@ -85,24 +85,24 @@ class Chat:
         return self.turns[0].text if self.turns and self.turns[0].role == "system" else None
 
     def ask(self, text: str, write: Say, say: Say = lambda line: None) -> str:
-        """Say something, pass the answer to `write` as it comes, and return it; `say` gets calls of tools, their
-        results, and why an answer ended otherwise than by the model's word.
+        """Send a message, stream the answer to `write`, and return it; `say` gets tool calls, results and an unusual
+        end.
 
-        An interrupted answer stays in the conversation as far as it came, and so does the interrupt. Raises UserError
-        for a message that alone is longer than the context.
+        An interrupted answer stays in the conversation up to the interrupt, which propagates. Raises UserError if the
+        message alone is longer than the context.
         """
         return self._ask(text, 0, write, say)
 
     def retry(self, write: Say, say: Say) -> str:
-        """Ask the last message again, with other random numbers. Raises UserError where there is none."""
+        """Send the last message again, with other random numbers. Raises UserError if there is none."""
         if self._greedy and self._answered:
-            say("at --temperature 0 the answer is always the same; a higher one gives others")
+            say("at --temperature 0 the answer is always the same; a higher temperature varies it")
         return self._ask(self.take_back(), self._tries + 1, write, say)
 
     def take_back(self) -> str:
-        """Take the last message and its answer out of the conversation. Raises UserError where there is none."""
+        """Remove the last message and its answer, and return the message. Raises UserError if there is none."""
         if self.asked is None:
-            raise UserError("nothing was asked yet")
+            raise UserError("there is no message yet")
         last = max((index for index, turn in enumerate(self.turns) if turn.role == "user"), default=0)
         if self._answered:
             del self.turns[last:]
@@ -113,7 +113,7 @@ class Chat:
         self.asked, self._tries = text, tries
         self.turns.append(message("user", text))
         answer: list[Part] = []
-        calls: list[Part] = []  # that wait for their results
+        calls: list[Part] = []  # waiting for their results
 
         def take(request: int, sample: int, piece: str) -> None:
             if answer and answer[-1].kind == "text":
@@ -139,7 +139,7 @@ class Chat:
             (samples,) = self._sampler.complete([request], on_text=take, on_call=show_call)
             if not samples:
                 raise UserError(f"the conversation is longer than the context of {self._sampler.name}")
-            write("\n")  # before the notes, which would stand in the line of the answer
+            write("\n")  # end the line of the answer before the notes
             for kind in left_out:
                 if kind != "reasoning" and left_out[kind] > before.get(kind, 0):
                     say(f"left out: the server's {kind}")
@@ -156,31 +156,31 @@ class Chat:
         return self.turns[-1].text if answer else ""
 
     def _reason(self, completion: Completion, answered: bool) -> str | None:
-        """Why an answer ended, where the model did not end it, or said nothing."""
+        """Say why an answer is empty or was not ended by the model; None for a normal end."""
         tools = self._sampler.tools
         if completion.finish_reason == "no_tool" and isinstance(tools, ToolUse):
             tool, text = tools.last_call(completion.token_ids)
-            return f"calls {tool}, which it was not given: {_shortened(text)}; start it with {tools_flag(tool)}"
+            return f"calls {tool}, which is not enabled: {_shortened(text)}; restart with {tools_flag(tool)}"
         if completion.finish_reason == "tool_limit" and tools is not None:
-            return f"stopped at its call {tools.max_calls + 1} of a tool; --max-tool-calls allows more"
+            return f"stopped at tool call {tools.max_calls + 1}; --max-tool-calls allows more"
         if completion.finish_reason == "length":
             if self.max_tokens is not None and sum(completion.sampled) >= self.max_tokens:
                 return f"cut after {counted(self.max_tokens, 'token')}; --max-tokens allows more"
             if self._context is None:
-                return f"cut by --max-tokens {self.max_tokens}, or by a limit of the server"
-            return f"cut: {self._context} tokens of context"
+                return f"cut by --max-tokens {self.max_tokens} or by the server's own limit"
+            return f"cut: the context of {self._context} tokens is full"
         if completion.finish_reason == "tool_calls":
             called = ", ".join(call["tool"] for call in completion.tool_calls)
-            return f"calls {called}, which it was not given; --tools gives it tools"
+            return f"calls {called}, which is not enabled; --tools enables tools"
         if completion.finish_reason != "stop":
-            return f"ended by {completion.finish_reason or 'the server, for no reason given'}"
-        return None if answered else "no answer, so the message is taken back; /retry asks it again"
+            return f"ended by {completion.finish_reason or 'the server, which gave no reason'}"
+        return None if answered else "no answer, so the message was removed; /retry sends it again"
 
     def _shown(self, first: int) -> list[Message]:
         return [*self.turns[: self.system is not None], *self.turns[first:]]
 
     def _prompt(self, say: Say) -> Prompt:
-        """The ids of the conversation so far, less its oldest turns where they do not fit."""
+        """Encode the conversation so far, without its oldest turns if they do not fit."""
         first = self._first
         while True:
             ids = self._sampler.encode(self._shown(first))
@@ -204,7 +204,7 @@ class Chat:
     def tokens(self) -> str:
         """Describe the length of the conversation in one line."""
         if self._chat is None:
-            return f"{counted(len(self.turns), 'message')}; a server makes the tokens, and says no number of them"
+            return f"{counted(len(self.turns), 'message')}; the server tokenizes them and reports no count"
         shown = self._shown(self._first)
         count = len(self._chat.encode(shown)) if shown else 0
         older = len(self.turns) - len(shown)
@@ -213,17 +213,17 @@ class Chat:
         return f"{count}{context} tokens in {counted(len(shown), 'message')}{left}"
 
     def save(self, path: str) -> None:
-        """Append the conversation to a JSONL file, as a record for sft, or put it in the place of the record that it
-        was when last saved there. Raises UserError, or OSError."""
+        """Append the conversation to a JSONL file, for sft, or replace what it last saved there. Raises UserError or
+        OSError."""
         if not any(turn.role == "assistant" for turn in self.turns):
-            raise UserError("nothing was said yet")
+            raise UserError("there is no answer to save yet")
         if path.endswith(PACKED):
-            raise UserError("expected a name of plain JSONL, without .gz, .zst or .parquet")
+            raise UserError("expected a plain JSONL file, not .gz, .zst or .parquet")
         text = json.dumps({"messages": as_record(self.turns)}, ensure_ascii=False) + "\n"
         line = text.encode("utf-8", "replace")
         folder = os.path.dirname(path)
         if folder and not os.path.isdir(folder):
-            raise UserError(f"expected a folder {folder}, found none; make it, or choose another name")
+            raise UserError(f"expected a folder {folder}, found none; create it or choose another name")
         former = Path(path).read_bytes() if os.path.exists(path) else b""
         if former.strip():
             try:
@@ -231,7 +231,7 @@ class Chat:
             except ValueError:
                 first = None
             if not isinstance(first, dict) or "messages" not in first:
-                raise UserError("expected a JSONL file of conversations, or none; choose another name")
+                raise UserError("expected a JSONL file of conversations or a new file; choose another name")
         if former and not former.endswith(b"\n"):
             former += b"\n"
         lines, real = former.splitlines(keepends=True), os.path.realpath(path)
@@ -243,7 +243,7 @@ class Chat:
 
 
 def _shortened(text: Any) -> str:
-    """A call or a result as one line."""
+    """Return a call or a result as one line, cut after SHOWN characters."""
     line = " | ".join(str(text).splitlines())
     return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."
 
@@ -256,10 +256,10 @@ def talk(
     edit: Callable[[str], str | None] | None = None,
     fail: Callable[[UserError], object] | None = None,
 ) -> None:
-    """Hold a conversation: messages and commands in `lines`, answers to `write`, all else to `say`.
+    """Run a conversation: messages and commands from `lines`, answers to `write`, everything else to `say`.
 
-    edit: lets somebody change a text, and returns None where it is given up; None where nobody types
-    fail: is told of what could not be answered or done; None says it
+    edit  lets the user change a text, and returns None if they give up; None without a keyboard
+    fail  receives errors; by default they go to `say`
     """
     fail = fail or (lambda error: say(f"error: {error}"))
 
@@ -278,7 +278,7 @@ def talk(
         command, _, rest = text.partition(" ")
         rest = rest.strip()
         command = command.lower() if re.fullmatch(r"/[A-Za-z]*", command) else command
-        if not re.fullmatch(r"/[a-z]*\s*", command):  # a path begins with a slash, too
+        if not re.fullmatch(r"/[a-z]*\s*", command):  # not a path, which begins with a slash too
             answer(lambda text=text: chat.ask(text, write, say))
         elif rest and command in BARE:
             fail(UserError(f"there is no command {text!r}, only {command}; a space before it sends it as a message"))
@@ -288,7 +288,7 @@ def talk(
             answer(lambda: chat.retry(write, say))
         else:
             try:
-                changed = _obey(chat, command, rest, edit, say)
+                changed = _run_command(chat, command, rest, edit, say)
             except UserError as error:
                 fail(error)
             else:
@@ -296,11 +296,11 @@ def talk(
                     answer(lambda text=changed: chat.ask(text, write, say))
 
 
-def _obey(chat: Chat, command: str, rest: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
-    """Carry out a command; return the message that is to be asked after it, None for nothing."""
+def _run_command(chat: Chat, command: str, rest: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
+    """Run a command; return the message to send next, or None."""
     if command == "/edit":
         if chat.asked is None:
-            raise UserError("nothing was asked yet")
+            raise UserError("there is no message yet")
         if not rest and edit is None:
             raise UserError("/edit TEXT: expected the message to send in place of the last one")
         changed = rest or (edit(chat.asked) if edit is not None else None)
@@ -322,7 +322,7 @@ def _obey(chat: Chat, command: str, rest: str, edit: Callable[[str], str | None]
         path = os.path.expanduser(rest)
         try:
             if not path:
-                raise UserError("expected the name of a file behind it, such as /save chats.jsonl")
+                raise UserError("expected a file name, such as /save chats.jsonl")
             chat.save(path)
             say(f"saved in {path}")
         except (OSError, UserError) as error:

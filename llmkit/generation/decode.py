@@ -1,26 +1,27 @@
-"""One new token for many sequences at a time: the model's decode step over a pool of slots.
+"""Batched decoding: the next token of many sequences at once, over a pool of KV-cache slots.
 
-A slot holds the keys and values of one sequence. Sequences are at positions of their own; the first `n` slots are in
-use, so that a step computes no idle row. `prefill` runs a prompt through the model once, and `load` copies what it
-left into as many slots as there are samples.
+A slot contains the keys and values of one sequence, and each sequence is at its own position. The first `n` slots are
+in use, so that a step computes no idle row. `prefill` runs a prompt through the model once, and `load` copies the
+result into one slot per sample.
 
-The mathematics is the model's own (a test compares the two) with fewer, larger operations and weights packed as
-`model/quantized.py` and `kernels/linear.py` have it, for prompts and for steps: the model itself may go. In
-float32 on a CPU, and with int8 weights, a row's logits are the same bits whatever rows stand beside it:
+The computation equals the model's (a test compares the two), with fewer, larger operations and weights packed by
+`model/quantized.py` and `kernels/linear.py`, for prompts and for steps: the model itself can be freed. In float32 on a
+CPU, and with int8 weights, the bits of a row's logits do not depend on the other rows of the batch:
 
-- packed products give a row the same bits among any number of rows (kernels/linear.py); where weights cannot be
-  packed, rows are filled up to a multiple of 8, as MKL wants it;
-- attention is a batched product over (row, head), not torch's flash kernel: that one has a scratch buffer per
-  thread, whose alignment changes MKL's last bit, so that a row depends on the thread it falls to (2 threads,
-  4 heads of 64: rows 0 and 16 of equal content differ by an ulp);
-- SiLU and GELU, whose last bit depends on a number's place in memory, are given whole vectors (`activate_rows`);
-- the positions that are looked at are rounded up and masked: sums over exact zeros at the end change nothing, as
-  long as the steps of summation stay the same. Values are therefore summed in blocks of 256 positions.
+- packed products give a row the same bits for any number of rows (kernels/linear.py); if weights cannot be packed,
+  rows are padded to a multiple of 8, among which MKL's bits do not change;
+- attention is a batched product over (row, head), not torch's flash kernel, which has a scratch buffer per thread
+  whose alignment changes MKL's last bit, so that a row depends on the thread that computes it (2 threads, 4 heads
+  of 64: equal rows 0 and 16 differ by an ulp);
+- SiLU and GELU, whose last bit depends on an element's place in memory, always get complete vectors
+  (`activate_rows`);
+- the number of attended positions is rounded up and the rest masked: adding exact zeros at the end changes nothing
+  as long as the order of summation stays the same. Values are therefore summed in blocks of 256 positions.
 
-On a GPU a step is recorded when it is first needed, and replayed as one launch: at few rows it waits for launches, a
-dozen a layer, not for memory. A recorded step knows nothing of the host but what it was recorded with, so it is a
-function of tensors that stay in their place: the tokens and positions fed, and what its decoder holds. One is recorded
-for each number of rows and of positions seen, both rounded up.
+On a GPU a step is captured as a CUDA graph when it is first needed, and then replayed as one launch: with few rows it
+is bound by kernel launches, a dozen per layer, not by memory. A graph cannot see new values on the host, so a step is a
+function of tensors at fixed addresses: the tokens and positions fed, and the decoder's own tensors. There is one graph
+for each number of rows and of attended positions, both rounded up.
 
 L layers, R slots, B rows in use, H query heads, K key-value heads, G = H / K, P = 2K, S positions, D head size,
 V vocabulary.
@@ -51,48 +52,49 @@ from llmkit.model.devices import Weights
 from llmkit.model.quantized import narrow_linear
 from llmkit.model.transformer import Layer, Transformer, normalize, rotary_tables
 
-FEW_ROWS = 8  # up to it rows are rounded to powers of two, beyond it to its multiples, which cost a product no more
+FEW_ROWS = 8  # rows are rounded up to powers of two up to this, then to its multiples, which cost no more
 LEAST_SEEN = 256
-MOST_GRAPHS = 48  # held at once: of a 48-layer model each has some 700 nodes, at about 1 KB
-_Attend = Callable[[int, Tensor, Tensor], Tensor]  # (layer, queries of the new tokens, their keys and then values)
-KEPT_BYTES = 256 * 2**20  # of keys and values of beginnings of prompts
+MOST_GRAPHS = 48  # kept at once; a graph of a 48-layer model has some 700 nodes of about 1 KB
+_Attend = Callable[[int, Tensor, Tensor], Tensor]  # (layer, queries of the new tokens, their keys followed by values)
+KEPT_BYTES = 256 * 2**20  # of cached prompt prefixes
 BLOCK = 256  # positions whose values are summed at once
-# tokens of a prompt that are computed at once: on a CPU all at once would be 1.5% faster, pieces of 128 15% slower
+# prompt tokens prefilled at once: on a CPU the complete prompt at once is 1.5% faster, pieces of 128 are 15% slower
 PIECE, GPU_PIECE = 256, 1024
-MKL_ROWS = 8  # a row's bits do not depend on the number of rows among its multiples
+MKL_ROWS = 8  # a row's bits are the same for all multiples of this number of rows
 
 
 class Recording(Protocol):
-    """Recorded work of a function without arguments: `out` is its result; `replay` computes it again in place."""
+    """A captured function without arguments: `out` is its result, which `replay` recomputes in place."""
 
     out: Tensor
 
     def replay(self) -> None: ...
 
 
-Record = Callable[[Callable[[], Tensor], Any], Recording]  # (what to record, another recording to share memory with)
+Record = Callable[[Callable[[], Tensor], Any], Recording]  # (function to capture, recording to share memory with)
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: each stream has a workspace of cuBLAS of its own, 32 MiB on sm_90."""
+    """Return the one stream for all captures: each stream has its own cuBLAS workspace, 32 MiB on sm_90."""
     return torch.cuda.Stream(device)
 
 
 class CudaGraph:
-    """A recording by CUDA (or HIP)."""
+    """A recording as a CUDA (or HIP) graph."""
 
-    def __init__(self, compute: Callable[[], Tensor], beside: CudaGraph | None) -> None:
+    def __init__(self, compute: Callable[[], Tensor], shared: CudaGraph | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
         device = torch.device("cuda", torch.cuda.current_device())
         stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream())
-        pool = None if beside is None else beside._graph.pool()
-        # A failed capture leaves its stream the current one; this block puts the former back.
+        pool = None if shared is None else shared._graph.pool()
+        # A failed capture leaves its stream current; this block restores the previous one.
         with torch.cuda.stream(stream):
-            # Once outside: kernels are compiled and loaded, handles and workspaces made, which no capture allows.
+            # Run once before the capture, which forbids compiling and loading kernels and allocating handles and
+            # workspaces.
             compute()
-            # Only this thread's calls may break the capture: others may copy or wait meanwhile.
+            # Only calls of this thread can break the capture: other threads may copy or synchronize meanwhile.
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.out = compute()
 
@@ -101,10 +103,10 @@ class CudaGraph:
 
 
 class StepGraphs:
-    """The recorded steps of one decoder of `slots` slots.
+    """CUDA graphs of the steps of one decoder with `slots` slots.
 
-    The graphs share one pool of memory: a replay spoils what another has left there, but for logits, of which the
-    caller has a copy. The longest unused goes where there are too many.
+    The graphs share one memory pool: a replay overwrites the memory of the others, so the caller gets a copy of the
+    logits. Beyond MOST_GRAPHS the least recently used graph is dropped.
     """
 
     def __init__(self, record: Record, slots: int, device: torch.device) -> None:
@@ -113,23 +115,23 @@ class StepGraphs:
         self._graphs: OrderedDict[tuple[int, int], Recording] = OrderedDict()
 
     def forget(self) -> None:
-        """Drop all recordings, after the tensors that they read were moved."""
+        """Drop all graphs, after the tensors that they read have moved."""
         self._graphs.clear()
 
     def run(self, rows: int, seen: int, fed: list[list[int]], compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """`compute(token_B, position_B)` of what is `fed`, (2, rows), over `seen` positions: the caller's own logits.
+        """Return a copy of the logits `compute(token_B, position_B)` of `fed`, (2, rows), over `seen` positions.
 
-        A step that cannot be recorded, for want of memory or by its nature, is computed, now and from then on.
+        If a capture fails, because memory is short or an operation forbids it, no further steps are captured.
         """
         on_gpu = self._fed_2R.device.type == "cuda"
         token_B, position_B = self._fed_2R[:, :rows]
-        # from pinned memory the copy waits for nothing, and torch keeps the memory until it is done
+        # from pinned memory the copy is asynchronous; torch keeps the memory until it is done
         self._fed_2R[:, :rows].copy_(torch.tensor(fed, pin_memory=on_gpu), non_blocking=True)
         graph = self._graphs.pop((rows, seen), None)
         if graph is None and self._record is not None:
             try:
                 graph = self._record(lambda: compute(token_B, position_B), next(iter(self._graphs.values()), None))
-            except RuntimeError as error:  # torch's for CUDA's errors and for want of memory
+            except RuntimeError as error:  # CUDA errors and out of memory
                 self._record = None
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 say(f"decoding without CUDA graphs, which is slower: {first}")
@@ -143,22 +145,20 @@ class StepGraphs:
 
 
 def rounded_rows(used: int) -> int:
-    """1, 2, 4, 8, 16, 24, 32 ..."""
+    """Round up a number of rows to 1, 2, 4, 8, 16, 24, 32 ..."""
     return 1 << (used - 1).bit_length() if used <= FEW_ROWS else -(-used // FEW_ROWS) * FEW_ROWS
 
 
 def rounded_seen(positions: int, context: int) -> int:
-    """256, 512, 1,024 ... `context`: a stretch of keys that no row has reached costs a program that ends at once."""
+    """Round up to 256, 512, 1,024 ... `context`: a block of keys beyond every row costs a program that exits at
+    once."""
     rounded = max(LEAST_SEEN, 1 << (positions - 1).bit_length())
     return rounded if positions > context else min(rounded, context)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Cache of T tokens: keys and values (L, K, T, D), and the logits of the token that follows.
-
-    The logits are (1, V), or (0, V) where nobody has computed them.
-    """
+    """KV cache of T tokens: keys and values (L, K, T, D), and the next token's logits (1, V), or (0, V) if unknown."""
 
     keys_LKTD: Tensor
     values_LKTD: Tensor
@@ -172,8 +172,8 @@ class Prefix:
         return self.keys_LKTD.nbytes + self.values_LKTD.nbytes + self.logits_1V.nbytes
 
     def piece(self, start: int) -> Prefix:
-        """Return what begins at position `start`, in memory of its own."""
-        if start == 0 and self.keys_LKTD.is_contiguous():  # nothing follows in its memory
+        """Return the part from position `start` on, in its own memory."""
+        if start == 0 and self.keys_LKTD.is_contiguous():  # it is no view of a longer prefix
             return self
         return Prefix(self.keys_LKTD[:, :, start:].clone(), self.values_LKTD[:, :, start:].clone(), self.logits_1V)
 
@@ -205,11 +205,12 @@ def _product(weight: Tensor, bias: Tensor | None, weights: Weights) -> Callable[
 
 
 class Decoder:
-    """The slots of one model.
+    """The decoding slots of one model.
 
-    `slots` sequences at most; `weights` says how matrices are held, and what is not "dense" wants a float32 model on
-    a CPU. The weights are copied where they are packed: build a new decoder when the model has been trained on.
-    `record` records steps, None never: "auto" is CUDA's graphs where attention is fused.
+    slots    maximum number of sequences
+    weights  format of the matrices; all but "dense" need a float32 model on a CPU. Packed weights are copies: build a
+             new decoder after further training
+    record   captures steps; None never does, "auto" uses CUDA graphs if attention is fused
     """
 
     @torch.no_grad()
@@ -226,7 +227,7 @@ class Decoder:
         self._layers = [_Layer(layer, i, weights) for layer, i in zip(model.layers, table_of, strict=True)]
         scaling = model.config.rope_scaling
         self._first_context = scaling.original_max_position_embeddings if scaling and scaling.long_factor else None
-        # longrope turns a prompt by its whole length, so it is one piece
+        # longrope rotates by the complete length, so a prompt is one piece
         self.piece = sys.maxsize if self._first_context else PIECE if self.device.type == "cpu" else GPU_PIECE
         self._positions, self._final_bias = model.embed_positions, model.norm_bias
         self._embedding_scale = model.embedding_scales[self.dtype]
@@ -248,20 +249,21 @@ class Decoder:
         self._viewed: tuple[int, int] | None = None
 
     def _rows(self, used: int) -> int:
-        """The rows to compute for `used` slots: some more in float32 on a CPU, so that no row sees the number."""
+        """Return the rows to compute for `used` slots: padded in float32 on a CPU, so that no row's bits depend on
+        it."""
         if self.dtype != torch.float32 or self.device.type != "cpu" or self._weights != "dense":
             return used
         return used if can_pack(self.dtype, self.device.type) else -(-used // MKL_ROWS) * MKL_ROWS
 
     def prefill(self, token_ids: list[int]) -> Prefix:
-        """Run a prompt through the model by itself, `piece` tokens at a time; the result depends on nothing else."""
-        *_, prefix = self.prefill_behind([], token_ids)
+        """Run a prompt through the model alone, `piece` tokens at a time; the result depends on the prompt only."""
+        *_, prefix = self.prefill_after([], token_ids)
         return prefix
 
-    def prefill_behind(self, pieces: Sequence[Prefix], token_ids: list[int]) -> Iterator[Prefix]:
-        """Run a prompt behind its first pieces, which are known; yield the prefix so far after each piece.
+    def prefill_after(self, pieces: Sequence[Prefix], token_ids: list[int]) -> Iterator[Prefix]:
+        """Run a prompt whose first `pieces` are cached; yield the prefix so far after each new piece.
 
-        Without a piece left to compute, yield the whole prefix.
+        If no piece is left to compute, yield the complete prefix.
         """
         past, whole = sum(map(len, pieces)), len(token_ids)
         if len(pieces) == 1 and past == whole:
@@ -280,7 +282,7 @@ class Decoder:
 
     @torch.no_grad()
     def extend(self, prefix: Prefix, token_ids: list[int]) -> Prefix:
-        """Run more tokens through the model, by themselves again."""
+        """Return `prefix` extended by more tokens, which run through the model alone."""
         past = len(prefix)
         keys, values = self._empty(past + len(token_ids))
         keys[:, :, :past], values[:, :, :past] = prefix.keys_LKTD, prefix.values_LKTD
@@ -290,28 +292,28 @@ class Decoder:
         cap = self.config.logits_softcap
         return self._product(hidden_NC) if cap is None else torch.tanh(self._product(hidden_NC) / cap) * cap
 
-    def turns_anew(self, before: int, after: int) -> bool:
-        """True where a sequence that grows from `before` to `after` tokens needs its keys again, by `prefill`.
+    def needs_new_prefill(self, before: int, after: int) -> bool:
+        """Return True if a sequence that grows from `before` to `after` tokens must be prefilled again.
 
-        Longrope turns all positions of a sequence otherwise once it is longer than the first context.
+        Longrope rotates all positions differently once a sequence is longer than the original context.
         """
         return self._first_context is not None and before <= self._first_context < after
 
     def logits_in_pieces(self, token_ids: list[int], size: int) -> Iterator[tuple[int, Tensor]]:
-        """The logits (`size`, V) behind each of T tokens, behind the first position of each piece."""
+        """Yield the start of each piece of T tokens, and the logits (`size`, V) after each of its tokens."""
         keys, values = self._empty(len(token_ids))
         hidden_TC = self._run(token_ids, keys, values)
         for start in range(0, len(token_ids), size):
             yield start, self._head(hidden_TC[start : start + size])
 
     def _empty(self, positions: int) -> Tensor:
-        """Memory for the keys and then the values (2, L, K, S, D) of one sequence."""
+        """Allocate the keys and values (2, L, K, S, D) of one sequence."""
         shape = 2, self.config.num_hidden_layers, self.config.num_key_value_heads, positions, self.config.head_dim
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def _run(self, token_ids: list[int], keys: Tensor, values: Tensor) -> Tensor:
-        """The hidden states (T, hidden) of the last tokens of a sequence; their keys and values are written."""
+        """Return the hidden states (T, hidden) of a sequence's last tokens; write their keys and values in place."""
         new, config = len(token_ids), self.config
         past = keys.shape[2] - new
         length_1 = torch.tensor([past + new], device=self.device)
@@ -328,7 +330,7 @@ class Decoder:
             window, details = self._layers[i].window, {"scale": self._scale, "softcap": config.attention_softcap}
             if past and self._fused:
                 out_1HTD = attention_decode(query_1HTD, *seen, length_1, window=window, **details)
-            else:  # behind a prefix, torch's kernel takes 0.7 of the reference's time for a prompt of 1,500 tokens
+            else:  # after a prefix, torch's kernel takes 0.7 of the reference's time for a prompt of 1,500 tokens
                 if past:
                     details["attn_mask"] = masks[window]
                 else:
@@ -342,13 +344,13 @@ class Decoder:
         return self._forward(tokens_T, position_T.to(self.device), turn_N1D, attend, self._activate)
 
     def hold(self, slot: int, length: int) -> Prefix:
-        """A copy of the first `length` positions of a slot, to go on from later."""
+        """Copy the first `length` positions of a slot, to continue from later."""
         keys, values = (tensor[:, slot, :, :length].clone() for tensor in (self._keys, self._values))
         return Prefix(keys, values, keys.new_empty((0, self.config.vocab_size)))
 
     @torch.no_grad()
     def load(self, slot: int, prefix: Prefix) -> None:
-        """Let a slot begin where a prompt ended."""
+        """Copy a prefix into a slot."""
         self._reserve(len(prefix))
         self._keys[:, slot, :, : len(prefix)] = prefix.keys_LKTD
         self._values[:, slot, :, : len(prefix)] = prefix.values_LKTD
@@ -365,7 +367,7 @@ class Decoder:
             return
         grown = self._reach(max(positions, capacity + capacity // 2))
         shape = self._cache.shape
-        # zeros: an unwritten position is masked, but zero times NaN would be NaN
+        # zeros, because unwritten positions get weight zero, and zero times NaN is NaN
         cache = self._cache.new_zeros((*shape[:4], grown, shape[5]))
         cache[..., :capacity, :] = self._cache
         self._cache, (self._keys, self._values) = cache, cache.unbind(1)
@@ -377,20 +379,20 @@ class Decoder:
             self._graphs.forget()
 
     def _reach(self, positions: int) -> int:
-        """The positions that a step looks at so as to see so many."""
+        """Return the number of positions that a step reads to attend to `positions` of them."""
         if self._graphs is None:
             return _rounded(positions)
         return rounded_seen(positions, _rounded(self.config.max_position_embeddings))
 
     @torch.no_grad()
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
-        """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
+        """Feed slot i the token `tokens[i]` at position `positions[i]`; return the logits (B, V) of the next tokens."""
         used, seen = len(tokens), self._reach(max(positions) + 1)
         self._reserve(seen)
         rows = self._rows(used if self._graphs is None else min(rounded_rows(used), self._slots))
         fed = [numbers + [0] * (rows - used) for numbers in (tokens, positions)]
         if self._graphs is None:
-            # 0.95 of the time of no_grad for one row; what outlives the step was made outside
+            # 0.95 of the time of no_grad for one row; tensors that outlive the step are created outside
             with torch.inference_mode():
                 logits_BV = self._advance(rows, seen, *torch.tensor(fed, device=self.device).unbind())
         else:
@@ -398,11 +400,11 @@ class Decoder:
         return logits_BV[:used]
 
     def _advance(self, rows: int, seen: int, token_B: Tensor, position_B: Tensor) -> Tensor:
-        """The step itself, which may be recorded: but for `rows` and `seen` it knows no number of the host's."""
+        """Compute a step. It can be captured: `rows` and `seen` are its only numbers from the host."""
         self._view(rows, seen)
         kv_heads, size, cap = self.config.num_key_value_heads, self.config.head_dim, self.config.attention_softcap
         write_at = (position_B.unsqueeze(1) + self._first_RP).view(-1)
-        masks: dict[int | None, Tensor] = {}  # by window (B * K, 1, S): minus infinity for keys that are not to be seen
+        masks: dict[int | None, Tensor] = {}  # by window (B * K, 1, S): minus infinity for hidden keys
         for window in set() if self._fused else {layer.window for layer in self._layers}:
             key_S, last_B1 = torch.arange(seen, device=self.device), position_B.unsqueeze(1)
             hidden_BS = key_S > last_B1
@@ -434,7 +436,7 @@ class Decoder:
 
     def _forward(self, token_N: Tensor, position_N: Tensor, turns_N1D: list[Tensor], attend: _Attend,
                  activate: Callable[[Tensor], Tensor]) -> Tensor:  # fmt: skip
-        """The hidden states (N, hidden) of N tokens, turned by their layers' tables, that see what `attend` shows."""
+        """Return the hidden states (N, hidden) of N tokens, rotated by their layers' tables; `attend` is attention."""
         config, heads = self.config, self.config.num_attention_heads
         rotated, rows, size = heads + config.num_key_value_heads, len(token_N), config.head_dim
         is_plain = not config.post_norms and config.residual_multiplier == 1.0
@@ -457,7 +459,7 @@ class Decoder:
                 self._norm(qk_NJD, None, out=qk_NJD)
                 if layer.head_gains is not None:
                     qk_NJD.mul_(layer.head_gains)
-            turned_NJD = qk_NJD.float()  # itself, in float32
+            turned_NJD = qk_NJD.float()  # no copy in float32
             turned_NJD.view(torch.complex64).mul_(turns_N1D[layer.table])
             if turned_NJD is not qk_NJD:
                 qk_NJD.copy_(turned_NJD)
@@ -477,7 +479,7 @@ class Decoder:
         return x_NC if config.logits_scaling == 1.0 else x_NC / config.logits_scaling
 
     def _finish(self, branch_NC: Tensor, post_norm: Tensor | None) -> Tensor:
-        """What a branch gives to the residual stream."""
+        """Normalize and scale the output of a branch for the residual stream."""
         if self.config.post_norms:
             branch_NC = self._norm(branch_NC, post_norm)
         multiplier = self.config.residual_multiplier
@@ -487,7 +489,7 @@ class Decoder:
         return normalize(x_NC, gain, bias, self.config) if self.config.layer_norm else self._norm(x_NC, gain)
 
     def _norm(self, x_NC: Tensor, gain: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """RMSNorm. On a CPU torch's own is 8 operations, 13 us for a row of 384; these are 5, and 9 us."""
+        """Apply RMSNorm. On a CPU torch's own is 8 operations, 13 us for a row of 384; these are 5, and 9 us."""
         if self.device.type != "cpu":
             y_NC = F.rms_norm(x_NC, x_NC.shape[-1:], gain, self.config.rms_norm_eps)
             return y_NC if out is None else out.copy_(y_NC)
@@ -497,15 +499,15 @@ class Decoder:
         return y_NC if gain is None else y_NC.mul_(gain)
 
     def _view(self, rows: int, seen: int) -> None:
-        """Views of the slots in use, kept from step to step: making them costs as much as computing with them."""
+        """Create views of the slots in use, for several steps: creating them costs as much as computing with them."""
         if self._viewed == (rows, seen):
             return
         kv_heads, capacity, size = self._keys.shape[2:]
         step = BLOCK if self.dtype == torch.float32 else seen
-        self._views = []  # all slots of a layer, flat, and the keys and values that a step looks at
+        self._views = []  # by layer: all slots, flat, and the keys and values that a step reads
         for cache_2RKSD in self._cache:
             flat, (keys_RKSD, values_RKSD) = cache_2RKSD.view(-1, size), cache_2RKSD
-            if self._fused:  # its splits are as many as `seen` has, whatever is held
+            if self._fused:  # its number of splits depends on `seen`, not on the capacity
                 self._views.append((flat, keys_RKSD[:rows, :, :seen], values_RKSD[:rows, :, :seen]))
                 continue
             used = [x[:rows].view(rows * kv_heads, capacity, size) for x in (keys_RKSD, values_RKSD)]
@@ -516,31 +518,30 @@ class Decoder:
 
 
 def _weighted_sum(weights_XGS: Tensor, value_blocks: list[Tensor]) -> Tensor:
-    """The values by their weights, block after block: (X, G, D)."""
+    """Return the sum of the values by their weights, (X, G, D), block after block."""
     if len(value_blocks) == 1:
         return torch.bmm(weights_XGS, value_blocks[0])
     weight_blocks = weights_XGS.split(value_blocks[0].shape[1], -1)
     total = torch.bmm(weight_blocks[0], value_blocks[0])
-    for part, block in zip(weight_blocks[1:], value_blocks[1:], strict=True):
-        total.baddbmm_(part, block)
+    for weights, block in zip(weight_blocks[1:], value_blocks[1:], strict=True):
+        total.baddbmm_(weights, block)
     return total
 
 
 def _rounded(positions: int) -> int:
-    """The positions that a step looks at: 64, 128, 256, and then whole blocks."""
+    """Round up a number of positions to 64, 128, 256, and then to multiples of BLOCK."""
     if positions <= BLOCK:
         return max(64, 1 << (positions - 1).bit_length())
     return -(-positions // BLOCK) * BLOCK
 
 
 class PrefixCache:
-    """Keys and values of prompts, in pieces, kept for prompts that begin alike, as turns of a conversation do.
+    """LRU cache of keys and values of prompts, in pieces, for common prefixes such as the turns of a conversation.
 
-    Kept are the pieces used last, of at most `limit` bytes; each under a hash of the tokens from the beginning to its
-    end. A piece is computed behind the pieces before it by the same operations on the same shapes, whether those were
-    kept or have just been computed, so a prompt that begins with kept pieces has the same bits as one computed anew.
-    What steps have written while decoding is not kept: their attention sums in other blocks, which changes last bits.
-    vLLM keeps blocks of prompts so ("automatic prefix caching").
+    It contains at most `limit` bytes. The key of a piece is a hash of all tokens up to its end. A piece is computed by
+    the same operations on the same shapes whether the pieces before it were cached or not, so a cache hit changes no
+    bit. Keys and values written by decode steps are not cached: steps sum attention in other blocks, which changes last
+    bits. vLLM caches blocks of prompts in the same way ("automatic prefix caching").
     """
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
@@ -548,7 +549,7 @@ class PrefixCache:
         self._limit, self._bytes = limit, 0
 
     def prefill(self, decoder: Decoder, token_ids: list[int]) -> Iterator[Prefix]:
-        """Yield the prefix of a prompt so far, after each piece that is computed; at last that of all of it."""
+        """Yield the prefix of a prompt so far after each computed piece; the last one is complete."""
         hasher, names = blake2b(digest_size=16), []
         for start in range(0, len(token_ids), decoder.piece):
             hasher.update(array("q", token_ids[start : start + decoder.piece]).tobytes())
@@ -557,9 +558,9 @@ class PrefixCache:
         pieces = [self._pieces[name] for name in names[:count]]
         start = sum(map(len, pieces))
         self._use(names[:count])
-        for number, prefix in enumerate(decoder.prefill_behind(pieces, token_ids), count + 1):
+        for number, prefix in enumerate(decoder.prefill_after(pieces, token_ids), count + 1):
             if number <= len(names):
-                piece, old = prefix.piece(start), self._pieces.get(names[number - 1])  # of a request beside this one
+                piece, old = prefix.piece(start), self._pieces.get(names[number - 1])  # of a concurrent request
                 self._bytes += piece.nbytes - (0 if old is None else old.nbytes)
                 self._pieces[names[number - 1]] = piece
                 self._use(names[:number])
@@ -567,7 +568,7 @@ class PrefixCache:
             yield prefix
 
     def _use(self, names: list[bytes]) -> None:
-        """Let the first piece of a prompt be the last to go, and drop what is too much."""
+        """Mark the pieces of a prompt as used, so that its first piece is evicted last, and evict down to the limit."""
         for name in filter(self._pieces.__contains__, names[::-1]):
             self._pieces.move_to_end(name)
         while self._bytes > self._limit:

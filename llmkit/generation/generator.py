@@ -1,18 +1,18 @@
-"""Completions by a model here: a `Sampler` (generation/sampler.py) that decodes many sequences at a time.
+"""Completions by a local model: a `Sampler` (generation/sampler.py) that decodes many sequences at once.
 
     generator = Generator(model, tokenizer, Sampling(temperature=0.8), slots=16, stop=("\\n\\n",))
     for samples in generator.complete([Request(generator.encode("Once upon"), samples=3)]):
         print([sample.text for sample in samples])
 
-A pool of slots decodes together, each at its own position; a slot is filled again as soon as its sequence ends. A
-prompt is prefilled once for all its samples, in pieces between the steps of others (`PrefixCache`). Random
-numbers come from (seed, request, sample, position) alone, and a row's logits do not depend on its neighbours
-(generation/decode.py), so in float32 on a CPU a completion is the same at any number of slots, in any order, in any
-company.
+Continuous batching: the slots of a pool decode together, each at its own position, and a slot is refilled as soon as
+its sequence ends. A prompt is prefilled once for all its samples, in pieces between the decode steps of other sequences
+(`PrefixCache`). Random numbers depend on (seed, request, sample, position) alone, and a row's logits do not depend on
+its neighbours (generation/decode.py), so in float32 on a CPU a completion does not depend on slots, order or
+neighbours.
 
-A sequence that has called a tool leaves its slot with its keys and values. The tool runs in a thread while others go
-on; its result is prefilled behind the call, and the sequence takes the next free slot.
-Tokens in, tokens out: `token_ids` are what the model saw and chose; text is only ever made from them.
+A sequence that calls a tool leaves its slot and keeps its keys and values. The tool runs in a thread while other
+sequences continue; its result is prefilled after the call, and the sequence takes the next free slot.
+Tokens in, tokens out: `token_ids` are what the model saw and chose; text is only decoded from them.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format
 from llmkit.tools.toolbox import ToolResult
 
-OPEN_REQUESTS = 16  # times the slots: how far reading may run ahead of a completion that is not done
-THREADS = 8  # of tools, which are mostly waited for
+OPEN_REQUESTS = 16  # per slot: how far reading may run ahead of the oldest unfinished request
+THREADS = 8  # for tools, which mostly wait
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model that is not loaded yet, and how it will compute."""
+    """A model that is not loaded yet, with its device and precision."""
 
     path: str
     config: ModelConfig
@@ -64,14 +64,14 @@ class ModelFolder:
 class Generator:
     """Completes prompts with one model.
 
-    model    with its weights, which are copied now; or a folder, loaded at the first completion
-    slots    sequences decoded at a time
-    stop     strings that end a completion and are left out of it
-    end_ids  tokens that end a completion; None takes those that the model and the tokenizer name
+    model    a model, whose weights are copied now, or a folder, loaded at the first completion
+    slots    sequences decoded at once
+    stop     stop strings, which are left out of the completion
+    end_ids  tokens that end a completion; None: those of the model and the tokenizer
     name     of the model, in errors and reports
-    tools    what it may call
-    weights  how the decoder has the matrices of `model` (model/quantized.py)
-    record   what records its steps, None for nothing (generation/decode.py)
+    tools    that the model may call
+    weights  format of the decoder's matrices (model/quantized.py)
+    record   captures decode steps; None never does (generation/decode.py)
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Generator:
         self.end_ids = end_tokens(model.config, tokenizer) if end_ids is None else frozenset(end_ids)
         self.context: int | None = model.config.max_position_embeddings
         self.identity: Mapping[str, Any] = {}
-        self.usage, self.steps, self.rows = Usage(), 0, 0  # rows: sequences in all steps
-        self.loading = self.seconds = 0.0  # until the weights were there; of generating, not what the caller does
+        self.usage, self.steps, self.rows = Usage(), 0, 0  # rows: sequences, summed over all steps
+        self.loading = self.seconds = 0.0  # loading weights; loading and generating, without the caller's work
         self.prefixes = PrefixCache()
         if isinstance(model, ModelFolder):
             self.device, self.precision, self._folder = model.device, model.precision, model
@@ -104,11 +104,11 @@ class Generator:
             self.precision = Precision(model.embed_tokens.dtype, weights)
             self.decoder = open_decoder(model, slots, weights, record)
         small = is_small(model.config.parameter_count, self.device)
-        self._threads = 1 if small else torch.get_num_threads()  # which another model may have lowered meanwhile
+        self._threads = 1 if small else torch.get_num_threads()  # saved, because another model may lower it
 
     @cached_property
     def decoder(self) -> Decoder:
-        """The slots, with the weights of a folder loaded when first needed."""
+        """The decoder; a folder's weights are loaded on first use."""
         started = time.perf_counter()
         precision, backend = self.precision, self.config.backend
         model = load_model(self._folder.path, dtype=precision.dtype, device=self.device, backend=backend)
@@ -118,12 +118,13 @@ class Generator:
 
     @cached_property
     def chat(self) -> ChatFormat:
-        """Chat format of the model. Raises UserError for a base model: it would continue a question, not answer it."""
+        """Chat format of the model. Raises UserError for a base model, which would not answer a question but continue
+        it."""
         chat = chat_format(self.tokenizer)
         if chat.end_id not in self.end_ids:
             raise UserError(
-                f"{self.name}: a base model, which has not learnt to end a turn; tune it by llmkit sft, or ask it "
-                "by sample --shots assistant -p, or by evaluate without --chat"
+                f"{self.name}: a base model, which has not learnt to end a turn; fine-tune it with llmkit sft, or "
+                "use sample --shots assistant -p, or evaluate without --chat"
             )
         return chat
 
@@ -135,10 +136,10 @@ class Generator:
         return False
 
     def check(self) -> None:
-        """Do nothing: all that could be wrong with a folder is found when it is opened."""
+        """Do nothing: a folder is checked when it is opened."""
 
     def encode(self, prompt: str | Sequence[Message], tools: Functions | None = None) -> list[int]:
-        """The tokens of a text to continue, or of a conversation to answer; `tools` stand for the generator's."""
+        """Encode a text to continue or a conversation to answer; `tools` replace the generator's."""
         if isinstance(prompt, str):
             return prompt_ids(self.tokenizer, prompt)
         schemas = functions.schemas if (functions := tools or self.tools) is not None else ()
@@ -152,11 +153,11 @@ class Generator:
         on_call: OnCall | None = None,
         on_done: OnDone | None = None,
     ) -> Iterator[list[Completion]]:
-        """See `Sampler.complete`. Raises UserError for logits that are no numbers."""
+        """See `Sampler.complete`. Raises UserError for logits that are not finite."""
         with self.computing():
             pool = Pool(self, requests, on_text, on_call)
         try:
-            more, announced = True, set[int]()  # requests that `on_done` has had, before earlier ones were done
+            more, announced = True, set[int]()  # requests already passed to `on_done`, ahead of earlier ones
             while more:
                 with self.computing():
                     more = pool.advance()
@@ -164,11 +165,11 @@ class Generator:
                     if on_done is not None and index not in announced and None not in samples:
                         announced.add(index)
                         on_done(index, [completion for completion in samples if completion is not None])
-                whole = list(finished(pool.done))
-                for index, samples in whole:
+                complete = list(finished(pool.done))
+                for index, samples in complete:
                     announced.discard(index)
                     yield samples
-                if not whole:
+                if not complete:
                     with self.computing():
                         pool.wait()
         finally:
@@ -176,14 +177,14 @@ class Generator:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Compute without gradients, and on one thread where the model is too small for two; never across a `yield`."""
+        """Compute without gradients, on one thread if the model is too small for two; never held across a `yield`."""
         started = time.perf_counter()
         with torch.inference_mode(), threads(self._threads):
             yield
         self.seconds += time.perf_counter() - started
 
     def plan(self) -> Iterator[str]:
-        """Describe the model and the memory that it needs, in lines."""
+        """Describe the model and its memory, in lines."""
         config, size = self.config, self.precision.dtype.itemsize
         packed = {"dense": size, "half": 2, "int8": 1}[self.precision.weights]
         a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
@@ -195,7 +196,7 @@ class Generator:
         caches = quantity(self.slots * config.max_position_embeddings * a_token)
         yield (
             f"memory: {quantity(config.parameter_count * packed)}B of weights{loading}, and up to {caches}B of keys "
-            f"and values for {counted(self.slots, 'sequence')} and {quantity(KEPT_BYTES)}B for beginnings of prompts"
+            f"and values for {counted(self.slots, 'sequence')} and {quantity(KEPT_BYTES)}B of cached prompt prefixes"
         )
 
     def describe(self) -> Iterator[str]:
@@ -209,7 +210,7 @@ class Generator:
 
 
 class Pool:
-    """Sequences under way: in slots, with a tool, or done. A request that is None says that none waits now."""
+    """Sequences in slots, waiting for a tool, or done. A request of None means that none is available now."""
 
     def __init__(
         self,
@@ -220,16 +221,16 @@ class Pool:
     ) -> None:
         self._of, self._decoder = generator, generator.decoder
         self._on_text, self._on_call = on_text, on_call
-        self.running: list[RunningSequence] = []  # slot i holds running[i]
-        self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None for those not done
+        self.running: list[RunningSequence] = []  # running[i] is in slot i
+        self.done: dict[int, list[Completion | None]] = {}  # by request: its samples, None if unfinished
         self._workers: ThreadPoolExecutor | None = None
-        self._calls: dict[Future[list[ToolResult]], tuple[RunningSequence, Prefix]] = {}  # under way
+        self._calls: dict[Future[list[ToolResult]], tuple[RunningSequence, Prefix]] = {}  # running
         self._fresh = self._begin(requests)
-        self._more = True  # requests
+        self._more = True  # whether requests may follow
         self._prefilling = False
 
     def advance(self) -> bool:
-        """Fill the slots that are free, and then take one token for each running sequence; False after the last one."""
+        """Fill the free slots, then sample one token for each running sequence; return False after the last one."""
         while len(self.running) < self._of.slots:
             if (answered := next((call for call in self._calls if call.done()), None)) is not None:
                 entry = self._resume(*self._calls.pop(answered), answered.result())
@@ -257,7 +258,7 @@ class Pool:
             return bool(self._more or self._calls)
         positions = [sequence.position for sequence in running]
         for slot, (sequence, position) in enumerate(zip(running, positions, strict=True)):
-            if self._decoder.turns_anew(position, position + 1):
+            if self._decoder.needs_new_prefill(position, position + 1):
                 self._decoder.load(slot, self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids]))
         logits = self._decoder.step([sequence.token_ids[-1] for sequence in running], positions)
         self._of.steps += 1
@@ -273,7 +274,7 @@ class Pool:
         return bool(self.running or self._more or self._calls)
 
     def cancel(self, index: int) -> None:
-        """Drop a request that is not done; its slots are free at once."""
+        """Drop an unfinished request and free its slots."""
         del self.done[index]
         with self._of.computing():
             for slot in range(len(self.running) - 1, -1, -1):
@@ -281,7 +282,7 @@ class Pool:
                     self._vacate(slot)
 
     def wait(self) -> None:
-        """Wait for a tool, if nothing else is under way."""
+        """Wait for a tool if nothing else can run."""
         if not self.busy and self._calls:
             wait(self._calls, return_when=FIRST_COMPLETED)
 
@@ -298,16 +299,17 @@ class Pool:
 
     @property
     def idle(self) -> bool:
-        """True if nothing is under way."""
+        """True if no sequence, prompt or tool is in progress."""
         return not (self.busy or self._calls)
 
     def close(self) -> None:
-        """Begin no call any more; those under way end by their own limits."""
+        """Start no more tool calls; running ones end by their own limits."""
         if self._workers is not None:
             self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, requests: Iterable[Request | None]) -> Iterator[tuple[RunningSequence, Prefix] | None]:
-        """Every sample of every request with its prefilled prompt; equal prompts that follow closely share one."""
+        """Yield each sample of each request with its prefilled prompt, and None to let others step or if no request is
+        available; equal prompts in succession share one prefill."""
         generator, index = self._of, -1
         for request in requests:
             if request is None:
@@ -323,7 +325,7 @@ class Pool:
             for prefix in generator.prefixes.prefill(self._decoder, list(request.prompt)):
                 self._prefilling = len(prefix) < len(request.prompt)
                 if self._prefilling:
-                    yield None  # running sequences have a step before the next piece
+                    yield None  # running sequences step before the next piece
                 if index not in self.done:  # cancelled
                     break
             self._prefilling = False
@@ -358,22 +360,22 @@ class Pool:
                 yield sequence, prefix
 
     def _vacate(self, slot: int) -> None:
-        """Free a slot: the last one that runs moves into it."""
+        """Free a slot by moving the last running sequence into it."""
         last = self.running.pop()
         if slot < len(self.running):
             self._decoder.move(len(self.running), slot, last.position)
             self.running[slot] = last
 
     def _choose(self, logits_BV: torch.Tensor, sequences: list[RunningSequence]) -> list[tuple[int, float, float]]:
-        """The next token of each sequence, its log-probability, and that after truncation."""
-        # A model may have more rows than its tokenizer has tokens, to be a multiple of 64: nobody trained them.
+        """Sample the next token of each sequence; return it with its log-probabilities before and after truncation."""
+        # A model may have more rows than its tokenizer has tokens, to be a multiple of 64: these rows are untrained.
         draws = np.array([sequence.next_uniform() for sequence in sequences])
         chosen: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * len(sequences)
         samplings = [sequence.request.sampling or self._of.sampling for sequence in sequences]
         groups = [
             (sampling, bool(sequence.constraint)) for sampling, sequence in zip(samplings, sequences, strict=True)
         ]
-        alike = groups.count(groups[0]) == len(groups)  # mostly one object, which is compared sooner than hashed
+        alike = groups.count(groups[0]) == len(groups)  # mostly one object: comparing is cheaper than hashing
         for group in groups[:1] if alike else dict.fromkeys(groups):
             rows = [row for row, other in enumerate(groups) if alike or other == group]
             logits, allowed = logits_BV if alike else logits_BV[rows], None
@@ -383,7 +385,7 @@ class Pool:
             choice = choose_tokens(logits, draws[rows], group[0], self._of.tokenizer.vocab_size, allowed)
             if not all(choice.sound.tolist()):
                 raise UserError(
-                    f"{self._of.name}: its logits are not finite numbers; are there NaN among its weights? Train it "
+                    f"{self._of.name}: its logits are not finite; do its weights contain NaN? Train it "
                     "again, or use an earlier checkpoint"
                 )
             columns = choice.tokens.tolist(), choice.logprobs.tolist(), choice.truncated_logprobs.tolist()
@@ -397,7 +399,7 @@ class Pool:
         return chosen
 
     def _leave(self, sequence: RunningSequence, reason: str, prefix: Prefix | None) -> None:
-        """A sequence is done, or waits for a tool with its keys and values."""
+        """Record a finished sequence, or start its tool calls and set it aside with its keys and values."""
         if reason != CALL:
             self.done[sequence.index][sequence.sample] = sequence.completion(reason)
             return
@@ -413,7 +415,7 @@ class Pool:
     def _resume(
         self, sequence: RunningSequence, earlier: Prefix, results: list[ToolResult]
     ) -> tuple[RunningSequence, Prefix] | None:
-        """Prefill the results of tools behind their calls; None where they leave no room for a token more."""
+        """Prefill the results of tools after their calls; return None if they leave no room for another token."""
         if sequence.tools is None or sequence.index not in self.done:  # cancelled
             return None
         ids, seen = sequence.tools.result_ids(sequence.calls, results, sequence.room - len(sequence.token_ids) - 1)
@@ -424,7 +426,7 @@ class Pool:
         if not ids:
             self._leave(sequence, sequence.finish("length"), None)
             return None
-        if self._decoder.turns_anew(len(earlier), len(earlier) + 1 + len(ids)):
+        if self._decoder.needs_new_prefill(len(earlier), len(earlier) + 1 + len(ids)):
             prefix = self._decoder.prefill([*sequence.request.prompt, *sequence.token_ids, *ids])
         else:
             prefix = self._decoder.extend(earlier, [sequence.token_ids[-1], *ids])
@@ -433,19 +435,19 @@ class Pool:
 
 
 def open_decoder(model: Transformer, slots: int, weights: Weights, record: Record | Literal["auto"] | None) -> Decoder:
-    """The decoder of a model: ours, or transformers' cache."""
+    """Return our decoder of a model, or the one with transformers' cache."""
     if isinstance(model, TransformersModel):
-        return cast(Decoder, TransformersDecoder(model))  # by its interface
+        return cast(Decoder, TransformersDecoder(model))  # same interface
     return Decoder(model, slots, weights, record)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt by the folder's own rule about the beginning token; an empty prompt is that token."""
+    """Encode a prompt, with a BOS token if the folder's tokenizer adds one; an empty prompt becomes that token."""
     return tokenizer.encode_prompt(text) or [tokenizer.document_bounds()[0]]
 
 
 def end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text, by the model's configuration and by the tokenizer's."""
+    """Return the ids that end a text, from the model's configuration and the tokenizer."""
     return frozenset({*config.eos_token_ids, tokenizer.eos_id, tokenizer.end_of_text_id} - {None})
 
 
@@ -457,9 +459,9 @@ def continue_text(
     seed: int = 0,
     temperature: float = 0.8,
 ) -> str:
-    """The continuation of one prompt, for a look at a model in training, which is left as it was.
+    """Return the continuation of one prompt, as a sample of a model in training, which is left unchanged.
 
-    The model's context bounds the text; packing the weights costs about as much as one step over them.
+    The text ends at the model's context at the latest; packing the weights costs about as much as one step.
     """
     generator = Generator(model, tokenizer, Sampling(temperature), slots=1)
     ids = generator.encode(prompt)

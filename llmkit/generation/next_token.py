@@ -1,8 +1,8 @@
-"""From logits to the next token: temperature, truncation, and a random number that nothing else can disturb.
+"""From logits to the next token: temperature, truncation and reproducible random numbers.
 
-The random number of a token is a pure function of (seed, request, sample, position), by a counter-based generator:
-no state is carried from one draw to the next, so batch size, order and neighbours cannot change a text. One uniform
-number picks a token by the inverse of the cumulative distribution, over tokens in the order of their ids.
+The random number of a token is a pure function of (seed, request, sample, position), by a counter-based generator: no
+state is carried from one draw to the next, so batch size, order and neighbours cannot change a text. One uniform number
+picks a token by inverting the cumulative distribution over tokens in the order of their ids.
 
 B rows, V vocabulary, k most likely tokens.
 """
@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GREEDY_BELOW = 1e-5  # a temperature under which float32 logits overflow or all but the best vanish
-HEAD_TOKENS = 256  # most likely tokens looked at first for top-p: sorting 32,000 costs 20 times as much
+GREEDY_BELOW = 1e-5  # a temperature below which float32 logits overflow or all but the best vanish
+HEAD_TOKENS = 256  # most likely tokens tried first for top-p: sorting 32,000 costs 20 times as much
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Distribution to sample from: temperature, then top-k, top-p of what is left, and min-p.
 
-    temperature  divides the logits; 0 always takes the most likely token
+    temperature  divides the logits; 0 decodes greedily
     top_k        keep the k most likely tokens
     top_p        keep the fewest tokens whose probabilities add up to at least this (Holtzman et al. 2019,
                  arXiv:1904.09751)
-    min_p        keep tokens at least this times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)
+    min_p        keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)
 
-    Tokens that tie with the last one kept are kept, too: so the result does not depend on a sort's order.
+    Tokens that tie with the last one kept are kept too, so the result does not depend on a sort's order.
     """
 
     temperature: float = 1.0
@@ -45,9 +45,9 @@ class Choice(NamedTuple):
     """The next token of each row, all (B,).
 
     tokens              int64
-    logprobs            float32, natural logarithms under softmax(logits / temperature) over all that the model
-                        knows; under softmax(logits) at temperature 0
-    truncated_logprobs  float32, under what truncation left, scaled up to 1: the distribution that was drawn from
+    logprobs            float32, natural logarithms under softmax(logits / temperature) over the model's complete
+                        vocabulary; under softmax(logits) at temperature 0
+    truncated_logprobs  float32, under the truncated, renormalized distribution that the token was sampled from
     sound               whether the row's logits were finite
     """
 
@@ -65,9 +65,9 @@ def choose_tokens(
     vocab_size: int | None = None,
     allowed_BV: Tensor | None = None,
 ) -> Choice:
-    """The next token of each row, among the first `vocab_size` of the vocabulary, or among the allowed of these.
+    """Sample the next token of each row from the first `vocab_size` tokens, or from those of them that are allowed.
 
-    `uniforms_B`: float64 in [0, 1), one number a row.
+    `uniforms_B`: float64 in [0, 1), one number per row.
     """
     logits_BV = logits_BV.float()
     drawn_BV = logits_BV[:, :vocab_size]
@@ -75,7 +75,7 @@ def choose_tokens(
         drawn_BV = drawn_BV.masked_fill(~allowed_BV, float("-inf"))
     if sampling.temperature < GREEDY_BELOW:
         best = drawn_BV.max(-1)
-        # log_softmax takes each row by itself, logsumexp splits a single row among threads
+        # log_softmax computes each row on one thread, logsumexp splits a single row among threads
         logprobs_B = torch.log_softmax(logits_BV, -1).gather(-1, best.indices.unsqueeze(-1)).squeeze(-1)
         return Choice(best.indices, logprobs_B, torch.zeros_like(logprobs_B), best.values.isfinite())
     all_BV = _softmax(logits_BV, sampling.temperature)
@@ -88,7 +88,7 @@ def choose_tokens(
     # Rounding may lift the product to the total itself, beyond every token.
     chosen_B1 = chosen_B1.minimum(torch.searchsorted(cumulative_BV, total_B1))
     sound_B = total_B1.squeeze(-1).isfinite()
-    chosen_B1 = chosen_B1.clamp_(max=probabilities_BV.shape[-1] - 1)  # NaN is beyond them all
+    chosen_B1 = chosen_B1.clamp_(max=probabilities_BV.shape[-1] - 1)  # with NaN the index is past the end
     logprobs_B1 = all_BV.gather(-1, chosen_B1).log()
     drawn_B1 = logprobs_B1 if allowed_BV is None else drawn_BV.gather(-1, chosen_B1).log()
     truncated_B1 = drawn_B1 - total_B1.log().float()
@@ -102,7 +102,7 @@ def _softmax(logits_BV: Tensor, temperature: float) -> Tensor:
 def likeliest(
     logits_NV: Tensor, count: int, temperature: float = 1.0, vocab_size: int | None = None
 ) -> list[list[tuple[int, float]]]:
-    """The likeliest tokens of each row, among the first `vocab_size`, and their log-probabilities as in `Choice`."""
+    """Return each row's likeliest tokens, among the first `vocab_size`, with log-probabilities as in `Choice`."""
     scaled_NV = logits_NV.float() / (1.0 if temperature < GREEDY_BELOW else temperature)
     best = torch.log_softmax(scaled_NV, -1)[:, :vocab_size].topk(min(count, vocab_size or scaled_NV.shape[-1]))
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -110,9 +110,9 @@ def likeliest(
 
 
 def truncate(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Set probabilities to zero where top-k, top-p or min-p cut, without scaling up the others.
+    """Set probabilities to zero where top-k, top-p or min-p cut, without renormalizing the rest.
 
-    Every rule comes down to the smallest probability that a row keeps, and the strictest one holds.
+    Each rule amounts to the smallest probability that a row keeps; the strictest one applies.
     """
     size = probabilities_BV.shape[-1]
     top_k = min(sampling.top_k or size, size)
@@ -129,7 +129,7 @@ def truncate(probabilities_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _nucleus_cutoff(probabilities_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The smallest probability (B, 1) inside the nucleus of the `top_k` most likely tokens.
+    """Return the smallest probability (B, 1) inside the nucleus of the `top_k` most likely tokens.
 
     The running sum over the likeliest tokens is the same however many follow, so a row's cutoff does not depend
     on whether its neighbours need the full sort.
@@ -157,11 +157,11 @@ def _double(device: torch.device) -> torch.dtype:
 _WORD, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
-_SEED_DOMAIN = 0xFFFFFFFF  # where a draw has the sample's number; no sample has this one
+_SEED_DOMAIN = 0xFFFFFFFF  # in place of the sample's number in a draw; no sample has this one
 
 
 def philox(counter: tuple[np.ndarray | int, ...], key: int) -> list[np.ndarray]:
-    """Four random 32-bit words (as uint64) for each counter of four such words, under a key of 64 bits."""
+    """Return four random 32-bit words (as uint64) for each counter of four such words, under a 64-bit key."""
     a, b, c, d = (np.asarray(word, np.uint64) for word in np.broadcast_arrays(*counter))
     low, high = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
     for _ in range(10):
@@ -177,7 +177,7 @@ def philox(counter: tuple[np.ndarray | int, ...], key: int) -> list[np.ndarray]:
 
 
 def uniforms(seed: int, request: int, sample: int, start: int, count: int) -> np.ndarray:
-    """The random numbers in [0, 1), float64, of positions `start` ... `start + count - 1` of one sample.
+    """Return the random numbers in [0, 1), float64, of positions `start` ... `start + count - 1` of one sample.
 
     seed and request are taken modulo 2^64; positions and samples stay below 2^32 - 1.
     """
@@ -187,17 +187,17 @@ def uniforms(seed: int, request: int, sample: int, start: int, count: int) -> np
 
 
 def request_number(ids: Sequence[Any]) -> int:
-    """Hash a prompt to 64 bits, which tell its request from others with its seed at any position.
+    """Hash a prompt to 64 bits, so that prompts with equal seeds draw different random numbers, wherever they are.
 
-    Hashed are its tokens, or its text or messages where a server makes the tokens.
+    The hash is of token ids, or of the text or messages if a server tokenizes them.
     """
     return int.from_bytes(blake2b(",".join(map(str, ids)).encode(), digest_size=8).digest(), "little")
 
 
 def seed_of_repeat(seed: int, repeat: int) -> int:
-    """The seed of the `repeat`-th further request that equals an earlier one; the first keeps its own.
+    """Return the seed of the `repeat`-th repetition of a request; the first occurrence, 0, keeps `seed`.
 
-    Below 2^53, so that every JSON reader keeps it exactly.
+    New seeds are below 2^53, so that every JSON reader keeps them exactly.
     """
     if repeat == 0:
         return seed

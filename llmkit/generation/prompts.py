@@ -1,10 +1,9 @@
-"""Requests from the records of a run, and records from their completions.
+"""Input records become requests, and completions become output records.
 
-A request's number comes from its tokens, not from its position: other records do not change its text. Prompt or
-messages and the seed identify a record, by which a resumed run knows what is made already.
+A request's number depends on its tokens, not on its position, so other records do not change its text. Prompt or
+messages and the seed identify a record, so that a resumed run knows which ones are done.
 
-A base model continues the document that it sees. Given a document of questions and answers (`with_shots`), it continues
-with an answer.
+A base model continues a document; after few-shot examples (`with_shots`), the continuation is an answer.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ from llmkit.io.records import (
 from llmkit.io.resume import Kept
 
 ASKED, ANSWERED = "Question: ", "Answer: "
-STOP = "\n" + ASKED.rstrip()  # where the model would ask the next question itself
+STOP = "\n" + ASKED.rstrip()  # where the model would write the next question itself
 
 # Lin et al. 2023 (arXiv 2312.01552): a few answers in the style of an assistant align a base model about as well as
-# tuning does; what they teach is the form.
-BUILT_IN = "assistant"  # in the place of a file; ./assistant is one
+# tuning does; they teach the form.
+BUILT_IN = "assistant"  # instead of a file; ./assistant is a file
 AS_ASSISTANT = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("How do I keep bread fresh?", "Wrap it in a cloth or paper bag, and freeze what you will not eat in two days."),
@@ -61,19 +60,19 @@ AS_ASSISTANT = (
     ("Who will win the next election?", "I do not know. Nobody can say that before the votes are counted."),
     ("Say thank you in Spanish.", "Gracias."),
 )
-IDENTITY = (*PROMPT_FIELDS, "seed")  # what a record that is kept has in common with its input
+IDENTITY = (*PROMPT_FIELDS, "seed")  # what an output record has in common with its input
 
 
-def load_shots(shown: str | None, sampler: Sampler, quiet: bool) -> list[tuple[str, str]]:
+def load_shots(source: str | None, sampler: Sampler, quiet: bool) -> list[tuple[str, str]]:
     """Read the examples of --shots: a file, or `assistant`, the built-in ones that fit three quarters of the context.
 
-    Raises UserError where not one fits.
+    Raises UserError if none fits.
     """
-    if shown is None:
+    if source is None:
         return []
-    if shown != BUILT_IN:
-        conversations = read_jsonl([shown], None, read_conversation)
-        return shots_of([conversation for conversation in conversations if not conversation.rejected], shown)
+    if source != BUILT_IN:
+        conversations = read_jsonl([source], None, read_conversation)
+        return shots_of([conversation for conversation in conversations if not conversation.rejected], source)
     shots = list(AS_ASSISTANT)
     if sampler.context is None:
         return shots
@@ -83,16 +82,14 @@ def load_shots(shown: str | None, sampler: Sampler, quiet: bool) -> list[tuple[s
         f"{len(shots)} of the {len(AS_ASSISTANT)} built-in examples fit the model's context of {sampler.context} tokens"
     )
     if not shots:
-        raise UserError(
-            f"--shots {BUILT_IN}: {note}; give a file of shorter ones, or take a model with a longer context"
-        )
+        raise UserError(f"--shots {BUILT_IN}: {note}; use a file of shorter ones or a model with a longer context")
     if len(shots) < len(AS_ASSISTANT):
-        say(f"--shots {BUILT_IN}: {note}; a file may have shorter ones", quiet)
+        say(f"--shots {BUILT_IN}: {note}; use a file of shorter ones to fit more", quiet)
     return shots
 
 
 def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str, str]]:
-    """The first question and its answer of each conversation. Raises UserError for one that has none."""
+    """Return the first question and its answer from each conversation. Raises UserError if one has none."""
     shots = []
     for conversation in conversations:
         roles = [turn.role for turn in conversation.messages]
@@ -106,18 +103,18 @@ def shots_of(conversations: Sequence[Conversation], path: str) -> list[tuple[str
 
 
 def with_shots(shots: Sequence[tuple[str, str]], question: str) -> str:
-    """A document of questions and answers that ends where the answer to `question` begins."""
+    """Return a document of questions and answers that ends where the answer to `question` begins."""
     pairs = "".join(f"{ASKED}{query}\n{ANSWERED}{answered}\n\n" for query, answered in shots)
     return f"{pairs}{ASKED}{question}\n{ANSWERED.rstrip()}"
 
 
 class Prompts:
-    """The requests of a run, made as they are asked for, and the records of what they complete.
+    """The requests of a run, made lazily, and the records of their completions.
 
-    rows        with `prompt` or `messages`; their own `seed` is used where `own_seeds` says so
-    sampler     encodes them; a prompt, with the `shots` before it, that is longer than its context is a bad record
+    rows        with `prompt` or `messages`; their own `seed` is used if `own_seeds` is set
+    sampler     encodes them; a prompt that, with its `shots`, is longer than the context is a bad record
     samples, max_tokens, seed  of each request
-    shots       examples before the text of a prompt; without them an assistant is asked the text of other fields than
+    shots       few-shot examples before a prompt; without them an assistant is asked the text of fields other than
                 `prompt`, such as `question`
     bad         skips bad records; without it, the first raises UserError
     """
@@ -137,10 +134,10 @@ class Prompts:
         self._given, self._sampler, self._shots = rows, sampler, shots
         self._samples, self._max_tokens, self._seed, self._own_seeds = samples, max_tokens, seed, own_seeds
         self._bad = BadRecords() if bad is None else bad
-        self.kept: Iterator[tuple[str, bytes]] = iter(())  # prompts of a former run, with their lines
-        self._waiting: deque[tuple[Row, int]] = deque()  # record and seed of each request under way
+        self.kept: Iterator[tuple[str, bytes]] = iter(())  # prompts completed by an earlier run, with their lines
+        self._waiting: deque[tuple[Row, int]] = deque()  # record and seed of each request in progress
         self._seen: Counter[int] = Counter()
-        self.count = self.passed = self.kept_tokens = 0  # prompts made, prompts kept, and tokens of these
+        self.count = self.passed = self.kept_tokens = 0  # prompts requested, prompts kept, and tokens of the latter
 
     def __iter__(self) -> Iterator[Request]:
         for row in self._given:
@@ -161,7 +158,7 @@ class Prompts:
                 continue
             self._bad.count_unused(row.path, losses)
             key, lines = next(self.kept, (None, b""))
-            if key is not None:  # a former run has completed it
+            if key is not None:  # an earlier run has completed it
                 if key != _key({**row.value, "seed": seed}):
                     raise UserError(
                         f"{where}: the unfinished run has another prompt or --seed; start again with --force"
@@ -179,8 +176,7 @@ class Prompts:
     def completed(
         self, *, logprobs: bool = False, tools: bool = False, on_text: OnText | None = None
     ) -> Iterator[list[dict[str, Any]]]:
-        """The records of each prompt that is not kept, one for each sample. Raises UserError where a server finds it
-        too long."""
+        """Yield each new prompt's records, one per sample. Raises UserError if a server finds a prompt too long."""
         for samples in self._sampler.complete(self, on_text=on_text):
             row, seed = self._waiting.popleft()
             if not samples:
@@ -196,7 +192,7 @@ class Prompts:
                 known = {"token_ids": completion.token_ids}
                 if logprobs:
                     known |= {"logprobs": completion.logprobs, "truncated_logprobs": completion.truncated_logprobs}
-                fields |= {name: values for name, values in known.items() if values}  # a server need not tell
+                fields |= {name: values for name, values in known.items() if values}  # a server may not return them
                 if tools and completion.sampled:
                     fields |= {"sampled": completion.sampled}
                 if tools or completion.tool_calls:
@@ -207,11 +203,11 @@ class Prompts:
 
     @property
     def left_out(self) -> dict[str, Any]:
-        """Count the records that were skipped, and the fields of others that are not used."""
+        """Counts of skipped records and of unused fields."""
         return self._bad.results
 
     def _ids(self, row: Row) -> tuple[Prompt, tuple[str, ...], Functions | None]:
-        """Encode the prompt of a record; return the fields that are not used, and the functions that it offers, too."""
+        """Encode the prompt of a record; return it with the unused fields and the functions that it offers."""
         prompt = find_prompt(row, PROMPT_FIRST)
         if prompt is None:
             raise UserError(
@@ -229,7 +225,7 @@ class Prompts:
             last = messages[-1]
             if last.role != "user" and (not last.parts or last.parts[-1].kind != RESULT):
                 raise UserError(
-                    f"{row.where}: expected messages that end with the user's or a tool's, found the {last.role}'s last"
+                    f"{row.where}: expected the last message to be the user's or a tool's, found the {last.role}'s"
                 )
             if (definitions := definitions_of(row.value)) and self._sampler.tools is not None:
                 functions = self._sampler.tools.offering(definitions)
@@ -240,7 +236,7 @@ class Prompts:
             of = f" with its {counted(len(self._shots), 'example')}" if self._shots else ""
             raise UserError(
                 f"{row.where}: the prompt{of} is {counted(len(ids), 'token')} long and the model's context is "
-                f"{context}, a new token included; {'give shorter --shots, or ' if of else ''}shorten the prompt"
+                f"{context}, including a new token; {'give shorter --shots, or ' if of else ''}shorten the prompt"
             )
         if tokenizer is not None and tokenizer.unk_id is not None and tokenizer.unk_id in ids:
             lost.append(OUTSIDE)
@@ -251,10 +247,10 @@ class Prompts:
 def lasting_output(
     out: str, path: Path, prompts: Prompts, resume: bool, identity: Mapping[str, Any]
 ) -> Iterator[Callable[[Sequence[dict[str, Any]]], object]]:
-    """Write `out` at the end; until then the records of each prompt are kept in the file `path`.
+    """Write `out` at the end; until then, keep the records of each prompt in the file `path`.
 
-    With `resume` those of a former run are kept. `identity` decides the text beside the prompts, by the names that a
-    user knows. Raises UserError where one of them differs, Interrupted where Ctrl-C ends the run.
+    `resume` continues with the records of an earlier run. `identity` is what else decides the text, under names that
+    users know. Raises UserError if it differs, Interrupted if Ctrl-C ends the run.
     """
     state = Kept(path, identity, resume=resume)
     with state.resumable():
@@ -267,6 +263,6 @@ def lasting_output(
 
 
 def _key(record: Mapping[str, Any]) -> str:
-    """Tell the prompt and the seed of a record, of the input or of the output, from others."""
+    """Hash the prompt and the seed of an input or output record."""
     identity = {name: record[name] for name in IDENTITY if name in record}
     return blake2b(dump_json(identity, orjson.OPT_SORT_KEYS), digest_size=8).hexdigest()

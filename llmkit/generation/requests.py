@@ -1,4 +1,4 @@
-"""What a sampler takes and gives: requests, completions, their count, and the strings that end them."""
+"""Input and output of a sampler: requests, completions, usage and stop strings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import JsonConstraint
 
 _THOUGHTS = re.compile(r"<think>(.*?)(?:</think>\n*|\Z)", re.DOTALL)
-Prompt = Sequence[Any]  # token ids; where a server makes them text to continue, or messages to answer
-OnText = Callable[[int, int, str], object]  # (request, sample, text), as text is decided
-# (request, sample, call, what the model sees of its result): as a tool is called, None, and as it has answered
+Prompt = Sequence[Any]  # token ids, or text to continue or messages to answer if a server tokenizes
+OnText = Callable[[int, int, str], object]  # (request, sample, text), as soon as text is final
+# (request, sample, call, the result as the model sees it): None when a tool is called, then again with its result
 OnCall = Callable[[int, int, Mapping[str, Any], str | None], object]
 OnDone = Callable[[int, "list[Completion]"], object]  # (request, its samples)
-REFUSED = "refused"  # how a completion ends that a server has failed to make
+REFUSED = "refused"  # finish reason of a completion that a server failed to make
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class Request:
     """A prompt to complete.
 
     prompt       as the sampler's `encode` made it
-    samples      how many completions
-    max_tokens   of each; None goes on to the end of the context
+    samples      number of completions
+    max_tokens   per completion; None: up to the end of the context
     seed         of the random numbers
     number       tells requests with the same seed apart; 64 bits
     where        names the prompt in errors: "prompts.jsonl:3"
 
-    Of a model here, for this request alone:
+    For a local model, and this request alone:
 
-    sampling      in the place of the generator's
-    stop          strings that end a completion, beside the generator's
-    tools         in the place of the generator's, or of a server's
-    top_logprobs  how many of the likeliest tokens are told at each position
-    constraint    what may follow; no tool is called
+    sampling      replaces the generator's
+    stop          stop strings in addition to the generator's
+    tools         replace the generator's, or the server's
+    top_logprobs  number of likeliest tokens to report at each position
+    constraint    on what may follow; no tool is called
     """
 
     prompt: Prompt
@@ -61,25 +61,23 @@ class Request:
 class Completion:
     """One completion of a prompt.
 
-    text                what the tokens say, up to a stop string; special tokens, calls of tools and their results
-                        say nothing
-    token_ids           all tokens, the end token, those of a stop string, calls and results among them
+    text                decoded tokens, up to a stop string, without special tokens, tool calls and their results
+    token_ids           all tokens, including the end token, those of a stop string, calls and results
     finish_reason       "stop" after an end token or stop string, "length" after `max_tokens` or the context's end,
-                        "tool_limit" after a call too many, "no_tool" after one of a tool that is not there (in chats),
-                        "tool_calls" after calls that whoever asked has to run, "error" where the parser of a
-                        constraint met its limits
-    logprobs            of each token, natural: under softmax(logits / temperature), at temperature 0
-                        softmax(logits), over the model's whole vocabulary; 0 where not sampled
-    truncated_logprobs  under the distribution drawn from, after top-k, top-p and min-p; 0 where not sampled
+                        "tool_limit" after too many calls, "no_tool" after a call of an unavailable tool (in chats),
+                        "tool_calls" after calls that the requester has to run, "error" if the parser of a constraint
+                        met its limits
+    logprobs            of each token, natural: under softmax(logits / temperature), at temperature 0 softmax(logits),
+                        over the model's complete vocabulary; 0 if not sampled
+    truncated_logprobs  under the distribution sampled from, after top-k, top-p and min-p; 0 if not sampled
     sampled             whether the model chose the token; False for results of tools
-    tool_calls          {"tool", "input", "result"} of each call, with "failed": true where the result is an error, and
-                        without "result" where it is left to whoever asked
-    top_logprobs        the likeliest tokens at each position and their `logprobs`, where the request asks for them;
-                        none where not sampled
-    thought             what a server tells apart from the text; thoughts of a model here stand in the text
-    parts               text, calls and results in their order, where a server's model has called tools
+    tool_calls          {"tool", "input", "result"} of each call, with "failed": true if the result is an error, and
+                        without "result" if the requester has to run it
+    top_logprobs        the likeliest tokens at each position and their `logprobs`, if requested; empty if not sampled
+    thought             reasoning that a server returns apart from the text; a local model's stays in the text
+    parts               text, calls and results in order, if a server's model called tools
 
-    What a server does not tell is empty: `token_ids`, `logprobs`, `sampled`, and always `truncated_logprobs`.
+    Empty if a server does not return them: `token_ids`, `logprobs`, `sampled`, and always `truncated_logprobs`.
     """
 
     text: str
@@ -95,7 +93,7 @@ class Completion:
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
-    """Divide an answer from the thoughts before it, between <think> and </think>; a prompt may have begun them.
+    """Split thoughts, between <think> and </think>, from the answer; the <think> may be in the prompt.
 
     >>> split_thoughts("<think>\\nTwo and two.\\n</think>\\n\\nFour.")
     ('Two and two.', 'Four.')
@@ -110,14 +108,14 @@ def split_thoughts(text: str) -> tuple[str, str]:
 
 @dataclass
 class Usage:
-    """Answered requests and their tokens so far, a server's by its own count."""
+    """Answered requests and their tokens so far; a server's as it reports them."""
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.left_out: dict[str, int] = {}  # answers of which something is not in the text, by what
+        self.left_out: dict[str, int] = {}  # number of answers with content outside the text, by kind
 
     def __str__(self) -> str:
         left = "".join(f"; left out the {kind} of {count:,}" for kind, count in self.left_out.items())
@@ -126,17 +124,16 @@ class Usage:
 
 
 def finished(done: dict[int, list[Completion | None]]) -> Iterator[tuple[int, list[Completion]]]:
-    """Take out the first requests that are whole, with their samples; `done` has these by number, None for what is not
-    there."""
+    """Remove and yield the complete requests at the front of `done`: samples by request, None if unfinished."""
     while done and None not in (samples := done[index := next(iter(done))]):
         del done[index]
         yield index, [completion for completion in samples if completion is not None]
 
 
 class StopMatcher:
-    """Finds stop strings in text that comes in pieces, and holds back an end that may be the beginning of one.
+    """Finds stop strings in streamed text, and holds back an end that may begin one.
 
-    The stop string that is complete first wins, so the result does not depend on where the pieces end.
+    The stop string that is complete first wins, so the result does not depend on how the text is split.
 
     >>> matcher = StopMatcher(["\\n\\n", "END"])
     >>> matcher.push("one\\n"), matcher.push("two E"), matcher.push("N"), matcher.push("D three"), matcher.stopped
@@ -149,7 +146,7 @@ class StopMatcher:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Take more text; return what is certain to be in front of any stop string."""
+        """Add text; return the part that certainly precedes any stop string."""
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._tail + text
@@ -157,7 +154,7 @@ class StopMatcher:
         if matches:
             self.stopped, self._tail = True, ""
             return text[: min(matches)[1]]
-        # the longest end of the text that is a beginning of a stop string, short of all of it
+        # the longest suffix of the text that is a proper prefix of a stop string
         longest = min(len(text), max(map(len, self._stops)) - 1)
         hold = next((n for n in range(longest, 0, -1) if any(stop[:n] == text[-n:] != stop for stop in self._stops)), 0)
         self._tail = text[len(text) - hold :]

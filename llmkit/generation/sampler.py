@@ -1,4 +1,4 @@
-"""Who completes prompts: a model here (`Generator`), or one behind a server (`ServedSampler`).
+"""Samplers complete prompts: with a local model (`Generator`), or a server's (`ServedSampler`).
 
 with open_sampler("chat/", Sampling(temperature=0.8)) as sampler:  # or "openai:http://localhost:8000/v1#qwen"
     for samples in sampler.complete([Request(sampler.encode("Once upon"), samples=3, max_tokens=64)]):
@@ -36,13 +36,13 @@ from llmkit.tools.toolbox import Toolbox
 class Sampler(Protocol):
     """Completes prompts.
 
-    name          of the model, for people and reports
-    identity      what a resumed run must have in common with its beginning, by the names that a user knows
-    context       tokens that the model takes; None where only its server knows
-    tokenizer     None where a server makes the tokens
-    chat          tokens of a conversation; None where a server makes them. Raises UserError for a base model
-    is_assistant  whether conversations can be answered
-    tools         what the model may call; None where it knows no calls
+    name          of the model, for users and reports
+    identity      what must be the same in a resumed run, under names that users know
+    context       context length in tokens; None if only the server knows it
+    tokenizer     None if a server tokenizes
+    chat          chat format; None if a server applies its own. Raises UserError for a base model
+    is_assistant  whether it can answer conversations
+    tools         that the model may call; None if it cannot call any
     usage         requests and tokens so far
     """
 
@@ -61,12 +61,11 @@ class Sampler(Protocol):
     def is_assistant(self) -> bool: ...
 
     def check(self) -> None:
-        """Raise ServerError where a server does not answer."""
+        """Raise ServerError if a server does not answer."""
         ...
 
     def encode(self, prompt: str | Sequence[Message], tools: Functions | None = None) -> Prompt:
-        """A text to continue, or a conversation to answer, as a request has it; `tools` are those of the request in the
-        place of the sampler's. Raises UserError for what cannot be."""
+        """Encode a text to continue or a conversation to answer; `tools` replace the sampler's. Raises UserError."""
         ...
 
     def complete(
@@ -77,20 +76,20 @@ class Sampler(Protocol):
         on_call: OnCall | None = None,
         on_done: OnDone | None = None,
     ) -> Iterator[list[Completion]]:
-        """The samples of each request, in order; none where the prompt leaves no room in the context.
+        """Yield the samples of each request, in order; none if the prompt leaves no room in the context.
 
-        Requests are read as there is room: a few times those that are under way, ahead of the first that is not done.
-        None in their place says that there is no other before one of those under way is done. `on_done` gets the
-        samples as soon as they are there, before those of earlier requests, between two of `requests`.
+        Requests are read lazily, a bounded number of them ahead of the oldest unfinished one. A request of None means
+        that the next one is available only after a running one is done. `on_done` gets the samples of a request as soon
+        as they are complete, even before those of earlier requests, and is never called while a request is being read.
         """
         ...
 
     def plan(self) -> Iterator[str]:
-        """Describe in lines, for --dry-run, what would generate."""
+        """Describe, for --dry-run, the model that would generate, in lines."""
         ...
 
     def describe(self) -> Iterator[str]:
-        """Describe in lines what was done."""
+        """Describe the completed work, in lines."""
         ...
 
 
@@ -114,15 +113,15 @@ def open_sampler(
     logprobs: bool = False,
     skip_refused: bool = False,
 ) -> Iterator[Sampler]:
-    """The sampler of a model folder, or of `openai:URL#NAME`. A folder's weights are loaded at the first completion.
+    """Open the sampler of a model folder, whose weights are loaded at the first completion, or of `openai:URL#NAME`.
 
     flag                      names the source in errors; --engine takes no folder
-    stop                      strings that end a completion and are left out of it
-    tools                     what may be called, and whether thoughts are asked for
-    device, dtype, backend, slots, end_ids, end_at_others  of a folder: see `load_config`, `Generator` and `open_tools`
-    folder, concurrency, timeout, logprobs, skip_refused  of a server: see `ServedSampler`; `folder` has the tokenizer
+    stop                      stop strings, which are left out of completions
+    tools                     tools that may be called, and whether the model is to think
+    device, dtype, backend, slots, end_ids, end_at_others  for a folder: see `load_config`, `Generator` and `open_tools`
+    folder, concurrency, timeout, logprobs, skip_refused  for a server: see `ServedSampler`; `folder` has the tokenizer
 
-    Raises UserError for what is neither, and where a folder's tokenizer and model do not fit; asks a server nothing.
+    Raises UserError if the source is neither, or if a folder's tokenizer does not fit its model. Sends no request.
     """
     if source.startswith(SCHEME) or flag == "--engine":
         server = OpenAIClient(parse_address(source, flag), timeout)
@@ -132,7 +131,7 @@ def open_sampler(
             if tools is not None and tokenizer is not None:
                 choose_thinking(tokenizer, tools.thinking)
                 if tools.tools:
-                    raise UserError("--tools: expected no MODEL beside --engine, whose server reads calls of functions")
+                    raise UserError("--tools: expected no MODEL with --engine, whose server parses function calls")
             elif tools is not None:
                 toolbox = Toolbox.parse(tools.tools, sandbox=tools.sandbox, timeout=tools.tool_timeout)
                 functions = Functions(stack.enter_context(toolbox), tools.max_tool_calls)
@@ -154,7 +153,7 @@ def open_sampler(
     chosen = choose_device(device)
     config, tokenizer = load_config(source, backend), load_tokenizer(source)
     tokenizer.check_fits(config.vocab_size)
-    if not is_remote(source):  # others would be fetched by a dry run
+    if not is_remote(source):  # a dry run would download a remote one
         SavedTensors(source).check_kind()
     model = ModelFolder(source, config, chosen, choose_precision(dtype, chosen, config.backend))
     with ExitStack() as stack:
@@ -168,4 +167,4 @@ def open_sampler(
         identity = fingerprint(local_folder(source, weights=True))
         generator.identity = {"the model": identity, "the precision": model.precision.name}
         yield generator
-    generator.__dict__.pop("decoder", None)  # the weights go; what was counted stays
+    generator.__dict__.pop("decoder", None)  # free the weights; the counts stay

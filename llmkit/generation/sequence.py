@@ -1,4 +1,4 @@
-"""One completion on its way: what each token that is chosen does to its text, its calls of tools, and its end."""
+"""One completion in progress: how each sampled token changes its text, its tool calls and its end."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from llmkit.generation.requests import Completion, OnText, Request, StopMatcher
 from llmkit.generation.tool_calls import BROKEN, ToolUse
 from llmkit.tokenizer.encoding import DecodeStream, JsonConstraint, Tokenizer
 
-DRAWS = 128  # random numbers made at a time
+DRAWS = 128  # random numbers drawn at once
 CALL = "call"  # in place of a finish reason: the sequence waits for a tool
 
 
 @dataclass
 class RunningSequence:
-    """One sample on its way."""
+    """One sample in progress."""
 
     index: int  # of the request
     sample: int
     request: Request
-    max_tokens: int  # of its own
-    room: int  # for all that follows the prompt
+    max_tokens: int  # of sampled tokens
+    room: int  # for all tokens after the prompt
     decoding: DecodeStream
     stops: StopMatcher
     tools: ToolUse | None
@@ -38,19 +38,19 @@ class RunningSequence:
     sampled: list[bool] = field(default_factory=list)
     own: int = 0  # number of tokens sampled
     texts: list[str] = field(default_factory=list)
-    call: tuple[str, list[int]] | None = None  # the tool, and the tokens of its input so far
-    calls: list[tuple[str, str]] = field(default_factory=list)  # whose results it waits for: the tools, their inputs
-    opening: StopMatcher | None = None  # finds the beginning of a call that is text
-    turn_start: int = 0  # index of the first token behind the last result
-    turn_text: str = ""  # of the tokens from there on
-    emitted: int = 0  # characters of it that were given out
+    call: tuple[str, list[int]] | None = None  # tool of the open call, and the tokens of its input so far
+    calls: list[tuple[str, str]] = field(default_factory=list)  # (tool, input) of the calls that it waits for
+    opening: StopMatcher | None = None  # finds the beginning of a call written as text
+    turn_start: int = 0  # index of the first token after the last result
+    turn_text: str = ""  # text of the tokens since then
+    emitted: int = 0  # characters of it already emitted
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     _draws: tuple[int, np.ndarray] | None = None
 
     @property
     def position(self) -> int:
-        """Position of the last token; its slot holds all before it."""
+        """Position of the last token; its slot contains all tokens before it."""
         return len(self.request.prompt) + len(self.token_ids) - 1
 
     @property
@@ -66,7 +66,7 @@ class RunningSequence:
         self.own += sampled
 
     def next_uniform(self) -> float:
-        """The random number of the token to come."""
+        """Return the random number of the next token."""
         block, at = divmod(len(self.token_ids), DRAWS)
         if self._draws is None or self._draws[0] != block:
             request = self.request
@@ -74,7 +74,7 @@ class RunningSequence:
         return self._draws[1][at]
 
     def take(self, token: int, logprob: float, truncated: float) -> str | None:
-        """Append a token; why the sequence ends with it, or `CALL`, or None where it goes on."""
+        """Append a token; return why the sequence ends with it, or `CALL`, or None if it continues."""
         self.append(token, logprob, truncated)
         if self.constraint is not None and not self.constraint.take(token):
             return self.finish("error")
@@ -90,7 +90,7 @@ class RunningSequence:
         elif tools is not None and token in tools.starts:
             self.call = tools.starts[token], []
             text = self.decoding.finish()
-            if self.opening is not None:  # which may have held something back
+            if self.opening is not None:  # which may hold back text
                 self.turn_text += text
                 text, self.emitted = self.turn_text[self.emitted :], len(self.turn_text)
             text = self.stops.push(text)
@@ -114,7 +114,7 @@ class RunningSequence:
         return None
 
     def _take_text(self, tools: ToolUse, token: int, ended: bool) -> str | None:
-        """Take a token of a turn in which calls are text: emit text before a call, and read calls that are complete."""
+        """Process a token of a turn with calls as text: emit the text before a call, and parse complete calls."""
         assert self.opening is not None
         over = ended or self.full
         piece = self.decoding.finish() if ended else self.decoding.push([token])
@@ -133,7 +133,7 @@ class RunningSequence:
         return self._call(tools, calls) if calls and not self.stops.stopped else None
 
     def _call(self, tools: ToolUse, calls: list[tuple[str, str]]) -> str:
-        """Have a sequence wait for calls, or say why it ends with them."""
+        """Let the sequence wait for calls, or return why it ends with them."""
         if len(self.tool_calls) + len(calls) > tools.max_calls:
             return self.finish("tool_limit")
         self.calls = calls
@@ -143,7 +143,7 @@ class RunningSequence:
         return self.finish("length") if self.full else CALL
 
     def finish(self, reason: str) -> str:
-        """Give out what was held back at the end; a stop string in it is the reason of the end."""
+        """Emit the text held back at the end; return "stop" if it contains a stop string, else `reason`."""
         text = self.stops.push(self.decoding.finish())
         self._emit(text + self.stops.finish())
         return "stop" if self.stops.stopped else reason
@@ -155,7 +155,7 @@ class RunningSequence:
                 self.on_text(self.index, self.sample, text)
 
     def append_results(self, ids: list[int]) -> None:
-        """Append the results of calls, which were not sampled; another turn begins behind them."""
+        """Append the results of calls, which were not sampled; a new turn begins after them."""
         for token in ids:
             self.append(token, 0.0, 0.0, sampled=False)
             if self.request.top_logprobs:
@@ -165,7 +165,7 @@ class RunningSequence:
             self.opening = StopMatcher(self.tools.openers)
 
     def completion(self, reason: str) -> Completion:
-        """What has become of it, with the reason of its end."""
+        """Return the completion, with the reason why it ended."""
         return Completion(
             "".join(self.texts),
             self.token_ids,

@@ -1,18 +1,18 @@
-"""A model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, a hosted one.
+"""Client of a model on an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama or a hosted one.
 
     address = parse_address("openai:http://localhost:8000/v1#qwen", "--judge")
     model = OpenAIClient(address, timeout=120, retries=6)
     model.check()
     messages = [{"role": "user", "content": "Who was Ada?"}]  # or text to continue, or the ids of its tokens
-    model.ask(messages, seed=0, max_tokens=64, temperature=0.3).text  # from as many threads as you like
+    model.ask(messages, seed=0, max_tokens=64, temperature=0.3).text  # thread-safe
 
-The package `openai` does the talking: it tries again after a timeout, a cut connection, a rate limit (429) and an
-error of the server (5xx), at intervals that double from half a second to eight, or as Retry-After says. The key is
-that of OPENAI_API_KEY, if there is one.
+The package `openai` sends the requests and retries after a timeout, a broken connection, a rate limit (429) and a
+server error (5xx), at intervals that double from half a second to eight, or as Retry-After says. The key comes from
+OPENAI_API_KEY, if it is set.
 
-That package bounds each read by its timeout, so that a server that drips may hold a call for ever; here each attempt
-ends when its time is over. A host of this machine is asked past the proxies of the environment. A redirect that would
-turn a POST into a GET is not followed, so that the server's answer to it is told.
+`openai` applies its timeout to each read, so a server that sends bytes slowly could hold a call forever; here the
+timeout limits the complete attempt. Hosts on this machine are reached without the environment's proxies. A redirect
+that would turn a POST into a GET is not followed, so that the error can name the new URL.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ SCHEME = "openai:"
 EXAMPLE = "openai:http://localhost:8000/v1#model-name"
 # OpenAI's code, vLLM's and SGLang's "maximum context length", llama.cpp's "available context size"
 BEYOND_CONTEXT = re.compile(r"context[ _](?:length|size|window)", re.IGNORECASE)
-SHOWN = 200  # characters of a server's message
+SHOWN = 200  # characters shown of a server's message
 RETRIES = 6  # of a request, with 0.5 to 8 seconds between
-CHECK_SECONDS = 10.0  # to answer whether it is there
-IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # of the environment: what headers hold
+CHECK_SECONDS = 10.0  # for a server to answer `check`
+IN_HEADERS = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")  # environment variables sent in headers
 LOAD_SECONDS = 1800.0  # to load weights
-LOST_POST = (301, 302, 303)  # after which a POST comes again as a GET
-MOVED = "x-llmkit-moved-to"  # a header of ours in such a response
+LOST_POST = (301, 302, 303)  # redirects after which a POST is repeated as a GET
+MOVED = "x-llmkit-moved-to"  # our header in such a response, with its Location
 NEWER_LENGTH = "max_completion_tokens"
-# how others than OpenAI say why an answer ended: Anthropic's, Google's and TGI's words
+# finish reasons of Anthropic, Google and TGI in OpenAI's words
 FINISHES = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "max_length"), "length"),
 }
-MALFORMED = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  # of reading bodies of other kinds
-TOKEN_ID = "token_id:"  # what stands before the number where vLLM gives ids as the tokens' names
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  # raised by reading malformed bodies
+TOKEN_ID = "token_id:"  # vLLM's prefix of ids returned as token names
 
 
 class Refused(ServerError):
-    """The server will not have the request, or fails on it."""
+    """The server refuses the request, or fails on it."""
 
 
 class NoCompletion(ServerError):
-    """The server has answered with something else than a completion."""
+    """The server's answer is not a completion."""
 
 
 class PromptTooLong(Exception):
@@ -77,12 +77,12 @@ class Address:
 
     @property
     def name(self) -> str:
-        """The model's name without its place, which may be another one tomorrow."""
+        """The model's name without the URL, which may change."""
         return f"{SCHEME}#{self.model}"
 
 
 def parse_address(spec: str, flag: str) -> Address:
-    """Read `openai:URL#model`. Raises UserError, also where the package openai is missing."""
+    """Parse `openai:URL#model`. Raises UserError if it is malformed or the package openai is missing."""
     url, _, model = spec.removeprefix(SCHEME).partition("#")
     try:
         split = urlsplit(url)
@@ -104,9 +104,9 @@ def parse_address(spec: str, flag: str) -> Address:
 
 
 def _header_value(name: str) -> str | None:
-    """Read a header's value from an environment variable, without white space around it; None for nothing.
+    """Read a header's value from an environment variable and strip it; None if it is empty.
 
-    Raises UserError where no header can hold it, without its value, which is secret.
+    Raises UserError, without the secret value, if a header cannot contain it.
     """
     value = os.environ.get(name, "").strip()
     if not value.isascii() or not value.isprintable():
@@ -116,17 +116,17 @@ def _header_value(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Reply:
-    """Completion of a prompt by a server.
+    """A server's completion of a prompt.
 
-    text, finish_reason  as it says them
-    tokens      in its count, the end token among them or not
-    token_ids   all tokens, the end token and those of a stop string among them; None where the server does not tell
-    logprobs    natural, of each token; None where the server gives none
-    prompt_ids  the prompt as the model saw it; None where the server does not tell
-    weights     the version of the weights; None where the server has no name for it
-    thought     reasoning that it tells apart from the text
-    tool_calls  {"id", "name", "arguments"} of each, the last as text
-    echoed      the log-probabilities as they came, of the prompt too where it was to be echoed
+    text, finish_reason  as the server returns them
+    tokens      by the server's count, with or without the end token
+    token_ids   all tokens, including the end token and those of a stop string; None if the server does not return them
+    logprobs    natural, of each token; None if the server does not return them
+    prompt_ids  the prompt as the model saw it; None if the server does not return it
+    weights     version of the weights; None if the server does not name it
+    thought     reasoning returned apart from the text
+    tool_calls  {"id", "name", "arguments"} of each call, with the arguments as text
+    echoed      the log-probabilities as returned, including the prompt's with `echo`
     """
 
     text: str
@@ -142,10 +142,10 @@ class Reply:
 
 
 class OpenAIClient:
-    """Asks a server, from several threads at once where it is asked so.
+    """Thread-safe client of a server.
 
-    timeout  seconds that a request may take
-    retries  of a request that failed, before it is given up
+    timeout  seconds per attempt
+    retries  of a failed request
     """
 
     def __init__(self, address: Address, timeout: float = 120.0, retries: int | None = None) -> None:
@@ -157,19 +157,19 @@ class OpenAIClient:
         key, organization, project = map(_header_value, IN_HEADERS)
         self._client = openai.OpenAI(
             base_url=address.url,
-            api_key=key or "none",  # local servers want none, the client wants one
+            api_key=key or "none",  # local servers need none, but the client requires one
             timeout=timeout,
             max_retries=retries,
             http_client=_http_client(address.url, address.flag),
         )
-        self._length = "max_tokens"  # of an answer: OpenAI's newer models refuse that name
+        self._length = "max_tokens"  # name of the limit: OpenAI's newer models refuse this one
         self._client.organization, self._client.project = organization, project  # stripped
         self._counting = threading.Lock()
 
     def check(self) -> str | None:
-        """Ask for the server's models; return the owner of ours ("vllm", "sglang", "llamacpp"), or None.
+        """List the server's models; return the owner of ours ("vllm", "sglang", "llamacpp"), or None.
 
-        Raises ServerError where it does not answer or refuses the key.
+        Raises ServerError if the server does not answer or refuses the key.
         """
         import openai
 
@@ -179,7 +179,7 @@ class OpenAIClient:
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ServerError(self._explain(error)) from error
         except (openai.OpenAIError, *MALFORMED):
-            return None  # it is there, and need not have such a list; whether it has the model, the first request shows
+            return None  # it answers, but need not list models; the first request shows whether it has ours
         owners = {getattr(model, "id", None): getattr(model, "owned_by", None) for model in models}
         return owners.get(self.address.model, next(iter(owners.values()), None))
 
@@ -195,10 +195,11 @@ class OpenAIClient:
         used: Collection[str] = (),
         **details: Any,
     ) -> Reply:
-        """Messages answered, or text or token ids continued; `on_text` is given the text as it comes.
+        """Answer messages, or continue text or token ids; `on_text` gets the text as it is streamed.
 
-        `used` names what the caller uses beside the text ("reasoning", "tool calls"); the rest counts as left out.
-        `details` are those of `openai`: top_p, stop, tools, echo, extra_body. Raises ServerError, and PromptTooLong.
+        `used` names the content that the caller uses besides the text ("reasoning", "tool calls"); the rest is counted
+        as left out. `details` are arguments of `openai`: top_p, stop, tools, echo, extra_body. Raises ServerError and
+        PromptTooLong.
         """
         import openai
 
@@ -209,7 +210,7 @@ class OpenAIClient:
         body |= {"logprobs": True if answers else 1} if logprobs else {}
         body |= {} if on_text is None else {"stream": True}
         response: Any = None
-        tries = 2  # what is no completion may be a proxy's page while the server starts
+        tries = 2  # anything but a completion may be a proxy's page while the server starts
         while tries:
             tries -= 1
             length = self._length
@@ -220,7 +221,7 @@ class OpenAIClient:
                     if (reply := self._take_stream(response, on_text, used)) is not None:
                         return reply
                     tries += 1
-                    del body["stream"]  # it may not know how to stream, or not answer at all
+                    del body["stream"]  # the server may not support streaming, or not answer at all
                     continue
             except openai.BadRequestError as error:
                 if answers and length == "max_tokens" and NEWER_LENGTH in error.message:
@@ -235,12 +236,12 @@ class OpenAIClient:
                 raise (Refused if refused else ServerError)(self._explain(error)) from error
             except ServerError:
                 raise
-            except MALFORMED as error:  # a body of JSON that is none, or of other kinds
+            except MALFORMED as error:  # invalid or unexpected JSON
                 response = error
             content = _plain(response)
             if (error := content.get("error")) and not content.get("choices"):  # with status 200
                 fault = shortened(str(error.get("message") or error if isinstance(error, dict) else error))
-                raise NoCompletion(f"{self.place}: fails: {fault}")
+                raise NoCompletion(f"{self.place}: reports an error: {fault}")
             reply = _read(content)
             if reply is not None:
                 self._count(content.get("usage"), reply, used)
@@ -254,7 +255,7 @@ class OpenAIClient:
     def _take_stream(
         self, chunks: Iterable[Any], on_text: Callable[[str], object], used: Collection[str]
     ) -> Reply | None:
-        """The reply that is streamed; None where nothing is."""
+        """Read a streamed reply; return None if nothing was streamed."""
         pieces: list[str] = []
         reason, reported, received = "", None, False
         thoughts: list[str] = []
@@ -277,13 +278,13 @@ class OpenAIClient:
                         pieces.append(text)
                         on_text(text)
         except Exception as error:
-            if not type(error).__module__.startswith("http"):  # httpx is another package in each version of openai
+            if not type(error).__module__.startswith("http"):  # the package of httpx depends on the version of openai
                 raise
-            raise ServerError(f"{self.place}: was cut in the middle of an answer: {shortened(str(error))}") from error
+            raise ServerError(f"{self.place}: connection broken during an answer: {shortened(str(error))}") from error
         if not reason and not received:
             return None
         if not reason:
-            raise ServerError(f"{self.place}: an answer has no end; was the server stopped?")
+            raise ServerError(f"{self.place}: an answer has no finish reason; was the server stopped?")
         count = _count_of(reported, "completion_tokens") or len(pieces)
         reply = Reply(
             "".join(pieces), _finish(reason), count, thought="".join(thoughts), tool_calls=tuple(calls.values())
@@ -292,7 +293,7 @@ class OpenAIClient:
         return reply
 
     def command(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """POST to a path beside the API, such as "/flush_cache", and return the reply. Raises ServerError."""
+        """POST to a path outside the API, such as "/flush_cache", and return the reply. Raises ServerError."""
         import openai
 
         split = urlsplit(self.address.url)
@@ -306,7 +307,7 @@ class OpenAIClient:
 
     @property
     def place(self) -> str:
-        """The option and the URL, as errors begin."""
+        """The option and the URL, with which errors begin."""
         return f"{self.address.flag} {self.address.url}"
 
     def _count(self, reported: Any, reply: Reply, used: Collection[str]) -> None:
@@ -319,7 +320,7 @@ class OpenAIClient:
                 self.usage.left_out[kind] = self.usage.left_out.get(kind, 0) + 1
 
     def _explain(self, error: Any) -> str:
-        """An error of the client's, for people."""
+        """Turn an error of `openai` into one line for users."""
         import openai
 
         tries = f"after {counted(self._retries, 'retry')}"
@@ -330,25 +331,23 @@ class OpenAIClient:
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
             key = self._client.api_key
             words = _message(error) if key == "none" else _message(error).replace(key, "***")
-            return (
-                f"{self.place}: refuses the key ({error.status_code}); set OPENAI_API_KEY to one that it takes: {words}"
-            )
+            return f"{self.place}: refuses the key ({error.status_code}); set OPENAI_API_KEY to a valid one: {words}"
         if isinstance(error, openai.RateLimitError):
             return f"{self.place}: too many requests {tries} (429); lower --concurrency: {_message(error)}"
         if isinstance(error, openai.NotFoundError):
-            return f"{self.place}: has no model {self.address.model!r}, or is another URL (404): {_message(error)}"
+            return f"{self.place}: has no model {self.address.model!r}, or the URL is wrong (404): {_message(error)}"
         if isinstance(error, openai.InternalServerError):
-            return f"{self.place}: fails {tries} ({error.status_code}): {_message(error)}"
+            return f"{self.place}: server error {tries} ({error.status_code}): {_message(error)}"
         if isinstance(error, openai.APIStatusError) and (moved := error.response.headers.get(MOVED)):
             moved = moved.rpartition("/chat/completions")[0] or moved.rpartition("/completions")[0] or moved
-            return f"{self.place}: has moved to {shortened(moved)} ({error.status_code}); give that URL"
+            return f"{self.place}: has moved to {shortened(moved)} ({error.status_code}); use that URL"
         if isinstance(error, openai.APIStatusError):
             return f"{self.place}: refuses the request ({error.status_code}): {_message(error)}"
         return f"{self.place}: {shortened(str(error))}"
 
 
 def _plain(response: Any) -> dict[str, Any]:
-    """The JSON object of which `openai` has made one of its own; empty where it is none."""
+    """Return the JSON object behind a response of `openai`; empty if it is none."""
     try:
         return _object(response.to_dict(warnings=False))
     except MALFORMED:
@@ -360,14 +359,14 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content: text, or a list of parts of it; halves of characters are replaced."""
+    """Return the text of a message's content, a string or a list of parts; lone surrogates are replaced."""
     if isinstance(content, list):
         content = "".join(text_of(_object(part).get("text")) for part in content)
     return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(content, str) else ""
 
 
 def _read(content: Mapping[str, Any]) -> Reply | None:
-    """The first choice of a completion; None where it is none."""
+    """Read the first choice of a completion; return None if there is none."""
     choices = content.get("choices")
     choice = _object(choices[0] if isinstance(choices, list) and choices else None)
     message = _object(choice.get("message"))
@@ -395,29 +394,29 @@ def _read(content: Mapping[str, Any]) -> Reply | None:
 
 
 def _call(part: Any) -> dict[str, str]:
-    """Read a call of a function, or a piece of one in a stream."""
+    """Read a function call, or a streamed piece of one."""
     function = _object(_object(part).get("function"))
     texts = {"id": _object(part).get("id"), "name": function.get("name"), "arguments": function.get("arguments")}
-    if isinstance(texts["arguments"], dict):  # Ollama's own
+    if isinstance(texts["arguments"], dict):  # from Ollama
         texts["arguments"] = json.dumps(texts["arguments"], ensure_ascii=False)
     return {name: text_of(text) for name, text in texts.items()}
 
 
 def _finish(reason: Any) -> str:
-    """Why an answer ended, in OpenAI's words; empty where the server does not say."""
+    """Return the finish reason in OpenAI's words; empty if the server gives none."""
     name = reason if isinstance(reason, str) else ""
     return FINISHES.get(name.lower(), name)
 
 
 def _count_of(reported: Any, name: str) -> int:
-    """A number of tokens; 0 where the server does not tell a plausible one."""
+    """Return a number of tokens; 0 if the server does not report a plausible one."""
     count = _object(reported).get(name)
     return count if isinstance(count, int) and 0 <= count < 2**53 else 0
 
 
 def _tokens(given: Mapping[str, Any]) -> tuple[list[int] | None, list[float] | None]:
-    """Ids and log-probabilities of tokens: in OpenAI's form for completions, or in that for messages, which llama.cpp
-    has for both, with ids."""
+    """Read token ids and log-probabilities: in OpenAI's form for completions, or in the one for messages, which
+    llama.cpp uses for both, with ids."""
     names, values, each = given.get("tokens"), given.get("token_logprobs"), given.get("content")
     if isinstance(each, list) and each and values is None:
         each = [_object(entry) for entry in each]
@@ -431,12 +430,12 @@ def _tokens(given: Mapping[str, Any]) -> tuple[list[int] | None, list[float] | N
 
 
 def _ids(values: Any) -> list[int] | None:
-    whole = isinstance(values, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in values)
-    return list(values) if whole else None
+    valid = isinstance(values, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in values)
+    return list(values) if valid else None
 
 
 def _numbers(values: Any) -> list[float] | None:
-    """A list of finite numbers; None for any other."""
+    """Return a list of finite numbers as floats; None for anything else."""
     if not isinstance(values, list) or not all(isinstance(item, (int, float)) and abs(item) < 1e300 for item in values):
         return None
     return [float(item) for item in values]
@@ -449,19 +448,19 @@ def _message(error: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text, on one line."""
+    """Return the beginning of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
-# ---- HTTP, bounded as a whole
+# ---- HTTP, with a time limit for the complete attempt
 
 
 def _http_client(url: str, flag: str) -> Any:
-    """The HTTP client for a server, for `openai.OpenAI`. Raises UserError for a proxy that cannot be used."""
+    """Return the HTTP client for `openai.OpenAI`. Raises UserError if the environment's proxy cannot be used."""
     import openai
 
-    attempt = threading.local()  # requests are made in the thread that asks
+    attempt = threading.local()  # requests run in the caller's thread
 
     def begin(request: Any) -> None:
         seconds = (request.extensions.get("timeout") or {}).get("read")
@@ -478,17 +477,17 @@ def _http_client(url: str, flag: str) -> Any:
     except (ImportError, ValueError) as error:
         reason = redacted(str(error)).partition("'socksio'")[0]
         raise UserError(
-            f"{flag} {url}: cannot be asked by the proxy of the environment ({reason.strip()}...); pip install socksio "
-            "for one of SOCKS, or name the host in NO_PROXY"
+            f"{flag} {url}: cannot use the environment's proxy ({reason.strip()}...); pip install socksio "
+            "for a SOCKS proxy, or add the host to NO_PROXY"
         ) from None
     for transport in (client._transport, *client._mounts.values()):
-        if (pool := getattr(transport, "_pool", None)) is not None:  # httpx hands on no backend by its public names
+        if (pool := getattr(transport, "_pool", None)) is not None:  # httpx has no public option for the backend
             pool._network_backend = _Backend(pool._network_backend, attempt, type(pool).__module__.partition(".")[0])
     return client
 
 
 class _Backend:
-    """A network backend whose streams end with the attempt that reads them."""
+    """A network backend whose streams time out with the attempt that reads them."""
 
     def __init__(self, inner: Any, attempt: threading.local, package: str) -> None:
         self._inner, self._attempt, self._package = inner, attempt, package
@@ -502,7 +501,7 @@ class _Backend:
 
 
 class _Stream:
-    """A connection that is not read from after the end of the attempt."""
+    """A connection that cannot be read after the end of the attempt."""
 
     def __init__(self, inner: Any, attempt: threading.local, late: type[Exception]) -> None:
         self._inner, self._attempt, self._late = inner, attempt, late
@@ -516,7 +515,7 @@ class _Stream:
             return self._inner.read(max_bytes, timeout)
         left = ends - time.monotonic()
         if left <= 0:
-            raise self._late("the time of the whole call is over")
+            raise self._late("the time for this attempt is over")
         return self._inner.read(max_bytes, left if timeout is None else min(timeout, left))
 
     def start_tls(self, *arguments: Any, **named: Any) -> _Stream:

@@ -1,13 +1,13 @@
-"""Completions from a model behind a server: a `Sampler` (generation/sampler.py).
+"""Completions from a model on a server: a `Sampler` (generation/sampler.py).
 
     server = OpenAIClient(parse_address("openai:http://localhost:8000/v1#qwen", "--engine"), timeout=120)
     sampler = ServedSampler(server, Sampling(temperature=0.8), tokenizer=load_tokenizer("chat/"))
     for samples in sampler.complete([Request(sampler.encode("Once upon"), samples=3, max_tokens=64)]): ...
 
-With a tokenizer prompts are sent as its ids, and ids come back where the server tells them; the two must have one
-tokenizer, which is checked by what comes back. Without one text is continued and messages are answered, by the
-server's own tokenizer and template. Each sample is a request of its own with a seed of its own, which comes from
-(seed, request, sample): where a server honours seeds, a text does not depend on its neighbours.
+With a tokenizer, prompts are sent as token ids, and ids come back if the server returns them; both sides must have
+the same tokenizer, which is checked on the replies. Without one, the server applies its own tokenizer and template to
+text and messages. Each sample is a separate request, with a seed derived from (seed, request, sample): if a server
+honours seeds, a text does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from llmkit.tokenizer.chat import ChatFormat, has_chat_tokens, has_own_template
 from llmkit.tokenizer.encoding import Tokenizer
 from llmkit.tokenizer.templates import chat_format, function_of
 
-OPEN_SAMPLES, OPEN_REQUESTS = 2, 16  # times the requests at a time: asked for ahead, and read ahead of one not done
-SHOWN = 60  # characters of a text that is not what was expected
-UNKNOWN = "\ufffd"  # in place of bytes that are no character
+OPEN_SAMPLES, OPEN_REQUESTS = 2, 16  # per concurrent request: samples sent ahead, requests read ahead
+SHOWN = 60  # characters shown of an unexpected text
+UNKNOWN = "\ufffd"  # replaces invalid bytes
 
 
 class ServedSampler:
-    """Completes prompts with a model behind a server.
+    """Completes prompts with a model on a server.
 
-    tokenizer    of prompts that are sent as token ids; None where text and messages are
-    concurrency  requests under way at most
-    stop         strings that end a completion and are left out of it
+    tokenizer    encodes prompts to token ids; None sends text and messages
+    concurrency  maximum number of requests in progress
+    stop         stop strings, which are left out of the completion
     tools        functions that may be called, without a tokenizer; None for a sampler that takes no calls
-    thinking     whether the server's chat template asks for thoughts; None leaves that to it
-    logprobs     whether the log-probabilities of tokens are needed: under softmax(logits / temperature) or
-                 softmax(logits), as the server has it
-    token_ids    whether the ids of tokens are needed
-    skip_refused  whether a request that the server refuses, or answers by no completion, is a completion without text
-                 that ends by "refused", and the run goes on; `refusal` then has the reason of the last one
-    end_ids      where ids are needed: the tokens of which one ends each completion that ends by itself
+    thinking     whether the server's chat template enables thinking; None: the server's default
+    logprobs     whether the log-probabilities of tokens are required: under softmax(logits / temperature) or
+                 softmax(logits), depending on the server
+    token_ids    whether token ids are required
+    skip_refused  whether a request that the server refuses, or does not answer with a completion, becomes an empty
+                  completion with finish reason "refused"; `refusal` then has the last reason
+    end_ids      if token ids are required: the end tokens, one of which ends each completion with reason "stop"
     """
 
     context: int | None = None  # only the server knows
@@ -86,7 +86,7 @@ class ServedSampler:
         self._needs_logprobs, self._needs_ids, self._end_ids = logprobs, token_ids, frozenset(end_ids)
         self._details = _details(sampling, stop, tokenizer is not None, thinking)
         self._seconds = 0.0
-        self.weights: str | None = None  # the version that answers must be of, where the server names one
+        self.weights: str | None = None  # the version that replies must have, if the server names one
         self.identity: Mapping[str, Any] = {
             "the model": self.name,
             "the tokenizer": None if tokenizer is None else tokenizer.sha256[:16],
@@ -94,23 +94,23 @@ class ServedSampler:
 
     @cached_property
     def chat(self) -> ChatFormat | None:
-        """Chat format of the tokenizer here; None where the server makes tokens of messages."""
+        """Chat format of the tokenizer; None if the server applies its own."""
         try:
             return None if self.tokenizer is None else chat_format(self.tokenizer)
         except UserError as error:
-            raise UserError(f"{error}; or leave MODEL out, so that the server's own template is used") from None
+            raise UserError(f"{error}; or omit MODEL to use the server's own template") from None
 
     @property
     def is_assistant(self) -> bool:
-        """True unless the tokenizer here has no chat format."""
+        """True unless the tokenizer has no chat format."""
         return self.tokenizer is None or has_own_template(self.tokenizer) or has_chat_tokens(self.tokenizer)
 
     def check(self) -> None:
-        """Raise ServerError where the server does not answer."""
+        """Raise ServerError if the server does not answer."""
         self.server.check()
 
     def encode(self, prompt: str | Sequence[Message], tools: Functions | None = None) -> Prompt:
-        """A text to continue, or a conversation to answer, as it is sent."""
+        """Return a text to continue or a conversation to answer in the form that is sent."""
         if isinstance(prompt, str):
             return prompt if self.tokenizer is None else prompt_ids(self.tokenizer, prompt)
         return as_openai(prompt) if self.chat is None else self.chat.encode(prompt, prompt=True).token_ids.tolist()
@@ -123,24 +123,24 @@ class ServedSampler:
         on_call: OnCall | None = None,
         on_done: OnDone | None = None,
     ) -> Iterator[list[Completion]]:
-        """See `Sampler.complete`. Raises ServerError where a request has failed for good."""
+        """See `Sampler.complete`. Raises ServerError if a request still fails after its retries."""
         done: dict[int, list[Completion | None]] = {}
         results: SimpleQueue[tuple[int, int, Completion | BaseException]] = SimpleQueue()
         stopped, running, started = threading.Event(), 0, time.monotonic()
 
         def work(index: int, sample: int, request: Request) -> None:
-            def give(text: str) -> None:
+            def emit(text: str) -> None:
                 if stopped.is_set():
-                    raise InterruptedError  # ends the stream, which nobody reads any more
+                    raise InterruptedError  # ends the stream, which is no longer read
                 assert on_text is not None
                 on_text(index, sample, text)
 
-            def tell(call: Mapping[str, Any], seen: str | None) -> None:
+            def report(call: Mapping[str, Any], seen: str | None) -> None:
                 if on_call is not None:
                     on_call(index, sample, call, seen)
 
             try:
-                results.put((index, sample, self._sample(request, sample, None if on_text is None else give, tell)))
+                results.put((index, sample, self._sample(request, sample, None if on_text is None else emit, report)))
             except BaseException as error:
                 results.put((index, sample, error))
 
@@ -150,18 +150,18 @@ class ServedSampler:
                 self.refusal = str(result)
                 result = Completion("", [], REFUSED, [], [], [], [])
             if isinstance(result, PromptTooLong):
-                is_whole = index in done and done[index] != []  # the first of its samples says so
-                done.update({index: []} if is_whole else {})
+                is_complete = index in done and done[index] != []  # reported by the first of its samples
+                done.update({index: []} if is_complete else {})
             elif isinstance(result, BaseException):
                 raise result
-            elif is_whole := bool(done.get(index)):
+            elif is_complete := bool(done.get(index)):
                 done[index][sample] = result
-                is_whole = None not in done[index]
-            if on_done is not None and is_whole:
+                is_complete = None not in done[index]
+            if on_done is not None and is_complete:
                 on_done(index, [completion for completion in done[index] if completion is not None])
             yield from (samples for _, samples in finished(done))
 
-        # its threads are daemons: who interrupts the program does not wait for the server
+        # daemon threads: an interrupt does not wait for the server
         with ThreadPool(self._concurrency) as pool:
             try:
                 index = -1
@@ -192,11 +192,11 @@ class ServedSampler:
         on_text: Callable[[str], object] | None,
         on_call: Callable[[Mapping[str, Any], str | None], object],
     ) -> Completion:
-        """Ask for a completion, and again with the results of the functions that it calls."""
+        """Request a completion, and continue it with the results of the functions that it calls."""
         if request.max_tokens is None:
-            raise UserError(f"{request.where}: --max-tokens none: a server needs a number")
+            raise UserError(f"{request.where}: --max-tokens: expected a number for a server, found none")
         if not request.prompt:
-            raise UserError(f"{request.where}: an empty prompt, which a server has nothing to answer to")
+            raise UserError(f"{request.where}: expected a prompt for the server, found an empty one")
         tools, prompt, left = request.tools or self.tools, list(request.prompt), request.max_tokens
         if isinstance(request.prompt, str) or self.tokenizer is not None:
             tools, prompt = None, request.prompt
@@ -267,40 +267,40 @@ class ServedSampler:
         except Refused as error:
             if self.tokenizer is None:
                 raise
-            raise Refused(f"{error}; does it take token ids? Without MODEL it is sent text") from None
+            raise Refused(f"{error}; does it accept token ids? Omit MODEL to send text") from None
         if (fault := self._fault(request, reply)) is not None:
             raise ServerError(f"{self.server.place}: {fault}")
         return reply
 
     def plan(self) -> Iterator[str]:
-        """Describe in a line how prompts are sent."""
+        """Describe how prompts are sent, in one line."""
         form = "text and messages" if self.tokenizer is None else f"token ids of {self.tokenizer.path.parent}"
         spec = f"{SCHEME}{self.server.address.url}#{self.server.address.model}"
-        yield f"{spec}: it answers; prompts go to it as {form}, {self._concurrency} at a time"
+        yield f"{spec}: answers; prompts are sent as {form}, {self._concurrency} at a time"
 
     def describe(self) -> Iterator[str]:
-        """Describe in a line what was asked."""
+        """Describe the completed requests, in one line."""
         yield f"{self.name}: {self.usage}, in {self._seconds:.1f} s"
 
     def _fault(self, request: Request, reply: Reply) -> str | None:
-        """Why an answer is not what was asked for; None for one that is."""
+        """Return what is wrong with a reply, or None."""
         ids, logprobs, tokenizer = reply.token_ids, reply.logprobs, self.tokenizer
         strange = reply.finish_reason not in ("stop", "length")
         if strange and (self._needs_ids or reply.finish_reason in ("abort", "error")):
             ended = reply.finish_reason or "none"
             return f"{request.where}: expected a completion that ends by stop or length, found {ended!r}"
         if self.weights is not None and reply.weights not in (None, self.weights):
-            return f"answers by weights {reply.weights!r}, expected {self.weights!r}"
+            return f"expected weights {self.weights!r}, found {reply.weights!r}"
         if self._needs_ids and not ids:
             return (
-                "expected the ids of tokens, found none; serve the model by vLLM or SGLang of 2026, which give them "
+                "expected token ids, found none; serve the model with vLLM or SGLang of 2026, which return them "
                 "(return_token_ids)"
             )
         if tokenizer is not None and (difference := _difference(tokenizer, request.prompt, reply)) is not None:
-            return f"has another tokenizer than {tokenizer.path.parent}: {difference}; serve that folder"
+            return f"its tokenizer differs from {tokenizer.path.parent}: {difference}; serve that folder"
         if self._needs_logprobs and logprobs is None:
-            return "expected log-probabilities, found none; the server does not give them"
-        least = len(ids) if ids is not None else reply.tokens - 1  # some do not count the end token
+            return "expected log-probabilities, found none; the server does not return them"
+        least = len(ids) if ids is not None else reply.tokens - 1  # some servers do not count the end token
         if self._needs_logprobs and logprobs is not None and len(logprobs) < least:
             return f"{request.where}: expected log-probabilities of {counted(least, 'token')}, found {len(logprobs)}"
         if self._end_ids and reply.finish_reason == "stop" and not self._stop and ids and ids[-1] not in self._end_ids:
@@ -312,7 +312,7 @@ class ServedSampler:
 
 
 def _input(call: Mapping[str, str]) -> str:
-    """The input of the tool that a server's model calls, whose arguments are JSON; as they are where that is broken."""
+    """Return the input of a tool from a call's JSON arguments, or the arguments unchanged if they are invalid."""
     try:
         arguments = json.loads(call["arguments"])
     except ValueError:
@@ -321,11 +321,11 @@ def _input(call: Mapping[str, str]) -> str:
 
 
 def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool, thinking: bool | None) -> dict[str, Any]:
-    """Collect the fields of a request beside prompt, seed, length, temperature and log-probabilities.
+    """Collect the fields of a request besides prompt, seed, length, temperature and log-probabilities.
 
-    Servers that take token ids know the fields beyond OpenAI's, and have defaults of their own for them (vLLM those
-    of the model's generation_config.json): there all are named. Others may refuse a field that they do not know, so
-    they get what the user asked for.
+    Servers that take token ids know more fields than OpenAI's, with their own defaults (vLLM those of the model's
+    generation_config.json), so all are sent. Other servers may refuse unknown fields, so they get only those that the
+    user set.
     """
     details: dict[str, Any] = {"top_p": sampling.top_p, "stop": list(stop) or None}
     extra: dict[str, Any] = {"top_k": sampling.top_k, "min_p": sampling.min_p}
@@ -340,33 +340,33 @@ def _details(sampling: Sampling, stop: Sequence[str], by_tokens: bool, thinking:
 
 
 def _difference(tokenizer: Tokenizer, sent: Prompt, reply: Reply) -> str | None:
-    """What shows that the server's tokens are not those of a tokenizer; None for nothing."""
+    """Return evidence that the server's tokenizer differs from `tokenizer`, or None."""
     if reply.prompt_ids is not None and reply.prompt_ids != list(sent):
-        return f"it saw a prompt of {counted(len(reply.prompt_ids), 'token')} where other {len(sent)} were sent"
+        return f"it saw a prompt of {counted(len(reply.prompt_ids), 'token')} that differs from the {len(sent)} sent"
     if reply.token_ids is None:
         return None
     if strange := [token for token in reply.token_ids if not 0 <= token < tokenizer.vocab_size]:
-        return f"it answers with token {strange[0]} of {tokenizer.vocab_size}"
+        return f"it returns token id {strange[0]}, beyond the vocabulary of {tokenizer.vocab_size}"
     stream = tokenizer.stream(sent, skip_specials=True)
     ours, theirs = stream.push(reply.token_ids) + stream.finish(), reply.text
-    # decoders differ in bytes that are no character and in spaces at the ends; a text ends before a stop string
+    # decoders differ in invalid bytes and in spaces at the ends; the server's text ends before a stop string
     if not ours.replace(UNKNOWN, "").strip().startswith(theirs.replace(UNKNOWN, "").strip()):
-        return f"its tokens say {ours[:SHOWN]!r} here, and {theirs[:SHOWN]!r} there"
+        return f"its tokens decode to {ours[:SHOWN]!r} here and to {theirs[:SHOWN]!r} there"
     return None
 
 
 def sample_seed(seed: int, request: int, sample: int) -> int:
-    """The seed of one sample of a request, below 2^31, which every server takes."""
+    """Return the seed of one sample of a request, below 2^31, which every server accepts."""
     return int(uniforms(seed, request, sample, 0, 1)[0] * 2**31)
 
 
 def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Write messages as OpenAI's interface has them, with `tool_calls` and role `tool`.
+    """Convert messages to OpenAI's form, with `tool_calls` and role `tool`.
 
-    Calls stand behind the text between two results, wherever they were in it.
+    Calls are moved after the text between two results.
     """
     entries: list[dict[str, Any]] = []
-    ids: list[str] = []  # of calls, in their order; of which `answered` have results
+    ids: list[str] = []  # of calls, in order; the first `answered` have results
     answered = 0
     for turn in messages:
         entries.append(entry := {"role": turn.role, "content": ""})
@@ -390,7 +390,7 @@ def as_openai(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def as_openai_call(reply: Reply, results: Sequence[str], before: int) -> list[dict[str, Any]]:
-    """Write an answer with calls, and their results, as the next messages behind `before` others."""
+    """Convert an answer with calls, and their results, to messages that follow `before` others."""
     ids = [call["id"] or f"call_{before}_{number}" for number, call in enumerate(reply.tool_calls)]
     calls = [
         {"id": name, "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}

@@ -1,7 +1,7 @@
-"""A conversation at a terminal, or in a pipe: where its lines come from and its answers go.
+"""Input and output of a chat, at a terminal or in a pipe.
 
-At a terminal prompt_toolkit reads them (editing, history, pasted text in one piece), and is imported there alone. Its
-prompt is drawn on stdout, or on stderr where stdout is a file or a pipe, which gets the answers and nothing else.
+At a terminal, prompt_toolkit reads the lines (editing, history, pasted text in one piece); it is imported only then.
+Its prompt is drawn on stdout, or on stderr if stdout is a file or a pipe, which gets the answers and nothing else.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PROMPT = "> "
 
 
 def converse(chat: Chat, first: str | None, quiet: bool) -> None:
-    """Talk on the terminal, beginning with `first`; without a terminal each line of stdin is a turn, or `first` is."""
+    """Chat at the terminal, beginning with `first`; without a terminal, with `first` alone or each line of stdin."""
     check_stdout()
     stream: Any = sys.stdout
-    begun = False  # a line on the terminal, which notes on stderr must not go on
+    begun = False  # whether the terminal's line is unfinished, so that a note must not continue it
 
     shown = printable if stream.isatty() else str
     stream.reconfigure(
         encoding=None if stream.isatty() else "utf-8", errors="replace"
-    )  # a terminal may lack characters
+    )  # a terminal's encoding may lack characters
 
     def write(text: str) -> None:
         nonlocal begun
@@ -48,7 +48,7 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and stream.isatty()]
     keyboard = _Keyboard(streams[0]) if streams and sys.stdin is not None and sys.stdin.isatty() else None
     if keyboard is not None:
-        say("/help tells the commands; Ctrl-D ends", quiet)
+        say("/help lists the commands; Ctrl-D quits", quiet)
         talk(chat, chain([] if first is None else [first], keyboard.lines()), write, tell, keyboard.edit)
         return
     place, failures = "--prompt", list[str]()
@@ -73,7 +73,7 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
 
 
 class _Keyboard:
-    """Lines that somebody types at a prompt on `stream`."""
+    """Lines typed at a prompt on `stream`."""
 
     def __init__(self, stream: Any) -> None:
         from prompt_toolkit import PromptSession
@@ -92,14 +92,14 @@ class _Keyboard:
         def _(event: Any) -> None:
             event.current_buffer.insert_text("\n")
 
-        # a colour's \x1b[31m is taken for the mouse, which nothing here asks for, and found malformed
+        # prompt_toolkit takes a colour's \x1b[31m for a malformed mouse event; the mouse is not used here
         keys.add("<vt100-mouse-event>")(lambda event: None)
 
         output: Any = create_output(stdout=stream)
-        output.enable_cpr = False  # where the cursor stands matters to menus alone, and not every terminal tells
+        output.enable_cpr = False  # only menus need the cursor's position, and not every terminal reports it
         self._session: Any = PromptSession(
             PROMPT,
-            multiline=True,  # what is pasted keeps its lines
+            multiline=True,  # pasted text keeps its lines
             prompt_continuation="  ",
             key_bindings=keys,
             completer=WordCompleter(list(COMMANDS), sentence=True),
@@ -110,11 +110,11 @@ class _Keyboard:
         )
 
     def lines(self) -> Iterator[str]:
-        """Messages and commands, each of one line or more; Ctrl-C takes one back, Ctrl-D on an empty one ends."""
+        """Yield messages and commands of one or more lines; Ctrl-C discards one, Ctrl-D on an empty one ends."""
         while True:
             try:
                 ahead = _typed_ahead()
-                # one line and its Enter are a message that is waiting; several, which were pasted, are to be sent
+                # one line with its Enter is a waiting message; several were pasted, and are sent by another Enter
                 yield self._read(ahead.rstrip("\n"), sent=ahead.count("\n") == 1 and ahead.endswith("\n"))
             except EOFError:
                 return
@@ -122,7 +122,7 @@ class _Keyboard:
                 continue
 
     def edit(self, text: str) -> str | None:
-        """A text as somebody has changed it; None where they gave up."""
+        """Let the user edit a text; return None if they give up."""
         try:
             return self._read(text)
         except (EOFError, KeyboardInterrupt):
@@ -130,7 +130,7 @@ class _Keyboard:
 
     def _read(self, text: str, sent: bool = False) -> str:
         typed = self._session.prompt(default=text, accept_default=sent)
-        return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no character
+        return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # replaces invalid bytes
 
 
 def _typed_ahead() -> str:
@@ -138,11 +138,11 @@ def _typed_ahead() -> str:
     from prompt_toolkit.input.vt100 import raw_mode
 
     terminal, typed = sys.stdin.fileno(), b""
-    with raw_mode(terminal):  # or an unfinished line could not be read
+    with raw_mode(terminal):  # otherwise an unfinished line cannot be read
         while select.select([terminal], [], [], 0)[0] and (block := os.read(terminal, 65536)):
             typed += block
     text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|O.|.)?", "", typed.decode("utf-8", "replace")).replace("\r", "\n")
     text = "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
-    if not text and {0, 4} & set(typed):  # a terminal keeps a Ctrl-D as the one or the other
+    if not text and {0, 4} & set(typed):  # a terminal reports Ctrl-D as either
         raise EOFError
     return text

@@ -1,9 +1,8 @@
-"""Tool calls in what a model writes: their tokens or text, the tools, and what is shown of the results.
+"""Tool calls in a model's output: as tokens or text, the tools themselves, and the results that the model sees.
 
-Our own tools have tokens that begin and end a call, in the models that llmkit taught them. Calls of other functions,
-and all calls of models with a chat template from elsewhere, are text, which is read when it may be over: behind
-`</tool_call>`, or at the end of the turn. The text of a result is encoded as text: whatever it spells, it holds no
-special token.
+Our own tools have tokens that begin and end a call, in models trained by llmkit. Calls of other functions, and all
+calls of models with a foreign chat template, are text, which is parsed when it may be complete: after `</tool_call>`,
+or at the end of the turn. Results are encoded as plain text, so they never contain a special token.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from llmkit.tokenizer.templates import TemplateFormat, chat_format
 from llmkit.tools.toolbox import Toolbox, ToolResult
 
 AnyFunctions = TypeVar("AnyFunctions", bound="Functions")
-BROKEN = "broken"  # beside the names of tools
+BROKEN = "broken"  # in place of a tool's name
 
 
 class Functions:
-    """Functions that a model may call, whoever makes its tokens.
+    """Functions that a model may call, local or on a server.
 
-    schemas    of those that a prompt has to describe
-    own        names of those that a prompt offers, and nobody here runs; a call of one ends the completion, as any does
-               where there are no tools
-    max_calls  of one completion; the next call ends it
+    schemas    of the functions that a prompt has to describe
+    own        names of functions that a request offers and its sender runs; a call of one ends the completion, as any
+               call does without tools
+    max_calls  per completion; the next call ends it
     """
 
     def __init__(self, toolbox: Toolbox, max_calls: int = 8) -> None:
@@ -45,7 +44,7 @@ class Functions:
         self.schemas: Definitions = tuple(toolbox.schemas.values())
 
     def offering(self: AnyFunctions, definitions: Definitions) -> AnyFunctions:
-        """Return these functions with those of a prompt. Raises UserError for one without a name or twice there."""
+        """Return these functions and those of a prompt. Raises UserError if one has no name or occurs twice."""
         names = [definition.get("function", definition) for definition in definitions]
         names = [function.get("name") if isinstance(function, dict) else None for function in names]
         if not all(isinstance(name, str) and name for name in names):
@@ -64,11 +63,11 @@ class Functions:
         return Functions(Toolbox.parse(()), self.max_calls) if self.toolbox.names else self
 
     def are_left(self, calls: Sequence[tuple[str, str]]) -> bool:
-        """True if these calls are for whoever made the request to run."""
+        """Return True if the sender of the request has to run these calls."""
         return not self.toolbox.names or not self.own.isdisjoint(name for name, _ in calls)
 
     def run(self, calls: Sequence[tuple[str, str]]) -> list[ToolResult]:
-        """Run calls, one after the other."""
+        """Run calls one after the other, and return their results."""
         names = ", ".join(self.toolbox.names)
         return [
             self.toolbox.run(tool, text)
@@ -81,13 +80,13 @@ class Functions:
 class ToolUse(Functions):
     """The tools of a generator, and their tokens.
 
-    openers            texts with which calls in text begin, and `opener_ids`, tokens
-    starts             start token -> tool, of calls that are no text
+    openers            strings that begin calls written as text; `opener_ids`: tokens that do
+    starts             start token -> tool, of calls delimited by tokens
     ends               tool -> end token
-    others             start token -> tool, of calls that are text, for the tool is not there
-    unavailable_calls  how many of them there were, by tool, and under BROKEN, turns with calls that cannot be read
-    result_tokens      a result is cut to this many
-    end_at_others      whether a call of a tool that is not there ends the completion, not stays text
+    others             start token -> tool, of tools that are not enabled; their calls stay text
+    unavailable_calls  number of such calls by tool; under BROKEN, turns with calls that cannot be parsed
+    result_tokens      maximum length of a result
+    end_at_others      whether a call of a tool that is not enabled ends the completion instead of staying text
     """
 
     def __init__(
@@ -122,12 +121,12 @@ class ToolUse(Functions):
 
     @property
     def form(self) -> CallForm | None:
-        """How calls are written as text; None where there are none such."""
+        """Format of calls written as text; None if there are none."""
         return self._form if self.schemas else None
 
     def _with_own(self, definitions: Definitions, names: Sequence[str]) -> ToolUse:
         other = super()._with_own(definitions, names)
-        ours = [name for name in names if name in self._tokens]  # with tokens
+        ours = [name for name in names if name in self._tokens]  # that have tokens
         other.starts = self.starts | {self._tokens[name][0]: name for name in ours}
         other.ends = self.ends | {name: self._tokens[name][1] for name in ours}
         other.others = {token: name for token, name in self.others.items() if name not in ours}
@@ -140,7 +139,8 @@ class ToolUse(Functions):
         return ToolUse(Toolbox.parse(()), self._tokenizer, end_at_others=self._end_at_others, chat=self._chat)
 
     def open_call(self, prompt: Sequence[int]) -> tuple[str, list[int]] | None:
-        """Return the tool of a call that a prompt begins and does not end, and its input so far; None without one."""
+        """Return the tool and the input so far of a call that a prompt begins and does not end; None if there is
+        none."""
         ends = set(self.ends.values())
         for index in range(len(prompt) - 1, -1, -1):
             if prompt[index] in ends:
@@ -150,16 +150,16 @@ class ToolUse(Functions):
         return None
 
     def last_call(self, token_ids: Sequence[int]) -> tuple[str, str]:
-        """The tool and the input of the last call in some tokens, which its end token ends."""
+        """Return the tool and the input of the last call, whose end token is the last of `token_ids`."""
         start = max(index for index, token in enumerate(token_ids) if token in self.starts)
         return self.starts[token_ids[start]], self._tokenizer.decode(token_ids[start + 1 : -1], skip_specials=True)
 
     def may_be_over(self, text: str, token: int, ended: bool) -> bool:
-        """True if calls in the text of a turn so far may be complete, with this token as the last."""
+        """Return True if calls in the text of a turn so far may be complete after this token."""
         return ended or token == self.call_end or (self._closer is not None and text.endswith(self._closer))
 
     def read(self, token_ids: Sequence[int], text: str) -> tuple[str, list[tuple[str, str]]]:
-        """Read the calls in a stretch of a turn: the text around them, and the tool and the input of each.
+        """Parse the calls in a stretch of a turn; return the text around them, and the tool and the input of each.
 
         text  the stretch without special tokens
         """
@@ -168,7 +168,7 @@ class ToolUse(Functions):
             return text, []
         first = form.stretch.search(written)
         assert first is not None, "it has calls"
-        answer_start = text.rfind("</think>") + 1  # a call in thoughts is none
+        answer_start = text.rfind("</think>") + 1  # a call in thoughts does not count
         starts = [start for opener in self.openers if (start := text.find(opener, answer_start)) >= 0]
         before = text[: min(starts)] if starts else text if self.opener_ids else text[:answer_start]
         rest = form.stretch.sub("", written[first.start() :]).strip()
@@ -177,12 +177,12 @@ class ToolUse(Functions):
         return before + rest, [(call.name, input_of(call)) for call in calls]
 
     def is_broken(self, token_ids: Sequence[int]) -> bool:
-        """True if a turn in which no call could be read begins one."""
+        """Return True if a turn in which no call could be parsed begins one."""
         written, openers = self._answer(token_ids), () if self.form is None else self.form.openers
         return any(text in written if len(text) > 1 else written.lstrip().startswith(text) for text in openers)
 
     def _answer(self, token_ids: Sequence[int]) -> str:
-        """Decode a turn without its thoughts, special tokens included but for one at its end."""
+        """Decode a turn without its thoughts, with special tokens except one at its end."""
         text, last = self._tokenizer.decode(token_ids).rpartition("</think>")[2], self._tokenizer.decode(token_ids[-1:])
         text = text.removesuffix(last) if last in self._tokenizer.specials else text
         return "" if "<think>" in text else text
@@ -190,11 +190,12 @@ class ToolUse(Functions):
     def result_ids(
         self, calls: Sequence[tuple[str, str]], results: Sequence[ToolResult], room: int
     ) -> tuple[list[int], list[str]]:
-        """Encode results in at most `room` ids, or in none if they do not fit; and what the model sees of each.
+        """Encode results in at most `room` ids, or in none if they do not fit; also return the text of each that the
+        model sees.
 
         A result in our own format is cut to fit.
         """
-        # a lone surrogate, which JSON may spell, becomes ?
+        # a lone surrogate, which JSON can contain, becomes ?
         texts = [result.text.encode("utf-8", "replace").decode() for result in results]
         if isinstance(self._chat, TemplateFormat):
             seen = list(map(self._cut, texts))
@@ -213,7 +214,7 @@ class ToolUse(Functions):
     def parts(
         self, token_ids: Sequence[int], sampled: Sequence[bool], calls: Sequence[Mapping[str, Any]]
     ) -> tuple[Part, ...]:
-        """Split a completion with calls into texts, calls and results, in their order.
+        """Split a completion with calls into texts, calls and results, in order.
 
         Only tokens that were not sampled are a result, whatever the model writes. A call that was cut, or one too many,
         is left out; calls without results come last.
@@ -238,7 +239,7 @@ class ToolUse(Functions):
 
 
 def input_of(call: Call) -> str:
-    """The input of a tool: for our own its text, for functions the arguments in JSON."""
+    """Return the input of a tool: the text for our own tools, the JSON arguments for functions."""
     if call.name not in TOOLS:
         return json.dumps(call.arguments, ensure_ascii=False)
     value = call.arguments.get(ARGUMENT[call.name], next(iter(call.arguments.values()), ""))
@@ -246,12 +247,12 @@ def input_of(call: Call) -> str:
 
 
 def call_part(tool: str, text: str) -> Part:
-    """Make the part of a message that a call is, of the tool and its input."""
+    """Return a call of a tool as a part of a message."""
     return Part(tool, text) if tool in TOOLS else Part(CALL, f'{{"name": {json.dumps(tool)}, "arguments": {text}}}')
 
 
 def tools_flag(tool: str) -> str:
-    """The option that gives a model a tool."""
+    """Return the option that gives a model a tool."""
     return f"--tools {tool}:DOCS.jsonl" if tool == "search" else f"--tools {tool}"
 
 
@@ -262,10 +263,10 @@ def open_tools(
     end_ids: Collection[int | None],
     end_at_others: bool = False,
 ) -> ToolUse | None:
-    """Open the tools of `options`, closed with `stack`; without any, still recognise calls, to count them.
+    """Open the tools of `options`, which `stack` closes; without any, recognise calls only to count them.
 
-    None without tools for a model that knows no calls, or does not end a turn: a base writes such tokens now and then.
-    Raises UserError as `Toolbox.parse` does.
+    Return None without tools if the model knows no calls or does not end turns: a base model writes such tokens now and
+    then. Raises UserError as `Toolbox.parse` does.
     """
     if not options.tools and has_own_template(tokenizer):
         with suppress(UserError):  # a template without calls
@@ -278,13 +279,12 @@ def open_tools(
 
 
 def unavailable_notes(counts: Sequence[Mapping[str, int]]) -> Iterator[str]:
-    """Yield a note for each tool that was called without being given, and for calls that could not be read, from the
-    counts of each process."""
+    """Yield notes on calls of tools that are not enabled and on malformed calls, from the counts of each process."""
     for tool in TOOLS:
         if count := sum(used.get(tool, 0) for used in counts):
             yield (
-                f"{counted(count, 'call')} of {tool} {'is' if count == 1 else 'are'} text in the completions, "
-                f"for it was not given; {tools_flag(tool)} runs them"
+                f"{counted(count, 'call')} of {tool} stayed text in the completions, because it is not enabled; "
+                f"enable it with {tools_flag(tool)}"
             )
     if count := sum(used.get(BROKEN, 0) for used in counts):
-        yield f"{counted(count, 'answer')} with a call that is cut off or not well formed, which stays text"
+        yield f"{counted(count, 'answer')} with a cut-off or malformed call, which stayed text"

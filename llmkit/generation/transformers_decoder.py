@@ -1,10 +1,10 @@
-"""The interface of `Decoder` (generation/decode.py) over a model that transformers computes, by its own cache.
+"""The interface of `Decoder` (generation/decode.py) for models that transformers computes, with its cache.
 
-Each slot has a cache of one row. While they decode, the caches of the slots in use are joined to a batch: keys and
-values padded on the left to the longest, states of recurrent layers as they are. Filling, leaving or moving a slot
-splits the batch again, which copies as much as a step does, since transformers copies its cache at every step.
+Each slot has a cache of one row. For decoding, the caches of the slots in use are joined to a batch: keys and values
+are left-padded to the longest, states of recurrent layers are joined unchanged. Filling, leaving or moving a slot
+splits the batch again, which copies as much as a step does, because transformers copies its cache at every step.
 
-A row's logits depend on its neighbours in their last bits.
+The last bits of a row's logits depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmkit.model.transformers_backend import TransformersModel
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """Cache of one sequence of `length` tokens, and the logits of the token that follows, (1, V) or (0, V)."""
+    """Cache of one sequence of `length` tokens, and the logits of the next token, (1, V), or (0, V) if not computed."""
 
     cache: Any
     length: int
@@ -39,23 +39,23 @@ class CachedPrefix:
         return sum(tensor.nbytes for layer in self.cache.layers for tensor in _tensors(layer))
 
     def piece(self, start: int) -> CachedPrefix:
-        """Return the whole, for a prompt is one piece."""
+        """Return the complete prefix: a prompt is one piece."""
         return self
 
 
 class TransformersDecoder:
-    """The slots of one model. Adapters are merged into a copy of their matrices; other weights are not copied."""
+    """The decoding slots of one model. Only matrices with adapters are copied, to merge them."""
 
     def __init__(self, model: TransformersModel) -> None:
         self.model, self.config = model.merged(), model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.piece = sys.maxsize  # recurrent layers continue a prompt token by token
         self._slots: list[CachedPrefix] = []
-        self._batch: Any = None  # the cache of all slots, newer than theirs
+        self._batch: Any = None  # the joint cache of all slots, newer than their own
         self._lengths: list[int] = []  # of the rows of the batch
 
     def prefill(self, token_ids: list[int]) -> CachedPrefix:
-        """Run a prompt through the model by itself. Raises UserError for a family without the shared cache."""
+        """Run a prompt through the model alone. Raises UserError for a family without transformers' shared cache."""
         cache = self._new_cache()
         try:
             prefix = self._extend(cache, 0, token_ids)
@@ -65,21 +65,21 @@ class TransformersDecoder:
             raise UserError(self._other_cache())
         return prefix
 
-    def prefill_behind(self, pieces: Sequence[CachedPrefix], token_ids: list[int]) -> Iterator[CachedPrefix]:
-        """See `Decoder.prefill_behind`; a prompt is one piece."""
+    def prefill_after(self, pieces: Sequence[CachedPrefix], token_ids: list[int]) -> Iterator[CachedPrefix]:
+        """See `Decoder.prefill_after`; a prompt is one piece."""
         yield pieces[0] if pieces else self.prefill(token_ids)
 
     def extend(self, prefix: CachedPrefix, token_ids: list[int]) -> CachedPrefix:
-        """Run more tokens through the model behind a prefix, which stays as it is."""
+        """Return `prefix`, which is not changed, extended by more tokens."""
         extended = replace(prefix, cache=_join([prefix]))
-        # recurrent layers continue from a state by single tokens: of several, mamba ignores the state
+        # recurrent layers continue from a state one token at a time: with several, mamba ignores the state
         is_recurrent = any(map(_states, extended.cache.layers))
         for ids in [[token] for token in token_ids] if is_recurrent else [token_ids]:
             extended = self._extend(extended.cache, len(extended), ids)
         return extended
 
-    def turns_anew(self, before: int, after: int) -> bool:
-        """False: transformers never computes a cache again with other rotations."""
+    def needs_new_prefill(self, before: int, after: int) -> bool:
+        """Return False: transformers never computes a cache again with other rotations."""
         return False
 
     def logits_in_pieces(self, token_ids: list[int], size: int) -> Iterator[tuple[int, Tensor]]:
@@ -89,25 +89,25 @@ class TransformersDecoder:
             yield start, self.model.logits(hidden_1TC[0, start : start + size])
 
     def hold(self, slot: int, length: int) -> CachedPrefix:
-        """The cache of a slot, of `length` positions, to continue from later."""
-        self._take_apart()
+        """Return the cache of a slot, of `length` positions, to continue from later."""
+        self._split_batch()
         assert len(self._slots[slot]) == length
         return self._slots[slot]
 
     def load(self, slot: int, prefix: CachedPrefix) -> None:
-        """Let a slot begin where a prompt ended."""
-        self._take_apart()
+        """Put a prefix into a slot."""
+        self._split_batch()
         self._slots[slot:] = [prefix]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy one slot into another."""
-        self._take_apart()
+        self._split_batch()
         self._slots[target] = self._slots[source]
 
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
-        """Feed slot i the token `tokens[i]`, which stands at `positions[i]`; the logits (B, V) of what follows."""
+        """Feed slot i the token `tokens[i]` at position `positions[i]`; return the logits (B, V) of the next tokens."""
         if self._batch is None or len(tokens) != len(self._lengths):
-            self._take_apart()
+            self._split_batch()
             self._slots = self._slots[: len(tokens)]
             self._batch, self._lengths = _join(self._slots), [len(prefix) for prefix in self._slots]
         assert self._lengths == positions
@@ -125,7 +125,7 @@ class TransformersDecoder:
             "DynamicSlidingWindowLayer": "DynamicLayer",
             "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
         }
-        # windowed layers hold all positions, so that rows of several lengths can be padded; the mask has the window
+        # windowed layers keep all positions, so that rows of several lengths can be padded; the mask has the window
         cache.layers = [
             getattr(cache_utils, full[name])() if (name := type(layer).__name__) in full else layer
             for layer in cache.layers
@@ -134,8 +134,8 @@ class TransformersDecoder:
 
     def _other_cache(self) -> str:
         return (
-            f"model_type {self.config.model_type!r}: expected the cache that models of transformers share, found "
-            "one of its own; it can be trained, not sampled"
+            f"model_type {self.config.model_type!r}: expected transformers' shared cache, found the family's own; "
+            "it can be trained but not sampled"
         )
 
     def _extend(self, cache: Any, length: int, token_ids: list[int]) -> CachedPrefix:
@@ -143,7 +143,7 @@ class TransformersDecoder:
 
     @torch.no_grad()
     def _hidden(self, tokens: list[list[int]], lengths: list[int], cache: Any) -> Tensor:
-        """The hidden states (B, T, hidden) of tokens (B, T) that follow caches of some lengths."""
+        """Return the hidden states (B, T, hidden) of tokens (B, T) that follow caches of `lengths` (B,)."""
         ids_BT = torch.tensor(tokens, device=self.device)
         length_B1 = torch.tensor(lengths, device=self.device).unsqueeze(1)
         options = {"position_ids": length_B1 + torch.arange(ids_BT.shape[1], device=self.device)}
@@ -157,10 +157,10 @@ class TransformersDecoder:
 
     @torch.no_grad()
     def _last_logits(self, tokens: list[list[int]], lengths: list[int], cache: Any) -> Tensor:
-        """The logits (B, V) behind the last of tokens (B, T) that follow caches of some lengths."""
+        """Return the logits (B, V) after the last of tokens (B, T) that follow caches of `lengths` (B,)."""
         return self.model.logits(self._hidden(tokens, lengths, cache)[:, -1:])[:, -1]
 
-    def _take_apart(self) -> None:
+    def _split_batch(self) -> None:
         """Give each slot its row of the batch, as a view."""
         if self._batch is None:
             return
@@ -181,23 +181,23 @@ class TransformersDecoder:
 
 
 def _by_position(layer: Any) -> list[str]:
-    """Names of a layer's tensors with positions, (rows, ..., positions, D); states are in dictionaries."""
+    """Return the names of a layer's tensors with positions, (rows, ..., positions, D); states are in dictionaries."""
     return [name for name, value in vars(layer).items() if isinstance(value, Tensor)]
 
 
 def _states(layer: Any) -> list[tuple[str, dict[Any, Tensor]]]:
-    """Names of a layer's dictionaries of states (rows, ...), which have no positions."""
+    """Return the names and values of a layer's dictionaries of states (rows, ...), which have no positions."""
     return [(name, value) for name, value in vars(layer).items() if isinstance(value, dict)]
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    """All tensors that a layer of a cache holds."""
+    """Return all tensors of a layer of a cache."""
     states = [state for _, states in _states(layer) for state in states.values()]
     return [value for value in (*vars(layer).values(), *states) if isinstance(value, Tensor)]
 
 
 def _join(prefixes: Sequence[CachedPrefix]) -> Any:
-    """A cache of all rows, which shares no memory with theirs."""
+    """Join prefixes into one cache of all rows, which shares no memory with theirs."""
     longest, batch = max(map(len, prefixes)), copy.copy(prefixes[0].cache)
     batch.layers = []
     for layers in zip(*(prefix.cache.layers for prefix in prefixes), strict=True):

@@ -98,18 +98,18 @@ def test_help_lists_what_there_is(tokenizer):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/save", "error: /save: expected the name of a file behind it"),
+        ("/save", "error: /save: expected a file name"),
         ("/what", "error: there is no command /what; /help lists them"),
         ("/edit", "error: /edit TEXT: expected the message"),
         ("/save {place}/tool.py/x.jsonl", "error: /save {place}/tool.py/x.jsonl: "),
         ("/save {place}", "error: /save {place}: Is a directory"),
-        ("/save {place}/x.jsonl.gz", "error: /save {place}/x.jsonl.gz: expected a name of plain JSONL"),
-        ("/save {place}/tool.py", "error: /save {place}/tool.py: expected a JSONL file of conversations, or none"),
+        ("/save {place}/x.jsonl.gz", "error: /save {place}/x.jsonl.gz: expected a plain JSONL file"),
+        ("/save {place}/tool.py", "error: /save {place}/tool.py: expected a JSONL file of conversations or a new file"),
         ("/save {place}/config.json", "error: /save {place}/config.json: expected a JSONL file of conversations"),
         ("/save {place}/docs.jsonl", "error: /save {place}/docs.jsonl: expected a JSONL file of conversations"),
         ("/save {place}/none/x.jsonl", "error: /save {place}/none/x.jsonl: expected a folder {place}/none, found none"),
         ("/WHAT", "error: there is no command /what; /help lists them"),
-        ("/Save", "error: /save: expected the name of a file behind it"),
+        ("/Save", "error: /save: expected a file name"),
     ],
 )
 def test_mistakes_with_commands_are_told_and_asked_of_nobody(tokenizer, tmp_path, line, told):
@@ -135,13 +135,13 @@ def test_a_conversation_saved_again_is_one_record(tokenizer, tmp_path):
 def test_another_try_at_temperature_0_says_that_it_is_the_same(tokenizer):
     for greedy in (False, True):
         _, said = held(chat(tokenizer, greedy=greedy), "/retry", "hello", "/retry")
-        assert said[0] == "error: nothing was asked yet"
+        assert said[0] == "error: there is no message yet"
         assert sum("always the same" in line for line in said) == greedy
 
 
 def test_commands_before_there_is_anything(tokenizer, tmp_path):
     _, said = held(chat(tokenizer), "/retry", "/edit x", f"/save {tmp_path}/x.jsonl", "/tokens")
-    assert said[:2] == ["error: nothing was asked yet"] * 2 and "nothing was said yet" in said[2]
+    assert said[:2] == ["error: there is no message yet"] * 2 and "there is no answer to save yet" in said[2]
     assert said[3] == "0 of 256 tokens in 0 messages" and not list(tmp_path.iterdir())
 
 
@@ -168,7 +168,7 @@ def test_an_answer_that_is_cut_says_so(tokenizer):
     _, said = held(chat(tokenizer, max_tokens=4), "hello")
     assert said == ["cut after 4 tokens; --max-tokens allows more"]
     _, said = held(chat(tokenizer, max_tokens=None, context=64), "hello")
-    assert said == ["cut: 64 tokens of context"]
+    assert said == ["cut: the context of 64 tokens is full"]
     shown = []
     talk(chat(tokenizer, max_tokens=4), iter(["hello"]), shown.append, shown.append)
     assert shown[-2:] == ["\n", "cut after 4 tokens; --max-tokens allows more"]  # in a line of its own
@@ -215,14 +215,14 @@ def test_calls_are_shown_kept_and_saved(tokenizer, tmp_path):
 def test_a_tool_that_was_not_given_is_told_of_and_is_no_answer(tokenizer):
     one = calling(tokenizer)
     written, said = held(one, "go")
-    assert written == "\n" and said == ["calls calc, which it was not given: 7; start it with --tools calc"]
+    assert written == "\n" and said == ["calls calc, which is not enabled: 7; restart with --tools calc"]
     assert one.turns == [] and one.asked == "go"
 
 
 def test_a_call_too_many_is_told_of(tokenizer):
     one = calling(tokenizer, "calc", max_tool_calls=2, answers=False)
     _, said = held(one, "go")
-    assert said[-1] == "stopped at its call 3 of a tool; --max-tool-calls allows more"
+    assert said[-1] == "stopped at tool call 3; --max-tool-calls allows more"
     assert [part.kind for part in one.turns[1].parts] == ["calc", "result"] * 2
 
 

@@ -209,11 +209,11 @@ def test_seed_number_and_sample_each_change_the_text(model, tokenizer):
 def test_a_prompt_is_prefilled_once(model, tokenizer, monkeypatch):
     calls = []
 
-    def watched(self, pieces, ids, real=Decoder.prefill_behind):
+    def watched(self, pieces, ids, real=Decoder.prefill_after):
         calls.extend([] if pieces else [1])
         return real(self, pieces, ids)
 
-    monkeypatch.setattr(Decoder, "prefill_behind", watched)
+    monkeypatch.setattr(Decoder, "prefill_after", watched)
     requests = [Request([END, n], 9, 4, number=n) for n in (1, 2, 1, 1)]  # and for an equal prompt that follows closely
     complete(model, tokenizer, requests, slots=2)
     assert len(calls) == 2

@@ -39,7 +39,7 @@ def whole(cache: PrefixCache, decoder: Decoder, ids: list[int]) -> decode.Prefix
 def computed(monkeypatch) -> list[int]:
     """The number of tokens of each piece that is computed."""
     pieces: list[int] = []
-    real = Decoder.prefill_behind
+    real = Decoder.prefill_after
 
     def watched(self, known, ids):
         length = sum(map(len, known))
@@ -49,7 +49,7 @@ def computed(monkeypatch) -> list[int]:
             length = len(prefix)
             yield prefix
 
-    monkeypatch.setattr(Decoder, "prefill_behind", watched)
+    monkeypatch.setattr(Decoder, "prefill_after", watched)
     return pieces
 
 

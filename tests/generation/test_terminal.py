@@ -100,7 +100,7 @@ def caller(tmp_path_factory) -> Path:
 def test_pasted_lines_are_one_message_and_tools_are_seen_and_saved(caller, tmp_path):
     kept = tmp_path / "kept.jsonl"
     at = Typist(caller, "--chat", "--tools", "calc", "--temperature", "0")
-    assert "/help tells the commands; Ctrl-D ends" in at.until()
+    assert "/help lists the commands; Ctrl-D quits" in at.until()
     shown = at.type("\x1b[200~one\ntwo\nthree\x1b[201~")
     assert "calls calc: 7" in shown and "calc answers: 7" in shown and "x\r\n" in shown
     assert "tokens in 2 messages" in at.type("/tokens")
@@ -172,7 +172,7 @@ def test_a_piped_stdout_has_the_answers_alone(caller):
     at = Typist(caller, "--chat", "--temperature", "0", stdout=writing)
     os.close(writing)
     at.until()
-    assert "calls calc, which it was not given: 7; start it with --tools calc" in at.type("go")
+    assert "calls calc, which is not enabled: 7; restart with --tools calc" in at.type("go")
     assert at.end() == 0
     with os.fdopen(reading) as out:
         assert out.read() == "\n"

@@ -248,7 +248,9 @@ def test_a_family_with_a_cache_of_its_own_is_trained_but_not_sampled(family, tmp
     packed = model.loss(ids, ids, documents, reduction="sum")
     alone = sum(model.loss(part, part, reduction="sum") for part in ids.split([5, 7], 1))
     assert abs(packed - alone) < 1e-4
-    with pytest.raises(UserError, match=f"'{family}': expected the cache that .* can be trained, not sampled"):
+    with pytest.raises(
+        UserError, match=f"'{family}': expected transformers' shared cache, .* can be trained but not sampled"
+    ):
         TransformersDecoder(model).prefill([1, 2, 3])
 
 

@@ -287,5 +287,5 @@ def test_nan_among_the_weights_is_told_and_the_others_go_on(tmp_path: Path) -> N
     save_model(model, broken)
     with served(broken, tiny.save_folder(tmp_path / "base")) as server:
         status, content = server.post("/v1/completions", {"model": "broken", "prompt": "a"})
-        assert status == 500 and "not finite numbers" in content["error"]["message"]
+        assert status == 500 and "not finite" in content["error"]["message"]
         assert server.post("/v1/completions", {"model": "base", "prompt": "a"})[0] == 200

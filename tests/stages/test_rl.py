@@ -245,7 +245,7 @@ def test_calls_of_a_tool_that_was_not_given_are_counted(unsure, tmp_path, capsys
         train(unsure, problems, out, tools=tools, max_tokens=16)
         calls = sum(row["token_ids"].count(start) for row in lines(out / "rollouts.jsonl"))
         said = (
-            f"llmkit: {calls} calls of calc are text in the completions, for it was not given; --tools calc runs them"
+            f"llmkit: {calls} calls of calc stayed text in the completions, because it is not enabled; enable it with "
         )
         assert (said in capsys.readouterr().err) == (tools != ("calc",)) and calls > 1
 

@@ -82,9 +82,9 @@ def test_the_policy_that_is_saved_is_the_one_that_was_handed_over_last(base, pro
     [
         ("vllm", "few logprobs", r"problems.jsonl:\d: expected log-probabilities of \d tokens, found \d"),
         ("sglang", "no logprobs", "expected log-probabilities, found none"),
-        ("vllm", "no ids", r"expected the ids of tokens, found none; serve the model by vLLM or SGLang"),
+        ("vllm", "no ids", r"expected token ids, found none; serve the model with vLLM or SGLang"),
         ("sglang", "abort", "expected a completion that ends by stop or length, found 'abort'"),
-        ("sglang", "stale", "answers by weights 'default', expected 'policy-"),
+        ("sglang", "stale", "expected weights 'policy-.*', found 'default'"),
         (
             "sglang",
             "refuses",

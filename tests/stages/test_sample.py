@@ -69,9 +69,12 @@ def test_where_the_examples_do_not_fit_they_are_blamed_and_not_the_prompt(tmp_pa
     for given, told in (
         (
             ["--shots", "assistant"],
-            "--shots assistant: 0 of the 5 built-in examples fit the model's context of 64 tokens; give ",
+            "--shots assistant: 0 of the 5 built-in examples fit the model's context of 64 tokens; use ",
         ),
-        (["--shots", shots], "the prompt with its 1 example is 132 tokens long and the model's context is 64, a new "),
+        (
+            ["--shots", shots],
+            "the prompt with its 1 example is 132 tokens long and the model's context is 64, including ",
+        ),
     ):
         done = llmkit("sample", folder, *given, "-p", "Who are you?", "--max-tokens", "5")
         assert done.returncode == 2 and told in done.stderr and "shorter" in done.stderr
@@ -111,7 +114,7 @@ def test_a_dry_run_says_what_would_be_done(folder, llmkit):
     done = llmkit("sample", folder, "-p", "a", "--top-k", "5", "--dry-run")
     assert (done.returncode, done.stdout) == (0, "")
     assert "parameters" in done.stderr and "top_k 5" in done.stderr and "float32 on c" in done.stderr
-    assert "MB for beginnings of prompts" in done.stderr
+    assert "MB of cached prompt prefixes" in done.stderr
 
 
 def test_temperature_zero_and_stop_strings_and_limits_are_heard(folder, tmp_path):
@@ -278,7 +281,7 @@ def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, cap
     for tools, told in (([], True), (["python"], True), (["calc"], False)):
         options = {"tools": tools, "temperature": "0", "quiet": False}
         sample_jsonl(assistant, tmp_path / "out.jsonl", given, **options)
-        said = "2 calls of calc are text in the completions, for it was not given; --tools calc runs them"
+        said = "2 calls of calc stayed text in the completions, because it is not enabled; enable it with --tools calc"
         assert (said in capsys.readouterr().err) == told
 
 
@@ -290,7 +293,7 @@ def test_calls_of_a_tool_that_was_not_given_are_counted(assistant, tmp_path, cap
         ([{"role": "user", "content": 3}], "chats.jsonl:1: expected 'content' to be a string"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            "chats.jsonl:1: .* the assistant's last",
+            "chats.jsonl:1: .* found the assistant's",
         ),
     ],
 )
@@ -494,7 +497,7 @@ def spoiled(folder: Path, target: Path, how: str) -> Path:
         ("no tokenizer", r"spoiled: expected a folder with tokenizer.json, found config.json"),
         ("no config", r"spoiled/config.json: not found"),
         ("cut weights", r"spoiled/model.safetensors: damaged or truncated"),
-        ("nan", r"spoiled: its logits are not finite numbers.*NaN"),
+        ("nan", r"spoiled: its logits are not finite.*NaN"),
         ("tokenizer too large", r"spoiled/tokenizer.json: the tokenizer has 266 tokens and the model 257"),
     ],
 )

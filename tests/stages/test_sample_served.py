@@ -119,7 +119,7 @@ def test_faults_that_pass_change_nothing(folder, prompts, tmp_path, monkeypatch)
     [
         ("429", r"too many requests after 1 retry \(429\); lower --concurrency"),
         ("500", r"fails after 1 retry \(500\)"),
-        ("404", r"has no model 'tiny', or is another URL \(404\)"),
+        ("404", r"has no model 'tiny', or the URL is wrong \(404\)"),
         ("page", "expected a completion, found '<html>"),
         ("context", r"prompts.jsonl:1: the prompt, with --max-tokens 20, is longer than the context of .*tiny"),
     ],
@@ -136,7 +136,7 @@ def test_a_fault_that_stays_is_one_line_and_leaves_nothing(folder, prompts, tmp_
     ("lie", "said"),
     [
         ("few logprobs", r"prompts.jsonl:1: expected log-probabilities of (\d+) tokens, found \d+"),
-        ("no logprobs", "expected log-probabilities, found none; the server does not give them"),
+        ("no logprobs", "expected log-probabilities, found none; the server does not return them"),
         ("abort", r"prompts.jsonl:1: expected a completion that ends by stop or length, found 'abort'"),
     ],
 )
@@ -173,13 +173,15 @@ def test_a_server_with_another_tokenizer_is_named(folder, prompts, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(spec))
     with (
         ModelServer(other) as server,
-        pytest.raises(UserError, match=r"has another tokenizer than .*base: its tokens say .* here, and .* there"),
+        pytest.raises(
+            UserError, match=r"its tokenizer differs from .*base: its tokens decode to .* here and to .* there"
+        ),
     ):
         sample(folder, tmp_path / "out.jsonl", engine=server.spec, inputs=[str(prompts)])
 
 
 def test_a_server_that_takes_text_alone_is_told_from_others(folder, prompts, tmp_path):
-    said = r"refuses the request \(422\): .*; does it take token ids\? Without MODEL it is sent text"
+    said = r"refuses the request \(422\): .*; does it accept token ids\? Omit MODEL to send text"
     with ModelServer(folder, "strict") as server, pytest.raises(UserError, match=said):
         sample(folder, tmp_path / "out.jsonl", engine=server.spec, inputs=[str(prompts)])
 
@@ -198,7 +200,7 @@ def test_a_prompt_is_continued_on_a_pipe_and_on_a_terminal(folder, llmkit, on_te
         server.faults = ["cut stream"]
         cut = on_terminal(sys.executable, "-m", "llmkit", *words, "--quiet")
     assert piped.stdout.strip() and shown.replace("\r\n", "\n").split() == printable(piped.stdout).split()
-    assert "llmkit: error: --engine" in cut and "an answer has no end; was the server stopped?" in cut
+    assert "llmkit: error: --engine" in cut and "an answer has no finish reason; was the server stopped?" in cut
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
@@ -236,7 +238,7 @@ def test_a_dry_run_asks_whether_it_is_there(folder, llmkit):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tools": "calc"}, "--tools: expected no MODEL beside --engine"),
+        ({"tools": "calc"}, "--tools: expected no MODEL with --engine"),
         ({"batch_size": "3"}, "--batch-size: has no effect with --engine"),
         ({"max_tokens": "none"}, "--max-tokens none: expected a number with --engine"),
         ({"model": "no/where"}, "no/where: expected a model folder or an input file, found nothing"),

@@ -255,5 +255,5 @@ def test_a_server_is_evaluated_with_functions_and_thoughts(server, weather, tmp_
 def test_tools_beside_a_server_and_a_folder_are_refused(qwen, server, weather, tmp_path) -> None:
     given = write(tmp_path / "in.jsonl", {"messages": [ASKED]})
     config = sample.SampleConfig(model=str(qwen), engine=server.spec, inputs=(given,), jsonl=True, tools=(weather,))
-    with pytest.raises(UserError, match="--tools: expected no MODEL beside --engine"):
+    with pytest.raises(UserError, match="--tools: expected no MODEL with --engine"):
         sample.run(config)
