@@ -30,7 +30,7 @@ ROOMS = {
     "report": (1250, 1510),
     "crawl": (4640, 5065),
     "data": (1100, 1670),
-    "generation": (2250, 3950),
+    "generation": (2250, 3944),
     "training": (2500, 3240),
     "reward_model": (800, 1169),
     "probing": (970, 1020),
