@@ -337,7 +337,7 @@ class OpenAIClient:
         if isinstance(error, openai.NotFoundError):
             return f"{self.place}: has no model {self.address.model!r}, or the URL is wrong (404): {_message(error)}"
         if isinstance(error, openai.InternalServerError):
-            return f"{self.place}: server error {tries} ({error.status_code}): {_message(error)}"
+            return f"{self.place}: fails {tries} ({error.status_code}): {_message(error)}"
         if isinstance(error, openai.APIStatusError) and (moved := error.response.headers.get(MOVED)):
             moved = moved.rpartition("/chat/completions")[0] or moved.rpartition("/completions")[0] or moved
             return f"{self.place}: has moved to {shortened(moved)} ({error.status_code}); use that URL"

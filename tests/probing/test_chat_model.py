@@ -83,7 +83,7 @@ def test_a_fault_that_passes_is_outlived(fault):
     ("fault", "message"),
     [
         ("429", r"--judge http://127.*/v1: too many requests after 1 retry \(429\); lower --concurrency: something"),
-        ("500", r"/v1: server error after 1 retry \(500\): something of 500"),
+        ("500", r"/v1: fails after 1 retry \(500\): something of 500"),
         ("cut", "/v1: cannot be reached after 1 retry: .*disconnected"),
         ("page", "/v1: expected a chat completion, found '<html>Bad gateway</html>'; is the URL right"),
         ("404", r"/v1: has no model 'tiny', or the URL is wrong \(404\): something of 404"),
