@@ -91,11 +91,9 @@ class NearDuplicates:
 
 
 OWN_FILTERS = "[own] filters"  # for error messages
-CHOICES = {
-    "extractor": ("model", "fast", "trafilatura"),
-    "favour": ("balance", "precision", "recall"),
-    "mode": ("redact", "drop"),
-}
+EXTRACTORS, FAVOURS = ("model", "fast", "trafilatura"), ("balance", "precision", "recall")
+CHOICES = {"extractor": EXTRACTORS, "favour": FAVOURS, "mode": ("redact", "drop")}
+SHARES = ("_fraction", "_score", "_similarity", "threshold")  # ends of the names of values from 0 to 1
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -178,9 +176,7 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
 
 def read_recipe(path: str) -> Recipe:
     """Return a named recipe, or FineWeb's with the values of a TOML file. Raises UserError naming the key."""
-    if path in NAMED:
-        return NAMED[path]
-    return _with_values(Recipe(), read_toml(path, "recipe"), path)
+    return NAMED.get(path) or _with_values(Recipe(), read_toml(path, "recipe"), path)
 
 
 def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
@@ -197,15 +193,19 @@ def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
                 raise UserError(f"{where}: expected a table [{key}], found {kind_of(value)}")
             values[key] = _with_values(own, value, f"{prefix}: [{key}]")
         else:
-            values[key] = _value(value, hints[key], where)
-            choices = CHOICES.get(key)
-            if choices and value not in choices:
-                raise UserError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
+            most = 1 if key.endswith(SHARES) else None
+            details = Option("", metavar="TEXT", choices=CHOICES.get(key), at_least=0, at_most=most)
+            values[key] = _value(value, hints[key], details, where)
     with naming(prefix):
-        return replace(target, **values)
+        made = replace(target, **values)
+    for key in names:
+        low, high = getattr(made, key), getattr(made, key.replace("min_", "max_", 1), None)
+        if key.startswith("min_") and None not in (low, high) and low > high:
+            raise UserError(f"{prefix}: {key}: expected at most max_{key[4:]}, {high}, found {low}")
+    return made
 
 
-def _value(value: Any, hint: Any, where: str) -> Any:
+def _value(value: Any, hint: Any, details: Option, where: str) -> Any:
     base, optional, many = value_type(hint)
     if optional and value == "none":
         return None
@@ -213,7 +213,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         raise UserError(f"{where}: expected a list of strings, found {value!r}")
     try:  # a number in quotes is an error
         parts = [[part] if isinstance(part, str) and base is not str else part for part in (value if many else [value])]
-        values = [bounded(convert(part, base, Option("")), Option("", at_least=0)) for part in parts]
+        values = [bounded(convert(part, base, details), details) for part in parts]
     except ValueError as error:
         raise UserError(f"{where}: {error}{' or none' * optional}, found {value!r}") from None
     return tuple(values) if many else values[0]

@@ -232,7 +232,7 @@ def _save_manifest(
 def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
     """Return the recipe with the changes of the flags, and its name."""
     from llmkit.crawl.filters.classifier import Classifier, local_spec
-    from llmkit.crawl.recipe import check_steps, read_recipe
+    from llmkit.crawl.recipe import Language, check_steps, read_recipe
     from llmkit.text.language import check_languages
 
     recipe = given_recipe = read_recipe(config.recipe)
@@ -258,7 +258,9 @@ def _recipe(config: CrawlFilterConfig) -> tuple[Recipe, str]:
             raise UserError(f"{flag}: needs the step {step}, which is skipped; add it to --only, or leave out {flag}")
         recipe = recipe.changed(step, **{key: value}) if value else recipe
     if languages:
-        check_languages(languages)
+        check_languages(languages, "all keeps every language")
+    elif recipe.language.languages != Language().languages:
+        check_languages(recipe.language.languages, "[] keeps every language", f"{config.recipe}: [language]: languages")
     recipe.files()  # raises UserError for a missing file
     if url := next(filter(is_remote, config.blocklist), None):
         raise UserError(f"--blocklist {url}: expected a local file, found a URL; download it first")

@@ -48,10 +48,10 @@ def identify(text: str) -> tuple[str, float]:
     return second, dict(_ask_fasttext(text, -1)).get(second, share)
 
 
-def check_languages(codes: Sequence[str], every: str = "all keeps every language") -> None:
-    """Raise UserError for a code that `identify` never gives: every text would be dropped.
+def check_languages(codes: Sequence[str], every: str, where: str = "--language") -> None:
+    """Raise UserError, naming `where`, for a code that `identify` never returns: every text would be dropped.
 
-    `every` is the advice to who wants no language in particular.
+    every: how to accept every language, for the message.
     """
     known = {label for label, _ in _ask_fasttext("a", -1)}
     names: dict[str, str] = {}
@@ -65,7 +65,7 @@ def check_languages(codes: Sequence[str], every: str = "all keeps every language
         if code not in known:
             near = names.get(code.lower()) or next(iter(get_close_matches(code.lower(), known, 1)), None)
             hint = f"did you mean {near}?" if near and code != "all" else every
-            raise UserError(f"--language: expected codes such as en or de, found {code!r}; {hint}")
+            raise UserError(f"{where}: expected codes such as en or de, found {code!r}; {hint}")
 
 
 def _ask_fasttext(text: str, count: int) -> list[tuple[str, float]]:
