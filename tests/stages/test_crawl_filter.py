@@ -154,7 +154,7 @@ def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, man
         assert refused.returncode == 2 and message in refused.stderr
     done = llmkit("crawl-filter", archive, *more, "--resume", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "done already" in done.stderr and same(many, tmp_path)
+    assert "already done" in done.stderr and same(many, tmp_path)
     assert not list(tmp_path.glob("*.partial*")) and not state.exists()
     again = llmkit("crawl-filter", archive, *more, "--resume")
     assert again.returncode == 0 and "finished, nothing to do" in again.stderr and same(many, tmp_path)
