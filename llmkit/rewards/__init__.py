@@ -1,6 +1,6 @@
 """Rewards of completions: verifiers, reward models, commands and functions (docs/rewards.md).
 
-`--reward SPEC[:WEIGHT]` names them; nothing heavy is loaded before every SPEC is known to be well spelt.
+`--reward SPEC[:WEIGHT]` names them; every SPEC is checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def parse_rewards(
 ) -> list[Weighted]:
     """Build the rewards of `--reward verifier --reward length:-0.1`; a number after the last colon is the weight.
 
-    flag              that they come from, for errors
-    sandbox, timeout  of unit tests: "auto" or "none", and seconds for those of one completion
-    batch_timeout     seconds that a command has for a batch
+    flag              option name for errors
+    sandbox, timeout  of unit tests: "auto" or "none", and seconds for all tests of a completion
+    batch_timeout     seconds for a command to score a batch
     device, dtype     of reward models
-    Raises UserError for an unknown SPEC, one given twice, and a weight that is zero, too large or not finite: before
-    anything is loaded.
+    Raises UserError, before anything is loaded, for an unknown SPEC, one given twice, and a weight that is zero, too
+    large or not finite.
     """
     builders: dict[str, tuple[Callable[[], Reward], float]] = {}
     for text in specs:
         spec, weight = _weighted(text, flag)
         if spec.startswith(("rm:", "spread:")):
-            spec = spec.rstrip("/")  # one judge has one name
+            spec = spec.rstrip("/")  # one name per folder
         if spec in builders:
             raise UserError(f"{flag}: expected each reward once, found {spec} twice")
         kind = re.split("[:=]", spec, maxsplit=1)[0]
@@ -94,11 +94,11 @@ def parse_rewards(
 
 def _weighted(text: str, flag: str) -> tuple[str, float]:
     match = WEIGHT.fullmatch(text)
-    if not match or re.fullmatch(r"py:[^:]+:(nan|inf)", text):  # a function of that name
+    if not match or re.fullmatch(r"py:[^:]+:(nan|inf)", text):  # a function named nan or inf
         return text, 1.0
     weight = float(match[2])
     if not math.isfinite(weight) or weight == 0:
-        raise UserError(f"{flag} {text}: expected a weight that is finite and not 0, found {match[2]}")
+        raise UserError(f"{flag} {text}: expected a finite weight other than 0, found {match[2]}")
     if abs(weight) > LARGEST:
         raise UserError(f"{flag} {text}: expected a weight from {-LARGEST:g} to {LARGEST:g}, found {match[2]}")
     return match[1], weight

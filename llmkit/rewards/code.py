@@ -4,13 +4,13 @@
     {"prompt": ..., "tests": ["assert f(1) == 2"], "test_setup_code"?: ""}          also "test_list", or one text
     {"prompt": ..., "tests": [{"input": "1\\n", "output": "2\\n"}]}                  a program, by stdin and stdout
 
-The program and the tests run in two processes, each in a jail of its own, joined by two pipes (sandboxed_calls.py): the
-program never sees tests, expected values or the checker, so it can neither read nor patch them, and its exit, whether
-0 or by os._exit, atexit or a signal, only ends it. That all passed is said by a word of 128 random bits that the
-process of the tests alone knows. What remains: a program may know the inputs by heart, as any may.
+The program and the tests run in two processes, each in its own jail, joined by two pipes (sandboxed_calls.py). The
+program never sees tests, expected values or the checker, so it can neither read nor patch them, and its exit, by status
+0, os._exit, atexit or a signal, ends only itself. Success is reported by a word of 128 random bits that only the
+process of the tests knows. One attack remains: a program may have memorised the inputs.
 
-The program of a completion is chosen, among fenced blocks or in text without fences, by what it defines; nothing of it
-is parsed here, for text of a model can exhaust the stack of Python's parser.
+The program of a completion is chosen, among fenced blocks or in text without fences, by what it defines. It is never
+parsed here, because a model's text can exhaust the stack of Python's parser.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ FENCE = re.compile(
     r"(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
-MOST_BLOCKS = 32  # that are compared with one another
+MOST_BLOCKS = 32  # the last ones, which are compared
 LANGUAGES = ("python", "python3", "py")
-# what reads standard input
+# code that reads standard input
 READS = re.compile(r"\binput[ \t]*\(|\bstdin\b|\bopen[ \t]*\([ \t]*0\b|\bos\.read[ \t]*\([ \t]*0\b|\bfileinput\b")
 # at the beginning of a line: the name of a function or class, of a variable, or imported names
 DEFINED = re.compile(
@@ -47,7 +47,7 @@ DEFINED = re.compile(
     r"|^(?:from[ \t]+[\w.]+[ \t]+)?import[ \t]+([^\n#]+)",
     re.MULTILINE,
 )
-# begins a program between sentences
+# first line of a program between sentences
 FIRST_LINE = re.compile(
     r"^(?:@|(?:async[ \t]+def|def|class)[ \t]+\w|import[ \t]+[\w., ]+$|from[ \t]+[\w.]+[ \t]+import\b)", re.MULTILINE
 )
@@ -57,8 +57,8 @@ CODE_LINE = re.compile(
     r"|[A-Za-z_][\w.]*(?:\[[^\]]*\])?\s*(?:[-+*/%|&]?=(?!=)|\()"
 )
 FIELDS = ("tests", "test_list")
-# The standard input of a program is a file of its own, for `input`, sys.stdin, open(0) and os.read alike; /dev/stdin,
-# which the sandbox lacks, is that file, too.
+# A program's standard input is a file, for `input`, sys.stdin, open(0) and os.read alike, and for /dev/stdin, which the
+# sandbox lacks.
 GIVEN = """
 def give(data):
     import builtins, io, os, sys
@@ -76,12 +76,12 @@ CALLING = Path(__file__).with_name("sandboxed_calls.py").read_text(encoding="utf
 
 
 def code_of(completion: str, names: Sequence[str] = ()) -> str:
-    r"""The program of a completion that is to define `names`, or to read standard input where there are none.
+    r"""Return the program of a completion, which defines `names`, or reads standard input if there are none.
 
-    Of fenced blocks the last that defines all names, else some of them; or the last that reads standard input; else
-    the last of Python. Blocks in other languages, and so marked output, do not count. What the block takes from other
-    blocks is set before it. Without fences all is code, or what stands between words if that defines the names. A fence
-    that is not closed goes on to the end.
+    Among fenced blocks it is the last that defines all names, else some of them; or the last that reads standard input;
+    else the last Python block. Blocks in other languages do not count. Other blocks that define what it uses are put
+    before it. Without fences it is the code between sentences, if that defines the names, else the whole text. A fence
+    that is not closed extends to the end.
 
     >>> code_of("First:\n```python\nx = 1\n```\nDone."), code_of("    return 1")
     ('x = 1\n', '    return 1')
@@ -111,7 +111,7 @@ def code_of(completion: str, names: Sequence[str] = ()) -> str:
 
 
 def defines(code: str, name: str) -> bool:
-    """True if code defines a name, at its top."""
+    """True if code defines a name at top level."""
     return name in _defined(code)
 
 
@@ -124,7 +124,7 @@ def _defined(code: str) -> set[str]:
 
 
 def _taken(chosen: str, blocks: Sequence[str]) -> list[str]:
-    """The other blocks that define what the chosen one, or one of these, lacks; of a name the last."""
+    """Return the blocks that define what `chosen` or one of them uses; for each name, the last that defines it."""
     known, taken, asking = _defined(chosen), [], [chosen]
     while asking:
         words = set(re.findall(r"(?<![\w.])\w+", asking.pop()))
@@ -143,25 +143,25 @@ def _code(fence: re.Match[str]) -> str:
 
 
 class CodeTests:
-    """Unit tests of a problem, run on completions; `seconds` for all tests of one completion."""
+    """Runs unit tests of problems on completions, with `seconds` for all tests of one completion."""
 
     def __init__(self, sandbox: bool = True, seconds: float = 10.0) -> None:
         self.sandbox = sandbox
         self.limits = Limits(wall_seconds=seconds, cpu_seconds=max(1, round(seconds)))
 
     def check(self, problem: Problem) -> None:
-        """Raise UserError for a problem without tests that call a function, and a machine without the sandbox."""
+        """Raise UserError if the problem has no tests that call a function, or the machine has no sandbox."""
         _tests_of(problem)
         if self.sandbox:
             check_sandbox()
 
     def judge_all(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
-        """True if each completion passes all tests of its problem; as many at a time as there are processors."""
+        """Return whether each completion passes all tests of its problem; one runs per CPU core."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             return list(pool.map(lambda pair: self.passes(*pair), pairs))
 
     def passes(self, problem: Problem, completion: str) -> bool:
-        """True if a completion passes all tests; one without code never does."""
+        """True if a completion passes all tests; never without code."""
         entry_point = problem.record["entry_point"] if _is_human_eval(problem.record) else None
         tests = _tests_of(problem)
         names = [entry_point] if entry_point else names_called(tests) if isinstance(tests, str) else []
@@ -173,14 +173,14 @@ class CodeTests:
         if entry_point is None:
             return self._passes(code, "", tests, names, None)
         given = _whole(code_of(problem.prompt, names))
-        # code goes on from the prompt, unless it defines the function anew
+        # the code continues the prompt, unless it defines the function again
         program = f"{given}\n\n{code}" if defines(code, entry_point) else problem.prompt + code
         return self._passes(program, given, tests, names, entry_point)
 
     def _passes(self, program: str, prompt: str, tests: str, names: list[str], entry_point: str | None) -> bool:
         word = secrets.token_hex(16)
         with room_for(self.limits, 2), ThreadPoolExecutor(1) as other:
-            incoming, requests = os.pipe()  # each pair: the end that is read, the end that is written
+            incoming, requests = os.pipe()  # (read end, write end)
             answered, replies = os.pipe()
             served = f"{CALLING}\nserve({program!r}, {incoming}, {replies})\n"
             serving = other.submit(self._run_with, served, (incoming, replies))
@@ -190,7 +190,7 @@ class CodeTests:
         return result.ended == "done" and result.output.endswith(f"\n{word}\n")
 
     def _run_with(self, code: str, ends: tuple[int, int]) -> Any:
-        """Run one side; its ends of the pipes are then closed, so that the other side meets the end of them."""
+        """Run one side, then close its ends of the pipes, so that the other side sees the end of file."""
         try:
             return run_python(code, self.limits, sandbox=self.sandbox, descriptors=ends)
         finally:
@@ -198,8 +198,8 @@ class CodeTests:
                 os.close(end)
 
     def _prints(self, code: str, given: str, expected: str) -> bool:
-        """True if a program that reads `given` prints `expected`, but for white space at the ends of lines."""
-        # as a module's text of its own: a last expression is not printed, and lines count from 1
+        """True if a program that reads `given` prints `expected`, except for white space at line ends."""
+        # compiled separately: a last expression is not printed, and line numbers start at 1
         result = run_python(
             f"{GIVEN}give({given.encode()!r})\n"
             f"exec(compile({code!r}, '<solution>', 'exec'), {{'__name__': '__main__'}})\n",
@@ -210,7 +210,7 @@ class CodeTests:
 
 
 def names_called(tests: str) -> list[str]:
-    """The functions that tests call and neither define nor import: those of the program.
+    """Return the functions that tests call but neither define nor import, which are the program's.
 
     >>> names_called("import math\\nfor x in [1, 2]:\\n    assert f(x) == math.sqrt(g(x))")
     ['f', 'g']
@@ -230,7 +230,7 @@ def names_called(tests: str) -> list[str]:
 
 
 def _whole(prompt: str) -> str:
-    """The code of a prompt as a program that can run, a function that only begins with a body; "" of mere words."""
+    """Return the code of a prompt as a valid program, with a body for an open function; "" if it is text."""
     for text in (prompt, f"{prompt.rstrip()}\n    pass\n"):
         try:
             ast.parse(text)
@@ -244,7 +244,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-# ---- what a record holds
+# ---- tests of a record
 
 
 def has_tests(record: dict[str, Any]) -> bool:
@@ -257,7 +257,7 @@ def _is_human_eval(record: dict[str, Any]) -> bool:
 
 
 def _tests_of(problem: Problem) -> str | list[dict[str, str]]:
-    """The tests of a problem as one program text, or inputs and outputs. Raises UserError for what is neither."""
+    """Return the tests of a problem, as one program or as inputs and outputs. Raises UserError for anything else."""
     record, where = problem.record, problem.where
     if _is_human_eval(record):
         for name in ("test", "entry_point"):
@@ -280,7 +280,7 @@ def _tests_of(problem: Problem) -> str | list[dict[str, str]]:
     setup = record.get("test_setup_code") or ""
     text = _parsed("\n".join([setup, *lines]), where, field)
     if "assert" not in text or not names_called(text):
-        raise UserError(f"{where}: expected {field!r} to assert something of a function of the program")
+        raise UserError(f"{where}: expected {field!r} to assert something about a function of the program")
     return text
 
 

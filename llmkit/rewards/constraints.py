@@ -1,4 +1,4 @@
-"""The form of a completion: regular expressions with a limit of time, and JSON that fits a schema."""
+"""The format of a completion: regular expressions with a time limit, and JSON that fits a schema."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
 
 SECONDS = 1.0  # for one completion: (a+)+$ on forty letters takes a day
-LONGEST_CHECK = 10.0  # of the processor: JSON of a megabyte takes a second
+LONGEST_CHECK = 10.0  # seconds of CPU time: JSON of a megabyte takes one
 BACKTRACKS = 1_000_000  # of a pattern in a schema
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL | re.IGNORECASE)
 
 
 def compiled(pattern: str, where: str) -> Any:
-    """A pattern of the `regex` package, which keeps the last 500. Raises UserError for one that it does not know."""
+    """Compile a pattern with `regex`, which caches the last 500. Raises UserError for an invalid one."""
     import regex
 
     try:
@@ -36,7 +36,7 @@ def compiled(pattern: str, where: str) -> Any:
 
 
 def matches_whole(pattern: Any, text: str) -> bool:
-    """True if all of a text matches; False where that takes longer than `SECONDS`, or too much memory ((?R))."""
+    """True if the whole text matches; False if that takes longer than `SECONDS`, or too much memory ((?R))."""
     try:
         return pattern.fullmatch(text, timeout=SECONDS, concurrent=True) is not None
     except (TimeoutError, MemoryError):
@@ -44,9 +44,9 @@ def matches_whole(pattern: Any, text: str) -> bool:
 
 
 class FormatReward(Reward):
-    """`format:REGEX`: 1 for a completion that matches as a whole, 0 for any other; an empty one has 0.
+    """`format:REGEX`: 1 if the whole completion matches, else 0, also for an empty one.
 
-    White space around the completion does not count. A dot takes line breaks only with (?s).
+    White space around the completion is ignored. A dot matches line breaks only with (?s).
     """
 
     def __init__(self, pattern: str, flag: str = "--reward") -> None:
@@ -54,25 +54,25 @@ class FormatReward(Reward):
         self._pattern = compiled(pattern, self.where)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """1.0 or 0.0 for each attempt."""
+        """Return 1.0 or 0.0 for each attempt."""
         texts = [attempt.completion.strip() for attempt in attempts]
         return [float(bool(text) and matches_whole(self._pattern, text)) for text in texts]
 
 
 class LengthReward(Reward):
-    """`length`: the share of --max-tokens that was sampled, 0 to 1; a negative weight makes for brevity.
+    """`length`: sampled tokens as a share of --max-tokens, 0 to 1; a negative weight rewards brevity.
 
-    `length=answer` counts the tokens of what follows the thoughts.
+    `length=answer` counts only the tokens after the thinking.
     """
 
     _tokenizer: Tokenizer | None = None
 
     def check_policy(self, tokenizer: Tokenizer) -> None:
-        """Count by the policy's tokenizer."""
+        """Use the policy's tokenizer to count."""
         self._tokenizer = tokenizer if self.name == "length=answer" else None
 
     def score(self, attempts: Sequence[Attempt]) -> list[float]:
-        """Sampled tokens over those that could have been."""
+        """Return tokens / max_tokens of each attempt."""
         counts = [attempt.token_count for attempt in attempts]
         if self._tokenizer is not None:
             answers = [split_thoughts(attempt.completion)[1] for attempt in attempts]
@@ -89,7 +89,7 @@ def check_pattern(problem: Problem) -> None:
 
 
 def is_pattern_met(problem: Problem, completion: str) -> bool:
-    """The completion as a whole matches `pattern`, else the answer: .* must be written where it is meant."""
+    """True if the whole completion matches `pattern`, or the answer if there is none; nothing adds a .* to it."""
     return matches_whole(compiled(_pattern_of(problem), problem.where), completion)
 
 
@@ -105,18 +105,18 @@ def _pattern_of(problem: Problem) -> str:
 
 
 class SchemaVerifier:
-    """JSON that fits `schema`, by jsonschema-rs in a process of its own: `allOf` may double the work at each level."""
+    """Checks JSON by `schema`, with jsonschema-rs in a separate process: `allOf` may double the work per level."""
 
     def __init__(self, seconds: float = LONGEST_CHECK) -> None:
         self.worker = Worker(start_checking, seconds)
 
     def check(self, problem: Problem) -> None:
-        """Raise UserError for a problem without a valid schema, or without jsonschema-rs."""
+        """Raise UserError if the problem has no valid schema, or jsonschema-rs is not installed."""
         schema = problem.record.get("schema")
         if not isinstance(schema, dict):
             raise UserError(f"{problem.where}: expected field 'schema', an object, found {sorted(problem.record)}")
         if not schema:
-            raise UserError(f"{problem.where}: expected 'schema' to ask for something, found {{}}, which all JSON fits")
+            raise UserError(f"{problem.where}: expected 'schema' to forbid something, found {{}}, which any JSON fits")
         try:
             from jsonschema_rs import ValidationErrorKind
         except ImportError:
@@ -131,18 +131,18 @@ class SchemaVerifier:
             raise UserError(f"{problem.where}: {expected}: {reason}") from None
 
     def judge(self, problem: Problem, completion: str) -> bool:
-        """The completion is JSON that fits `schema`; alone, or as the one fenced block that it consists of.
+        """True if the completion, or the one fenced block that it consists of, is JSON that fits `schema`.
 
-        Deliberately strict: text around it, a key twice, NaN and Infinity are no JSON. Nothing is fetched for a `$ref`.
+        Deliberately strict: text around it, duplicate keys, NaN and Infinity are invalid. A `$ref` is never fetched.
         """
         try:
             return self.worker.call((json.dumps(problem.record["schema"]), completion))
-        except WorkerDied:  # also at the limit of time
+        except WorkerDied:  # or the time limit was reached
             return False
 
 
 def start_checking() -> Callable[[tuple[str, str]], Iterator[bool]]:
-    """Return a function that tells if a completion is JSON that fits a schema, which is JSON, too."""
+    """Return a function that checks whether a completion is JSON that fits a schema, itself given as JSON."""
 
     def check(pair: tuple[str, str]) -> Iterator[bool]:
         schema, completion = pair
@@ -159,23 +159,23 @@ def start_checking() -> Callable[[tuple[str, str]], Iterator[bool]]:
 def _validator(schema: str) -> Any:
     import jsonschema_rs
 
-    # (a+)+$ on forty letters takes a day otherwise
+    # without a limit (a+)+$ on forty letters takes a day
     patterns = jsonschema_rs.FancyRegexOptions(backtrack_limit=BACKTRACKS)
     return jsonschema_rs.validator_for(json.loads(schema), offline=True, pattern_options=patterns)
 
 
 def strict_json(text: str) -> Any:
-    """Parse JSON in which no key stands twice and every number is finite. Raises ValueError for other."""
+    """Parse JSON. Raises ValueError for invalid JSON, duplicate keys, and numbers that are not finite."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            raise ValueError("a key twice")
+            raise ValueError("duplicate key")
         return value
 
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):  # NaN and Infinity, too
-            raise ValueError(f"{number} is no finite number")
+            raise ValueError(f"{number} is not finite")
         return value
 
     return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)

@@ -11,7 +11,7 @@ from llmkit.formats.problems import last_boxed
 from llmkit.rewards.numbers import ANNOUNCED, SENTENCE_END
 
 MARK = re.compile("(?<!#)####(?!#)")
-# what follows #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"
+# text after #### in a heading rather than an answer: "Step 1", "Final Answer:" alone, "2. Compute"
 HEADING = re.compile(
     r"\A(?:[\W\d_]*(?:(?:step|part|case|solution|conclusion|explanation|reasoning|summary|given|verification|check"
     r"|calculation|method|approach|question|problem|plan|thought|analysis|example)s?\b"
@@ -31,31 +31,31 @@ INSTEAD = re.compile(
     r",? (?:and |but )?(?:not|rather than|instead of) (?:[(\[]?[A-Z][)\]]?(?:,? (?:or|and) |\b))+(?=\W*\Z)"
 )
 CONCLUSION = re.compile(r"(?:so|thus|therefore|hence|that leaves|this leaves)\b", re.IGNORECASE)
-LETTER = r"A-Za-z0-9_\u00c0-\u024f'\u2019"  # other scripts set no space between words: 答案是B
-# a capital letter alone, but for the article A and the pronoun I before a word in small letters
+LETTER = r"A-Za-z0-9_\u00c0-\u024f'\u2019"  # other scripts have no spaces between words: 答案是B
+# a single capital letter, except the article A and the pronoun I before a lower-case word
 NAMED = re.compile(rf"(?<![{LETTER}])([A-Z])(?![{LETTER}])(?!(?<=[AI])\s+(?!(?:or|nor|and|but|is|was)\b)[a-z])")
 QUOTES = " \t\r\n\"'`*_\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
 def unasked(completion: str, prompt: str) -> str:
-    """The completion without repetitions of the whole prompt, where that is three words or more."""
+    """Remove repetitions of the whole prompt, if it has three words or more."""
     question = prompt.strip()
     return completion.replace(question, "\n") if len(question.split()) >= 3 else completion
 
 
 def after_thinking(completion: str) -> str:
-    """Return the text after the last </think>, or all of it where nothing follows."""
+    """Return the text after the last </think>, or all of it if nothing follows."""
     rest = completion.rpartition(THOUGHT)[2]
     return rest if rest.strip() else completion
 
 
 def tagged(completion: str) -> str | None:
-    """Return the text in the last <answer>...</answer>, which may be open; None without one."""
+    """Return the text in the last <answer>...</answer>, closed or not; None without one."""
     return next(reversed(TAG.findall(completion)), None)
 
 
 def final(completion: str) -> str:
-    """Return the part of a completion that answers: the text after its thinking, in <answer> if there is one.
+    """Return the answer part of a completion: the text after its thinking, in <answer> if there is one.
 
     >>> final("<think>4?</think> So <answer>5</answer>."), final("5")
     ('5', '5')
@@ -66,9 +66,9 @@ def final(completion: str) -> str:
 
 
 def marked(completion: str, numeric: bool = False) -> str | None:
-    """Return the text after ####, "" where several differ; else the last box, as in MATH's solutions.
+    """Return the text after ####, or "" if several differ; without ####, the last box, as in MATH's solutions.
 
-    Headings ("#### Step 1", and if `numeric` any without a digit) mark nothing.
+    Headings ("#### Step 1", and if `numeric` any without a digit) do not count.
 
     >>> marked("2 + 2 = 4\\n#### 4"), marked("#### 4\\n#### 5"), marked(r"\\boxed{3} \\boxed{4}"), marked("four")
     ('4', '', '4', None)
@@ -90,7 +90,7 @@ def marked(completion: str, numeric: bool = False) -> str | None:
 
 
 def statement(completion: str) -> str:
-    """Return the final statement: the marked text, else what "the answer is" announces, else the last line."""
+    """Return the final statement: the marked text, else the text after "the answer is", else the last line."""
     text = marked(completion)
     if text is not None:
         return text
@@ -103,7 +103,7 @@ def statement(completion: str) -> str:
 
 
 def last_sentence(completion: str) -> str:
-    """Return the last sentence of what a completion states in the end.
+    """Return the last sentence of the final statement.
 
     >>> last_sentence("2 + 3 = 5. The answer is five. "), last_sentence("Six.")
     ('five.', 'Six.')
@@ -114,7 +114,7 @@ def last_sentence(completion: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text as it is compared: without case, quotes and emphasis around it and a final point, white space as one blank.
+    """Normalize text for comparison: fold case and white space, strip quotes, emphasis and a final full stop.
 
     >>> plain(' **"Yes  indeed."** ')
     'yes indeed'
@@ -124,19 +124,19 @@ def plain(text: str) -> str:
 
 
 def says(completion: str, answer: str) -> bool:
-    """True if the answer is the whole completion, or what it says in the end.
+    """True if the answer is the whole completion or its final statement.
 
-    Deliberately strict: "It is Paris" is not "Paris"; the verifier `match` takes both.
+    Deliberately strict: "It is Paris" is not "Paris"; the verifier `match` accepts both.
     """
     wanted = plain(answer)
     return bool(wanted) and wanted in (plain(completion), plain(statement(completion)))
 
 
 def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
-    """The letter of the option that a completion chooses; None where it chooses none, or leaves it open.
+    """Return the letter of the option that a completion chooses; None if it chooses none, or leaves it open.
 
-    Accepted are the letter ("B", "(b)", "B)", "B. text", "The answer is B"), and the text of an option alone. Of the
-    last statement only one letter may be named, and nothing denied: "A or B", "not A, but B" choose nothing.
+    It accepts the letter ("B", "(b)", "B)", "B. text", "The answer is B") or the text of an option alone. The final
+    statement may name only one letter, and deny nothing: "A or B" and "not A, but B" choose nothing.
     """
     choice = unicodedata.normalize("NFKC", statement(completion)).strip(QUOTES)
     choice = INSTEAD.sub("", choice)
@@ -157,7 +157,6 @@ def chosen(completion: str, options: Sequence[tuple[str, str]]) -> str | None:
     reasoned = re.match(r"[(\[*]*([A-Z])[)\]*.:]*[ \t]*,?[ \t]*(?:because|since|as|for)\b", choice)
     if reasoned and reasoned[1] in letters:
         return reasoned[1]
-    # an A before a word in small letters is an article, and an I a pronoun
     named = NAMED.findall(choice)
     candidates = {letter for letter in named if letter in letters}
     return candidates.pop() if len(candidates) == 1 and not DENIAL.search(choice) else None

@@ -7,12 +7,12 @@ r"""The number that a text gives as its answer, read without `eval` and compared
     >>> last_number("minus 7").value, last_number(r"-\frac14").value, last_number("答案是8").value
     (Fraction(-7, 1), Fraction(-1, 4), Fraction(8, 1))
 
-Read are digits of any script, English number words where the statement has no digits, thousands and decimals by the
+It reads digits of any script, English number words if the statement has no digits, thousands and decimals in the
 conventions of several countries (1,000.5; 1.000.000,5; 1 000; 12,34,567; 1{,}000 in LaTeX), signs and "minus",
-scientific notation, fractions (3/4, 2 1/2, \frac{3}{4}, ½), currency before and percent, "million" or a unit after.
-What stands around a number gives its sign, or makes it no statement (operand, bound, one of a list, denial): each of
-these patterns is tried on at most 200 characters before a number or 160 behind it. phrases.json has the words of
-several languages.
+scientific notation, fractions (3/4, 2 1/2, \frac{3}{4}, ½), a currency before the number, and percent, "million" or a
+unit after it. The context of a number gives its sign, or shows that it is not a statement (operand, bound, one of a
+list, denial): these patterns see at most 200 characters before a number and 160 after it. phrases.json has the words
+of several languages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from llmkit.text.answer_spans import CURRENCIES, FACTORS, MEASURED, MEASURES, SMALL
 from llmkit.text.normalize import ROMAN, is_number, tokens
 
-MINUS = "\u2212\u2013-"  # the hyphen last, for classes of regexes
+MINUS = "\u2212\u2013-"  # the hyphen last, for regex character classes
 CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 ANY_CASE = re.IGNORECASE
 PHRASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
@@ -48,17 +48,17 @@ SIGN = re.compile(rf"(?P<word>{WORD})|(?P<mark>[+{MINUS}])(?P<apart>[ \t]*)", AN
 # signs, currencies and brackets directly before a number
 LEAD = re.compile(rf"(?:(?:(?<![A-Za-z])(?:{WORD})|[+{MINUS}]|\\?[{CURRENCY}]|[(\[{{])[ \t]*)*\Z", ANY_CASE)
 NEGATIVE = re.compile(rf"minus|negative|moins|menos|meno|{ANY['minus']}|[{MINUS}]", ANY_CASE)
-# after these a sign apart from its number is one all the same
+# after these a sign may be apart from its number
 STATES = re.compile(
     rf"(?:[=:<>\u2248,(\[{{{CURRENCY}*\"'`&|]|\\approx|\b(?:is|are|was|were|equals?|be|gives?|gets?|ist|es|est))"
     r"[ \t]*\Z",
     ANY_CASE,
 )
 NUMERAL = r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|hundred|thousand"
-# "ten minus 3": what a sign in words subtracts from
+# "ten minus 3": the first operand of a sign in words
 OPERAND_OF_WORD = re.compile(rf"(?:[0-9)\]}}%]|\b[A-Za-z]|\b(?:{NUMERAL}))[ \t]*\Z", ANY_CASE)
 
-# what makes a number the operand of an expression that nobody has worked out, or the argument of a function
+# before an operand of an expression without a result, or an argument of a function
 OPERAND = re.compile(
     r"(?:[\^\u00d7\u00f7\u00b7_\u221a\u221b\u00b1]|\\(?:times|cdot|div|pm|mp)|[0-9)]\s*x|[\w)\]}]\s*/|\+\s*/\s*-"
     r"|(?<![A-Za-z])\\?(?:sqrt|log|ln|lg|sin|cos|tan|exp|overline|bar|square root of)\b)\s*[{(\[]?\s*\Z"
@@ -67,7 +67,7 @@ OPERAND = re.compile(
 )
 # the argument of a function of one letter: f(3)
 APPLIED = re.compile(r"(?<![A-Za-z\\])[A-Za-z]\([ \t]*\Z|(?<!\|)\|[-\u2212]\Z")
-# an operator, power, factorial or variable directly behind: 3 * x, 10^6, 5!, 2x
+# an operator, power, factorial or variable directly after: 3 * x, 10^6, 5!, 2x
 OPERATED = re.compile(
     r"\s*(?:[\^\u00d7\u00f7\u00b7\u03c0\u221a\u00b1]|\\(?:times|cdot|div|pi|sqrt|pm|mp|theta|alpha)\b)|[xX][0-9]"
     r"|\s+(?:minus|plus|divided by)\b"
@@ -91,7 +91,7 @@ GOES_ON = re.compile(
     ANY_CASE,
 )
 
-# a limit before the number: "> 5", "more than 5", "at least 5", "is over 5"; or behind it: "5 or more", "5+"
+# a limit before the number: "> 5", "more than 5", "at least 5", "is over 5"; or after it: "5 or more", "5+"
 BOUND = re.compile(
     r"(?:[^\s=>-][ \t]*>=?|(?:\A|\s)>=?\Z|<=?|[\u2264\u2265\u226a\u226b]"
     rf"|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|ll|gg)\b|\b(?P<words>{ANY['bounds']})"
@@ -102,7 +102,7 @@ BOUND_BEHIND = re.compile(
     rf"\s*(?P<words>{ANY['bounds behind']})\b|\s*(?:{ANY['bounds behind without spaces']})|\+(?!\s*[\w(])", ANY_CASE
 )
 
-# a denial before it, with up to four filler words between: "is not equal to 5", "the wrong answer is 5"
+# a denial before it, with up to four filler words: "is not equal to 5", "the wrong answer is 5"
 DENIED = re.compile(
     rf"(?:(?:\b(?:{ANY['denials']})\b|n['\u2019]t\b|\u2260|!=|\\neq?\b|<>)"
     rf"(?:[\s*\"'(]+(?:{ANY['between a denial and its number']})){{0,4}}"
@@ -113,14 +113,14 @@ DENIED = re.compile(
     ANY_CASE,
 )
 RIGHT = r"(?:right|correct|true|the (?:right |correct )?answer|it|possible|valid)\b"
-# a denial behind it: "5 is wrong", "5 cannot be right", "5 is too many"
+# a denial after it: "5 is wrong", "5 cannot be right", "5 is too many"
 DENIED_BEHIND = re.compile(
     r"[\s*\"'`)\]$]*(?:(?:is|was|would be|seems|looks)\s+(?:clearly |definitely |certainly |also |just |simply )?"
     rf"(?:not {RIGHT}|wrong\b|incorrect\b|false\b|impossible\b|too (?:many|few|much|little|big|small|high|low|large)\b)"
     rf"|(?:is|was)n['\u2019]?t {RIGHT}|can(?:not|['\u2019]t) be {RIGHT}|{ANY['denials behind']})",
     ANY_CASE,
 )
-# doubt or a correction behind it: "5?", "5. Wait", "5, but that is not right"
+# doubt or a correction after it: "5?", "5. Wait", "5, but that is not right"
 TAKEN_BACK = re.compile(
     r"[^?.!\n]{0,20}\?|.{0,60}?(?:\b(?:(?:that|this|it|which)(?:['\u2019]s| is| was)|they(?:['\u2019]re| are| were))\s+"
     r"(?:clearly |actually |certainly )?"
@@ -131,18 +131,18 @@ TAKEN_BACK = re.compile(
     r"|\b(?:but|except that) (?:it|that|this|there) ?(?:is|are|was|were)(?:n['\u2019]t| not)\b)",
     ANY_CASE | re.DOTALL,
 )
-# "would be 5", which an "if" behind makes a supposition
+# "would be 5", a supposition if an "if" follows
 SUPPOSED = re.compile(r"\b(?:would|could|might) (?:be|have been) [\s*\"'(]*\Z", ANY_CASE)
-# ten digits beyond what a double holds; whole numbers are compared exactly
+# relative; whole numbers are compared exactly
 TOLERANCE = Fraction(1, 10**6)
-LONGEST = 400  # characters of one number: more is nobody's answer, and integers of many digits cost their square
+LONGEST = 400  # characters of one number: no answer has more, and integers take quadratic time
 LARGEST_EXPONENT = 400
 READ_FROM_END = 100_000  # characters
-BEFORE, AFTER = 200, 160  # characters around a number that can make it no statement
+BEFORE, AFTER = 200, 160  # characters around a number that decide whether it is a statement
 
 RUN = re.compile(
-    # the whole run of digits and what joins them, so that a part of a date or of 1.2.3 is never taken for a number;
-    # a letter before it makes it a name (x5, H2O), but for scripts that set no space between words
+    # the whole run of digits and what joins them, so that a part of a date or of 1.2.3 is never read as a number;
+    # a letter before it makes it a name (x5, H2O), except in scripts without spaces between words
     r"(?<![0-9A-Za-z\u00aa-\u052f\u1e00-\u1fff])(?<![0-9]\.)"
     r"(?P<run>\.?[0-9]+(?:[.,:/\-\u2013\u2212][0-9]+)*(?:[eE][-+]?[0-9]+)?)"
     r"(?P<percent>\s{0,9}(?:\\?%|percent\b|per cent\b))?"
@@ -150,7 +150,7 @@ RUN = re.compile(
 PLAIN = re.compile(
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
 )
-# a point between thousands where a comma or a second point shows it, a comma before decimals
+# points between thousands, if a comma or a second point shows it, and a comma before decimals
 CONTINENTAL = re.compile(
     r"(?:[0-9]{1,3}(?:\.[0-9]{3}){2,}|[0-9]{1,3}(?:\.[0-9]{3})+(?=,)"
     r"|[0-9]+(?=,[0-9]{1,2}\Z|,[0-9]{4})|0(?=,))(?:,[0-9]+)?"
@@ -166,30 +166,30 @@ CONTRAST = re.compile(
 CALLED = re.compile(r" is the (?:final |correct |right )?answer\b", re.IGNORECASE)
 # "3 * 9 = 27 dollars in 3 weeks" says 27
 RESULT = re.compile(rf"(?<=[0-9)%])\s?=\s?[{CURRENCY}]?\Z")
-# what may follow a result: words, without a conclusion, a denial or another statement
+# may follow a result: words without a conclusion, a denial or another statement
 CIRCUMSTANCES = re.compile(
     r"(?=\W{0,3}(?:[^\W\d_]|\Z))(?!.*\b(?:so|then|thus|therefore|which|leaving|is|are|was|were|has|have|or|not|wrong|no|if|but|except|minus|plus|less|times|until|later|and\s+[0-9])\b)[^,;:=?!<>\n]{0,200}\.?\s*",
     re.IGNORECASE,
 )
 VARIABLE = re.compile(r"[A-Za-z]\s*=(?!=)\s*\$?")
-# "square" and "degrees" say what is measured
+# "square" and "degrees" belong to the unit
 UNIT = re.compile(rf"\s*(?:(?:square|cubic|degrees?)\s+)?([A-Za-z]+|[{CURRENCY}])(?:(?:/| per )([A-Za-z]+))?")
 _HAN = "\u96f6\u3007\u4e00\u4e8c\u4e24\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341\u767e\u5343"
-# behind words one alone may be part of one of them
+# after other words, a single 一 may be part of a word
 HAN = re.compile(
     rf"(?:\W*|.*[^{_HAN}](?!\u4e00(?![{_HAN}])))([{_HAN}]+)[\u3040-\u9fff]?[\u3040-\u30ff]{{0,2}}\W*\Z", re.DOTALL
 )
 LONGEST_STATEMENT = 2000  # characters in which number words are read
-JOINED = "\ue000"  # stands before a fraction that was one character, or LaTeX
-S = r"\s{0,9}"  # white space; without a bound long runs of it would cost their square
+JOINED = "\ue000"  # marks a fraction that was one character, or LaTeX
+S = r"\s{0,9}"  # white space; unbounded, long runs would take quadratic time
 MONTH = "(?:jan|feb|mar|apr|may|june?|july?|aug|sept?|oct|nov|dec)[a-z]{0,6}"
 PART = rf"(?:\{{{S}([-\u2212]?{S}[0-9.]+){S}\}}|([0-9]))"
 LATEX_FRACTION = re.compile(rf"\\[cdt]?frac{S}{PART}{S}{PART}")
 LATEX = (
-    (r"<<[^<>]{0,200}>>", ""),  # GSM8K's marks of a calculator
+    (r"<<[^<>]{0,200}>>", ""),  # GSM8K's calculator annotations
     (r"</?[A-Za-z][A-Za-z0-9]{0,15}/?>", " "),
     (r"(?<=[0-9])(?:\{,\}|,\\!|\\,(?=[0-9]{3})|[\u00a0\u2009\u202f'\u2019_](?=[0-9]{3}(?![0-9])))", ","),
-    # 1 000 and 1 000 000, but no longer row of numbers
+    # 1 000 and 1 000 000, but not a longer row of numbers
     (r"(?<![0-9.,])(?<![0-9.,] )([1-9][0-9]{0,2}) ([0-9]{3})(?: ([0-9]{3}))?(?![0-9]| [0-9])", r"\1\2\3"),
     (
         r"(?<=10)[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,4}",
@@ -200,16 +200,16 @@ LATEX = (
         r"(?<=[A-Za-z])(?:\s|\\[,;: ]|\\cdot|\u00b7|~){1,3}(s|h|min)(?:\^\{?[-\u2212][12]\b\}?|\u207b[\u00b9\u00b2])",
         r"/\1",
     ),
-    (r"\$(?=[^$\n]{0,80}\\[A-Za-z ,;])([^$\n]{1,160}?)\$", r"\1"),  # the signs around LaTeX are no dollars
+    (r"\$(?=[^$\n]{0,80}\\[A-Za-z ,;])([^$\n]{1,160}?)\$", r"\1"),  # math delimiters, not dollars
     (r"\\(?:[!,;: ]|left\b|right\b|displaystyle\b|quad\b)|~", " "),
     (rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname){S}\{{([^{{}}]{{0,200}})\}}", r" \1 "),
     (rf"{S}(?:\^{S}\{{?{S}\\circ{S}\}}?|\\degree\b|\u00b0)", " degrees "),
-    # 10 to a power behind a factor
+    # 10 to a power, after a factor
     (
         rf"(?<=[0-9]){S}(?:\\times|[xX*\u00d7\u00b7]|\\cdot){S}10{S}\^{S}\{{?{S}([-\u2212]?){S}([0-9]{{1,3}}){S}\}}?",
         r"e\1\2",
     ),
-    # or behind nothing
+    # or without a factor
     (
         r"(?<![0-9A-Za-z.,^*/+)\u00d7\u00b7-])(?<![*/+)\u00d7\u00b7-] )"
         rf"10{S}\^{S}\{{?{S}([-\u2212]?)([0-9]{{1,3}})\b{S}\}}?",
@@ -217,7 +217,7 @@ LATEX = (
     ),
     (rf"(?i)\b({MONTH}\.?) [0-3]?[0-9](?:st|nd|rd|th)?,? (?=[0-9]{{4}}\b)", r"\1 "),
     (r"(?<=[0-9]) and (?=[0-9]{1,3}/[0-9]{1,3}\b)", " "),
-    # powers of units; a name of one letter is a variable, but for m and s
+    # powers of units; other single letters than m and s are variables
     (
         r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|cot|log|ln|exp)\b)([A-Za-z]{2,12}|[ms])"
         rf"{S}\^{S}\{{?{S}-?[2-4]\b{S}\}}?",
@@ -236,9 +236,9 @@ SCALES = {
 
 
 def sign_before(before: str, alone: bool) -> tuple[bool, int] | None:
-    """True if a number is negative, and where its signs, currencies and brackets begin in the text before it.
+    """Return whether a number is negative, and where its signs, currencies and brackets begin in the text before it.
 
-    None where the sign is an operator. alone: there is nothing else, so a hyphen is no bullet.
+    Return None if the sign is an operator. alone: the text has nothing else, so a hyphen is not a bullet.
     """
     lead = LEAD.search(before)
     assert lead is not None
@@ -267,8 +267,8 @@ def sign_before(before: str, alone: bool) -> tuple[bool, int] | None:
 def is_no_statement(head: str, before: str, after: str, question: str) -> bool:
     """True if a number is denied, bounded, taken back, one of several or part of an expression.
 
-    head    what stands before its signs, currencies and brackets
-    before  what stands before the number
+    head    text before its signs, currencies and brackets
+    before  text before the number
     """
     for bound in (BOUND.search(head), BOUND_BEHIND.match(after)):
         if bound and not (bound["words"] and bound["words"].casefold() in question.casefold()):
@@ -288,10 +288,10 @@ def is_no_statement(head: str, before: str, after: str, question: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A value, and what stood beside it: 50% is 50 as well as 1/2.
+    """A value with its context: 50% is 50 as well as 1/2.
 
-    scale  10**6 of 2 million
-    unit   the sign of a unit of measurement or a currency that llmkit knows
+    scale  10**6 for 2 million
+    unit   symbol of a known unit of measurement or currency
     """
 
     value: Fraction
@@ -301,11 +301,10 @@ class Number:
 
 
 def last_number(text: str, question: str = "") -> Number | None:
-    """The last number of a text, where it is a statement: not denied, not one of a list, no operand, no bound.
+    """Return the last number of a text if it is a statement: not denied, one of a list, an operand or a bound.
 
-    Deliberately strict: "10:30", "3-4" and dates are none, and a text whose last number is none has none,
-    whatever stood before. Only the last 100,000 characters count. A bound that the question asks
-    for ("at least") is the answer.
+    Deliberately strict: "10:30", "3-4" and dates are not numbers, and if the last number is not a statement, no earlier
+    one counts. Only the last 100,000 characters are read. A bound that is in the question ("at least") is accepted.
     """
     text = _plain(text[-READ_FROM_END:])
     text = text[:-BEFORE] + CONTRAST.sub(r"\1", text[-BEFORE:])
@@ -321,7 +320,7 @@ def last_number(text: str, question: str = "") -> Number | None:
 
 
 def announced_number(text: str, question: str = "") -> Number | None:
-    """The number that closely follows the last "the answer is"; None where what follows is open, or reasoning."""
+    """Return the number shortly after the last "the answer is"; None if the statement is open, or is reasoning."""
     plain = _plain(text[-READ_FROM_END:])
     places = deque(ANNOUNCED.finditer(plain), maxlen=1)
     if not places:
@@ -347,7 +346,7 @@ def announced_number(text: str, question: str = "") -> Number | None:
 
 
 def only_number(text: str, question: str = "") -> Number | None:
-    """The number of a text that holds one, and nothing that could be another."""
+    """Return the number of a text with exactly one."""
     plain = _plain(text)
     runs = list(islice(RUN.finditer(plain), 3)) if len(plain) <= READ_FROM_END else []
     if len(runs) == 2 and MIXED.search(plain[: runs[1].start()]):
@@ -356,7 +355,7 @@ def only_number(text: str, question: str = "") -> Number | None:
 
 
 def whole_number(text: str) -> Number | None:
-    """The number that a text is: nothing else stands there but white space, a unit, `x =` before and a final point.
+    """Return the number that a text consists of, perhaps with a unit, `x =` before it and a final full stop.
 
     >>> [str(found and found.value) for found in map(whole_number, ("5 apples", "x = 5", "six", "1.2 million", "10^3"))]
     ['5', '5', '6', '1200000', '1000']
@@ -375,7 +374,7 @@ def whole_number(text: str) -> Number | None:
 
 
 def in_digits(text: str) -> str:
-    """A text with its number words as digits, if it has no digits: "twenty-one men" as "21 men"; but not "no one".
+    """Write number words as digits in a text without digits: "twenty-one men" as "21 men", but not "no one".
 
     >>> in_digits("So she has minus two and a half."), in_digits("Six of 6"), in_digits("Wait a second, no one")
     ('So she has -2.5.', 'Six of 6', 'Wait a second, no one')
@@ -396,7 +395,7 @@ def in_digits(text: str) -> str:
 
 
 def same_number(number: Number, answer: Number) -> bool:
-    """True if two numbers are the same: whole ones exactly, others to a millionth of the answer.
+    """True if two numbers are equal: whole ones exactly, others up to a millionth of the answer.
 
     >>> half, fifty, percent = Number(Fraction(1, 2)), Number(Fraction(50)), Number(Fraction(50), percent=True)
     >>> same_number(percent, half), same_number(percent, fifty), same_number(fifty, half)
@@ -415,7 +414,7 @@ def same_number(number: Number, answer: Number) -> bool:
 
 
 def unscaled(number: Number, question: str) -> Number:
-    """The number without "million", where the question has that word: how many millions are there?"""
+    """Return the number without its scale, such as "million", if the question has that word: how many millions?"""
     words = [word for word, scale in SCALES.items() if scale == number.scale and len(word) > 2]
     named = any(word in question.casefold() for word in words)
     return Number(number.value / number.scale, number.percent) if named else number
@@ -428,7 +427,7 @@ def _close(value: Fraction, answer: Fraction) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Digits of any script in ASCII (no superscripts: 5² is not 52), ½ as 1/2, LaTeX's fractions, commas and texts."""
+    """Write digits of any script in ASCII (not superscripts: 5² is not 52), ½ as 1/2, and LaTeX as plain text."""
     if not text.isascii():
         text = "".join(character if character.isascii() else _ascii(character) for character in text)
     for pattern, replacement in LATEX_PATTERNS:
@@ -448,7 +447,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _han(text: str) -> int:
-    """The number that Chinese numerals write.
+    """Read Chinese numerals.
 
     >>> [_han(text) for text in ("\u516b", "\u5341\u4e8c", "\u4e8c\u5341", "\u4e09\u767e\u96f6\u4e94")]
     [8, 12, 20, 305]
@@ -461,7 +460,7 @@ def _han(text: str) -> int:
 
 
 def _is_unit(text: str) -> bool:
-    """True if what stands behind a number is a scale, a unit or what is counted: words in small letters, or none."""
+    """True if the text after a number is empty, or a scale, a unit or counted things, in lower case."""
     rest = text[scale.end() :] if (scale := SCALE.match(text)) else text
     named = rest.split()
     return len(named) <= 4 and all(
@@ -472,7 +471,7 @@ def _is_unit(text: str) -> bool:
 
 
 def _unit(text: str) -> str:
-    """The sign of the unit of measurement or currency that a text begins with; "" without one."""
+    """Return the symbol of the unit or currency that a text begins with; "" without one."""
     names = UNIT.match(text)
     signs = []
     for name in names.groups() if names else ():
@@ -494,7 +493,7 @@ def _ascii(character: str) -> str:
 
 
 def _number(text: str, match: re.Match[str], question: str, alone: bool = False) -> Number | None:
-    """The number of a match in `text`; None where it is malformed, denied, or part of something larger."""
+    """Return the number of a match in `text`; None if it is malformed, denied, or part of something larger."""
     before, after = text[max(0, match.start() - BEFORE) : match.start()], text[match.end() : match.end() + AFTER]
     mixed = MIXED.search(before) if "/" in match["run"] else None
     whole = 0

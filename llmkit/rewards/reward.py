@@ -1,4 +1,4 @@
-"""Interface of all rewards: attempts go in, one finite number each comes out."""
+"""Interface of all rewards: each attempt gets one finite number."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llmkit.formats.problems import Problem
 from llmkit.io.records import Row
 
 if TYPE_CHECKING:
-    from llmkit.tokenizer.encoding import Tokenizer  # brings numpy, which a mistyped SPEC does without
+    from llmkit.tokenizer.encoding import Tokenizer  # imports numpy, which the check of a SPEC does not need
 
-LARGEST = 1e9  # of rewards and weights: squares of their sums stay finite in float32
+LARGEST = 1e9  # reward or weight: squares of sums stay finite in float32
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One completion of a problem.
 
-    completion     its text, without special tokens
-    token_count    tokens sampled
+    completion     text without special tokens
+    token_count    number of sampled tokens
     finish_reason  "stop", "length", "tool_limit" or "tool_calls"
-    max_tokens     that could have been sampled
-    tool_calls     {"tool", "input", "result"} of each, without "result" where nobody ran it
+    max_tokens     limit of sampled tokens
+    tool_calls     {"tool", "input", "result"} of each call, without "result" if it was not run
     """
 
     problem: Problem
@@ -38,10 +38,10 @@ class Attempt:
 
 
 class Reward:
-    """A way to judge attempts.
+    """A reward.
 
-    name      its key in logs, such as "verifier" or "rm:judge/"
-    where     the option that it comes from, with its name, for errors
+    name      key in logs, such as "verifier" or "rm:judge/"
+    where     option and name, for errors
     verifies  whether 1 means right and 0 wrong
     """
 
@@ -51,15 +51,15 @@ class Reward:
         self.name, self.where = name, f"{flag} {name}"
 
     def check(self, problem: Problem) -> None:
-        """Raise UserError where this problem cannot be judged; asked of every problem before training."""
+        """Raise UserError if this problem cannot be judged; called for every problem before training."""
 
     def check_policy(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError where attempts of a policy with this tokenizer cannot be judged."""
+        """Raise UserError if attempts of a policy with this tokenizer cannot be judged."""
 
     def score(self, attempts: Sequence[Attempt]) -> Sequence[float | None]:
-        """A finite number for each attempt, in their order, None for one that cannot be judged.
+        """Return a finite number for each attempt, or None if it cannot be judged.
 
-        Raises UserError where the reward itself fails.
+        Raises UserError if the reward itself fails.
         """
         raise NotImplementedError
 
@@ -69,7 +69,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Weighted:
-    """A reward and its share of the sum."""
+    """A reward and its weight in the sum."""
 
     reward: Reward
     weight: float
@@ -78,7 +78,7 @@ class Weighted:
 def judge(
     attempts: Sequence[Attempt], weighted: Sequence[Weighted]
 ) -> list[tuple[dict[str, float | None], float | None]]:
-    """For each attempt, what each reward gives it, by its name, and the weighted sum; None where one cannot judge."""
+    """Return each attempt's rewards by name, and their weighted sum, None if one of them is None."""
     columns = {item.reward.name: item.reward.score(attempts) for item in weighted}
     judged = []
     for values in zip(*columns.values(), strict=True):
@@ -89,7 +89,7 @@ def judge(
 
 
 def finite(values: Sequence[float | None], what: str) -> list[float | None]:
-    """The values. Raises UserError that names the first which is NaN, infinite or beyond `LARGEST`."""
+    """Return the values. Raises UserError for the first that is NaN, infinite or larger than `LARGEST`."""
     for number, value in enumerate(values, 1):
         if value is not None and not abs(value) <= LARGEST:
             expected = f"rewards from {-LARGEST:g} to {LARGEST:g}" if math.isfinite(value) else "finite rewards"
@@ -98,10 +98,10 @@ def finite(values: Sequence[float | None], what: str) -> list[float | None]:
 
 
 class ModelReward(Reward):
-    """The score of a reward model, the mean of its heads; a truncated completion is scored as it stands.
+    """The score of a reward model, the mean of its heads; truncated completions are scored as they are.
 
-    spread  give minus the standard deviation over the heads instead: low where they have learnt nothing that holds
-            (Coste et al. 2023, arXiv 2310.02743, take it for the uncertainty of a judge)
+    spread  return minus the standard deviation over the heads instead, a measure of uncertainty (Coste et al. 2023,
+            arXiv 2310.02743)
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ModelReward(Reward):
         self.scorer = Scorer(model, chat, chat.end_id)
 
     def check_policy(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError where the policy's tokens are not the reward model's."""
+        """Raise UserError if the policy's vocabulary is not the reward model's."""
         if not self.tokenizer.same_vocabulary(tokenizer):
             raise UserError(
                 f"{self.where}: expected the vocabulary of {tokenizer.path.parent} "
@@ -137,7 +137,7 @@ class ModelReward(Reward):
             )
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
-        """Return the reward of each. Raises UserError for a completion that does not fit the model's context."""
+        """Return the reward of each attempt. Raises UserError if one does not fit the model's context."""
         import torch
 
         problems = [attempt.problem for attempt in attempts]
@@ -158,5 +158,5 @@ class ModelReward(Reward):
         return finite(rewards, self.where)
 
     def close(self) -> None:
-        """Let the model go."""
+        """Release the model."""
         del self.scorer

@@ -1,9 +1,9 @@
-"""Run inside the sandbox: tests in one process call functions that a model wrote in another, by plain values.
+"""Run inside the sandbox: tests in one process call functions of a model's program in another, with plain values.
 
-`serve` is the side of the model's program, `test` that of the tests. Between them pass lines of JSON: what a program
-gives back is rebuilt as None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict, so that no
-object of the program, with methods of its own, ever comes to the tests; anything else fails the call. This file is
-sent as source text and imports nothing but the standard library.
+`serve` is the side of the program, `test` the side of the tests. They exchange lines of JSON. Results are rebuilt as
+None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset or dict, so that no object with methods of the
+program reaches the tests; any other type fails the call. This file is sent as source text and imports only the standard
+library.
 """
 
 import builtins
@@ -13,13 +13,13 @@ import os
 import sys
 import types
 
-ENDING = ("StopIteration", "StopAsyncIteration")  # end `all(map(...))` of a test as if all were done
+ENDING = ("StopIteration", "StopAsyncIteration")  # would end `all(map(...))` of a test early, as success
 ITERATORS = tuple(type(make([])) for make in (iter, reversed)) + tuple(type(iter(make())) for make in (dict, set))
 BUILT = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def pack(value):
-    """A plain value as JSON; subclasses become what they derive from. Raises TypeError for anything else."""
+    """Convert a plain value to JSON; subclasses become their base class. Raises TypeError for other types."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
@@ -33,7 +33,7 @@ def pack(value):
     for name, kind in BUILT.items():
         if isinstance(value, kind):
             return [name, [pack(item) for item in value]]
-    raise TypeError(f"a value of type {type(value).__name__} cannot be compared by a test; give back plain values")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be compared by a test; return plain values")
 
 
 def unpack(value):
@@ -53,7 +53,7 @@ def unpack(value):
 
 
 def serve(source, requests, replies):
-    """Run a program, then its functions as they are asked for; ends with the requests."""
+    """Run a program, then its functions as requested, until the requests end."""
     with os.fdopen(requests, "rb") as incoming, os.fdopen(replies, "wb") as answered:
         module = sys.modules["solution"] = types.ModuleType("solution")
         exec(compile(source, "<solution>", "exec"), module.__dict__)
@@ -70,7 +70,7 @@ def serve(source, requests, replies):
 
 
 def test(prompt, tests, names, entry_point, word, requests, replies):
-    """Run tests whose `names` are functions of the program, after the code of the prompt; then `word` is printed."""
+    """Run the code of the prompt and the tests, with `names` as functions of the program; then print `word`."""
     outgoing, answered = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
 
     def function(name):
@@ -99,7 +99,7 @@ def test(prompt, tests, names, entry_point, word, requests, replies):
 
 
 def error_of(name, message):
-    """The exception that the program raised, where it is one of Python's own."""
+    """Return the exception that the program raised, if it is built in, else a RuntimeError."""
     kind = getattr(builtins, str(name), None)
     if name in ENDING:
         kind = None
@@ -109,12 +109,12 @@ def error_of(name, message):
 
 
 def put_back(given, changed):
-    """Change lists, dictionaries and sets that a function was given as the function did."""
+    """Apply the function's changes to the lists, dictionaries and sets that it was given."""
     for mine, theirs in zip(given, changed, strict=True):
         if type(mine) is not type(theirs) or mine == theirs:
             continue
         if any(isinstance(referrer, ITERATORS) for referrer in gc.get_referrers(mine)):
-            raise RuntimeError("the program changed what a test goes through")
+            raise RuntimeError("the program changed what a test iterates over")
         if isinstance(mine, list):
             mine[:] = theirs
         elif isinstance(mine, (dict, set)):

@@ -1,8 +1,8 @@
-"""Rewards of the user's own: a command that reads JSON lines, or a function in a Python file.
+"""The user's own rewards: a command that reads JSON lines, or a function in a Python file.
 
-cmd:./score.py            one process a batch; the record with `completion`, `finish_reason` and `token_count` a
-                          line comes in, a number or {"reward": number} a line goes out; null: cannot judge
-py:score.py:reward        reward(record) -> float | None, of the same record, in this process
+cmd:./score.py            one process per batch; reads a record per line, with `completion`, `finish_reason` and
+                          `token_count`, and prints a number or {"reward": number} per line; null: cannot judge
+py:score.py:reward        reward(record) -> float | None, with the same record, in this process
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llmkit.rewards.reward import Attempt, Reward, finite
 from llmkit.tools.python import exchange
 from llmkit.tools.user_code import UserFunction
 
-LONGEST_LINE = 1 << 20  # bytes of one that a command prints
+LONGEST_LINE = 1 << 20  # bytes that a command may print in one line
 
 
 def record_of(attempt: Attempt) -> dict[str, Any]:
-    """Build the record that a command or function gets: the problem's record, its prompt, and its completion."""
+    """Build the input of a command or function: the problem's record with prompt and completion."""
     problem = attempt.problem
     return {
         **problem.record,
@@ -46,14 +46,14 @@ def record_of(attempt: Attempt) -> dict[str, Any]:
 
 
 class CommandReward(Reward):
-    """`cmd:COMMAND`: a process for each batch, which must answer within `seconds`."""
+    """`cmd:COMMAND`: a process per batch, which must answer within `seconds`."""
 
     def __init__(self, command: str, words: list[str], seconds: float, flag: str) -> None:
         super().__init__(f"cmd:{command}", flag)
         self._words, self.seconds = words, seconds
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
-        """Return the numbers that the command printed. Raises UserError where it fails, hangs or prints otherwise."""
+        """Return the numbers that the command prints. Raises UserError if it fails, hangs or prints anything else."""
         if not attempts:
             return []
         lines = self._run(attempts).split(b"\n")
@@ -79,7 +79,7 @@ class CommandReward(Reward):
         try:
             process = subprocess.Popen(self._words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            raise UserError(f"{self.where}: expected a command that runs: {error.strerror}") from None
+            raise UserError(f"{self.where}: cannot run the command: {error.strerror}") from None
         with process:
             try:
                 out, err, ending = exchange(process, data, self.seconds, check_size)
@@ -101,13 +101,13 @@ class CommandReward(Reward):
         return out
 
     def _miscounted(self, lines: int, actual: str) -> UserError:
-        return UserError(f"{self.where}: expected {counted(lines, 'line')}, one a completion, found {actual}")
+        return UserError(f"{self.where}: expected {counted(lines, 'line')}, one per completion, found {actual}")
 
     def _number(self, line: bytes, number: int) -> float | None:
         expected = f'{self.where}: line {number}: expected a number or {{"reward": number}}, found'
         try:
             value = orjson.loads(line)
-        except orjson.JSONDecodeError:  # NaN is no JSON either
+        except orjson.JSONDecodeError:  # also for NaN
             raise UserError(f"{expected} {line[:60].decode('utf-8', 'replace')!r}") from None
         value = value["reward"] if isinstance(value, dict) and "reward" in value else value
         if value is None:
@@ -118,7 +118,7 @@ class CommandReward(Reward):
 
 
 def split_command(command: str, flag: str) -> list[str]:
-    """The words of a command. Raises UserError where its program cannot be run."""
+    """Split a command into words. Raises UserError if its program cannot be run."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -132,7 +132,7 @@ def split_command(command: str, flag: str) -> list[str]:
 
 
 class FunctionReward(Reward):
-    """`py:FILE.py:FUNCTION`: a function of the user's, called once for each completion."""
+    """`py:FILE.py:FUNCTION`: a Python function, called for each completion."""
 
     def __init__(self, spec: str, flag: str) -> None:
         super().__init__(spec, flag)
@@ -150,8 +150,8 @@ class FunctionReward(Reward):
             raise UserError(f"{self.where}: expected a number, found {kind_of(value)} for {attempt.problem.where}")
         try:
             return float(value)
-        except Exception as error:  # 10**400, or a number of the user's own class
+        except Exception as error:  # 10**400, or a user's number class
             raise UserError(
-                f"{self.where}: expected a finite number, found one that is no float ({type(error).__name__}) for "
+                f"{self.where}: expected a finite number, found one that is not a float ({type(error).__name__}) for "
                 f"{attempt.problem.where}"
             ) from None

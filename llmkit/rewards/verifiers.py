@@ -1,8 +1,8 @@
-"""`--reward verifier`: 1 for a right completion, 0 for any other, by rules that cannot be talked round.
+"""`--reward verifier`: 1 for a right completion, 0 for any other, by rules that a policy cannot talk round.
 
-    verifier=NAME forces one for all problems; else a problem's own `verifier`, else the one that its answer calls for
+    verifier=NAME forces one for all problems; else a problem's own `verifier`, else the one that fits its answer
 
-An empty completion is never right, and nothing that a model wrote is ever evaluated here: programs run in a sandbox.
+An empty completion is never right. Text of a model is never evaluated here: programs run in a sandbox.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Verifier:
     """A rule.
 
     check  raises UserError for a problem that it cannot judge
-    judge  whether a completion, which is not empty, is right; None where that cannot be told
+    judge  whether a nonempty completion is right; None if that cannot be decided
     """
 
     check: Callable[[Problem], None]
@@ -64,13 +64,13 @@ class Verifier:
 
 def _check_number(problem: Problem) -> None:
     if _number(_answer(problem)) is None:
-        raise _unfit(problem, "number", "an answer that holds one number", problem.answer)
+        raise _unfit(problem, "number", "an answer with one number", problem.answer)
 
 
 def is_number_right(problem: Problem, completion: str) -> bool:
-    """The number that is marked by #### or \\boxed, else announced by "the answer is", else the last, is the answer.
+    """True if the answer is the number marked by #### or \\boxed, else announced by "the answer is", else the last.
 
-    Three words or more that the question holds as they stand are the question said again, and no answer.
+    A completion of three words or more that is copied from the question is no answer.
     """
     if len(completion.split()) >= 3 and completion in problem.prompt:
         return False
@@ -95,7 +95,7 @@ def _number(answer: str) -> Number | None:
 
 
 def is_gsm8k_right(problem: Problem, completion: str) -> bool:
-    """The number after #### is the answer. Deliberately strict: without the marker nothing is right."""
+    """True if the number after #### is the answer. Deliberately strict: without the marker nothing is right."""
     return (
         marked(completion, numeric=True) is not None and "####" in completion and is_number_right(problem, completion)
     )
@@ -110,7 +110,7 @@ def _check_text(problem: Problem) -> None:
 
 
 def is_matching(problem: Problem, completion: str) -> bool:
-    """The answer's words are those of the completion, as `probe-knowledge --judge match` compares them."""
+    """True if the completion has the words of the answer, as `probe-knowledge --judge match` compares them."""
     from llmkit.text.matching import RIGHT, MatchJudge
 
     return MatchJudge()(completion, problem.prompt, [problem.answer or ""]) == RIGHT
@@ -127,7 +127,7 @@ def _check_choice(problem: Problem) -> None:
 
 
 def is_choice_right(problem: Problem, completion: str) -> bool:
-    """The completion chooses the option of that letter; one of A to Z where the record lists no options."""
+    """True if the completion chooses the option with that letter, of A to Z if the record lists no options."""
     return chosen(completion, _options(problem)) == (problem.answer or "").strip(" ().")
 
 
@@ -137,12 +137,12 @@ def _options(problem: Problem) -> tuple[tuple[str, str], ...]:
 
 # ---- LaTeX
 
-SECONDS = 3  # for parsing and for comparing, each; math-verify stops itself by SIGALRM, but not in one long operation
+SECONDS = 3  # for parsing and for comparing; math-verify's SIGALRM does not interrupt one long operation
 MEMORY = 4 << 30  # bytes of address space
 LONGEST = 1000  # characters of an expression; answers of MATH have 70 at most
 SPACES = re.compile(r"\s+|\\[,;:! ]|~")
 BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")  # math-verify takes 1101_4 for 1101_9
-# of MATH's answers math-verify cannot read `5,\!525` and `\frac \pi4`, nor a line break, nor a full stop
+# math-verify cannot read `5,\!525` and `\frac \pi4` in MATH's answers, line breaks, or a full stop
 GROUPS = re.compile(r"(?<=[0-9])(?:,\s*\\[!,:; ]|\{\s*,\s*\}|\\[!,:; ])\s*(?=[0-9]{3}(?![0-9]))")
 WRAPPED = re.compile(r"\\math(?:rm|bf|it|sf)\{(.*)\}\Z", re.DOTALL)
 UNBRACED = re.compile(r"\\[dtc]?frac\s*(\\pi|[0-9A-Za-z])\s*(\\pi|[0-9A-Za-z])")
@@ -150,7 +150,7 @@ LEFT_OPEN = re.compile(r"\b(?:or|not)\b|\\(?:lor|vee|neq?|neg|pm|mp)\b")
 
 
 def readable(text: str) -> str:
-    r"""Write the same in a way that math-verify reads.
+    r"""Rewrite LaTeX so that math-verify can read it.
 
     >>> readable(r"\frac{12}{5,\!525}"), readable(r"\frac \pi4 + 1{,}000."), readable(r"(1,\! 20)")
     ('\\frac{12}{5525}', '\\frac{\\pi}{4} + 1000', '(1,\\! 20)')
@@ -161,26 +161,26 @@ def readable(text: str) -> str:
 
 
 class LatexComparer:
-    """The last boxed expression equals the answer, as math-verify compares them in a process of its own.
+    """Compares the last boxed expression with the answer, by math-verify in a separate process.
 
     Deliberately strict: without \\boxed nothing is right, and an "or" leaves the answer open. math-verify parses with
     the grammar of latex2sympy; its other parser, which lets sympy evaluate Python, is not used.
 
-    seconds  of the processor for one comparison
+    seconds  CPU time of one comparison
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
         self.worker = Worker(start_comparing, seconds)
 
     def check(self, problem: Problem) -> None:
-        """Raise UserError for a problem without an answer, and without math-verify."""
+        """Raise UserError for a problem without an answer, or if math-verify is not installed."""
         if find_spec("math_verify") is None:
             raise UserError(f"{problem.where}: the verifier 'latex' needs math-verify; pip install 'llmkit[math]'")
         if not (problem.answer or "").strip():
             raise UserError(f"{problem.where}: expected an answer for the verifier 'latex', found none")
 
     def judge(self, problem: Problem, completion: str) -> bool | None:
-        """True if the boxed expression is the answer; None where math-verify cannot read the answer."""
+        """True if the boxed expression is the answer; None if math-verify cannot read the answer."""
         completion = after_thinking(completion)
         tag = tagged(completion)
         boxed, boxed_answer = last_boxed(completion if tag is None else tag), last_boxed(problem.answer or "")
@@ -197,7 +197,7 @@ class LatexComparer:
         if base and base_of_answer and base != base_of_answer:
             return False
         pair = readable(answer), readable(expression)
-        for _ in range(2):  # the process may have been ended by others: two deaths are the expression's
+        for _ in range(2):  # another program may have killed the process; a second death is the expression's fault
             try:
                 return self.worker.call(pair)
             except TimeLimitError:
@@ -208,7 +208,7 @@ class LatexComparer:
 
 
 def start_comparing() -> Callable[[tuple[str, str]], Iterator[bool | None]]:
-    """Load math-verify into this process, with a limit of memory; what comes back compares (answer, expression)."""
+    """Load math-verify with a memory limit; return a function that compares (answer, expression)."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -230,11 +230,11 @@ def start_comparing() -> Callable[[tuple[str, str]], Iterator[bool | None]]:
     return compare
 
 
-# ---- which
+# ---- choice of a verifier
 
 
 NAMES = ("number", "gsm8k", "exact", "match", "choice", "regex", "latex", "json-schema", "tests")
-WHOLE = ("regex", "json-schema", "latex")  # are given thinking and tags, too
+WHOLE = ("regex", "json-schema", "latex")  # also see thinking and tags
 TEXT_VERIFIERS = {
     "number": Verifier(_check_number, is_number_right),
     "gsm8k": Verifier(_check_number, is_gsm8k_right),
@@ -246,7 +246,7 @@ TEXT_VERIFIERS = {
 
 
 def check_name(name: str, where: str) -> str:
-    """The name of a verifier. Raises UserError for one that there is not."""
+    """Return the name. Raises UserError if there is no such verifier."""
     if name in NAMES:
         return name
     near = get_close_matches(name, NAMES, 1)
@@ -255,12 +255,12 @@ def check_name(name: str, where: str) -> str:
 
 
 def verifier_of(problem: Problem) -> str:
-    """The name of the verifier that a problem asks for, or that its record calls for.
+    """Return the name of the verifier that a problem names, or that fits its record.
 
-    `tests`, `json-schema`, `regex` and `choice` where it has unit tests, a schema, a pattern or options (or an answer
-    like "(B)" or "B"); `latex` where the answer has a backslash or is boxed in the record's solution; `number` where
-    all of it is a number, as GSM8K's are, a unit or "x =" aside; else `exact`. `gsm8k`, which demands the marker, is
-    never taken unasked.
+    `tests`, `json-schema`, `regex` and `choice` if it has unit tests, a schema, a pattern or options (or an answer like
+    "(B)" or "B"); `latex` if the answer has a backslash or is boxed in the record's solution; `number` if the answer is
+    one number, perhaps with a unit or "x =", such as GSM8K's; else `exact`. `gsm8k`, which demands the marker, is used
+    only if named.
     """
     record = problem.record
     if problem.verifier is not None:
@@ -283,8 +283,8 @@ def verifier_of(problem: Problem) -> str:
 class VerifierReward(Reward):
     """1 for a right completion, 0 for any other.
 
-    forced   the verifier for all problems
-    sandbox  whether unit tests run in the sandbox, for `seconds` at most
+    forced   verifier of all problems
+    sandbox  whether unit tests run in the sandbox; they may take `seconds`
     """
 
     verifies = True
@@ -298,13 +298,13 @@ class VerifierReward(Reward):
         self._verifiers = {**TEXT_VERIFIERS, "latex": self._latex, "json-schema": self._schema}
 
     def check(self, problem: Problem) -> None:
-        """Raise UserError for a problem without what its verifier needs."""
+        """Raise UserError for a problem that its verifier cannot judge."""
         for alternative in _each_answer(problem):
             name = self._forced or verifier_of(alternative)
             (self._tests if name == "tests" else self._verifiers[name]).check(alternative)
 
     def score(self, attempts: Sequence[Attempt]) -> list[float | None]:
-        """1.0, 0.0 or None for each attempt; equal completions of a problem are judged once."""
+        """Return 1.0, 0.0 or None for each attempt; equal completions of a problem are judged once."""
         keys = [(id(attempt.problem), attempt.completion) for attempt in attempts]
         verdicts: dict[tuple[int, str], bool | None] = {}
         tested: dict[tuple[int, str], tuple[Problem, str]] = {}

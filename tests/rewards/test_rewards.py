@@ -71,7 +71,7 @@ def test_a_function_may_be_called_what_a_float_may(spec, weight, tmp_path, monke
         (["verifer"], "--reward verifer: expected verifier, verifier=NAME, rm:FOLDER, spread:FOLDER"),
         ([""], "expected verifier"),
         (["verifier:number"], "expected verifier"), (["verifier=nubmer"], "did you mean 'number'?"),
-        (["verifier="], "expected a verifier among"), (["length:0"], "a weight that is finite and not 0, found 0"),
+        (["verifier="], "expected a verifier among"), (["length:0"], "a finite weight other than 0, found 0"),
         (["verifier:1e300"], "verifier:1e300: expected a weight from -1e+09 to 1e+09, found 1e300"),
         (["length:nan"], "found nan"), (["length:-inf"], "found -inf"), (["length:1e999"], "found 1e999"),
         (["length", "length:2"], "expected each reward once, found length twice"), (["length=2"], "expected verifier"),
@@ -140,7 +140,7 @@ def test_a_completion_is_right_by_any_of_the_answers():
         problem = read_problem(Row({"question": "Which?", field: ["4", "six", "Ada Lovelace"]}, "p.jsonl", 1))
         said = ["It is 4.", "#### 6", "ada lovelace", "5", "Ada"]
         assert scores("verifier", *[attempt(one, problem) for one in said]) == [1, 1, 1, 0, 0]
-    with pytest.raises(UserError, match=r"p.jsonl:1: expected an answer that holds one number .* found 'Ada Lovelace'"):
+    with pytest.raises(UserError, match=r"p.jsonl:1: expected an answer with one number .* found 'Ada Lovelace'"):
         only("verifier=number").reward.check(problem)
 
 
@@ -181,10 +181,10 @@ def test_a_command_may_answer_before_it_has_read_all(tmp_path: Path):
         ("print(1); print(1); sys.exit(3)", "found exit status 3"),
         ("1 / 0", "found exit status 1: ZeroDivisionError: division by zero"),
         ("os.kill(os.getpid(), 9)", "found signal SIGKILL"),
-        ("print(1)", "expected 2 lines, one a completion, found 1"),
-        ("pass", "expected 2 lines, one a completion, found 0"),
-        ("print(1); print(1); print(1)", "expected 2 lines, one a completion, found more"),
-        ("while True: print(1)", "expected 2 lines, one a completion, found more"),
+        ("print(1)", "expected 2 lines, one per completion, found 1"),
+        ("pass", "expected 2 lines, one per completion, found 0"),
+        ("print(1); print(1); print(1)", "expected 2 lines, one per completion, found more"),
+        ("while True: print(1)", "expected 2 lines, one per completion, found more"),
         ("print(1); print(1); print(1, end=''); sys.stdout.flush(); time.sleep(99)", "found more"),
         ("while True: print('1' * 9999, end='')", "line 1: expected at most 1048576 bytes, found more"),
         ("while True: print('x' * 9999, file=sys.stderr)", "no answer within 2 seconds: x"),
@@ -217,7 +217,7 @@ def test_a_command_that_is_no_program_is_told_of_first(tmp_path: Path):
     with pytest.raises(UserError, match=r"not executable; chmod \+x it"):
         parse_rewards([f"cmd:{path}"])
     path.chmod(0o755)  # without #!, and no binary
-    with pytest.raises(UserError, match="expected a command that runs"):
+    with pytest.raises(UserError, match="cannot run the command"):
         scores(f"cmd:{path}", attempt())
 
 
@@ -243,7 +243,7 @@ def test_a_function_has_the_record_and_gives_a_number(tmp_path: Path):
         ("def reward(record):\n    return float('nan')", "expected finite rewards, found nan for completion 1 of 1"),
         ("def reward(record):\n    return -1e999", "found -inf"),
         ("def reward(record):\n    return 1e308", "expected rewards from -1e+09 to 1e+09, found 1e+308 for completion"),
-        ("def reward(record):\n    return 10**400", "expected a finite number, found one that is no float (Over"),
+        ("def reward(record):\n    return 10**400", "expected a finite number, found one that is not a float (Over"),
         ("def reward():\n    return 1", "TypeError: reward() takes 0"),
         ("def rewards(record):\n    return 1", "expected a function 'reward' in"),
         ("import nowhere_at_all", "score.py:1: ModuleNotFound"),
