@@ -1,10 +1,10 @@
-"""Encoded comparisons of one source, and rows of them: a prompt once, each of its answers after it.
+"""Encoded comparisons of one source, and rows of them: a prompt, then all of its answers.
 
     token ids     prompt p p p | answer a a a | answer b b | next prompt ...
     branch ids           0 0 0          1 1 1          2 2          0
     positions            0 1 2          3 4 5          3 4          0
 
-A score is read at the last token of each answer. Nothing is padded but the end of a row.
+A score is read at the last token of each answer. Only the ends of rows are padded.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from llmkit.io.progress import Progress, counted, quantity, say
 from llmkit.io.records import OUTSIDE, BadRecords, Row
 from llmkit.tokenizer.chat import ChatFormat
 
-READ_AT_ONCE = 1024  # comparisons: enough for the tokenizer's threads, little memory
-NO_RANK = np.inf  # where a comparison has fewer answers than its neighbours
+READ_AT_ONCE = 1024  # comparisons: enough to keep the tokenizer's threads busy, little memory
+NO_RANK = np.inf  # padding of comparisons with fewer answers than others
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A prompt and its answers as int32 ids; `ranks` of the answers, the smaller the better; `number` in the source.
+    """A prompt and its answers as int32 ids; `ranks` of the answers, 1 is best; `number` in the source.
 
-    trained     bool, of the prompt and of each answer: tokens whose log-probability counts where a policy is tuned
-    references  log-probability of each answer's trained tokens under the policy's reference, where that is known
+    trained     bool, of the prompt and of each answer: tokens whose log-probability is in a policy's loss
+    references  log-probability of each answer's trained tokens under the policy's reference, if known
     """
 
     prompt: np.ndarray
@@ -49,16 +49,16 @@ class Candidates:
 
     @property
     def size(self) -> int:
-        """Tokens of a row that it takes."""
+        """Number of tokens in a row."""
         return len(self.prompt) + sum(map(len, self.answers))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest answer with its prompt."""
+        """Number of tokens of the longest answer with its prompt."""
         return len(self.prompt) + max(map(len, self.answers))
 
     def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """The answers in runs (first, last) that take, with the prompt, so many tokens at most, or are one answer."""
+        """Yield runs (first, last) of answers that fit into `tokens` with the prompt, or are a single answer."""
         first, size = 0, len(self.prompt)
         for number, answer in enumerate(self.answers):
             if number > first and size + len(answer) > tokens:
@@ -70,7 +70,7 @@ class Candidates:
 
 @dataclass
 class Comparisons:
-    """The comparisons of one source, each answer of which fits the context; `counts` says what became of the others."""
+    """The comparisons of one source whose answers all fit the context; `counts` of all records by outcome."""
 
     name: str
     candidates: list[Candidates] = field(default_factory=list)
@@ -84,27 +84,27 @@ class Comparisons:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens that each takes of a row, (N,) int64."""
+        """Number of tokens of each comparison, (N,) int64."""
         return np.array([candidates.size for candidates in self.candidates], np.int64)
 
     @property
     def inputs(self) -> int:
-        """Tokens of rows that all of them take, each once."""
+        """Number of tokens of all comparisons."""
         return int(self.sizes.sum())
 
     @property
     def reasons(self) -> str:
-        """What became of those that are not here as they were read, with counts, for messages."""
+        """Counts of the comparisons that were changed or left out, for messages."""
         return ", ".join(f"{key} {count}" for key, count in self.counts.items() if key != "read")
 
     def split(self, fraction: float, seed: int) -> tuple[Comparisons, Comparisons]:
-        """Those to learn from, and about a `fraction` of the prompts, drawn by the seed, with all their comparisons.
+        """Split into training and held-out comparisons, the latter of about a `fraction` of the prompts.
 
-        Raises UserError where there is one prompt alone.
+        Raises UserError if all comparisons have the same prompt.
         """
         prompts = {candidates.prompt.tobytes(): number for number, candidates in enumerate(self.candidates)}
         if len(prompts) < 2:
-            raise UserError(f"{self.name}: the comparisons of one prompt cannot be split; name held-out ones by --val")
+            raise UserError(f"{self.name}: comparisons of one prompt cannot be split; give held-out ones with --val")
         drawn = shuffled(len(prompts), seed, 0)[: min(max(1, round(fraction * len(prompts))), len(prompts) - 1)]
         names = list(prompts)
         chosen = {names[index] for index in drawn}
@@ -118,12 +118,12 @@ class ComparisonRows(NamedTuple):
     """Rows of packed comparisons: B rows of T tokens, M comparisons in a row, K answers in a comparison.
 
     token_ids, doc_ids, branch_ids, position_ids  int64 (B, T)
-    predictors  int64 (B, T): where each trained token is predicted; -1 for one that is not trained
-    ends        int64 (B, M, K): where each answer's last token is; 0 where there is none
-    ranks       float32 (B, M, K): NO_RANK where there is no answer
+    predictors  int64 (B, T): position that predicts each trained token; -1 for other tokens
+    ends        int64 (B, M, K): position of each answer's last token; 0 for padding
+    ranks       float32 (B, M, K): NO_RANK for padding
     references  float32 (B, M, K): log-probabilities of the answers under a policy's reference
     margins     float32 (B, M)
-    numbers     int64 (B, M): of the comparisons in their source; -1 where there is none
+    numbers     int64 (B, M): of the comparisons in their source; -1 for padding
     shares      float32 (B,): comparisons of the whole batch over the trained tokens of its prompts and best answers
     """
 
@@ -141,24 +141,24 @@ class ComparisonRows(NamedTuple):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens of each row that are no padding, (B,)."""
+        """Number of tokens of each row without padding, (B,)."""
         counts = (self.numbers >= 0).sum(1, keepdims=True)
         return (self.doc_ids < counts).sum(1)
 
     @property
     def tokens(self) -> int:
-        """Tokens that are no padding."""
+        """Number of tokens without padding."""
         return int(self.sizes.sum())
 
     def nothing(self) -> ComparisonRows:
-        """One row without a comparison, for a process that has no more rows where others have."""
+        """Return one row without comparisons, for a rank that has run out of rows before the others."""
         row = ComparisonRows(*(array[:1] for array in self))
         return row._replace(numbers=np.full_like(row.numbers, -1), predictors=np.full_like(row.predictors, -1))
 
     def by_size(self) -> Iterator[ComparisonRows]:
-        """The rows in parts of about equal length, longest first, each without the padding that all its rows have.
+        """Yield groups of rows of similar length, longest first, without their common padding.
 
-        Attention takes the square of a row's length, so that one row of 4,000 tokens costs as much as 61 of 512.
+        Attention is quadratic in the row length, so one row of 4,000 tokens costs as much as 61 of 512.
         """
         sizes = self.sizes
         order = np.argsort(-sizes, kind="stable")
@@ -196,11 +196,11 @@ def read_comparisons(
     observe: Callable[[list[str]], object] | None = None,
     read: Callable[[Row], Comparison | str] = read_comparison,
 ) -> tuple[Comparisons, str]:
-    """Read the comparisons of a source, each by `read`, and a digest of what they are made of.
+    """Read the comparisons of a source, each with `read`, and return them with a digest of their content.
 
-    Those with an answer that is longer than the context, prompt included, lose the beginning of the prompt where that
-    is enough ("truncate"), or are left out; a record that `chat` refuses is bad. `observe` receives the texts. Raises
-    UserError for one that is too long under "error", and where nothing is left.
+    If an answer with its prompt exceeds the context, the beginning of the prompt is cut if that suffices ("truncate"),
+    else the comparison is left out; a record that `chat` refuses is bad. `observe` receives the texts. Raises UserError
+    if one is too long with "error", and if nothing is left.
     """
     source, digest = Comparisons(name), sha256()
     comparisons = read_jsonl(paths, limit, read, bad, columns)
@@ -226,7 +226,7 @@ def read_comparisons(
             progress.advance(len(chunk))
     bad.report_all()
     records = counted(source.counts["read"], "record")
-    room = f"; answers have to fit the context of {context} tokens" if source.counts["dropped: too long"] else ""
+    room = f"; answers must fit the context of {context} tokens" if source.counts["dropped: too long"] else ""
     if not source.candidates:
         raise UserError(f"{source.name}: nothing to learn from in {records} ({source.reasons or 'it is empty'}){room}")
     others = f", {source.reasons}" if source.reasons else ""
@@ -236,9 +236,9 @@ def read_comparisons(
 
 
 def fitted(candidates: Candidates, context: int, on_long: str, where: str, counts: Counter[str]) -> Candidates | None:
-    """A comparison whose every answer fits the context with its prompt; None where it cannot be made to.
+    """Return the comparison, with its prompt cut if needed to fit every answer; None if that is not possible.
 
-    Raises UserError under "error" for one that does not fit.
+    Raises UserError with "error" if it does not fit.
     """
     excess = candidates.longest - context
     if excess <= 0:
@@ -257,7 +257,7 @@ def fitted(candidates: Candidates, context: int, on_long: str, where: str, count
 
 
 def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: int) -> ComparisonRows:
-    """Comparisons side by side in rows of `length` tokens, or of as many as the longest takes."""
+    """Pack comparisons into rows of `length` tokens, or longer if one needs it."""
     length = max([length, *(sum(candidates.size for candidates in row) for row in rows)])
     most = max(1, max(map(len, rows)))
     widest = max((len(candidates.answers) for row in rows for candidates in row), default=1)
@@ -279,7 +279,7 @@ def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: i
                 position_ids[row, span] = np.arange(first, first + len(part))
                 if candidates.trained:
                     sources = np.arange(at - 1, at + len(part) - 1)
-                    sources[:1] = before if branch and start else -1  # nothing predicts the first token of all
+                    sources[:1] = before if branch and start else -1  # nothing predicts a first token
                     learnt = candidates.trained[branch] & (sources >= 0)
                     predictors[row, span] = np.where(learnt, sources, -1)
                     best_tokens += int(learnt.sum()) * (not branch or candidates.ranks[branch - 1] == best)
@@ -299,9 +299,9 @@ def packed_comparisons(rows: Sequence[Sequence[Candidates]], length: int, pad: i
 def evaluation_rows(
     comparisons: Sequence[Candidates], tokens: int, length: int, pad: int
 ) -> Iterator[tuple[ComparisonRows, list[list[int]]]]:
-    """All comparisons in batches of about `tokens` tokens, with the number of each in its row.
+    """Yield all comparisons in batches of about `tokens` tokens, with their indices by row.
 
-    Rows have `length` tokens; a longer comparison has a row of its own, beside others as long.
+    Rows have `length` tokens; a longer comparison has its own row, in a batch with rows of similar length.
     """
     bins = best_fit([min(candidates.size, length) for candidates in comparisons], length)
     sizes = [max(length, sum(comparisons[i].size for i in row)) for row in bins]
@@ -321,7 +321,7 @@ def evaluated(
     pad: int,
     compute: Callable[[ComparisonRows], np.ndarray],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, (K, ...)) of each comparison, of what `compute` gives rows of `evaluation_rows`: (B, M, K, ...)."""
+    """Yield (index, (K, ...)) of each comparison, from `compute` on batches of `evaluation_rows`: (B, M, K, ...)."""
     for batch, places in evaluation_rows(comparisons, tokens, length, pad):
         values = compute(batch)
         for row, numbers in enumerate(places):

@@ -1,4 +1,4 @@
-"""Evaluate a judge: accuracy with its interval, calibration, and biases of its scores."""
+"""Evaluate a reward model: accuracy with its interval, calibration, and biases of its scores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llmkit.reward_model.comparisons import Candidates, Comparisons
 from llmkit.reward_model.head import ROW_TOKENS, RewardModel, score_comparisons
 from llmkit.tokenizer.encoding import Tokenizer
 
-STANDARD_ERRORS = 1.959964  # of a 95% interval
+STANDARD_ERRORS = 1.959964  # half width of a 95% interval
 BINS = 10  # of confidence: Guo et al. 2017 use 15 for 10,000 answers, ours are fewer
 MARKDOWN = re.compile(r"\*\*|__|`|^#{1,6} |^[^\S\n]*(?:[-*+]|\d+[.)]) |^\|", re.MULTILINE)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` trials: Wilson 1927."""
+    """Return the 95% interval of a share of `count` trials (Wilson 1927)."""
     z2 = STANDARD_ERRORS**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = STANDARD_ERRORS / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
@@ -30,22 +30,22 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, lowest: float = 0.0) -> float:
-    """Expected calibration error: how far confidence (N,) from `lowest` to 1 lies from the share of what is right (N,),
-    on average over bins of confidence (Guo et al. 2017, arXiv:1706.04599, section 2)."""
+    """Return the expected calibration error of confidence (N,), `lowest` to 1, against outcomes (N,): the mean gap over
+    bins of confidence (Guo et al. 2017, arXiv:1706.04599, section 2)."""
     bins = np.minimum(((confidence - lowest) / (1 - lowest) * BINS).astype(int), BINS - 1)
     gaps = (abs(float((confidence[bins == b] - right[bins == b]).sum())) for b in range(BINS))
     return sum(gaps) / len(confidence)
 
 
 def correlation(first: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's rank correlation; 0 where one of the two is constant."""
+    """Return Spearman's rank correlation; 0 if one of the two is constant."""
     if np.ptp(first) == 0 or np.ptp(other) == 0:
         return 0.0
     return round(float(np.corrcoef(_ranks(first), _ranks(other))[0, 1]), 4)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
+    """Return ranks from 1; ties share their mean."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
@@ -61,13 +61,13 @@ def judge(
 ) -> dict[str, Any]:
     """Evaluate a reward model on held-out comparisons: "overall" and "by_source".
 
-    With a tokenizer, "baseline_length" evaluates the number of tokens of an answer (or its negative, where that is
-    right more often) as its score, and "biases" is that of `biases`. Raises UserError where no comparison has a better
-    and a worse answer.
+    With a tokenizer, "baseline_length" evaluates the length of an answer in tokens (or its negative, if that is more
+    accurate) as its score, and "biases" is that of `biases`. Raises UserError if no comparison has a better and a worse
+    answer.
     """
     check_unequal(sources)
     shuffled = [shuffled_answers(source.candidates, seed) for source in sources]
-    scores = []  # for each source (K,) of each comparison, the mean of the heads
+    scores = []  # by source and comparison: (K,), the mean of the heads
     for part in shuffled:
         scored = dict(score_comparisons(model, part, ROW_TOKENS, pad))
         scores.append([scored[number].mean(-1) for number in range(len(part))])
@@ -96,14 +96,14 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
     """Accuracy on pairs of unequal rank, its 95% interval, and the calibration of its confidence.
 
     accuracy, accuracy_95  over comparisons
-    loss                   over pairs, in nats: Bradley-Terry's, without margins and centring
+    loss                   Bradley-Terry loss over pairs, in nats, without margins and centring
     ece                    expected calibration error, over pairs
-    temperature            that fits these pairs best, and so flatters `ece_at_temperature`, measured on the same
+    temperature            fitted to these pairs, so `ece_at_temperature`, on the same pairs, is optimistic
 
-    scores: (K,) for each comparison. A comparison of several answers counts once, by the share of its pairs that are
-    in order; equal scores are half right. Comparisons of ties alone are left out.
+    scores: (K,) for each comparison. A comparison of several answers counts once, by the share of its pairs in order;
+    equal scores are half right. Comparisons with ties only are left out.
     """
-    differences = []  # the better candidate's score minus the worse one's, of each pair of unequal rank
+    differences = []  # better minus worse score of each pair of unequal rank
     for values, group in zip(scores, comparisons, strict=True):
         ranks = np.array(group.ranks)
         pairs = np.subtract.outer(values, values)[np.less.outer(ranks, ranks)].astype(np.float64)
@@ -124,20 +124,20 @@ def evaluate(scores: Sequence[np.ndarray], comparisons: Sequence[Candidates]) ->
 
 
 def confidence_error(differences: np.ndarray) -> float:
-    """The calibration error of sigmoid(|difference|) as the chance of being right."""
+    """Return the calibration error of sigmoid(|difference|) as the probability of being right."""
     confidence, right = 1 / (1 + np.exp(-np.abs(differences))), (differences > 0) + 0.5 * (differences == 0)
     return calibration_error(confidence, right, lowest=0.5)
 
 
 def fitted_temperature(differences: np.ndarray) -> float:
-    """The temperature, of 0.01 to 100, at which sigmoid(difference / temperature) is likeliest."""
+    """Return the maximum-likelihood temperature of sigmoid(difference / temperature), 0.01 to 100."""
     tried = np.logspace(-2, 2, 401)
     losses = [np.logaddexp(0, -differences / temperature).mean() for temperature in tried]
     return float(tried[int(np.argmin(losses))])
 
 
 def shuffled_answers(comparisons: Sequence[Candidates], seed: int) -> list[Candidates]:
-    """The comparisons with the answers of each in an order drawn for it: files put the better one first."""
+    """Shuffle the answers of each comparison: files put the better one first."""
     rng = np.random.default_rng(seed)
     mixed = []
     for candidates in comparisons:
@@ -152,9 +152,9 @@ def biases(
 ) -> dict[str, Any]:
     """Correlate differences of scores with length and formatting (Spearman), over the pairs of unequal rank.
 
-    `length` is in tokens, `formatting` counts Markdown's marks in the text of an answer. Beside each
-    the same correlation of the labels, which a perfect judge would show. The place of an answer needs no figure: its
-    score is computed as if it stood alone.
+    `length` is in tokens, `formatting` counts Markdown marks in the text of an answer. Each comes with the same
+    correlation of the labels, which a perfect judge would show. Position bias is impossible: an answer's score does not
+    depend on the others.
     """
     rng = np.random.default_rng(seed)
     rows: list[tuple[float, ...]] = []
@@ -165,7 +165,7 @@ def biases(
         ]
         for i, j in combinations(range(len(candidates.answers)), 2):
             if candidates.ranks[i] != candidates.ranks[j]:
-                i, j = (i, j) if rng.random() < 0.5 else (j, i)  # else a place would always be taken from a later one
+                i, j = (i, j) if rng.random() < 0.5 else (j, i)  # else the first would always be the earlier one
                 label = 1.0 if candidates.ranks[i] < candidates.ranks[j] else -1.0
                 more = (first - second for first, second in zip(features[i], features[j], strict=True))
                 rows.append((float(scored[i] - scored[j]), label, *more))

@@ -1,7 +1,7 @@
-"""A reward model: a decoder whose head gives scores in place of words, and its folder in Hugging Face's form.
+"""A reward model: a decoder with scores in place of logits, and its folder in Hugging Face's format.
 
-The folder is a stock `Qwen3ForSequenceClassification` (or its family's), whose label i is head i: transformers reads
-the score at the last token that is no padding, and so do we.
+The folder is a stock `Qwen3ForSequenceClassification` (or its family's) whose label i is head i: transformers reads the
+score at the last token before the padding, and so do we.
 """
 
 import math
@@ -29,16 +29,16 @@ from llmkit.training.distributed import is_sharded
 from llmkit.training.loss import Summed
 
 ARCHITECTURE = "ForSequenceClassification"
-ROW_TOKENS = 512  # of a row, unless many comparisons are longer
-FITTING = 0.9  # of the comparisons that should fit a row; each of the others has one of its own
-SCORED_TOKENS = 4096  # of a batch without gradients
+ROW_TOKENS = 512  # tokens per row, unless many comparisons are longer
+FITTING = 0.9  # share of the comparisons that should fit a row; longer ones get their own
+SCORED_TOKENS = 4096  # tokens per batch without gradients
 POISSON = np.cumsum([0.36787944, 0.36787944, 0.18393972, 0.06131324, 0.01532831, 0.00306566])  # of mean 1, up to 5
 
 
 class RewardModel(Transformer):
-    """A transformer with `heads` scores of each hidden state; several are an ensemble, whose mean is the reward.
+    """A transformer with `heads` scores per hidden state; several are an ensemble, whose mean is the reward.
 
-    score  (heads, hidden), the only parameter that a language model lacks
+    score  (heads, hidden), the only parameter that a language model does not have
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class RewardModel(Transformer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        # no head for words
+        # no output head
         config = replace(config, tie_word_embeddings=True, logits_scaling=1.0)
         super().__init__(config, dtype=dtype, device=device)
         self.score = nn.Parameter(torch.empty(heads, config.hidden_size, dtype=dtype, device=device))
 
     @classmethod
     def of(cls, model: Transformer, heads: int = 1, seed: int = 0) -> "RewardModel":
-        """The parameters of a language model, and heads drawn with deviation 1 / sqrt(hidden + 1), as TRL draws one.
+        """Build one from a language model, with heads of standard deviation 1 / sqrt(hidden + 1), as in TRL.
 
-        Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1: scores then begin near 0.
+        Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1: scores begin near 0.
         """
 
         def drawn(heads: int, hidden: int) -> Tensor:
@@ -66,7 +66,7 @@ class RewardModel(Transformer):
             return drawn / math.sqrt(hidden + 1)
 
         if isinstance(model, TransformersModel):
-            return cast(RewardModel, TransformersReward.of(model, heads, drawn))  # by its interface
+            return cast(RewardModel, TransformersReward.of(model, heads, drawn))  # has its interface
         reward = cls(model.config, heads, dtype=model.embed_tokens.dtype, device="meta")
         for name in ("embed_tokens", "embed_positions", "layers", "norm", "norm_bias"):
             setattr(reward, name, getattr(model, name))
@@ -75,11 +75,11 @@ class RewardModel(Transformer):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., heads), in float32."""
-        return linear(hidden.float(), self.score.float())  # in bfloat16 scores that are close would be the same
+        return linear(hidden.float(), self.score.float())  # in bfloat16, close scores would be equal
 
 
 def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id: int | None) -> None:
-    """Write the folder in float32; `pad_id` is the token that transformers takes for padding."""
+    """Write the folder in float32; `pad_id` is transformers' padding token."""
     labels = {str(head): f"reward_{head}" if len(model.score) > 1 else "reward" for head in range(len(model.score))}
     described = {
         "id2label": labels,
@@ -101,7 +101,7 @@ def save_reward_model(model: RewardModel, folder: str | os.PathLike[str], pad_id
 def load_reward_model(
     folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> RewardModel:
-    """Load a folder of one or more scores. Raises UserError for one of another kind, or damaged."""
+    """Load a reward model with any number of heads. Raises UserError for another kind of model, or a damaged one."""
     config = replace(load_config(folder, "auto"), tie_word_embeddings=True)
     tensors = SavedTensors(folder)
     heads = tensors.rows(SCORE, "a reward model, as llmkit train-reward makes it")
@@ -116,27 +116,27 @@ def load_reward_model(
 
 
 def row_length(sizes: np.ndarray) -> int:
-    """Tokens of a row in which most comparisons of these sizes (N,) fit; not more than all of them take."""
+    """Return the row length that fits most comparisons of these sizes (N,), at most their sum."""
     most = int(np.quantile(sizes, FITTING, method="higher")) if len(sizes) else 0
     return max(min(ROW_TOKENS, int(sizes.sum())), most)
 
 
-# of the squared sum of a pair's scores, which holds them about 0: Eisenstein et al. 2023 (arXiv 2312.09244), section 2
+# weight of the squared sum of a pair's scores, to centre them: Eisenstein et al. 2023 (arXiv 2312.09244), section 2
 CENTER = 0.01
 
 
 class ComparisonLoss:
-    """The summed loss of some rows of comparisons, and their number, as the trainer wants it.
+    """The summed loss of rows of comparisons, and the number of comparisons.
 
-    seed    of the weights by which the heads of an ensemble differ: each sees a comparison a Poisson number of times,
-            a bootstrap that needs no copy of the data (Oza and Russell 2001)
+    seed    of the bootstrap weights of an ensemble: each head sees a comparison a Poisson number of times, which needs
+            no copy of the data (Oza and Russell 2001)
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def __call__(self, model: Any, batch: ComparisonRows) -> Summed:
-        # FSDP wants all processes to compute as often
+        # with FSDP all ranks must run the same number of forward passes
         batches = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
         losses, count = [], 0
         for rows in batches:
@@ -158,7 +158,7 @@ class ComparisonLoss:
 
 
 def answer_scores(model: RewardModel, batch: ComparisonRows) -> Tensor:
-    """float32 (B, M, K, heads): the score at the last token of each answer."""
+    """Return the score at the last token of each answer, float32 (B, M, K, heads)."""
     device = model.embed_tokens.device
     ids, documents, branches, positions = (torch.from_numpy(array).to(device) for array in batch[:4])
     hidden = model(ids, doc_ids=Branching(documents, branches, positions))
@@ -168,33 +168,33 @@ def answer_scores(model: RewardModel, batch: ComparisonRows) -> Tensor:
 
 
 def plackett_luce(scores: Tensor, ranks: Tensor, margins: Tensor) -> Tensor:
-    """Negative log-likelihood of rankings, (N, heads), of scores (N, K, heads) and ranks (N, K), infinite for nothing.
+    """Return the negative log-likelihood (N, heads) of ranks (N, K), infinite for padding, under scores (N, K, heads).
 
-    The best is drawn from all with probability softmax(scores), the next from those left, and so on (Plackett 1975);
-    for two that is Bradley-Terry. Answers of equal rank are drawn each from all that are no better (Breslow 1974),
-    which is likeliest when their scores are equal. `margins` (N,) lower the score of the best.
+    The best is drawn from all with probability softmax(scores), the next from the rest, and so on (Plackett 1975); two
+    answers give Bradley-Terry. Each of several answers of equal rank is drawn from all that are no better (Breslow
+    1974), which is likeliest if their scores are equal. `margins` (N,) lower the score of the best.
     """
     best = ranks == ranks.amin(1, keepdim=True)
     scores = scores - (margins.unsqueeze(1) * best).unsqueeze(-1)
     there = ranks.isfinite()
-    left = (ranks.unsqueeze(1) >= ranks.unsqueeze(2)) & there.unsqueeze(1)  # (N, i, j): j is left when i is drawn
-    left = left | ~there.unsqueeze(2)  # rows of nothing: any finite sum, dropped below
+    left = (ranks.unsqueeze(1) >= ranks.unsqueeze(2)) & there.unsqueeze(1)  # (N, i, j): j has not been drawn before i
+    left = left | ~there.unsqueeze(2)  # padding: any finite sum, dropped below
     pool = torch.where(left.unsqueeze(-1), scores.unsqueeze(1), -torch.inf).logsumexp(2)
     return torch.where(there.unsqueeze(-1), pool - scores, 0.0).sum(1)
 
 
 def bootstrap_weights(numbers: np.ndarray, heads: int, seed: int) -> np.ndarray:
-    """float32 (N, heads): how many times each head sees each comparison, Poisson of mean 1."""
+    """Return how many times each head sees each comparison, float32 (N, heads), Poisson with mean 1."""
     keys = splitmix64(np.arange(heads, dtype=np.uint64) + splitmix64(np.array([seed], np.uint64)))
     drawn = splitmix64(numbers.astype(np.uint64)[:, None] + keys)
     return np.searchsorted(POISSON, drawn.astype(np.float64) / 2.0**64).astype(np.float32)
 
 
-@torch.no_grad()  # FSDP's buffers made in inference mode could not be trained with
+@torch.no_grad()  # not inference mode: FSDP could not train with buffers made in it
 def score_comparisons(
     model: RewardModel, comparisons: Sequence[Candidates], row_tokens: int, pad: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, float32 (K, heads)) of each comparison, as computed."""
+    """Yield (index, float32 (K, heads)) of each comparison, in any order."""
     with evaluating(model):
         yield from evaluated(
             comparisons, SCORED_TOKENS, row_tokens, pad, lambda batch: answer_scores(model, batch).cpu().numpy()

@@ -1,4 +1,4 @@
-"""A policy tuned on comparisons: what its answers' log-probabilities are, now and under its reference, and their loss.
+"""Tuning a policy on comparisons: log-probabilities of answers under the policy and its reference, and their loss.
 
     source = policy_comparisons(comparisons, "dpo", context)
     source = Reference(tuning, "float32", Path("runs"), quiet=False).compare(source)
@@ -44,9 +44,9 @@ from llmkit.training.preferences import MISMATCHED, Objective, figures_of, kto_l
 
 
 class Answers(NamedTuple):
-    """What a model gives the answers of N comparisons.
+    """Log-probabilities of the answers of N comparisons.
 
-    logprobs, references, lengths, ranks  float32 (N, K): sums over trained tokens, and the number of these
+    logprobs, references, lengths, ranks  float32 (N, K): sums over trained tokens, and their number
     margins  float32 (N,)
     nll      cross-entropy, summed over `tokens` trained tokens of prompts and best answers
     """
@@ -62,13 +62,13 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """The summed loss of some rows of comparisons, and their number, with kto of answers, as the trainer wants it."""
+    """The summed loss of rows of comparisons, and the number of comparisons, or of answers with kto."""
 
     objective: Objective
 
     def __call__(self, model: Any, batch: ComparisonRows) -> Summed:
         objective = self.objective
-        # FSDP wants all processes to compute as often
+        # with FSDP all ranks must run the same number of forward passes
         rows = [batch] if is_sharded(model.embed_tokens) else batch.by_size()
         parts = [answer_logprobs(model, some) for some in rows]
         logprobs, references, lengths, ranks, margins = (
@@ -93,7 +93,7 @@ class PreferenceLoss:
 
 
 def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
-    """Log-probabilities of the answers in some rows."""
+    """Return the log-probabilities of the answers in rows of comparisons."""
     device = model.embed_tokens.device
     ids, documents, branches, positions = (torch.from_numpy(array).to(device) for array in batch[:4])
     hidden_BTC = model(ids, doc_ids=Branching(documents, branches, positions))
@@ -124,9 +124,9 @@ def answer_logprobs(model: Any, batch: ComparisonRows) -> Answers:
 
 
 def balanced(objective: Objective, sources: Sequence[Any]) -> Objective:
-    """Weigh the desirable answers of all sources as much as the others: KTO's paper, section 4.3, has 1 to 4/3.
+    """Weight desirable and undesirable answers equally; section 4.3 of KTO's paper has ratios of 1 to 4/3.
 
-    Raises UserError, with what was left out, where there are none of one kind.
+    Raises UserError, with the counts of what was left out, if there are none of one kind.
     """
     ranks = [rank for source in sources for candidates in source.candidates for rank in candidates.ranks]
     desirable, undesirable = ranks.count(1), ranks.count(2)
@@ -142,18 +142,18 @@ def balanced(objective: Objective, sources: Sequence[Any]) -> Objective:
 
 
 def policy_comparisons(source: Comparisons, loss: str, context: int, quiet: bool = False) -> Comparisons:
-    """What a loss can learn from: what all answers begin with, such as the header of a turn, goes to the prompt.
+    """Prepare comparisons for a loss: the common beginning of all answers, such as a turn's header, joins the prompt.
 
     Comparisons without a better and a worse answer are left out and counted. For kto the best answers are desirable,
-    the others not, and each prompt gets an answer that belongs to another one, cut to the context, of the rank
-    `MISMATCHED`. Raises UserError where nothing is left, and for kto where all answers are to one prompt.
+    the others not, and each prompt gets an answer to another prompt, cut to the context, with rank `MISMATCHED`. Raises
+    UserError if nothing is left, and for kto if all answers have the same prompt.
     """
     kept: list[Candidates] = []
     counts: Counter[str] = Counter()
     for candidates in source.candidates:
         ranks = candidates.ranks
         if not all(mask.any() for mask in candidates.trained[1:]):
-            counts["left out: an answer without a token to learn"] += 1
+            counts["left out: an answer without trained tokens"] += 1
             continue
         if len(ranks) > 1 and len(set(ranks)) < 2:
             counts["left out: equal ranks"] += 1
@@ -190,10 +190,10 @@ def _with_shared_header(candidates: Candidates) -> Candidates:
 
 
 def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> list[Candidates]:
-    """Give each comparison the first answer of the next one, in an order of their own, that has another prompt."""
+    """Add to each comparison the first answer of the next one, in shuffled order, with another prompt."""
     order, given = shuffled(len(kept), 0, 0).tolist(), list(kept)
     other: Candidates | None = None
-    for place in reversed(range(2 * len(order))):  # in the first half `other` is known, or there is one prompt alone
+    for place in reversed(range(2 * len(order))):  # in the first half `other` is known, unless there is only one prompt
         number, following = order[place % len(order)], kept[order[(place + 1) % len(order)]]
         own = kept[number].prompt
         if not np.array_equal(own, following.prompt):
@@ -201,7 +201,7 @@ def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> lis
         if place >= len(order):
             continue
         if other is None:
-            raise UserError(f"{name}: --loss kto: expected answers to two prompts at least, found those of one")
+            raise UserError(f"{name}: --loss kto: expected answers to at least two prompts, found one")
         room = max(1, context - len(own))
         given[number] = replace(
             kept[number],
@@ -213,7 +213,7 @@ def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> lis
 
 
 def answers_of(source: Any, count: int) -> Examples:
-    """The first answers, each behind its prompt, as they are shown before a training."""
+    """Return the first answers, each after its prompt, to show them before training."""
     pairs = [
         (np.concatenate([one.prompt, ids]), np.concatenate([one.trained[0], trained]))
         for one in source.candidates[:count]
@@ -227,12 +227,12 @@ def answers_of(source: Any, count: int) -> Examples:
 
 
 class Reference:
-    """The model as it is now, with which a policy is compared.
+    """The initial model, to compare a policy with.
 
-    precision  that it computes in
-    folder     where its log-probabilities are kept, in files named by a hash of the model's files, of what they are of
-               and of the precision
-    check      is called before they are computed, and raises UserError where that would be in vain
+    precision  of its computation
+    folder     cache of its log-probabilities, in files named by a hash of the model's files, the comparisons and the
+               precision
+    check      called before they are computed, to raise UserError early
     """
 
     def __init__(self, tuning: Tuning, precision: str, folder: Path, quiet: bool, check: Callable[[], object]) -> None:
@@ -244,8 +244,8 @@ class Reference:
                 self._digest.update(f"{path.name} {file_sha256(path)}".encode())
 
     def compare(self, source: Comparisons, *, held_out: bool = False) -> Comparisons:
-        """The comparisons with the log-probabilities of their answers: those that an earlier run has left, or computed
-        here, where each process has its share, and left for later ones."""
+        """Return the comparisons with the log-probabilities of their answers, from the cache or computed and cached;
+        each rank computes its share."""
         self._check()
         path = self._path(source, held_out)
         count = sum(len(candidates.answers) for candidates in source.candidates)
@@ -273,7 +273,7 @@ class Reference:
 
 
 def _read_references(path: Path, count: int) -> list[float] | None:
-    """The log-probabilities in a file, None without one, or, with a line that says so, where it is damaged."""
+    """Read log-probabilities from a file; return None if it is missing, or, with a message, if it is damaged."""
     if not path.exists():
         return None
     try:
@@ -281,15 +281,15 @@ def _read_references(path: Path, count: int) -> list[float] | None:
             values = file.get_tensor("logprobs")
             if (file.metadata() or {}).get("name") == path.name and values.shape == (count,) and (values <= 0).all():
                 return values.tolist()
-        fault = "those of other answers"
+        fault = "others"
     except (SafetensorError, OSError) as error:
         fault = str(error)
-    say(f"{path}: expected log-probabilities of {counted(count, 'answer')}, found {fault}; they are computed again")
+    say(f"{path}: expected log-probabilities of {counted(count, 'answer')}, found {fault}; computing them again")
     return None
 
 
 def with_references(source: Comparisons, logprobs: Sequence[float]) -> Comparisons:
-    """The comparisons with the log-probabilities of their answers, one after another, under a reference."""
+    """Return the comparisons with reference log-probabilities, which are given for all answers in order."""
     given = iter(logprobs)
     compared = [replace(one, references=tuple(islice(given, len(one.answers)))) for one in source.candidates]
     return Comparisons(source.name, compared, source.counts)
@@ -298,10 +298,10 @@ def with_references(source: Comparisons, logprobs: Sequence[float]) -> Compariso
 def sequence_logprobs(
     candidates: Sequence[Candidates], model: Any, pad: int, quiet: bool, *, held_out: bool = False
 ) -> list[float]:
-    """Log-probabilities of the answers, one after another, rounded as by `held_out_figures`, or as in training."""
+    """Return the log-probabilities of all answers in order, rounded as in training, or as by `held_out_figures`."""
     values: list[Sequence[float]] = [()] * len(candidates)
     length = row_length(np.array([one.size for one in candidates], np.int64))
-    # with gradients, of which frozen parameters keep nothing, a CPU rounds bfloat16 otherwise: .15 nats an answer
+    # with gradients a CPU rounds bfloat16 differently, by .15 nats per answer; frozen parameters keep no activations
     trained = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter.requires_grad]
 
     def compute(batch: ComparisonRows) -> np.ndarray:
@@ -320,7 +320,7 @@ def sequence_logprobs(
 
 @torch.no_grad()
 def held_out_figures(model: Any, sources: Sequence[Comparisons], loss: Loss, pad: int) -> dict[str, float]:
-    """Figures of held-out comparisons: `val_loss`, and those of `figures_of` behind `val_`."""
+    """Return metrics of held-out comparisons: `val_loss`, and those of `figures_of` with the prefix `val_`."""
     total, targets, parts = 0.0, 0, []
     batches = (
         batch

@@ -1,4 +1,4 @@
-"""`llmkit train-reward --score`: a filter that gives completions a reward, as they come."""
+"""`llmkit train-reward --score`: a filter that adds rewards to a stream of completions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from llmkit.reward_model.comparisons import Candidates, encode_comparisons, fitt
 from llmkit.reward_model.head import ROW_TOKENS, RewardModel, score_comparisons
 from llmkit.tokenizer.chat import ChatFormat
 
-RECORDS_AT_ONCE = 256  # records: enough to fill batches, few enough to answer soon
+RECORDS_AT_ONCE = 256  # enough records to fill batches, few enough for low latency
 
 
 @dataclass
 class _Group:
-    """Neighbouring records with the same prompt, and the answers of all of them, `counts` of each."""
+    """Neighbouring records with the same prompt, all their answers, and the `counts` of answers by record."""
 
     prompt: tuple[Message, ...]
     rows: list[Row]
@@ -34,10 +34,10 @@ class _Group:
 
 
 class Scorer:
-    """Rewards of completions; those of one prompt that follow one another share its computation.
+    """Computes rewards of completions; successive completions of one prompt share its computation.
 
-    counts  of completions: "scored", "prompt cut at its beginning", and "dropped: too long" for one that does not fit
-            the model's context, whose reward is null
+    counts  of completions: "scored", "prompt cut at its beginning", and "dropped: too long" if one does not fit the
+            model's context, which gives a null reward
     """
 
     def __init__(self, model: RewardModel, chat: ChatFormat, pad: int) -> None:
@@ -45,12 +45,12 @@ class Scorer:
         self.counts: Counter[str] = Counter()
 
     def score(self, rows: Iterable[Row], *, rank: bool = False) -> Iterator[dict[str, Any]]:
-        """The records with `reward`, and with several heads `reward_std`; lists of them beside `completions`.
+        """Yield the records with `reward`, and `reward_std` with several heads; as lists for `completions`.
 
-        With `rank` the records of a prompt come best first, `rank` 1 and on; beside `completions` stands `ranking`.
+        With `rank` the records of a prompt come best first, with `rank` from 1; those with `completions` get `ranking`.
         Raises UserError for a record without prompt or completion.
         """
-        groups: list[_Group] = []  # whole prompts, of RECORDS_AT_ONCE records or a few more
+        groups: list[_Group] = []  # complete prompts, with at least RECORDS_AT_ONCE records
         for group in chain(_grouped(rows), [None]):
             groups += [group] if group else []
             if groups and (group is None or sum(len(each.rows) for each in groups) >= RECORDS_AT_ONCE):
@@ -59,28 +59,28 @@ class Scorer:
                 groups = []
 
     def checked(self, row: Row) -> Row:
-        """The row. Raises UserError that names it for one without prompt or completion, and one that has no tokens."""
+        """Return the row. Raises UserError, with its place, if it lacks prompt or completion, or cannot be encoded."""
         prompt = read_prompt(row)
         for answer in read_answers(row):
-            if type(self.chat) is not ChatFormat:  # a template from elsewhere, which may refuse it
+            if type(self.chat) is not ChatFormat:  # a foreign template may refuse it
                 with naming(row.where):
                     self.chat.encode_branches([(prompt, [answer])])
         return row
 
     def _scores(self, groups: Sequence[_Group]) -> list[list[np.ndarray | None]]:
-        """(heads,) of each answer of each group, None for one that is too long."""
+        """Return the scores (heads,) of each answer of each group, None if it is too long."""
         context = self.model.config.max_position_embeddings
         compared = [Comparison(group.prompt, tuple(group.answers), (0,) * len(group.answers)) for group in groups]
         scores: list[list[np.ndarray | None]] = [[None] * len(group.answers) for group in groups]
-        units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # what is scored, and where its scores go
+        units: list[tuple[Candidates, list[tuple[int, int]]]] = []  # candidates, and (group, answer) of each score
         for group, whole in enumerate(encode_comparisons(compared, self.chat)):
-            for first, last in whole.spans(max(ROW_TOKENS, context)):  # attention costs the square of a row
+            for first, last in whole.spans(max(ROW_TOKENS, context)):  # attention is quadratic in the row
                 part = Candidates(whole.prompt, whole.answers[first:last], whole.ranks[first:last])
                 places = [(group, answer) for answer in range(first, last)]
                 if part.longest <= context:
                     units.append((part, places))
                     continue
-                for place, answer in zip(places, part.answers, strict=True):  # each with as much of the prompt as fits
+                for place, answer in zip(places, part.answers, strict=True):  # each with as much prompt as fits
                     fits = fitted(Candidates(whole.prompt, (answer,), (0,)), context, "truncate", "", self.counts)
                     units += [] if fits is None else [(fits, [place])]
         for unit, values in score_comparisons(self.model, [part for part, _ in units], ROW_TOKENS, self.pad):
@@ -91,7 +91,7 @@ class Scorer:
 
 
 def _grouped(rows: Iterable[Row]) -> Iterator[_Group]:
-    """Neighbours with the same prompt, and of the same form: one completion a record, or several."""
+    """Group neighbours with the same prompt and the same format: one completion per record, or several."""
     read = ((read_prompt(row), "completions" in row.value, row, read_answers(row)) for row in rows)
     for (prompt, _), neighbours in groupby(read, key=itemgetter(0, 1)):
         records = list(neighbours)
@@ -121,6 +121,6 @@ def _records(group: _Group, scores: Sequence[np.ndarray | None], rank: bool) -> 
 
 
 def _ranking(rewards: Sequence[float | None]) -> list[int]:
-    """1 for the highest reward, and on; equal ones share a rank, and what has none comes last."""
+    """Rank from 1, the highest reward; equal ones share a rank, None comes last."""
     known = [-math.inf if reward is None else reward for reward in rewards]
     return [1 + sum(other > reward for other in known) for reward in known]

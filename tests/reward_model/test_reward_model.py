@@ -139,7 +139,7 @@ def test_no_prompt_is_both_learnt_and_held_out():
     assert len(learnt) + len(kept) == 50
     assert not {one.prompt.tobytes() for one in learnt.candidates} & {one.prompt.tobytes() for one in kept.candidates}
     assert len({one.prompt.tobytes() for one in kept.candidates}) == 2
-    with pytest.raises(UserError, match="the comparisons of one prompt cannot be split"):
+    with pytest.raises(UserError, match="comparisons of one prompt cannot be split"):
         Comparisons("c", held[:1]).split(0.3, seed=1)
 
 

@@ -275,11 +275,11 @@ def test_answers_longer_than_the_context(base, tmp_path, capfd):
         tuned(base, data, tmp_path / loss, loss, quiet=False)
         said = capfd.readouterr().err
         assert "dropped: too long 1" in said and "prompt cut at its beginning 1" in said
-        assert "answers have to fit the context of 512 tokens" in said
+        assert "answers must fit the context of 512 tokens" in said
     refused = refusal(base, data, tmp_path / "other", "dpo", on_long="error")
     assert "prefs.jsonl:1" in refused and refused.endswith("choose --on-long drop")  # cutting the prompt is no help
     only = write(tmp_path / "long.jsonl", long)
-    assert "(dropped: too long 1); answers have to fit the context of 512" in refusal(
+    assert "(dropped: too long 1); answers must fit the context of 512" in refusal(
         base, only, tmp_path / "other", "dpo"
     )
     thumb = {"prompt": "Tell 1", "completion": "sea " * 300, "label": False}

@@ -190,7 +190,7 @@ def test_a_dry_run_tells_memory_and_time_and_trains_nothing(base, data, llmkit, 
         ([{"prompt": "?", "chosen": "a", "rejected": "a"}] * 3, "skipped: chosen equals rejected 3"),
         (['{"prompt": '], ":1: expected one JSON object per line"),
         ([{"prompt": "?", "completions": ["a", "b"], "ranking": [1, 2, 3]}], ":1: expected 'ranking' to be 2 ranks"),
-        ([{"prompt": "?", "chosen": "a", "rejected": "b"}], "the comparisons of one prompt cannot be split"),
+        ([{"prompt": "?", "chosen": "a", "rejected": "b"}], "comparisons of one prompt cannot be split"),
         (
             [{"prompt": f"{n}", "completions": ["a", "b"], "ranking": [1, 1]} for n in range(4)],
             "nothing to evaluate on",
