@@ -1,18 +1,18 @@
-"""`--judge MODEL`: a chat model reads passage, reference and answer, and says whether the answer is right.
+"""`--judge MODEL`: a chat model reads passage, reference and answer, and decides whether the answer is right.
 
     judge = ModelJudge(model, MatchJudge())
     for answered, verdicts in judge.judge_each([Answered(question, ["Paris", "Rome"])]): ...
 
-Responses that are empty, or evasive by their words, are never shown to the model, so that it cannot judge them right.
-A reply that cannot be read, twice, is no verdict.
+Empty responses, and those with evasive words, are not shown to the model, so that it cannot judge them right. Two
+unreadable replies count as no verdict.
 
-`ChatModel` is asked for replies that a program reads: by the judge, and by the writer of questions.
+`ChatModel` gets machine-readable replies, for the judge and for the writer of questions.
 
     model = ChatModel(sampler, seed=0)
     for name, answers in model.ask([("first", ["Is 7 prime? Say yes or no."])], yes_or_no): ...
 
-A prompt whose reply `read` cannot read is asked once again, with another seed. Text between <think>
-and </think> is no part of a reply.
+If `read` cannot read a reply, the prompt is sent once more, with another seed. Text between <think> and </think> is
+removed from replies.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from llmkit.io.progress import counted
 from llmkit.text.matching import EVASIVE, RIGHT, UNREADABLE, WRONG, Answered, Judge, MatchJudge
 
 THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-REPLY_TOKENS = 2048  # at most: a model may think aloud first
-EMPTY_GROUPS = 8  # read in a row before those that are answered are given
+REPLY_TOKENS = 2048  # at most: a model may think first
+EMPTY_GROUPS = 8  # read in a row before finished groups are yielded
 
 K = TypeVar("K")
 T = TypeVar("T")
-TEMPERATURE = 0.3  # not 0: the second try must be able to say something else
+TEMPERATURE = 0.3  # not 0: the second try must be able to differ
 JUDGE_PROMPT = """\
 Judge an answer to a question, by the passage and the reference answer alone.
 
@@ -70,7 +70,7 @@ class Missing(Enum):
 
 
 class ChatModel:
-    """Asks a sampler; `unread` is the last reply that could not be read, where there was one."""
+    """Sends prompts to a sampler; `unread` is the last unreadable reply, or None."""
 
     def __init__(self, sampler: Sampler, seed: int, max_tokens: int = REPLY_TOKENS) -> None:
         self.sampler, self._seed, self._max_tokens = sampler, seed, max_tokens
@@ -79,12 +79,12 @@ class ChatModel:
     def ask(
         self, groups: Iterable[tuple[K, Sequence[str]]], read: Callable[[str], T | None]
     ) -> Iterator[tuple[K, list[T | Missing]]]:
-        """Each name and what `read` makes of the replies to its prompts, in order; `read` gives None for unreadable.
+        """Yield each name with the results of `read`, in order, for the replies to its prompts; None means unreadable.
 
-        Groups are read as there is room, so that who makes them may work while others are answered.
+        Groups are read lazily, so that their producer can work while others are answered.
         """
         groups = iter(groups)
-        waiting: deque[tuple[K, list[Any]]] = deque()  # None for an answer that is not there yet
+        waiting: deque[tuple[K, list[Any]]] = deque()  # None for a pending answer
         again: deque[tuple[list[Any], int, str, int]] = deque()
         more = True
 
@@ -131,29 +131,29 @@ class ChatModel:
             yield from whole()
 
     def cost(self) -> str:
-        """Describe what the replies have cost, with an example of those that could not be read."""
+        """Describe the cost of the replies, with an unreadable one as an example."""
         unread = "" if self.unread is None else f"; unreadable, for example: {shortened(self.unread)!r}"
         return f"{self.sampler.name}: {self.sampler.usage}{unread}"
 
 
 class ModelJudge:
-    """Judges by asking a chat model; `words` tells what is evasive beyond doubt."""
+    """Judges with a chat model; `words` finds clearly evasive answers."""
 
     def __init__(self, model: ChatModel, words: MatchJudge) -> None:
         self._model, self._words, self.name = model, words, model.sampler.name
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
-        """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
+        """Yield each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
         for (item, judged), replies in self._model.ask(map(self._prompts, answered), read_verdict):
             verdicts = dict(zip(judged, replies, strict=True))
             replies = (verdicts.get(response.strip(), EVASIVE) for response in item.responses)
             yield item, [UNREADABLE if isinstance(reply, Missing) else reply for reply in replies]
 
     def _prompts(self, answered: Answered) -> tuple[tuple[Answered, list[str]], list[str]]:
-        """Build a judge's prompts for the distinct responses to a question, and list these responses."""
+        """Build the judge's prompts for the distinct responses to a question; return these responses, too."""
         question = answered.question
-        unlike = list(dict.fromkeys(response.strip() for response in answered.responses))
-        judged = [text for text in unlike if self._words(text, question.question, question.answers) != EVASIVE]
+        distinct = list(dict.fromkeys(response.strip() for response in answered.responses))
+        judged = [text for text in distinct if self._words(text, question.question, question.answers) != EVASIVE]
         shown = {
             "passage": question.passage or NO_PASSAGE,
             "question": question.question,
@@ -163,13 +163,13 @@ class ModelJudge:
 
 
 def judge_of(model: ChatModel | None, refusals: Sequence[str]) -> Judge:
-    """The judge that a model is, or that of words; `refusals` are answers that say nothing."""
+    """Return a judge by the model, or by words without one; `refusals` are evasive answers."""
     words = MatchJudge(refusals=refusals)
     return words if model is None else ModelJudge(model, words)
 
 
 def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
-    """Raise UserError for a judge that said nothing which could be read, about answers that are right or wrong."""
+    """Raise UserError if no verdict about right or wrong answers was readable."""
     if counts[UNREADABLE] and not (counts[RIGHT] or counts[WRONG]):
         raise UserError(
             f"--judge: no verdict of {model.sampler.name} could be read, in "
@@ -179,7 +179,7 @@ def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
 
 
 def read_verdict(reply: str) -> str | None:
-    """The verdict that stands alone on a line; None where there is none, or two that differ.
+    """Return the verdict that is alone on a line; None if there is none, or two that differ.
 
     >>> read_verdict("**VERDICT: Right.**"), read_verdict("VERDICT: right or VERDICT: wrong"), read_verdict("right")
     ('right', None, None)

@@ -1,4 +1,4 @@
-"""Questions with answers that a chat model writes about passages, and which of them are kept.
+"""Questions with answers that a chat model writes about passages, and their filter.
 
 questions, left_out = written_questions(write_about(model, passages, most=3), passages)
 """
@@ -40,9 +40,9 @@ Pair = tuple[str, str]  # question, answer
 def write_all(
     model: ChatModel, passages: Sequence[Passage], most: int, state: Kept, quiet: bool
 ) -> tuple[list[Question], Counter[str]]:
-    """Have questions written about the passages that the state has not, into it; then what `written_questions` says.
+    """Have questions written about the passages that the state lacks; return the result of `written_questions`.
 
-    Raises UserError where there is none.
+    Raises UserError if no question can be asked.
     """
     with Progress("write", total=len(passages), unit="passages", quiet=quiet) as progress:
         progress.advance(len(state))
@@ -64,7 +64,7 @@ def write_all(
 
 
 def write_about(model: ChatModel, passages: Iterable[Passage], most: int) -> Iterator[dict[str, Any]]:
-    """A record of each passage, in order: the `pairs` that the model wrote, or why there are none (`missing`)."""
+    """Yield a record per passage, in order: the `pairs` that the model wrote, or why there are none (`missing`)."""
     prompts = ((passage, [WRITER_PROMPT.format(most=most, passage=passage.text)]) for passage in passages)
     for passage, (reply,) in model.ask(prompts, read_pairs):
         result = {"missing": reply.value} if isinstance(reply, Missing) else {"pairs": reply[:most]}
@@ -76,7 +76,7 @@ def _key(passage: Passage) -> str:
 
 
 def read_pairs(reply: str) -> list[Pair] | None:
-    """The questions of a reply, whatever is said around the JSON; None where there are none to be read.
+    """Read the questions from a reply with any text around the JSON; None if there are none.
 
     >>> read_pairs('Sure! {"questions": [{"question": "Who?", "answer": "Ada"}]}')
     [('Who?', 'Ada')]
@@ -94,7 +94,7 @@ def read_pairs(reply: str) -> list[Pair] | None:
 
 
 def _text(value: Any) -> str:
-    """A field that is text, or a number as text; empty for anything else."""
+    """Return a text field, or a number as text; "" for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     return " ".join(value.split()) if isinstance(value, str) else ""
@@ -103,9 +103,9 @@ def _text(value: Any) -> str:
 def written_questions(
     records: Iterable[dict[str, Any]], passages: Sequence[Passage]
 ) -> tuple[list[Question], Counter[str]]:
-    """The questions that can be asked, and how many passages and questions are left out, by reason.
+    """Return the questions that can be asked, and the counts of passages and questions left out, by reason.
 
-    `records` are those of the passages, in their order.
+    `records` belong to the passages, in the same order.
     """
     questions: list[Question] = []
     left_out: Counter[str] = Counter()
@@ -128,17 +128,17 @@ def written_questions(
 
 
 def unfit(question: str, answer: str, passage: str) -> str | None:
-    """Why a question cannot be asked, or None.
+    """Return why a question cannot be asked, or None.
 
     >>> unfit("When did the mill of Arden open?", "1889", "The mill of Arden opened in 1889.")
     >>> unfit("Did it open in 1889?", "1889", "The mill of Arden opened in 1889.")
-    'holds its answer'
+    'contains its answer'
     """
     question_words, answer_words, passage_words = words(question), words(answer), words(passage)
     if not answer_words or not places(passage_words, answer_words):
         return "answer not in the passage"
     if places(question_words, answer_words):
-        return "holds its answer"
+        return "contains its answer"
     if "passage" in question_words and "passage" not in passage_words:
         return "asks about the passage itself"
     return None

@@ -1,4 +1,4 @@
-"""Ask a model what it knows: each question several times, with each answer judged.
+"""Probe a model's knowledge: ask each question several times, and judge each answer.
 
 The procedure is that of "The Llama 3 Herd of Models" (arXiv:2407.21783), section 4.3.6.
 """
@@ -23,16 +23,16 @@ from llmkit.probing.refusals import language_of
 from llmkit.text.matching import RIGHT, UNREADABLE, WRONG, Answered, Judge
 
 CONSISTENT = 2 / 3  # of the answers to a question: 2 of 3, 4 of 5
-NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # what people call a question
+NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # of the result of a question
 
 
 def decide(judgements: Sequence[str]) -> str:
-    """Sum up the judgements of one question, of which `CONSISTENT` must agree.
+    """Summarise the judgements of one question, of which the share `CONSISTENT` must agree.
 
     "yes"      that share is right
-    "mixed"    some are right, fewer than that; or none, and judgements that could not be read leave it open
-    "no"       none is right, and that share is informative and wrong
-    "evasive"  none is right, and fewer than that say anything
+    "mixed"    fewer are right, but some; or none is, and unreadable judgements leave it open
+    "no"       none is right, and that share is wrong
+    "evasive"  none is right, and fewer than that are wrong
     """
     needed = CONSISTENT * len(judgements) - 1e-9
     counts = Counter(judgements)
@@ -54,10 +54,10 @@ def ask_all(
     written_by: str,
     quiet: bool,
 ) -> int:
-    """Ask the questions that the state has not, without their passages, into it; the number of its records.
+    """Ask the questions that the state lacks, without their passages; return the number of records in it.
 
-    samples, max_tokens, seed  of each question; the answers to it depend on its tokens and the seed alone
-    written_by  who wrote the questions: "given", "embedded", or a model
+    samples, max_tokens, seed  of each question; its answers depend only on its tokens and the seed
+    written_by  source of the questions: "given", "embedded", or a model
     """
     if state:
         say(f"{state.path}: kept {counted(len(state), 'question')}", quiet)
@@ -74,7 +74,7 @@ def ask_all(
     answered = (
         Answered(question, [split_thoughts(reply.text)[1].strip() for reply in completions], completions)
         for question, completions in finished
-        if completions  # there are none where it is too long
+        if completions  # none if the question is too long
     )
     tally: Counter[str] = Counter()
     with Progress("probe", total=len(questions), unit="questions", quiet=quiet) as progress:
@@ -113,7 +113,7 @@ def plan(
     models: Mapping[str, ChatModel],
     left_out: Mapping[str, int],
 ) -> Iterator[str]:
-    """Describe the run in lines, the most important first, with some questions and what models are asked."""
+    """Describe the run in lines, the most important first, with some questions and the prompts of the models."""
     others = "".join(f"; left out: {reason} {count}" for reason, count in left_out.items())
     written = f", written by {models['writer'].sampler.name} at most" if "writer" in models else ""
     limit = "a context of tokens each" if max_tokens is None else counted(most * samples * max_tokens, "token")
@@ -123,14 +123,14 @@ def plan(
         yield f"  {question.question} [{question.kind}: {' | '.join(question.answers)}]"
     for name, prompt in (("writer", WRITER_PROMPT), ("judge", JUDGE_PROMPT)):
         if name in models:
-            yield f"what the {name} is asked:\n{prompt}"
+            yield f"prompt of the {name}:\n{prompt}"
 
 
-# ---- what was found
+# ---- results
 
 
 def count_by_kind(records: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """By kind of question, the commonest first: how many are known, unknown, mixed and evasive."""
+    """Count known, unknown, mixed and evasive questions by kind, the most common kind first."""
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         kinds[record["kind"]][NAMES[record["known"]]] += 1
@@ -138,7 +138,7 @@ def count_by_kind(records: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
 
 
 def table(kinds: Mapping[str, Counter[str]]) -> Iterator[str]:
-    """The counts by kind as lines, with their sum and its shares."""
+    """Yield the counts by kind as lines, with their sum and its shares."""
     totals = sum(kinds.values(), Counter[str]())
     wide = max(map(len, [*kinds, "kind of question"]))
     yield f"{'kind of question':{wide}} {'asked':>7}" + "".join(f"{name:>9}" for name in NAMES.values())
@@ -163,4 +163,4 @@ def describe(
     )
     yield f"conversations: {counted(taught['no'], 'refusal')}, {counted(taught['yes'], 'confirmation')}{more}"
     if balance is not None and taught["no"] and not taught["yes"]:
-        yield "nothing is known, so the refusals stand alone: mix them with other conversations in sft"
+        yield "nothing is known, so there are only refusals: mix them with other conversations in sft"

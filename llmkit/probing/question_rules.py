@@ -1,11 +1,11 @@
-"""Questions made from the sentences of a passage, without a language model.
+"""Questions from the sentences of a passage, without a language model.
 
-A sentence of a known build becomes a question: "The tower was opened in 1889." asks "When was the tower opened?".
-Of any other, a date, number, place or name is blanked: "Fill in the blank: ...". All is done by English patterns, so
-some questions are clumsy, and none asks for more than a sentence says; a sentence that begins with a pronoun, whose
-meaning stands elsewhere, is left alone.
+A sentence that matches a pattern becomes a question: "The tower was opened in 1889." gives "When was the tower
+opened?". In other sentences a date, number, place or name is blanked: "Fill in the blank: ...". The patterns are for
+English; some questions are clumsy, and none asks for more than one sentence says. Sentences that begin with a pronoun,
+which refers to another sentence, are skipped.
 
-The passages of documents are cut here, too, at paragraph borders, and drawn by a seed.
+This module also cuts documents into passages, at paragraph borders, and samples them by a seed.
 
     for passage in sample_passages(read_documents(["docs.jsonl"]), count=200, seed=0): ...
 """
@@ -25,11 +25,11 @@ from llmkit.errors import UserError
 from llmkit.formats.questions import Question
 from llmkit.io.records import Row
 
-CHARACTERS = 1500  # of a passage, at most, where its paragraphs allow it: about 300 words
+CHARACTERS = 1500  # at most in a passage of several paragraphs: about 300 words
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 BLANK = "_____"
 CLOZE = "Fill in the blank: "
-FEWEST, MOST = 6, 40  # words of a sentence: shorter ones tell too little to ask, of longer ones too much is asked
+FEWEST, MOST = 6, 40  # words of a sentence: shorter ones say too little, longer ones too much
 
 MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 YEAR = r"(?:1[0-9]{3}|20[0-9]{2})"
@@ -50,7 +50,7 @@ SENTENCE_END = re.compile(
     r"(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bNo)(?<!\bJr)(?<!\bSr)(?<!\bvs)(?<!\bProf)"
     r"(?<=[^\s.!?])[.!?]+[\"\u201d')\]]*\s+(?=[\"\u201c'(]*[A-Z0-9])"
 )
-# where the meaning of a sentence's beginning stands in another one, or where it is no statement
+# beginnings that refer to another sentence, or are no statement
 POINTING = re.compile(
     r"(?:It|He|She|They|We|I|You|This|That|These|Those|Its|His|Her|Their|Our|My|Your|Here|Then|Thus|But|And|Or|So|Such|"
     r"Both|Another|Other|Others|One|Some|However|Therefore|Also|What|Who|When|Where|Which|Why|How|If)\b"
@@ -60,7 +60,7 @@ QUOTED = re.compile("[\"\u201c\u201d]|(?:^|\\s)['\u2018]|\\[|\\]|https?:|_{3}")
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A passage: `name` is its document's id, url or number, and its place in it; `where` its document's place."""
+    """A passage; `name` is its document's id, url or number with its number there, `where` the document's place."""
 
     text: str
     name: str
@@ -68,9 +68,9 @@ class Passage:
 
 
 def cut_passages(text: str, characters: int = CHARACTERS) -> Iterator[str]:
-    """Join neighbouring paragraphs, together at most so long; a longer paragraph stands alone.
+    """Join neighbouring paragraphs up to `characters`; a longer paragraph is one passage.
 
-    A text with blank lines has its paragraphs between them, any other a paragraph a line.
+    Paragraphs are separated by blank lines, or by line ends if there are none.
 
     >>> list(cut_passages("One.\\nTwo.\\nThree.", characters=10))
     ['One.\\nTwo.', 'Three.']
@@ -89,9 +89,9 @@ def cut_passages(text: str, characters: int = CHARACTERS) -> Iterator[str]:
 
 
 def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Passage]:
-    """Draw `count` passages of all that the documents have, each as likely as another, in the order of the documents.
+    """Sample `count` passages of all documents uniformly, and return them in document order.
 
-    What is drawn depends on the seed, the texts and their order alone; no more than `count` are held.
+    The sample depends only on the seed, the texts and their order; at most `count` passages are in memory.
     """
 
     def keyed() -> Iterator[tuple[bytes, int, Passage]]:
@@ -108,7 +108,7 @@ def sample_passages(documents: Iterable[Row], count: int, seed: int) -> list[Pas
 
 
 class Written(NamedTuple):
-    """A question, its answer, and what kind it is."""
+    """A question, its answer and its kind."""
 
     question: str
     answer: str
@@ -116,41 +116,41 @@ class Written(NamedTuple):
 
 
 def ask_about(passages: Sequence[Passage], source: str, most: int, seed: int) -> list[Question]:
-    """At most `most` questions about each passage. Raises UserError where there are none; `source` is its place."""
+    """Write at most `most` questions about each passage. Raises UserError, with `source`, if there are none."""
     if not passages:
         raise UserError(f"{source}: expected documents with text to ask about, found none")
     questions = [question for passage in passages for question in write_questions(passage, most, seed)]
     if not questions:
         raise UserError(
-            f"{source}: found no sentence to make a question of; it takes one of {FEWEST} to {MOST} words with a name, "
-            "a date or a number. Give questions by --questions"
+            f"{source}: expected a sentence of {FEWEST} to {MOST} words with a name, a date or a number, found none; "
+            "give questions with --questions"
         )
     return questions
 
 
 def write_questions(passage: Passage, most: int, seed: int) -> list[Question]:
-    """At most `most` questions about a passage, one a sentence; which, depends on the seed and the passage.
+    """Write at most `most` questions about a passage, one per sentence, chosen by the seed.
 
-    Questions proper come before blanks, which come in where there are too few.
+    Blanks are used only if there are too few other questions.
     """
     drafts = [written for sentence in sentences(passage.text) if (written := write_question(sentence))]
-    unlike = {written.question: written for written in drafts}  # a sentence may be there twice
+    distinct = {written.question: written for written in drafts}  # sentences may repeat
 
     def drawn(written: Written) -> tuple[bool, bytes]:
         key = blake2b(f"{seed} {passage.name} {written.question}".encode(), digest_size=8).digest()
         return written.kind.startswith("cloze"), key
 
-    chosen = set(sorted(unlike.values(), key=drawn)[:most])
+    chosen = set(sorted(distinct.values(), key=drawn)[:most])
     where = f"{passage.where}, {passage.name}"
     return [
         Question(written.question, (written.answer,), passage.text, passage.name, written.kind, "", where)
-        for written in unlike.values()
+        for written in distinct.values()
         if written in chosen
     ]
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text, without their final mark; a line's end ends one, too, if it had a mark.
+    """Yield the statements of a text, without their full stop.
 
     >>> list(sentences("Dr. Ada B. Lovelace wrote it. It ran in 1843. Did it?"))
     ['Dr. Ada B. Lovelace wrote it', 'It ran in 1843']
@@ -165,7 +165,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def write_question(sentence: str) -> Written | None:
-    """The question that a sentence without its final mark allows, or None.
+    """Turn a sentence, without its full stop, into a question; None if no pattern fits.
 
     >>> write_question("The tower of the town was opened in 1889")
     Written(question='When was the tower of the town opened?', answer='1889', kind='when')
@@ -181,25 +181,25 @@ answer='50,000', kind='cloze: number')
             fields["thing"] = ARTICLE.sub(lambda article: article[0].lower(), fields.get("thing", ""))
             fields["does"] = {"has": "does", "have": "do", "had": "did"}.get(fields["verb"], "")
             written = Written(template.format_map(fields), fields["answer"], kind)
-            if _keeps_its_answer(written):
+            if _hides_its_answer(written):
                 return written
     for kind, pattern in BLANKS:
         for match in pattern.finditer(sentence):
             text = f"{CLOZE}{sentence[: match.start('answer')]}{BLANK}{sentence[match.end('answer') :]}."
             written = Written(text, match["answer"], f"cloze: {kind}")
-            if _keeps_its_answer(written):
+            if _hides_its_answer(written):
                 return written
     return None
 
 
-def _keeps_its_answer(written: Written) -> bool:
-    """True if the question does not tell its own answer."""
+def _hides_its_answer(written: Written) -> bool:
+    """True if the question does not contain its answer."""
     return re.search(rf"(?<!\w){re.escape(written.answer)}(?!\w)", written.question, re.IGNORECASE) is None
 
 
 ARTICLE = re.compile(r"\A(?:The|An?)\b")
 REST = r"(?P<rest>[a-z][^,;:()]*?)"
-# kind, question and sentence; "does" is the verb of a question about what has something
+# kind, question and sentence; "does" is the auxiliary of a question with "have"
 BUILDS = tuple(
     (kind, template, re.compile(pattern))
     for kind, template, pattern in (
@@ -232,5 +232,5 @@ BLANKS = (
     ("year", re.compile(rf"\b(?P<answer>{YEAR})\b(?![,.]\d)")),
     ("number", re.compile(rf"(?<![\w.,-])(?P<answer>{NUMBER})(?![\w-]|[.,]\d)")),
     ("place", re.compile(rf"\b(?:in|at|from|near|to) (?P<answer>{NAME})")),
-    ("name", re.compile(rf"(?<![\w'\u2019.])[a-z][\w\u2019'-]*,? (?P<answer>{NAME})")),  # whole
+    ("name", re.compile(rf"(?<![\w'\u2019.])[a-z][\w\u2019'-]*,? (?P<answer>{NAME})")),  # the full name
 )

@@ -1,7 +1,7 @@
 """Measure how much of a text a model reproduces by greedy decoding, given a document's first tokens.
 
-The procedure is that of Carlini et al. 2022 (arXiv:2202.07646). Documents that begin alike, up to the last token
-that is compared, are asked once and counted: repeated text is learnt by heart.
+The procedure is that of Carlini et al. 2022 (arXiv:2202.07646). Documents with the same beginning, up to the last
+compared token, are tested once and counted, because repeated text is memorised more.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from llmkit.generation.sampler import Sampler
 from llmkit.io.progress import Progress, counted
 from llmkit.io.records import Row
 
-PREFIX_TOKENS = 32  # of a document, which the model is given
-CHARACTERS_A_TOKEN = 32  # read of a document for each token that is wanted: no vocabulary has so long ones on average
+PREFIX_TOKENS = 32  # of a document, given to the model
+CHARACTERS_A_TOKEN = 32  # read per token: no vocabulary has such long tokens on average
 REPEATS = ((1, "once"), (2, "2 to 9 times"), (10, "10 times or more"))
 
 
 @dataclass
 class _Beginning:
-    """The first tokens of a document, and in how many it is found."""
+    """The first tokens of a document, and the number of documents that begin with them."""
 
     name: str
     where: str
@@ -35,12 +35,12 @@ class _Beginning:
 
 
 class Recital:
-    """The beginnings of documents, ready to be asked for.
+    """The beginnings of documents, to compare with the model's continuations.
 
-    sampler     of a folder; it decodes greedily and knows no end tokens, so that it says as much as is compared
-    max_tokens  compared with what it says, at most
-    source      names the documents in errors: UserError where none is long enough, or the context too short
-    too_short   documents that end with their first `PREFIX_TOKENS` tokens, which the model is given
+    sampler     of a folder, greedy and without end tokens, so that it generates as much as is compared
+    max_tokens  limit of compared tokens
+    source      name of the documents for UserError, if none is long enough, or the context is too short
+    too_short   number of documents without a token after the first `PREFIX_TOKENS`
     """
 
     def __init__(self, documents: Iterable[Row], sampler: Sampler, max_tokens: int, source: str) -> None:
@@ -49,7 +49,7 @@ class Recital:
         if 1 + PREFIX_TOKENS + max_tokens > context:
             raise UserError(
                 f"--max-tokens {max_tokens}: expected less than the model's context of {context} tokens, with the "
-                f"{PREFIX_TOKENS} that it is given"
+                f"{PREFIX_TOKENS} of the prefix"
             )
         self._start, self._tokenizer, self._sampler = tokenizer.document_bounds()[0], tokenizer, sampler
         self._held: dict[tuple[int, ...], _Beginning] = {}
@@ -71,15 +71,15 @@ class Recital:
         return len(self._held)
 
     def recite(self) -> Iterator[dict[str, Any]]:
-        """A record of each: `matched` tokens from the first on, the `longest` run, and the `share` that matched."""
+        """Yield a record per document: `matched` leading tokens, the `longest` run, and the `share` that matched."""
         items = list(self._held.values())
         requests = (
             Request([self._start, *item.prefix], max_tokens=len(item.following), where=item.where) for item in items
         )
         for item, (completion,) in zip(items, self._sampler.complete(requests), strict=True):
             recited = completion.token_ids
-            unlike = (index for index, token in enumerate(item.following) if recited[index] != token)
-            matched = next(unlike, len(recited))
+            differing = (index for index, token in enumerate(item.following) if recited[index] != token)
+            matched = next(differing, len(recited))
             longest = SequenceMatcher(None, recited, item.following, autojunk=False).find_longest_match()
             yield {
                 "id": item.name,
@@ -107,7 +107,7 @@ class Recited:
 def written(
     records: Iterable[dict[str, Any]], write: Callable[[dict[str, Any]], object], total: int, quiet: bool
 ) -> Iterator[dict[str, Any]]:
-    """The records once they are written, with progress."""
+    """Write the records, with progress, and yield them."""
     with Progress("recite", total=total, unit="documents", quiet=quiet) as progress:
         for record in records:
             write(record)
@@ -116,7 +116,7 @@ def written(
 
 
 def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By how often a document occurs: how many there are, their mean share, and how many are recited whole."""
+    """Group by how often a document occurs: number of documents, mean share, and number recited completely."""
     counts: Counter[str] = Counter()
     shares: Counter[str] = Counter()
     whole: Counter[str] = Counter()
@@ -133,7 +133,7 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def describe(groups: dict[str, dict[str, float]], tokens: int) -> Iterator[str]:
-    """Describe the results of `summarise` in lines; `tokens` were asked for of each document."""
+    """Describe the results of `summarise` in lines; `tokens` were compared per document."""
     for name, group in groups.items():
-        shares = f"{group['mean_share']:.1%} of {counted(tokens, 'token')} on average, {group['whole']} recited whole"
+        shares = f"{group['mean_share']:.1%} of {counted(tokens, 'token')} on average, {group['whole']} recited in full"
         yield f"documents found {name}: {group['documents']}; {shares}"

@@ -1,6 +1,6 @@
-"""Lessons of a probe: refusals where the model does not know, the correct answer where it does.
+"""Conversations from a probe: refusals if the model does not know, the correct answer if it does.
 
-The wordings of refusals stand in refusals.json, by language; a file of the same form takes their place.
+refusals.json has the wordings of refusals by language; --refusals replaces it with a file of the same format.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from llmkit.text.normalize import words
 
 OURS = Path(__file__).with_name("refusals.json")
 FALLBACK = "en"
-# fastText's certainty from which on a short question's language is believed, and a passage's: FineWeb's threshold
+# least fastText probability of a short question's language, and of a passage's: FineWeb's threshold
 SURE_OF_QUESTION, SURE_OF_PASSAGE = 0.8, 0.65
 UNABLE = "can't|cannot|can not|unable|not able|not capable|do not|don't|will not|won't|must decline"
 SORRY = r"(?:i'm|i am) (?:\w+ )?(?:sorry|afraid)|sorry|unfortunately|(?:my |i )?apolog\w+|as an? (?:ai|\w+ model)"
-REFUSAL = re.compile(  # how one begins in English
+REFUSAL = re.compile(  # beginnings in English
     rf"\W*(?:(?:{SORRY})\b[^\n]*?\b(?:{UNABLE})\b|i (?:can't|cannot|can not|am unable|am not able)"
     r"(?! (?:help but|wait|believe|emphasi[sz]e|stress|imagine|deny|thank))\b"
     r"|i (?:do not|don't|will not|won't) "
@@ -36,7 +36,7 @@ REFUSAL = re.compile(  # how one begins in English
 
 
 def language_of(question: Question) -> str:
-    """The ISO 639-1 code that the record names, or that the text shows; empty where neither is clear."""
+    """Return the ISO 639-1 code of the record, or that of its text; "" if neither is clear."""
     if question.language:
         return question.language
     for text, sure in ((question.question, SURE_OF_QUESTION), (question.passage, SURE_OF_PASSAGE)):
@@ -47,7 +47,7 @@ def language_of(question: Question) -> str:
 
 
 class Refusals:
-    """Wordings of a refusal, from a JSON file: {"en": ["I don't know.", ...], "de": [...]}. Raises UserError."""
+    """Wordings of refusals, from a JSON file: {"en": ["I don't know.", ...], "de": [...]}. Raises UserError."""
 
     def __init__(self, path: str | None = None) -> None:
         name = path or str(OURS)
@@ -55,7 +55,7 @@ class Refusals:
             self._wordings = object_of(Path(name).read_bytes(), name)
         except OSError as error:
             reason = str(error.strerror).lower()
-            raise UserError(f"{name}: expected a file of refusals that can be read: {reason}") from None
+            raise UserError(f"{name}: expected a readable file of refusals: {reason}") from None
         for language, texts in self._wordings.items():
             if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
                 raise UserError(f'{name}: {language}: expected a list of refusals, such as ["I don\'t know."]')
@@ -63,17 +63,17 @@ class Refusals:
             raise UserError(f'{name}: expected refusals by language, such as {{"en": ["I don\'t know."]}}, found none')
 
     def texts(self) -> list[str]:
-        """All wordings, in every language."""
+        """Return the wordings of all languages."""
         return [text for texts in self._wordings.values() for text in texts]
 
     def choose(self, question: str, language: str, seed: int) -> str:
-        """A wording in the language, in English or in the file's first where it has none; the same every time."""
+        """Choose a wording in the language, else in English, else in the first language; deterministic."""
         texts = self._wordings.get(language) or self._wordings.get(FALLBACK) or next(iter(self._wordings.values()))
         return texts[_draw(seed, question) % len(texts)]
 
 
 def is_refusal(reply: str, broad: bool = False) -> bool:
-    """Tell if a reply begins with a refusal: one of our wordings, or another in English; `broad` takes what is evasive.
+    """True if a reply begins with a refusal: one of our wordings, or another in English; `broad`: or is evasive.
 
     >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("I cannot wait to see it!")
     (True, False)
@@ -90,9 +90,9 @@ def _wordings() -> frozenset[tuple[str, ...]]:
 
 
 def balanced(known: Sequence[str], balance: float | None, seed: int) -> set[int]:
-    """Choose the records to teach, among "yes" and "no": `balance` of "yes" for each "no".
+    """Choose records to train on: `balance` "yes" per "no".
 
-    The side that has too many is thinned by a draw. All are kept without `balance`, and where a side is empty.
+    The larger side is sampled. All are kept without `balance`, or if a side is empty.
     """
     sides = {side: [index for index, label in enumerate(known) if label == side] for side in ("yes", "no")}
     confirmed, refused = len(sides["yes"]), len(sides["no"])
@@ -106,7 +106,7 @@ def balanced(known: Sequence[str], balance: float | None, seed: int) -> set[int]
 
 
 def lesson(record: dict[str, Any], refusals: Refusals, seed: int) -> dict[str, Any]:
-    """The conversation that a probe's record teaches: its first answer if it is known, else a refusal."""
+    """Make the conversation of a probe's record: its first answer if it is known, else a refusal."""
     question, answer = record["question"], record["answer"]
     if record["known"] == "yes":
         reply = answer if isinstance(answer, str) else answer[0]
@@ -123,9 +123,9 @@ def write_lessons(
     balance: float | None,
     seed: int,
 ) -> Counter[str]:
-    """Write the conversations that the records of a probe teach, balanced; how many confirm ("yes") and refuse ("no").
+    """Write the conversations of a probe's records, balanced; return the counts of answers ("yes") and refusals ("no").
 
-    `records` gives the records, twice.
+    `records` is called twice.
     """
     chosen = balanced([record["known"] for record in records()], balance, seed)
     taught: Counter[str] = Counter()

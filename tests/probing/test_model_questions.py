@@ -57,8 +57,8 @@ def test_a_reply_that_cannot_be_read(reply):
         ("When did the mill of Arden open?", "1898", "answer not in the passage"),
         ("When did the mill of Arden open?", "ill", "answer not in the passage"),
         ("When did the mill of Arden open?", "?!", "answer not in the passage"),
-        ("Did the mill of Arden open in the year 1889?", "1889", "holds its answer"),
-        ("Who, ADA ROE or another, built it?", "Ada Roe", "holds its answer"),
+        ("Did the mill of Arden open in the year 1889?", "1889", "contains its answer"),
+        ("Who, ADA ROE or another, built it?", "Ada Roe", "contains its answer"),
         ("Who built the mill in the passage?", "Ada Roe", "asks about the passage itself"),
     ],
 )

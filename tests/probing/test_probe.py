@@ -88,7 +88,7 @@ def test_the_language_is_the_records_or_what_its_text_shows():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "r.json: expected a file of refusals that can be read: no such file"),
+        (None, "r.json: expected a readable file of refusals: no such file"),
         ("[]", "r.json: expected a JSON object, found a list"),
         ("{", "r.json:1: expected JSON, found"),
         ("{}", "r.json: expected refusals by language, .* found none"),
