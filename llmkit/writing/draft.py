@@ -1,4 +1,4 @@
-"""A draft: a conversation that a model has written, before it is kept or dropped.
+"""A draft: a generated conversation, before it is kept or dropped.
 
 draft = Draft(3, (message("user", "2 + 2?"), message("assistant", "4")), kind="closed QA", answer="4")
 draft.as_line(guide="9f86d081", writer="qwen")  # what sft reads
@@ -13,25 +13,25 @@ from typing import Any
 from llmkit.formats.conversations import Message, as_record, read_messages
 from llmkit.io.records import PROMPT_FIELDS, THOUGHTS, Row, with_made
 
-SAID = ("completion", "response", "output")  # of a record: what the new answer takes the place of
+SAID = ("completion", "response", "output")  # fields of a record that the new answer replaces
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A conversation that a model has written.
+    """A generated conversation.
 
-    index       of the draft: the same seed, index and replies make the same draft
-    messages    end with the assistant's answer; empty where there is a `fault`
-    others      further answers in the place of the last message
-    kind        of task, one of `prompts.KINDS`; empty where nobody knows
-    topic       path in the tree of topics, or what the document or the record names
-    language    in which it was to be written; None for any
-    answer      short answer that a right one agrees with; None where there is none to check
+    index       number of the draft; seed, index and replies determine it
+    messages    end with the assistant's answer; empty if there is a `fault`
+    others      alternative answers to the last message
+    kind        kind of task, one of `prompts.KINDS`; "" if unknown
+    topic       path in the tree of topics, or the topic of the document or record
+    language    requested language; None for any
+    answer      reference answer; None if there is none to check
     refusal     whether a refusal is right
-    thinking    whether steps in <think> were asked for before the answer
+    thinking    whether thinking in <think> was requested before the answer
     seed        of its random numbers
-    fault       why the replies make no conversation; None where they do
-    record      given one that was answered; its further fields pass through
+    fault       why the replies are not a conversation, or None
+    record      the given record that it answers; its other fields pass through
     """
 
     index: int
@@ -49,23 +49,23 @@ class Draft:
 
     @property
     def prompt(self) -> str:
-        """Text of the person's first message."""
+        """Text of the first user message."""
         return next((message.text for message in self.messages if message.role == "user"), "")
 
     def versions(self) -> list[Draft]:
-        """Return a draft for each answer: this one's, then the others."""
-        said = [self.messages, *((*self.messages[:-1], last) for last in self.others)]
-        return [replace(self, messages=messages, others=()) for messages in said]
+        """Return a draft per answer: this one's, then the others."""
+        versions = [self.messages, *((*self.messages[:-1], last) for last in self.others)]
+        return [replace(self, messages=messages, others=()) for messages in versions]
 
     def as_line(self, **made: Any) -> dict[str, Any]:
-        """Write a line of the output, which `sft` reads; `made` are further fields, such as the writer and scores."""
+        """Return a line of the output, which `sft` reads; `made` are further fields, such as the writer and scores."""
         gone = (*PROMPT_FIELDS, *THOUGHTS, *SAID)
         rest = {name: value for name, value in self.record.items() if name not in gone}
         fields = {"messages": as_record(self.messages), "topic": self.topic, "kind": self.kind, **made}
         return with_made(rest, {**fields, "seed": self.seed})
 
     def as_state(self) -> dict[str, Any]:
-        """Write all of it as JSON, for `read_draft`."""
+        """Return all fields as JSON, for `read_draft`."""
         return {**vars(self), "messages": as_record(self.messages), "others": as_record(self.others)}
 
 

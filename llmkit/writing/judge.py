@@ -1,10 +1,10 @@
-"""Scores of drafts: helpful, truthful and harmless by the guide, from a chat model; or a reward model's reward.
+"""Scores of drafts: helpful, truthful and harmless by the guide, from a chat model; or from a reward model.
 
     with open_sampler("openai:http://localhost:8000/v1#big", Sampling(TEMPERATURE)) as sampler:
         Judge(ChatModel(sampler, seed=0), guide).scores(drafts)[0].values    # {"helpful": 4.0, "truthful": 5.0, ...}
 
-The three are those of InstructGPT's labelling instructions (Ouyang et al. 2022, arXiv 2203.02155, appendix B). A
-reply may say what it likes around its JSON; one without any that can be read is asked for again, once.
+The three are from InstructGPT's labelling instructions (Ouyang et al. 2022, arXiv 2203.02155, appendix B). A reply may
+have any text around its JSON; if it has no readable JSON, the request is repeated once.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from llmkit.writing.draft import Draft
 from llmkit.writing.prompts import TEXTS
 
 ASPECTS = ("helpful", "truthful", "harmless")
-LONGEST = 20_000  # characters at the end of a reply that are read: the time of "{{{..." grows with their square
-PATIENCE = 20  # judgements at the beginning, of which one must be readable
+LONGEST = 20_000  # characters read at the end of a reply: "{{{..." takes quadratic time
+PATIENCE = 20  # the first judgements, at least one of which must be readable
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a draft, higher is better, and reasons; none where the judge could not be read."""
+    """Scores of a draft, higher is better, and reasons; empty if the judgement was unreadable."""
 
     values: Mapping[str, float] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class Judge:
-    """Asks a chat model for scores from 1 to 5; `name`, `identity` and `usage` are those of its sampler."""
+    """Gets scores from 1 to 5 from a chat model; `name`, `identity` and `usage` are those of its sampler."""
 
     def __init__(self, model: ChatModel, guide: str) -> None:
         self._model, self._guide, self._judged = model, guide, 0
@@ -48,14 +48,14 @@ class Judge:
         self.usage: Usage | None = model.sampler.usage
 
     def scores(self, drafts: Sequence[Draft]) -> list[Scores]:
-        """Return the scores of each draft. Raises UserError for a judge that says nothing which can be read."""
+        """Return the scores of each draft. Raises UserError if no judgement is readable."""
         turns = [json.dumps(as_record(draft.messages), ensure_ascii=False, indent=1) for draft in drafts]
         prompts = ([TEXTS["judge"].format(guide=self._guide.strip(), conversation=text)] for text in turns)
         scores = [
             Scores() if isinstance(reply, Missing) else reply
             for _, (reply,) in self._model.ask(enumerate(prompts), read_scores)
         ]
-        # below zero are judgements that could not be read, before the first that could
+        # negative: the number of unreadable judgements before the first readable one
         self._judged = 1 if self._judged > 0 or any(score.values for score in scores) else self._judged - len(scores)
         if self._judged <= -PATIENCE:
             unread, context = self._model.unread, self._model.sampler.context
@@ -64,13 +64,13 @@ class Judge:
             )
             raise UserError(
                 f"--judge: none of {counted(-self._judged, 'judgement')} of {self.name} could be read, expected JSON "
-                f"with {', '.join(ASPECTS)}, found {reply}; take another judge"
+                f"with {', '.join(ASPECTS)}, found {reply}; use another judge"
             )
         return scores
 
 
 class RewardJudge(Judge):
-    """Scores the last reply by the reward model in a folder, without a guide."""
+    """Scores the last reply with a reward model, without a guide."""
 
     def __init__(self, folder: str, device: str, dtype: str) -> None:
         self._reward = ModelReward(folder, device, dtype, flag="--judge")
@@ -78,7 +78,7 @@ class RewardJudge(Judge):
         self.usage = None
 
     def scores(self, drafts: Sequence[Draft]) -> list[Scores]:
-        """Return the reward of each draft, no scores for one that does not fit the context."""
+        """Return the reward of each draft; no scores if it does not fit the context."""
         import torch
 
         turns = [as_record(draft.messages) for draft in drafts]
@@ -92,7 +92,7 @@ class RewardJudge(Judge):
 
 
 def read_scores(reply: str) -> Scores | None:
-    """Read the last JSON object of a reply that has all scores, wherever it stands; None without one.
+    """Read the last JSON object with all scores from anywhere in a reply; None without one.
 
     >>> read_scores('Sure! {"helpful": 4, "truthful": "5", "harmless": 5.0, "reasons": "short"} Bye.')
     Scores(values={'helpful': 4.0, 'truthful': 5.0, 'harmless': 5.0}, reasons={'all': 'short'})
@@ -115,9 +115,9 @@ def read_scores(reply: str) -> Scores | None:
 
 
 def best_and_worst(drafts: Sequence[Draft], scores: Sequence[Scores]) -> tuple[int, int | None]:
-    """Return the places of the best and the worst draft by mean score, the earliest of equals.
+    """Return the indices of the best and the worst draft by mean score, the first of equals.
 
-    What has no scores is neither, unless nothing has. The worst is None where it is no worse or says the same.
+    Drafts without scores are ignored, unless none has scores. The worst is None if it is no worse, or the same.
     """
     means = {
         place: sum(score.values.values()) / len(score.values) for place, score in enumerate(scores) if score.values

@@ -1,4 +1,4 @@
-"""Which drafts are kept: form, language, repetition, refusals, evaluations, verifiers, a judge's scores, duplicates.
+"""Filter drafts by form, language, repetition, refusals, evaluation items, verifiers, scores and duplicates.
 
     keeper = Keeper()
     draft = Draft(0, (message("user", "2 + 2?"), message("assistant", "4")))
@@ -6,10 +6,10 @@
     draft = Draft(1, (message("user", "2 + 2 ?"), message("assistant", "4")))
     keeper.decide(draft, keeper.check(draft))    # "duplicate: exact"
 
-A reason is a step of the funnel and what was wrong, `STEP: WHAT`. Two conversations are compared by the hashes of their
-words and of pairs of neighbouring words; MinHash finds the candidates. Words alone would join templates that are filled
-in with other names, and runs of 5 words, as crawl-filter compares pages, miss an edit in a short conversation
-(docs/write-chats.md has the figures). Self-Instruct's threshold is .7, too (arXiv 2212.10560).
+A reason is a step of the funnel and the fault, `STEP: FAULT`. Conversations are compared by hashes of their words and
+word pairs; MinHash finds the candidates. Words alone would match templates with other names, and 5-grams, as in
+crawl-filter, miss an edit in a short conversation (docs/write-chats.md has the figures). Self-Instruct uses the
+threshold .7, too (arXiv 2212.10560).
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from llmkit.text.words import Split, split_words
 from llmkit.writing.draft import Draft
 
 STEPS = ("form", "length", "language", "repetition", "refusal", "not_in", "wrong", "judge", "duplicate")
-SIMILAR = 0.7  # Jaccard similarity from which on a draft repeats another
-REPLIES = 0.3  # that of their replies, at least: other questions about one long text are no duplicates
-DOUBT = 0.25  # by how much MinHash may be wrong: 5 standard deviations of an estimate of .7 by 112 minima
+SIMILAR = 0.7  # Jaccard similarity at which a draft is a duplicate
+REPLIES = 0.3  # least similarity of the replies: other questions about one long text are not duplicates
+DOUBT = 0.25  # margin for MinHash: 5 standard deviations of an estimate of .7 from 112 minima
 MOST_WORDS = 2000  # of a message
-TELLING = 12  # words and symbols of a reply whose language can be told: names and titles are of any
-LONG = 100  # words and symbols from which on Gopher's rules say something of a reply
-LEAST_DISTINCT = 0.3  # share of different words, in a shorter reply of at least TELLING words
-ALL_SMALL = SMALL.union(*STOP_WORDS.values())  # of the languages that have a list
-OPERATORS = frozenset("+*/=<>^%")  # tell "3 + 4" from "3 * 4"
-# ends of a turn in the templates of the field, a reply that goes on with the next turns by itself, lone surrogates
+TELLING = 12  # least words and symbols to identify a reply's language: names and titles have none
+LONG = 100  # least words and symbols for Gopher's rules
+LEAST_DISTINCT = 0.3  # share of distinct words, in a shorter reply of at least TELLING words
+ALL_SMALL = SMALL.union(*STOP_WORDS.values())  # function words of languages with a list
+OPERATORS = frozenset("+*/=<>^%")  # distinguish "3 + 4" from "3 * 4"
+# end-of-turn tokens of common templates, replies that continue with further turns, lone surrogates
 STRAY = re.compile(
     r"<\|\w{2,20}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|^\W{0,4}(?:User|Human|Assistant)\W{0,2}:|[\ud800-\udfff]",
     re.MULTILINE,
@@ -60,12 +60,12 @@ STRAY = re.compile(
 
 
 class Keeper:
-    """Decides about drafts in the order of their index, and counts what became of them.
+    """Keeps or drops drafts in the order of their index, and counts the outcomes.
 
-    not_in      JSONL of evaluation items that no draft may hold
-    fail_below  score of a judge below which a draft is dropped, of any of its scores
+    not_in      JSONL of evaluation items that no draft may contain
+    fail_below  a draft is dropped if any of its scores is lower
     sandbox     whether unit tests of a record run in the sandbox
-    funnel      counts by step and reason, as crawl-filter's
+    funnel      counts by step and reason, as in crawl-filter
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class Keeper:
         self._items = Contamination(ContaminationRules(tuple(not_in)), quiet) if not_in else None
         self._fail_below, self._verifier = fail_below, VerifierReward(sandbox=sandbox)
         self.funnel = Funnel(STEPS)
-        self._features: list[tuple[np.ndarray, np.ndarray]] = []  # of what is kept, see `_features_of`
+        self._features: list[tuple[np.ndarray, np.ndarray]] = []  # of kept drafts, see `_features_of`
         self._minima, self._nearest = np.zeros((256, 112), np.uint8), np.zeros(256)  # with room for more
         self._prompts: dict[str, tuple[str, str]] = {}  # kind and topic
 
     def decide(self, draft: Draft, reason: str | None, scores: Mapping[str, float] | None = None) -> str | None:
-        """Return why a draft is dropped, as STEP: WHAT, or None: it is kept, and no later one may repeat it.
+        """Return why a draft is dropped, as STEP: FAULT, or None if it is kept; no later one may then repeat it.
 
-        reason  what `check` has found
-        scores  of a judge, higher is better; empty where it said nothing that could be read, None without a judge
+        reason  result of `check`
+        scores  of a judge, higher is better; empty if unreadable, None without a judge
         """
         started = thread_time()
         if reason is None and scores is not None:
@@ -94,7 +94,7 @@ class Keeper:
         return reason
 
     def recall(self, draft: Draft, reason: str | None) -> None:
-        """Count a draft that an earlier run dropped for `reason`, or kept, and remember it then."""
+        """Count a draft that was dropped for `reason` or kept, and remember a kept one."""
         step, _, what = (reason or "").partition(": ")
         self.funnel.count(step or None, what or None)
         if reason is not None:
@@ -111,7 +111,7 @@ class Keeper:
         self._prompts[_asked(draft)] = draft.kind, draft.topic
 
     def check(self, draft: Draft) -> str | None:
-        """Return what is wrong with a draft by itself, so that no judge need read it; counts nothing but its time."""
+        """Return what is wrong with a draft on its own, before it is judged, or None; count only the time."""
         started = thread_time()
         reason = self._fault(draft)
         self._spend(reason, started)
@@ -134,7 +134,7 @@ class Keeper:
         if repetition := next(filter(None, map(_repetition, long)), None):
             return f"repetition: {repetition}"
         if draft.refusal != is_refusal(replies[-1], broad=draft.refusal):
-            return "refusal: none" if draft.refusal else "refusal: not asked for"
+            return "refusal: none" if draft.refusal else "refusal: not requested"
         if self._items and self._items.find("\n".join(part.text for turn in draft.messages for part in turn.parts)):
             return "not_in: evaluation item"
         if draft.answer is not None and not draft.refusal:
@@ -143,10 +143,10 @@ class Keeper:
         return None
 
     def figures(self) -> dict[str, Any]:
-        """Return the funnel and how diverse the kept drafts are.
+        """Return the funnel and the diversity of the kept drafts.
 
         prompts, by_kind, by_topic  numbers of distinct prompts; some have no kind or topic
-        nearest_similarity          mean similarity of a draft to the one most like it, estimated; None below two
+        nearest_similarity          mean estimated similarity of a draft to the most similar one; None below two
         """
         kinds, topics = (Counter(pair[side] for pair in self._prompts.values() if pair[side]) for side in (0, 1))
         count, diversity = len(self._features), dict[str, Any](prompts=len(self._prompts))
@@ -155,11 +155,11 @@ class Keeper:
         return {"funnel": self.funnel.as_json(), "diversity": diversity}
 
     def close(self) -> None:
-        """End the processes of verifiers."""
+        """Stop the processes of verifiers."""
         self._verifier.close()
 
     def duplicate(self, draft: Draft) -> str | None:
-        """Return in what way a draft repeats one that is kept, or None."""
+        """Return how a draft repeats a kept one, or None."""
         if _asked(draft) in self._prompts:
             return "duplicate: same prompt"
         whole, replies = _features_of(draft)
@@ -171,18 +171,18 @@ class Keeper:
         return None
 
     def _spend(self, reason: str | None, started: float) -> None:
-        """Count the thread's time for the step that a draft got to."""
+        """Add the thread's time to the step that a draft reached."""
         self.funnel.spend({reason.partition(":")[0] if reason else STEPS[-1]: thread_time() - started})
 
     def _similarity(self, row: np.ndarray) -> np.ndarray:
-        """Estimate the Jaccard similarity of a signature (112,) to each kept draft's: (kept,)."""
+        """Estimate the Jaccard similarity of a signature (112,) to those of the kept drafts: (kept,)."""
         return np.maximum(shared(self._minima[: len(self._features)], row), 0.0)
 
 
 def features(messages: Sequence[Message]) -> np.ndarray:
-    """Hash the words and pairs of neighbouring words that a conversation is compared by: (n,) uint32, ascending.
+    """Hash the words and word pairs of a conversation: (n,) uint32, ascending.
 
-    A system message does not count, nor do results of tools.
+    System messages and tool results are ignored.
     """
     hashes = set[int]()
     for message in messages:
@@ -197,18 +197,18 @@ def features(messages: Sequence[Message]) -> np.ndarray:
 
 
 def jaccard(some: np.ndarray, others: np.ndarray) -> float:
-    """Return the share of features (n,) and (m,) that both have."""
+    """Return the Jaccard similarity of features (n,) and (m,)."""
     common = len(np.intersect1d(some, others, assume_unique=True))
     return common / (len(some) + len(others) - common)
 
 
 def _features_of(draft: Draft) -> tuple[np.ndarray, np.ndarray]:
-    """Features of a conversation, and of the replies in it."""
+    """Return the features of a conversation, and of its replies."""
     return features(draft.messages), features([turn for turn in draft.messages if turn.role == "assistant"])
 
 
 def _asked(draft: Draft) -> str:
-    """All that is said to the assistant, without case and the number of spaces."""
+    """Return all text that the assistant gets, with case and white space folded."""
     text = "\n".join(message.text for message in draft.messages if message.role != "assistant")
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
@@ -236,7 +236,7 @@ def _repetition(reply: str) -> str | None:
 
 
 def _problem(draft: Draft) -> Problem:
-    """Return what a verifier judges a draft's answer by: its record, or its prompt; words need only match."""
+    """Return the problem to verify a draft's answer by, from its record or its prompt; words need only match."""
     where = f"draft {draft.index}"
     if draft.record:
         problem = replace(read_problem(Row(dict(draft.record), where, 0)), answer=draft.answer)

@@ -1,4 +1,4 @@
-"""What the writer of conversations and its judge are asked (prompts.toml), and how lists and messages are read."""
+"""The prompts of the writer and the judge (prompts.toml), and readers for lists and messages in replies."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from llmkit.config import read_toml
 
 TEXTS = read_toml(str(Path(__file__).with_name("prompts.toml")), "prompts")
-KINDS: dict[str, tuple[float, str]] = TEXTS["kinds"]  # of task: percentage, and what the person wants
+KINDS: dict[str, tuple[float, str]] = TEXTS["kinds"]  # kind of task: percentage, and what the user wants
 
-_ITEM = re.compile(r"^\s*(?:[-*•–]|\(?\d{1,3}[.):])\s+")  # noqa: RUF001 -- marks of lists
+_ITEM = re.compile(r"^\s*(?:[-*•–]|\(?\d{1,3}[.):])\s+")  # noqa: RUF001 -- list markers
 _QUOTED = re.compile(r'"([^"“”«»]*)"|“([^"“”«»]*)”|«([^"“”«»]*)»')
 
 
 def read_list(reply: str) -> list[str]:
-    """Read the lines of a reply, without bullets and numbers; a line that introduces or repeats others is none of them.
+    """Read the items of a list, without bullets and numbers, introductory lines and duplicates.
 
     >>> read_list("Sure, here they are:\\n\\n1. Boats\\n2) **Tides**\\n- Boats\\n")
     ['Boats', 'Tides']
@@ -25,7 +25,7 @@ def read_list(reply: str) -> list[str]:
 
 
 def read_message(reply: str) -> str:
-    """Read a message from a reply, without quotation marks around the whole.
+    """Read a message from a reply, without quotation marks around it.
 
     >>> read_message(' "How deep is the sea?"\\n'), read_message('"A" or "B"?')
     ('How deep is the sea?', '"A" or "B"?')

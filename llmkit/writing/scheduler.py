@@ -1,7 +1,7 @@
-"""Many programs that ask one model, each going on as soon as its reply is there.
+"""Run many programs against one model; each continues as soon as its reply arrives.
 
-A program is a generator that returns its result. It yields a `Request` whose prompt are messages and is sent the
-completions, or a `Shared` program, which is run once whoever asks for it, and is sent its result.
+A program is a generator that returns its result. It yields a `Request` with messages as the prompt and is sent the
+completions, or it yields a `Shared` program, which runs only once, and is sent its result.
 
     def greet(name):
         (completion,) = yield Request([message("user", f"Greet {name}.")], max_tokens=64)
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shared:
-    """A program whose result several others want, by its key."""
+    """A program whose result several others need; `key` identifies it."""
 
     key: str
     program: Program[Any]
 
 
 Program = Generator[Request | Shared, Any, T]
-Running = tuple[int, Any, Program[Any]]  # place in the order in which programs begin, name, program
+Running = tuple[int, Any, Program[Any]]  # start order, name, program
 
 
 def run_all(
@@ -43,12 +43,12 @@ def run_all(
     known: Mapping[str, Any],
     on_result: Callable[[Any, Any], object],
 ) -> None:
-    """Run programs to their ends; `on_result` gets the name, or the key, and the result of each as it ends.
+    """Run programs to completion; `on_result` gets the name (or key) and the result of each.
 
-    The requests of programs that began early go first, so that few are unfinished at any time.
+    Requests of programs that began earlier go first, so that few are unfinished at any time.
 
-    programs  names and programs, read as there is room; None where there is no other before one of these has ended
-    known     results of shared programs that ended before, by key
+    programs  names and programs, read lazily; None if there is no other until one of these has ended
+    known     results of shared programs that have ended, by key
     """
     results, waiting = dict(known), dict[str, list[Running]]()
     ready: list[tuple[int, int, Running, Request]] = []  # a heap
@@ -92,7 +92,7 @@ def run_all(
             elif under_way:
                 yield None
             else:
-                assert not more, "nothing is under way, and no program begins"
+                assert not more, "nothing is running, and no program begins"
 
     for _ in sampler.complete(requests(), on_done=lambda index, samples: step(under_way.pop(index), samples)):
         pass

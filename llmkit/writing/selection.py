@@ -1,4 +1,4 @@
-"""Which drafts of a writer are kept: written, judged, and decided on in order, so that a run goes on where it ended."""
+"""Write drafts, judge them, and keep or drop them in order, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llmkit.writing.keep import Keeper
 from llmkit.writing.scheduler import Program, run_all
 from llmkit.writing.writer import TOO_LONG, Writer
 
-WINDOW = 256  # drafts that are begun before the first of them is decided on; later ones may have examples of earlier
-JUDGED = 32  # drafts that the judge is given at a time
-USELESS = 200  # drafts dropped in a row, after which the run stops
+WINDOW = 256  # drafts begun before the first of them is decided; later ones may use earlier ones as examples
+JUDGED = 32  # drafts per call of the judge
+USELESS = 200  # consecutive dropped drafts that stop the run
 
 
 class Budget:
-    """A limit: tokens in and out, or money at prices per million tokens in and out; `text` as it was given.
+    """A limit in tokens, or in money with prices per million input and output tokens; `text` as given.
 
-    Raises UserError for what is neither.
+    Raises UserError for any other text.
 
     >>> Budget("2M").is_spent(1_500_000, 500_000), Budget("5@0.5,2").is_spent(1_500_000, 2_000_000)
     (True, False)
@@ -47,21 +47,21 @@ class Budget:
         except ValueError:
             pass
         raise UserError(
-            "--budget: expected tokens, such as 2M, or money at prices per million tokens in and out, such as "
+            "--budget: expected tokens, such as 2M, or money at prices per million input and output tokens, such as "
             f"5@0.15,0.6, found {text!r}"
         )
 
     def is_spent(self, tokens_in: int, tokens_out: int) -> bool:
-        """True if so many tokens have reached the limit."""
+        """True if these tokens reach the limit."""
         return tokens_in * self._prices[0] + tokens_out * self._prices[1] >= self._limit
 
 
 class Selection:
-    """Drafts on their way: begun, written, judged, and decided on in order of their index.
+    """Writes and judges drafts, and keeps or drops them in order of their index.
 
-    State has "shared KEY" for what drafts share, "draft INDEX" for each that is written, and "end INDEX" for what
-    became of it: `reason`, and of the best version `best`, `scores` and `why`, and the `worst`.
-    `indices` are those of the drafts that are kept.
+    The state has "shared KEY" for results that drafts share, "draft INDEX" for each written draft, and "end INDEX" for
+    its outcome: `reason`, the number of the `best` version with its `scores` and `why`, and of the `worst`.
+    `indices` are those of the kept drafts.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class Selection:
         self._written: dict[int, Draft] = {}
         self._progress = Progress("write", total=wanted, unit="chats", quiet=quiet)
         self._before = [0, 0, 0]
-        self._batch: tuple[list[tuple[list[Draft], list[str | None]]], Any] | None = None  # that the judge has
-        self._judges = ThreadPool(1)  # a daemon: who interrupts the program does not wait for a server
+        self._batch: tuple[list[tuple[list[Draft], list[str | None]]], Any] | None = None  # at the judge
+        self._judges = ThreadPool(1)  # a daemon: an interrupt does not wait for a server
         self._waits = judge is None or not judge.name.startswith(SCHEME)  # two models on one machine slow each other
 
     @property
     def spent(self) -> list[int]:
-        """Requests, tokens in and tokens out, of the writer and the judge, with those of runs before."""
+        """Requests, input and output tokens of the writer and the judge, with those of earlier runs."""
         usages = [self.writer.sampler.usage, self._judge.usage if self._judge else None]
         here = [(usage.requests, usage.prompt_tokens, usage.completion_tokens) for usage in usages if usage is not None]
         return list(map(sum, zip(*(self._before, *here), strict=True)))
 
     def write(self) -> None:
-        """Write drafts until enough are kept, or there are no more. Raises UserError after too many useless ones."""
+        """Write drafts until enough are kept or none are left. Raises UserError after too many dropped ones."""
         shared: dict[str, Any] = {}
         for key, record in self.state.items():
             kind, _, name = key.partition(" ")
@@ -113,16 +113,16 @@ class Selection:
             while self._written:
                 self._decide(wait=True)
         if not self.indices:
-            self.state.remove()  # there is nothing to go on with
+            self.state.remove()  # nothing to resume
             drafts = f"{counted(self.decided, 'draft')} of {self.writer.sampler.name}"
-            raise UserError(f"--writer: none of {drafts} is kept: {self._reasons()}; take another, or other prompts")
+            raise UserError(f"--writer: none of {drafts} is kept: {self._reasons()}; use another, or other prompts")
 
     def _lacks(self) -> int:
-        """How many more are to be kept."""
+        """Return how many more drafts are to be kept."""
         return WINDOW if self._wanted is None else self._wanted - len(self.indices)
 
     def kept(self) -> Iterator[tuple[Draft, Draft | None, dict[str, Any]]]:
-        """Yield the best version of each draft that is kept, the worst where there is one, and what became of it."""
+        """Yield the best version of each kept draft, the worst or None, and its outcome."""
         for index in self.indices:
             versions, end = self._outcome(index)
             yield versions[end["best"]], None if end["worst"] is None else versions[end["worst"]], end
@@ -151,7 +151,7 @@ class Selection:
                 yield index, self.writer.write(index)
 
     def _ended(self, name: Any, value: Any) -> None:
-        """Keep what a program has made, and decide on the drafts whose turn it is."""
+        """Save the result of a program, and decide on the next drafts."""
         if isinstance(name, str):
             self.state.add(f"shared {name}", {"value": value, "spent": self.spent})
             return
@@ -167,9 +167,9 @@ class Selection:
             )
 
     def _decide(self, wait: bool = False) -> None:
-        """Decide on drafts in order; a judge is given several at a time, fewer where no other comes.
+        """Decide on drafts in order; the judge gets batches, smaller ones at the end.
 
-        A judge behind a server works while others are written; with `wait` until its scores are there.
+        A judge on a server works while drafts are written; `wait` blocks until its scores arrive.
         """
         while True:
             if self._batch is None:
@@ -206,9 +206,9 @@ class Selection:
     def _choice(
         self, versions: Sequence[Draft], faults: Sequence[str | None], scores: Sequence[Scores]
     ) -> dict[str, Any]:
-        """Choose the best and the worst of the versions of a draft, and say whether the best is kept.
+        """Choose the best and the worst version of a draft, and decide on the best.
 
-        scores  of those without a fault; none without a judge
+        scores  of the versions without a fault; empty without a judge
         """
         good = [version for version, fault in enumerate(faults) if fault is None]
         best, worst, score = (good or [0])[0], None, None
@@ -224,7 +224,7 @@ class Selection:
         return {"reason": reason, "best": best, "worst": worst if reason is None else None, "scores": values, **why}
 
     def _count(self, draft: Draft, reason: str | None) -> None:
-        """Count a draft that is decided on."""
+        """Count a decided draft."""
         self.decided += 1
         if reason is not None:
             self.dropped[reason] += 1
@@ -236,12 +236,12 @@ class Selection:
         self._progress.advance(drafts=self.decided)
 
     def _reasons(self) -> str:
-        """The commonest reasons with their counts, and what the server has refused last."""
+        """Describe the most common reasons with their counts, and the server's last refusal."""
         counts = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.most_common(4))
         return "; ".join(filter(None, [counts, getattr(self.writer.sampler, "refusal", "")]))
 
     def describe(self) -> Iterator[str]:
-        """Describe what became of the drafts, in lines."""
+        """Describe the outcomes of the drafts, in lines."""
         yield f"kept {counted(len(self.indices), 'conversation')} of {counted(self.decided, 'draft')}"
         for reason, count in self.dropped.most_common():
             yield f"dropped {count:,}: {reason}"

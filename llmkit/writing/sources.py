@@ -1,4 +1,4 @@
-"""Where the prompts of conversations come from: topics, seed tasks, documents, or a file of prompts."""
+"""Sources of prompts: topics, seed tasks, documents, or a file of prompts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from llmkit.writing.prompts import KINDS, TEXTS, read_list, read_message
 from llmkit.writing.scheduler import Program, Shared
 from llmkit.writing.writer import Fault, Plan, Source, Writer
 
-ROUGE_L = 0.7  # from which a task is too much like one before (Wang et al. 2022, arXiv 2212.10560, section 2.2)
-SUBTOPICS, PEOPLE = 20, 10  # asked for at a time
-USES = 4  # of a subtopic, by other people with other tasks, before others are asked for
-LISTED = 200  # subtopics shown as those that are there already
-GIVEN, MADE = 6, 2  # seed tasks and made ones that a new one is unlike (Wang et al. 2022, section 2.2)
+ROUGE_L = 0.7  # at which a task is too similar to an earlier one (Wang et al. 2022, arXiv 2212.10560, section 2.2)
+SUBTOPICS, PEOPLE = 20, 10  # per request
+USES = 4  # of a subtopic, by other people with other tasks, before new ones are requested
+LISTED = 200  # known subtopics shown in a request for new ones
+GIVEN, MADE = 6, 2  # seed tasks and generated ones shown as examples (Wang et al. 2022, section 2.2)
 PER_PASSAGE = 3
 LIKE_ANOTHER = "duplicate: like another task"
 
 
 class Topics(Source):
-    """A tree that grows as it is used: topic, subtopic, kind of task, person, language.
+    """A tree that grows with use: topic, subtopic, kind of task, person, language.
 
-    Draft i takes topic i modulo their number; when all subtopics have been used the writer is asked for others.
+    Draft i uses topic i modulo their number; when all subtopics have been used, the writer is asked for new ones.
     """
 
     def __init__(self, topics: Sequence[str]) -> None:
@@ -45,14 +45,14 @@ class Topics(Source):
         topic, subtopic = self._topics[number], subtopics[use % len(subtopics)]
         task = TEXTS["people"].format(count=PEOPLE, topic=topic)
         people = yield Shared(f"people {number}", _listed(writer, task, instead="somebody"))
-        topic = topic if subtopic == topic else f"{topic} > {subtopic}"  # the same where the writer names none
+        topic = topic if subtopic == topic else f"{topic} > {subtopic}"  # the same if the writer names none
         person = plan.chance.choice(people)
         task = TEXTS["opening"].format(person=person, topic=topic, wanted=KINDS[plan.draft.kind][1])
         text = yield from _first_message(writer, task, plan)
         return plan.opening([message("user", text)], person=person, topic=topic)
 
     def _subtopics(self, writer: Writer, number: int, grown: int) -> Shared:
-        """The subtopics of a topic, a list of some for each time that it has grown."""
+        """Return the program for the subtopics of a topic, after it has grown `grown` times."""
 
         def program() -> Program[list[str]]:
             known: list[str] = []
@@ -66,10 +66,10 @@ class Topics(Source):
 
 
 class Seeds(Source):
-    """Self-Instruct (Wang et al. 2022): a new task from examples, kept where its ROUGE-L with each before is below .7.
+    """Self-Instruct (Wang et al. 2022): a new task from examples, kept if its ROUGE-L with earlier ones is below .7.
 
-    Examples and comparisons are of the tasks kept among the drafts up to `lag` before, so that they do not depend on
-    what is done at the same time.
+    Examples and comparisons are tasks kept at least `lag` drafts earlier, so that they do not depend on which drafts
+    are in progress.
     """
 
     def __init__(self, tasks: Sequence[str], lag: int) -> None:
@@ -100,7 +100,7 @@ class Seeds(Source):
 class Documents(Source):
     """Questions that passages answer.
 
-    The person's message holds the passage (closed QA), or the assistant alone sees it (open QA).
+    The user's message contains the passage (closed QA), or only the assistant sees it (open QA).
     """
 
     def __init__(self, passages: Sequence[Passage]) -> None:
@@ -117,8 +117,8 @@ class Documents(Source):
             raise Fault(f"question: {reason}")
         closed = plan.chance.random() < 0.5
         kind, text = ("closed QA", f"{passage.text}\n\n{question}") if closed else ("open QA", question)
-        beside = None if closed else passage.text
-        return plan.opening([message("user", text)], passage=beside, topic=passage.name, kind=kind, answer=answer)
+        shown = None if closed else passage.text
+        return plan.opening([message("user", text)], passage=shown, topic=passage.name, kind=kind, answer=answer)
 
     def _questions(self, writer: Writer, number: int) -> Program[list[Any]]:
         task = WRITER_PROMPT.format(most=PER_PASSAGE, passage=self._passages[number].text)
@@ -129,7 +129,7 @@ class Documents(Source):
 
 
 class Prompts(Source):
-    """Prompts that are given, each answered once."""
+    """Given prompts, each answered once."""
 
     is_given = True
 
@@ -141,11 +141,11 @@ class Prompts(Source):
         record, messages = problem.record, problem.messages or (message("user", problem.prompt),)
         topic, kind = (value if isinstance(value := record.get(name), str) else "" for name in ("topic", "kind"))
         return plan.opening(messages, topic=topic, kind=kind, answer=problem.answer, record=record)
-        yield  # makes it a program
+        yield  # makes it a generator
 
 
 def is_like(text: str, encoded: Sequence[str]) -> bool:
-    """True if the ROUGE-L of a text with one of those encoded is `ROUGE_L` or more (Lin 2004): Indel's similarity.
+    """True if the ROUGE-L (Lin 2004), Indel similarity, of a text with one of those encoded is at least `ROUGE_L`.
 
     >>> is_like("Write a poem about the sun.", [encode_words("Write a poem about the sea.")])
     True
@@ -154,13 +154,13 @@ def is_like(text: str, encoded: Sequence[str]) -> bool:
 
 
 def encode_words(text: str) -> str:
-    """Encode each word as one character, of its hash, so that rapidfuzz compares words; 2.3 times as fast as lists."""
+    """Hash each word to one character, so that rapidfuzz compares words; 2.3 times as fast as with lists."""
     words = (word.encode(errors="surrogatepass") for word in split_words(text.lower()))
     return "".join(chr(0x10000 + zlib.crc32(word) % 0x100000) for word in words)
 
 
 def _listed(writer: Writer, task: str, instead: str) -> Program[list[str]]:
-    """The lines of a reply, or of a useless one what stands in their place."""
+    """Return the items of a reply, or `[instead]` if it has none."""
     try:
         return read_list((yield from writer.tell(task, writer.plan(0).draft.seed))) or [instead]
     except Fault:
@@ -168,7 +168,7 @@ def _listed(writer: Writer, task: str, instead: str) -> Program[list[str]]:
 
 
 def _first_message(writer: Writer, task: str, plan: Plan) -> Program[str]:
-    """The person's first message, in the plan's language, perhaps one to be refused."""
+    """Write the first user message, in the plan's language, and to be refused if the plan says so."""
     task += TEXTS["in_language"].format(language=plan.draft.language) if plan.draft.language else ""
     task += TEXTS["to_refuse"] if plan.draft.refusal else ""
     return read_message((yield from writer.tell(task, plan.draft.seed)))

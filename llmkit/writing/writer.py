@@ -1,7 +1,7 @@
-"""Conversations written by a model that plays the person and the assistant (UltraChat, Ding et al. 2023, 2305.14233).
+"""Conversations by a model that plays both user and assistant (UltraChat, Ding et al. 2023, arXiv 2305.14233).
 
-Each draft is a program (writing/scheduler.py): the source makes the person's first message, then the assistant and the
-person answer each other. What is drawn by chance for a draft follows from (seed, index) alone.
+Each draft is a program (writing/scheduler.py): the source makes the first user message, then assistant and user answer
+each other. Random choices of a draft depend only on (seed, index).
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from llmkit.writing.draft import Draft
 from llmkit.writing.prompts import KINDS, TEXTS, read_message
 from llmkit.writing.scheduler import Program, Shared
 
-# of conversations with the guide in the assistant's context, which a writer that was taught without does not need, a
-# system message, thoughts, tools, and a request to be refused, where --mix says nothing
+# defaults of --mix: shares of conversations with the guide in the assistant's context, a system message, thinking,
+# tools, and a request to be refused
 SHARES = {"guide": 1.0, "system": 0.2, "thinking": 0.0, "tools": 1.0, "refusals": 0.0}
 ENDED = {
     "length": "cut answer",
     "tool_limit": "too many calls of tools",
-    **dict.fromkeys(("tool_calls", "no_tool"), "call of a tool that is not there"),
+    **dict.fromkeys(("tool_calls", "no_tool"), "call of an unknown tool"),
     REFUSED: "refused by the server",
 }
 TOO_LONG = "longer than the context"
-TRIES = 3  # of a request to a server whose reply is empty or broken, with one seed: another reply may come
+TRIES = 3  # of a request to a server with an empty reply: the same seed may give another
 
 
 class Fault(Exception):
-    """Why a reply is of no use."""
+    """Why a reply is unusable."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What chance has decided about a draft, and the source.
+    """Random choices of a draft, and those of its source.
 
-    draft     without messages, then with those up to the person's first
-    turns     of the person
-    has       which of `SHARES` the draft is among
-    chance    for what the source draws
-    person    who talks, for the messages that follow
-    passage   what the assistant is shown beside the messages
+    draft     without messages at first, then with those up to the first user message
+    turns     number of user messages
+    has       which of `SHARES` apply to the draft
+    chance    random generator for the source
+    person    description of the user, for the following messages
+    passage   shown to the assistant in addition to the messages
     """
 
     draft: Draft
@@ -61,31 +61,31 @@ class Plan:
     def opening(
         self, messages: Sequence[Message], *, person: str = "somebody", passage: str | None = None, **fields: Any
     ) -> Plan:
-        """Return the plan of a draft that begins with these messages and has these fields."""
+        """Return the plan with these first messages and fields of the draft."""
         draft = replace(self.draft, messages=tuple(messages), **fields)
         return replace(self, draft=draft, person=person, passage=passage)
 
 
 class Source:
-    """Where prompts come from.
+    """A source of prompts.
 
-    count     of openings; None for no end
-    is_given  whether the prompts are given, so that only answers are written
+    count     number of prompts; None if unlimited
+    is_given  whether prompts are given, so that only answers are written
     """
 
     count: int | None = None
     is_given = False
 
     def open(self, writer: Writer, plan: Plan) -> Program[Plan]:
-        """Make the person's first message."""
+        """Make the first user message."""
         raise NotImplementedError
 
     def fault(self, draft: Draft) -> str | None:
-        """Return why a draft is too much like those kept before it, all of which are known by now."""
+        """Return why a draft is too similar to the drafts kept before it, or None."""
         return None
 
     def keep(self, draft: Draft) -> None:
-        """Take note of a draft that is kept."""
+        """Record a kept draft."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Writer:
     """Writes drafts.
 
     guide      labelling instructions, in the context of requests
-    shares     in the place of `SHARES`
-    languages  of which each conversation has one; none leaves them to the writer
-    turns      of the person, at most
-    samples    answers to the person's last message
+    shares     replace `SHARES`
+    languages  one is chosen per conversation; empty: the writer chooses
+    turns      maximum of user messages
+    samples    answers to the last user message
     """
 
     sampler: Sampler
@@ -115,7 +115,7 @@ class Writer:
         return None if self.sampler.tools is None else self.sampler.tools.none()
 
     def plan(self, index: int) -> Plan:
-        """Draw what chance decides about a draft."""
+        """Make the random choices of a draft."""
         chance = Random(f"{self.seed} {index}")
         has = {name for name, share in {**SHARES, **self.shares}.items() if chance.random() < share}
         kind = chance.choices(list(KINDS), [percentage for percentage, _ in KINDS.values()])[0]
@@ -129,7 +129,7 @@ class Writer:
         return Plan(draft, turns, frozenset(has), chance)
 
     def write(self, index: int) -> Program[Draft]:
-        """The program of a draft."""
+        """Return the program of a draft."""
         plan = self.plan(index)
         try:
             plan = yield from self.source.open(self, plan)
@@ -138,14 +138,14 @@ class Writer:
             return replace(plan.draft, messages=(), fault=str(fault))
 
     def first_request(self, index: int) -> Request:
-        """Return what is asked first for a draft, or for what it shares with others."""
+        """Return the first request of a draft, or of a shared program that it needs."""
         ask = next(self.write(index))
-        while isinstance(ask, Shared):  # later subtopics ask for those before them
+        while isinstance(ask, Shared):  # later subtopics need earlier ones
             ask = next(ask.program)
         return ask
 
     def _converse(self, plan: Plan) -> Program[Draft]:
-        """The draft of a plan that the source has opened, with the messages that follow."""
+        """Write the conversation after the first user message."""
         draft, turns, good = plan.draft, [*plan.draft.messages], list[Message]()
         system = [turns.pop(0)] if turns[0].role == "system" else []
         if "system" in plan.has:
@@ -167,7 +167,7 @@ class Writer:
             if not good:
                 raise next(answer for answer in answers if isinstance(answer, Fault))
             turns.append(good[0])
-            if not is_last:  # the person, who has the assistant's place, sees no thoughts
+            if not is_last:  # the user, in the assistant's role, sees no thinking
                 swapped = {"user": "assistant", "assistant": "user"}
                 seen = [message(swapped[each.role], split_thoughts(each.text)[1].strip()) for each in turns]
                 task = TEXTS["next"].format(person=plan.person)
@@ -176,9 +176,9 @@ class Writer:
         return replace(draft, messages=(*system, *turns), others=tuple(good[1:]))
 
     def tell(self, task: str, seed: int, seen: Sequence[Message] = ()) -> Program[str]:
-        """Have the writer do a task, where messages are `seen` beside them, and return the text of its reply.
+        """Have the writer do a task, with messages `seen` as context, and return the text of its reply.
 
-        Raises Fault where it has none, and where it is cut.
+        Raises Fault if the reply is empty or truncated.
         """
         told = message("system" if seen else "user", TEXTS["guided"].format(guide=self.guide, task=task))
         (completion,) = yield from self._ask(Request([told, *seen], 1, self.max_tokens, seed, tools=self._no_tools))
@@ -190,8 +190,8 @@ class Writer:
         return text
 
     def _ask(self, request: Request) -> Program[list[Completion]]:
-        """Ask, again where nothing has come. Raises Fault for a prompt that does not fit."""
-        for _ in range(TRIES if self.sampler.tokenizer is None else 1):  # a folder says the same again
+        """Send a request, again if the reply is empty. Raises Fault if the prompt does not fit."""
+        for _ in range(TRIES if self.sampler.tokenizer is None else 1):  # a local model would repeat itself
             completions: list[Completion] = yield request
             if not completions:
                 raise Fault(TOO_LONG)
@@ -211,7 +211,7 @@ class Writer:
         if not text.strip():
             return Fault("empty answer")
         if thinking and not thought:
-            return Fault("answer without the steps before it")
+            return Fault("answer without thinking before it")
         if thought:
             pieces = [replace(part, text=re.sub(r"(?s)\A.*</think>\s*", "", part.text)) for part in pieces]
         first, *rest = pieces if pieces[0].kind == "text" else [Part("text", ""), *pieces]

@@ -203,7 +203,7 @@ def test_steps_stand_before_answers_in_a_set_share(place, server, capsys):
     answers = [row["messages"][-1]["content"] for row in lines(place / "chats.jsonl")]
     with_steps = [text for text in answers if text.startswith("<think>\n") and "</think>\n\nYou should" in text]
     assert 5 < len(with_steps) < 25 and all("think>" not in text for text in answers if text not in with_steps)
-    assert json.loads(capsys.readouterr().out)["dropped"]["form: answer without the steps before it"] > 0
+    assert json.loads(capsys.readouterr().out)["dropped"]["form: answer without thinking before it"] > 0
     asked = [body["messages"][0]["content"] for body in server.requests if len(body["messages"]) == 2]
     assert 0 < sum("<think>" in text for text in asked) < len(asked)
 
@@ -353,7 +353,7 @@ def test_a_budget_that_the_last_prompt_spends_is_enough(place, server, capsys):
     ("answer", "reason"),
     [
         (lambda prompt, seed: "", "form: empty reply"),
-        (lambda prompt, seed: "I cannot help with that.", "refusal: not asked for"),
+        (lambda prompt, seed: "I cannot help with that.", "refusal: not requested"),
         (lambda prompt, seed: {"choices": []}, "form: refused by the server"),
         (lambda prompt, seed: "Sure, here is some text for you to read.", "duplicate: same prompt"),
     ],

@@ -93,7 +93,7 @@ def test_a_judge_that_says_nothing_readable_is_given_up() -> None:
 
 def test_a_judge_whose_context_is_too_short_is_given_up(tmp_path) -> None:
     folder = save_assistant(tmp_path / "chat", "Fine", context=64)
-    too_long = pytest.raises(UserError, match="found prompts longer than its context, 64 tokens; take another judge")
+    too_long = pytest.raises(UserError, match="found prompts longer than its context, 64 tokens; use another judge")
     with open_judge(str(folder)) as judge, too_long:
         judge.scores([draft(f"{number} km.", number) for number in range(PATIENCE)])
 

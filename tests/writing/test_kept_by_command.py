@@ -22,7 +22,7 @@ PLANTED = {  # edits of prompts that others have, whose replies are edited alike
 }
 BAD = {  # replies by the word that the prompt holds
     "looping": ("Well " * 40, "repetition: few different words"),
-    "refusing": ("I'm sorry, but I can't help with that.", "refusal: not asked for"),
+    "refusing": ("I'm sorry, but I can't help with that.", "refusal: not requested"),
     "running": ("It floats.\nUser: And why?", "form: stray marks or further turns"),
     "leaking": ("It floats.<|im_end|>", "form: stray marks or further turns"),
 }
