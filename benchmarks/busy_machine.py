@@ -1,10 +1,10 @@
-"""What a training costs on cores that another program uses too: seconds of CPU and wall, idle and beside one process.
+"""Cost of training on a machine that is busy: CPU and wall seconds, idle and with a competing process.
 
     python benchmarks/busy_machine.py --steps 60
 
-Trains 1.5M parameters by `llmkit pretrain` as it is, and as it was before threads were chosen (torch's own waits, as
-many threads as cores); takes the difference of a run and one of two steps, so that starting does not count. Says
-whether all have written the same weights.
+Trains 1.5M parameters with `llmkit pretrain` as it is, and as it was before it chose the number of threads (torch's
+busy waiting, one thread per core). A run of two steps is subtracted, so that start-up does not count. Reports whether
+all runs wrote the same weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMPETITOR = "while True: pass"
 
 
 def train(folder: Path, steps: int, before: bool) -> tuple[float, float, str]:
-    """CPU and wall seconds of a training, and the digest of its weights."""
+    """Return CPU and wall seconds of a training, and the hash of its weights."""
     environment = dict(os.environ)
     if before:
         environment |= {"KMP_BLOCKTIME": "200", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
@@ -80,7 +80,7 @@ def main() -> None:
                 idle, busy = (statistics.median(found[kind] for found in figures[b]) for b in (False, True))
                 row += [f"{idle:.1f}", f"{busy:.1f}", f"{busy / idle:.2f}x"]
             print(f"| {label} | {' | '.join(row)} |", flush=True)
-        print("the same weights" if len(digests) == 1 else f"{len(digests)} different weights")
+        print("all weights are equal" if len(digests) == 1 else f"{len(digests)} different weights")
 
 
 if __name__ == "__main__":

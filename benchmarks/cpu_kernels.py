@@ -1,9 +1,9 @@
-"""The kernels' CPU path beside torch's own operations: forward + backward, CPU milliseconds, one thread.
+"""The kernels' CPU path compared with torch's operations: forward + backward, CPU milliseconds, one thread.
 
     python benchmarks/cpu_kernels.py [--shape tiny|middle|large] [--repeats 12]
 
-CPU time of one thread, not clock time, so that a shared machine disturbs little; the best but one of the repeats.
-Each row is one step of a decoder layer at the shape's size: ours, what torch offers for it, and their ratio.
+CPU time of one thread rather than wall time, because other programs disturb it less; the second best of the repeats.
+Each row is one operation of a decoder layer of the given shape: ours, torch's counterpart, and their ratio.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmkit.model.devices import keep_freed_memory
 
-# rows, tokens a row, hidden, intermediate, heads, head size, vocabulary
+# rows, tokens per row, hidden size, intermediate size, heads, head size, vocabulary
 SHAPES = {
     "tiny": (12, 64, 128, 344, 4, 32, 512),
     "middle": (32, 256, 256, 704, 4, 64, 4096),
@@ -30,7 +30,7 @@ SHAPES = {
 
 
 def cpu_ms(step: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor], repeats: int) -> float:
-    """Milliseconds of one forward and backward."""
+    """Return the CPU milliseconds of one forward and backward pass."""
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     times = []
     for _ in range(repeats):
@@ -53,7 +53,7 @@ def rotate_half_split(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rows(shape: str, dtype: torch.dtype):
-    """(name, ours, torch's, inputs) of each step."""
+    """Yield (name, ours, torch's, inputs) of each operation."""
     batch, length, hidden, intermediate, heads, size, vocab = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 

@@ -1,17 +1,17 @@
-"""The whole of crawl-filter beside datatrove's FineWeb recipe, on one WARC and one core: pages a second.
+"""crawl-filter end to end, compared with datatrove's FineWeb recipe, on one WARC and one core: pages per second.
 
     python benchmarks/crawl_filter.py WARC --peer-script datatrove_fineweb.py --peer-python peer/bin/python
 
-The peer script is called with the WARC and a folder for its output; its stdout begins with a JSON object that has
-`pages`, `kept` and `removed`. It runs in an environment of its own (datatrove 0.10 pins libraries that llmkit does not
-want), ours in this one. Start-up is included in both, output files too. Both are held to one core; clock time says
-nothing on a machine that others use, so the ratio is that of CPU seconds, of all processes of a run.
+The peer script gets the WARC and an output folder; its stdout begins with a JSON object with `pages`, `kept` and
+`removed`. It runs in a separate environment, because datatrove 0.10 pins other versions of libraries than llmkit.
+Start-up and output files are included on both sides. Both are pinned to one core. Wall time means little on a shared
+machine, so the ratio is that of CPU seconds, over all processes of a run.
 
-datatrove gives a page 1 second of clock time for its extraction. On a loaded machine 325 of 340 pages ran out of it
-[measured], and each costs a new process; here it has --peer-timeout seconds, 60 unless told, so that none does.
+datatrove's extraction times out after 1 second of wall time per page. On a loaded machine 325 of 340 pages timed out
+[measured], each at the cost of a new process; here the limit is --peer-timeout, 60 by default, so that none does.
 
-MinHash alone is measured by duplicates.py, the filters alone by crawl_filters.py, the extractors' speed by
-extractors.py and their F1 by examples/train_extractor.py.
+duplicates.py measures MinHash alone, crawl_filters.py the filters alone, extractors.py the speed of the extractors and
+examples/train_extractor.py their F1.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 EXTRACTORS = ("model", "fast")
-STEPS = {  # ours by what the peer calls the step
+STEPS = {  # from the peer's name of a step to ours
     "1_url": "url",
     "2_lang": "language",
     "3_gopher_rep": "gopher_repetition",
@@ -39,10 +39,10 @@ STEPS = {  # ours by what the peer calls the step
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took and left."""
+    """Cost and results of one run."""
 
     name: str
-    cpu: float  # seconds, of it and all its children
+    cpu: float  # seconds, children included
     wall: float
     pages: int
     kept: int
@@ -50,7 +50,7 @@ class Run:
 
 
 def timed(command: list[str], core: int, log: Path) -> tuple[float, float]:
-    """CPU and clock seconds of a command on one core; stdout and stderr go to files beside `log`."""
+    """Run a command on one core and return its CPU and wall seconds; its output goes to files named after `log`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CORE": str(core)}
     with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
         started = time.monotonic()
@@ -66,7 +66,7 @@ def timed(command: list[str], core: int, log: Path) -> tuple[float, float]:
 
 
 def ours(warc: str, extractor: str, core: int, folder: Path) -> Run:
-    """llmkit's whole recipe with one of its extractors."""
+    """Run llmkit's complete recipe with one of its extractors."""
     out = folder / f"{extractor}.jsonl"
     command = [sys.executable, "-m", "llmkit", "crawl-filter", warc, "-o", str(out), "--workers", "1", "--force"]
     cpu, wall = timed([*command, "--extractor", extractor], core, folder / extractor)
@@ -77,7 +77,7 @@ def ours(warc: str, extractor: str, core: int, folder: Path) -> Run:
 
 
 def peer(warc: str, python: str, script: str, timeout: float, core: int, folder: Path) -> Run:
-    """datatrove's, which counts what it drops but for pages that fail in extraction: those are what is left."""
+    """Run datatrove's recipe. It counts all dropped pages but those whose extraction fails: these are the remainder."""
     command = [python, script, warc, str(folder / "peer"), "--sandbox-timeout", str(timeout)]
     cpu, wall = timed(command, core, folder / "peer-log")
     text = Path(folder / "peer-log.out").read_text(errors="replace")
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def show(warc: str, runs: list[Run]) -> None:
-    """The table, and the funnels side by side."""
+    """Print the table and both funnels."""
     print(f"{os.path.basename(warc)}, {os.path.getsize(warc) / 1e6:.1f} MB, {runs[0].pages} pages, one core\n")
     print("| | CPU s | s | pages/CPU s | pages/s | times datatrove (CPU) | kept |\n|---|--:|--:|--:|--:|--:|--:|")
     base = runs[0].pages / runs[0].cpu

@@ -1,15 +1,15 @@
-"""The quality filters beside datatrove's: how often both decide alike, and pages a second, on the same texts.
+"""The quality filters compared with datatrove's on the same texts: how often they agree, and texts per second.
 
     python benchmarks/crawl_filters.py TEXTS.jsonl [--limit 400]
 
-TEXTS.jsonl holds documents as an extractor leaves them. datatrove 0.10 pins libraries that llmkit does not want:
-run it in an environment of its own, with llmkit on the path:
+TEXTS.jsonl has documents as extracted. datatrove 0.10 pins other versions of libraries than llmkit: run this in a
+separate environment, with llmkit on the path:
 
     python -m venv peer && peer/bin/pip install "datatrove[processing]==0.10.0" spacy
     PYTHONPATH=. peer/bin/python benchmarks/crawl_filters.py texts.jsonl
 
-CPU time of one process. Every filter sees every text, as extracted; ours split each text into words once, and the time
-for that is a row of its own. datatrove remembers the words of the last five texts.
+CPU time of one process. Every filter gets every extracted text. Ours split each text into words once, which has its own
+row; datatrove caches the words of the last five texts.
 """
 
 import argparse
@@ -40,7 +40,7 @@ OURS: dict[str, Callable[[Split], str | None]] = {
 
 
 def peers() -> dict[str, Callable[[str], str | None]]:
-    """datatrove's filters as examples/fineweb.py sets them."""
+    """Return datatrove's filters with the settings of its examples/fineweb.py."""
     from datatrove.data import Document
     from datatrove.pipeline import filters
 
@@ -67,7 +67,7 @@ def main() -> None:
     with open(options.texts, encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines][: options.limit]
     theirs = peers()
-    for filters in (OURS, theirs):  # what is loaded when first used
+    for filters in (OURS, theirs):  # warm up what is loaded on first use
         for decide in filters.values():
             decide(Split(texts[0]) if filters is OURS else texts[0])
     cpu, alike, dropped, apart = Counter(), Counter(), Counter(), Counter()
@@ -99,7 +99,7 @@ def main() -> None:
         print(f"{name:20}{alike[name] / len(texts):8.3f}{drops}{ours:9.2f}{peer:8.2f}")
     sums = {side: sum(seconds for (owner, _), seconds in cpu.items() if owner == side) for side in ("ours", "peer")}
     rates = {side: len(texts) / seconds for side, seconds in sums.items()}
-    print(f"texts/s: {rates['ours']:.0f} beside {rates['peer']:.1f}, {rates['ours'] / rates['peer']:.0f} times")
+    print(f"texts/s: {rates['ours']:.0f}, peer {rates['peer']:.1f}, {rates['ours'] / rates['peer']:.0f} times")
     for (name, ours, peer), count in apart.most_common():
         print(f"  {count:4} {name}: ours {ours}, peer {peer}")
 

@@ -1,16 +1,16 @@
-"""Both recipes beside 637 hand-labelled pages: which good and which bad ones each keeps.
+"""Precision and recall of both recipes on 637 hand-labelled pages.
 
     llmkit crawl-filter PAGES.warc.gz --only url,extract,language -o texts.jsonl
     python benchmarks/crawl_recipes.py texts.jsonl
 
-Good is prose, a thread or documentation that a careful person would train on. recipe_labels.jsonl has two sets of four
-archives of 1,349 pages. The first, 219 pages at random of what FineWeb's text filters dropped and 220 of what they
-kept, was labelled by excerpts of 400 characters (beginning, middle and end) with FineWeb's verdict known, and the
-recipe llmkit's thresholds were chosen on it: its figures there are optimistic. The fresh set has 198 of the other
-pages, drawn with a seed: 99 that only one of the recipes keeps, 50 that both keep and 49 that neither does. One reader
-saw them shuffled, without any verdict, whole up to 2,600 characters and else 2,400 characters from five places, and
-wrote all labels before they were compared; the texts were those of the extractor before its last training. The weighted
-figures count each page for those of its stratum.
+Good pages are prose, threads or documentation that a careful person would train on. recipe_labels.jsonl has two sets
+from four archives with 1,349 pages. The first, 219 random pages that FineWeb's text filters dropped and 220 that they
+kept, was labelled from excerpts of 400 characters (beginning, middle and end) with FineWeb's verdict known, and the
+thresholds of the recipe llmkit were chosen on it, so its figures there are optimistic. The fresh set has 198 of the
+other pages, sampled with a seed: 99 that only one of the recipes keeps, 50 that both keep and 49 that neither does. One
+reader saw them shuffled and without any verdict, complete up to 2,600 characters, otherwise as 2,400 characters from
+five places, and wrote all labels before any comparison; the texts came from the extractor before its last training. In
+the weighted figures each page represents its stratum.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from llmkit.crawl.page import Document, Page
 from llmkit.crawl.recipe import NAMED
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
-# pages of the archives that one labelled page stands for
+# pages of the archives that one labelled page represents
 FIRST = {True: 843 / 220, False: 474 / 219}  # kept by FineWeb's recipe, or not
-FRESH = {"one": 144 / 99, "both": 584 / 50, "neither": 181 / 49}  # of the recipes that keep it
+FRESH = {"one": 144 / 99, "both": 584 / 50, "neither": 181 / 49}  # how many recipes keep it
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
             pages = [row for url, row in labels.items() if row["set"] == which and url in kept]
             figures = []
             for weigh in (False, True):
-                total = {True: 0.0, False: 0.0}  # of good and of bad pages
+                total = {True: 0.0, False: 0.0}  # of good and bad pages
                 stays = {True: 0.0, False: 0.0}
                 for row in pages:
                     stands_for = FRESH[row["kept_by"]] if which == "fresh" else FIRST[row["fineweb"] == "kept"]

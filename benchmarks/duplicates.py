@@ -1,11 +1,11 @@
-"""Duplicates: signatures and lookups by CPU second, what is found, what is joined wrongly, and the memory it takes.
+"""Dedup: signatures and lookups per CPU second, recall, false positives, and memory.
 
     python benchmarks/duplicates.py [docs.jsonl.gz] [--documents 1000000]
 
-With a file, its texts are the documents, cut to 600 words; without one, documents of words drawn by Zipf's law. All on
-one thread by CPU time. The memory is that of a process of its own that adds --documents synthetic signatures, a tenth
-of which are like one of the first batch, without a folder to spill into and with one: the highest resident set
-(ru_maxrss, mapped files included), and the highest part of it that is no file (RssAnon, read after each batch). Linux.
+With a file, its texts are the documents, cut to 600 words; without one, documents are words drawn from Zipf's law.
+All rates are on one thread, in CPU time. Memory is that of a separate process that adds --documents synthetic
+signatures, a tenth of them near duplicates of the first batch, with and without a spill folder: the peak resident set
+(ru_maxrss, mapped files included), and the peak of its anonymous part (RssAnon, read after each batch). Linux only.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import numpy as np
 
 from llmkit.crawl.dedup.duplicates import BANDS, ROWS, SHINGLE, THRESHOLD, Duplicates, signature_type, signatures
 
-WORDS = 600  # of a document, as on an average web page
+WORDS = 600  # per document, as on an average web page
 SEED = 7
 
 
 def load_texts(path: str | None, count: int) -> list[str]:
-    """So many documents of at least 100 words."""
+    """Return `count` documents of at least 100 words."""
     if path is None:
         rng = random.Random(SEED)
         weights = list(accumulate(1 / rank for rank in range(1, 50_001)))
@@ -55,7 +55,7 @@ def load_texts(path: str | None, count: int) -> list[str]:
 
 
 def signature_rate(texts: list[str]) -> tuple[float, float]:
-    """Documents by CPU second, of at most 600 words each, in batches of 64, the median of five rounds; their words."""
+    """Return documents per CPU second, in batches of 64, the median of five rounds; and their mean number of words."""
     documents = [" ".join(text.split(" ")[:WORDS]) for text in texts]
     rates = []
     for _ in range(5):
@@ -67,7 +67,7 @@ def signature_rate(texts: list[str]) -> tuple[float, float]:
 
 
 def synthetic(rng: np.random.Generator, count: int, before: np.ndarray | None) -> np.ndarray:
-    """Signatures as those of random documents; a tenth has eight tenths of the bands and minima of an earlier one."""
+    """Return random signatures; a tenth of them have eight tenths of the bands and minima of one in `before`."""
     found = np.empty(count, signature_type())
     found["exact"] = rng.integers(0, 2**64, (count, 2), np.uint64)
     found["bands"] = (rng.integers(0, 2**64, (count, BANDS), np.uint64) >> np.uint64(8)) << np.uint64(8)
@@ -83,7 +83,7 @@ def synthetic(rng: np.random.Generator, count: int, before: np.ndarray | None) -
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process: in all, and what is no file."""
+    """Return the resident bytes of this process: total and anonymous."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return {name: int(fields[name].split()[0]) << 10 for name in ("VmRSS", "RssAnon")}
 
@@ -112,7 +112,7 @@ def memory(count: int, batch: int, spill: bool) -> dict:
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-# ---- what is found
+# ---- recall
 
 
 def words_of(text: str) -> list[str]:
@@ -120,7 +120,7 @@ def words_of(text: str) -> list[str]:
 
 
 def edited(words: list[str], fraction: float, rng: random.Random) -> list[str]:
-    """A fraction of the words replaced, removed, or with a new one before them, one third each, anywhere."""
+    """Edit a fraction of the words: replace, remove, or insert a word before them, a third each."""
     found = list(words)
     for place in sorted(rng.sample(range(len(words)), round(fraction * len(words))), reverse=True):
         kind = rng.choice(("replace", "insert", "delete"))
@@ -130,13 +130,13 @@ def edited(words: list[str], fraction: float, rng: random.Random) -> list[str]:
 
 
 def jaccard(some: list[str], others: list[str]) -> float:
-    """The similarity of the sets of shingles."""
+    """Return the Jaccard similarity of the sets of shingles."""
     a, b = ({tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)} for words in (some, others))
     return len(a & b) / len(a | b)
 
 
 def found_share(pairs: list[tuple[list[str], list[str]]]) -> float:
-    """The share of the pairs of documents of which the second is found to repeat the first."""
+    """Return the share of pairs whose second document is reported as a repeat of the first."""
     found = 0
     for pair in pairs:
         found += Duplicates().seen(signatures([" ".join(words) for words in pair]))[1] is not None
@@ -146,7 +146,7 @@ def found_share(pairs: list[tuple[list[str], list[str]]]) -> float:
 def pairs_between(
     texts: list[str], count: int, fractions: tuple[float, float], low: float, high: float
 ) -> tuple[list[tuple[list[str], list[str]]], float]:
-    """Pairs of a document of 100 to 1,000 words and its edited copy, of similarity low to high; the mean similarity."""
+    """Return pairs of a document (100 to 1,000 words) and an edited copy with similarity low to high; and the mean."""
     rng = random.Random(SEED)
     pairs, similarities = [], []
     while len(pairs) < count:
@@ -161,7 +161,7 @@ def pairs_between(
 
 
 def join_probability(alike: float) -> float:
-    """That a pair of this similarity is joined: a band agrees, and so do at least `THRESHOLD` of all minima."""
+    """Return the probability that a pair is joined: a band matches, and at least `THRESHOLD` of all minima do."""
     agree = [math.comb(ROWS, n) * alike**n * (1 - alike) ** (ROWS - n) for n in range(ROWS + 1)]
     every, no_band = np.ones(1), np.ones(1)
     for _ in range(BANDS):
@@ -175,9 +175,9 @@ def join_probability(alike: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("docs", nargs="?", help="JSONL with `text`")
-    parser.add_argument("--documents", type=int, default=1_000_000, help="for the memory (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16_384, help="documents of one add() (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=2_000, help="to measure what is found (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=1_000_000, help="for memory (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16_384, help="documents per add() (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=2_000, help="pairs for recall (default: %(default)s)")
     parser.add_argument("--measure-memory", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_memory:

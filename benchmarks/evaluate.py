@@ -1,11 +1,11 @@
-"""`llmkit evaluate` beside lm-evaluation-harness (`--model hf`, float32, batches of 16): scores and CPU seconds.
+"""`llmkit evaluate` compared with lm-evaluation-harness (`--model hf`, float32, batches of 16): scores, CPU seconds.
 
     python benchmarks/evaluate.py FOLDER --data eval/ --peer-python peers/bin/python --limit 300
 
-Each task is evaluated by both in turn, `--rounds` times, each in a fresh process on one thread; the ratio is the median
-of the rounds' ratios. CPU seconds are those of evaluation alone: reading, encoding and scoring, without imports and the
-loading of the model. The last columns: the largest difference of two log-likelihoods, and how many items one has right
-and the other wrong.
+Both evaluate each task in turn, `--rounds` times, each time in a fresh process on one thread; the ratio is the median
+of the rounds' ratios. CPU seconds cover evaluation only: reading, encoding and scoring, without imports and loading the
+model. The last columns are the largest difference between log-likelihoods, and the number of items that only one of
+the two gets right.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ PEER = Path(__file__).with_name("peers") / "lm_eval_scores.py"
 
 
 def ours(folder: str, data: str, name: str, limit: int) -> None:
-    """Evaluate one task; print what the peer's script prints."""
+    """Evaluate one task and print the same JSON as the peer's script."""
     from dataclasses import replace
 
     from llmkit.evaluation.evaluator import Settings, chunks, open_model
     from llmkit.evaluation.tasks import load_items, load_tasks
 
     (task,) = load_tasks([name], data)
-    task = replace(task, group="")  # the first of the file, as there
+    task = replace(task, group="")  # the first items of the file, like the peer
     with open_model(folder, Settings()) as model:
-        model.evaluate(task, load_items(task, 1).items)  # it imports as it goes
+        model.evaluate(task, load_items(task, 1).items)  # warms up lazy imports
         started = time.process_time()
         loaded = load_items(task, limit)
         records = [record for chunk in chunks(loaded.items) for record in model.evaluate(loaded.task, chunk)]
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _run(command: list[str]) -> dict | None:
-    """What a process prints last; None where it fails."""
+    """Return the last line of a process's stdout as JSON, or None if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

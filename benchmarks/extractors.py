@@ -1,10 +1,10 @@
-"""Our extractors beside those that they are measured against: pages a CPU second, on the same pages of WARC files.
+"""Our extractors compared with others on the same pages of WARC files: pages per CPU second.
 
-    pip install trafilatura lxml_html_clean    # optional: a line more
+    pip install trafilatura lxml_html_clean    # optional: another row
     python benchmarks/extractors.py crawl/*.warc.gz --pages 250 --rounds 5
 
-All take turns in one process and on one thread, from the bytes of a page to its main text, character set included. A
-ratio is the median over the rounds of CPU seconds, so that other work on the machine matters little.
+All take turns in one process on one thread, from the bytes of a page to its main text, charset detection included.
+Ratios are medians over the rounds, of CPU seconds, so that other load on the machine matters little.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from llmkit.errors import UserError
 
 
 def contenders() -> dict[str, Callable[[Page], object]]:
-    """What is timed, by name; ours first."""
+    """Return the extractors to time, by name; ours first."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
@@ -52,7 +52,7 @@ def main() -> None:
     pages = random.Random(0).sample(pages, min(options.pages, len(pages)))
     timed = contenders()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for number in range(options.rounds + 1):  # the first reads the models
+    for number in range(options.rounds + 1):  # the first round loads the models
         for name, extract in timed.items():
             start = time.process_time()
             for page in pages:

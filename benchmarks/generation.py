@@ -1,21 +1,20 @@
-"""Generation speed of llmkit's engine beside transformers' generate, on the same random Llama folders on a CPU.
+"""Generation speed of llmkit compared with transformers' generate, on the same random Llama folders on a CPU.
 
     python benchmarks/generation.py --peers hf_generate.py --peer-python peers/bin/python
 
-Two models: `14m` (6 layers of 384, vocabulary 8,192) and `110m` (12 of 768, 32,000), tied. Every run is a fresh
-process, ours and theirs in turn, in rounds.
+Two models with tied embeddings: `14m` (6 layers of 384, vocabulary 8,192) and `110m` (12 of 768, 32,000). Every run is
+a fresh process, ours and theirs in turn, in rounds.
 
-    decode   milliseconds a step behind prompts of 64 tokens, greedy, by the clock: the least and the median of all
-             steps of all rounds' best. The peer is the script of --peers FOLDER BATCH NEW [f32|bf16], which prints
-             ms_per_step_min and ms_per_step_median as JSON. Ours is the generator, sampling and text included.
-             The ratios are of the least, for a shared machine has slow and fast moments: over transformers' float32,
-             and over its bfloat16
-    mixed    64 prompts of 4 to 60 tokens to be continued by 4 to 200: CPU seconds of ours with 16 slots, and of
-             transformers in padded batches of 16, which end with the longest of each
-    first    `llmkit sample` on a model of 0.1M parameters, from the start of the process to the first byte of text;
-             beside it `import torch` alone
+    decode   wall milliseconds per greedy step after prompts of 64 tokens: minimum and median over the steps, best of
+             the rounds. The peer is the script of --peers FOLDER BATCH NEW [f32|bf16], which prints ms_per_step_min
+             and ms_per_step_median as JSON. Ours is the generator, sampling and text included. The ratios, over
+             transformers' float32 and over its bfloat16, are of minima, because the speed of a shared machine varies
+    mixed    64 prompts of 4 to 60 tokens with completions of 4 to 200: CPU seconds of ours with 16 slots, and of
+             transformers in padded batches of 16, each of which runs until its longest completion ends
+    first    `llmkit sample` on a model of 0.1M parameters, from process start to the first byte of text, compared with
+             `import torch` alone
 
-"bfloat16" is what `sample --dtype bfloat16` chooses on the machine; the last line tells what that was.
+"bfloat16" is the format that `sample --dtype bfloat16` selects on the machine; the last line prints it.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ PROMPT = 64
 
 
 def make_folder(name: str, folder: Path) -> Path:
-    """A random Llama that never ends a text, with a tokenizer of one token a byte."""
+    """Make a random Llama that never ends a text, with a tokenizer of one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from llmkit.model.config import ModelConfig
@@ -58,7 +57,7 @@ def make_folder(name: str, folder: Path) -> Path:
         qk_norm=False, tie_word_embeddings=True, max_position_embeddings=2048,
     )  # fmt: skip
     model = Transformer(config, seed=0)
-    for layer in model.layers:  # they start at zero
+    for layer in model.layers:  # zero at initialization
         layer.out.data.normal_(0, 0.02)
         layer.down.data.normal_(0, 0.02)
     folder.mkdir(parents=True)
@@ -73,12 +72,12 @@ def make_folder(name: str, folder: Path) -> Path:
 
 
 def mixed_work() -> list[tuple[int, int]]:
-    """(tokens of the prompt, tokens to be made) of 64 requests: most are short, a few long."""
+    """Return (prompt tokens, new tokens) of 64 requests: most are short, a few long."""
     chooser = random.Random(0)
     return [(chooser.randint(4, 60), min(200, 4 + int(chooser.expovariate(1 / 40)))) for _ in range(64)]
 
 
-# ---- in a process of its own
+# ---- in a worker process
 
 
 def ours(folder: str, dtype: str, slots: int):
@@ -226,12 +225,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--peers", help="script that times transformers' generate; without it ours alone")
+    parser.add_argument("--peers", help="script that times transformers' generate; without it, only ours")
     parser.add_argument("--peer-python", default=sys.executable, help="Python with transformers")
     parser.add_argument("--models", nargs="*", default=["14m", "110m"], choices=["14m", "110m"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
     parser.add_argument("--only", nargs="*", default=["decode", "mixed", "first"], choices=["decode", "mixed", "first"])
-    parser.add_argument("--new", type=int, default=32, help="tokens to a prompt")
+    parser.add_argument("--new", type=int, default=32, help="new tokens per prompt")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Host time of the kernels for GPUs: what Python and torch take for a call before a kernel starts, on a CPU.
+"""Host time of the GPU kernels: what a call costs in Python and torch before a kernel is launched, measured on a CPU.
 
     python benchmarks/host_time.py
 
-The start itself (`launch`) is left out: nothing is computed, and Triton's own time is not counted. The rest is what a
-GPU's host does, but for allocation. CPU time of one thread, the least of 15 rounds.
+The launch itself is replaced: nothing is computed, and Triton's own time is not counted. The rest is what the host of a
+GPU does, except allocation. CPU time of one thread, the minimum of 15 rounds.
 """
 
 import os

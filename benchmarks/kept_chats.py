@@ -1,10 +1,10 @@
-"""Duplicates among conversations: planted ones that write-chats finds, real ones that it takes for some, and the time.
+"""Dedup of conversations by write-chats: recall on planted duplicates, real conversations dropped, and time.
 
     python benchmarks/kept_chats.py alpaca.jsonl sgd.jsonl.gz [--show]
 
-Of each file the first 1,000 conversations are drafts in their order. Of 150 that are kept, copies are planted with one
-word replaced, inserted or deleted (another of the file's), in capitals or small letters, with punctuation changed, and
-with their turns in another order. One thread, by CPU time.
+The first 1,000 conversations of each file are the drafts. Edited copies of 150 kept ones are planted: one word
+replaced, inserted (from the same file) or deleted, upper or lower case, changed punctuation, or turns in another order.
+One thread, CPU time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DRAFTS, PLANTED = 1000, 150
 
 
 def turns_of(conversation: Conversation) -> Turns:
-    """Texts with their roles, up to the last answer."""
+    """Return the texts with their roles, up to the last answer."""
     turns = [(turn.role, turn.text) for turn in conversation.messages if turn.role != "system" and turn.text.strip()]
     return turns[:-1] if turns and turns[-1][0] == "user" else turns
 
@@ -52,12 +52,12 @@ def edited(turns: Turns, words: list[str], rng: Random) -> Iterator[tuple[str, T
 
 
 def draft_of(turns: Turns, index: int) -> Draft:
-    """A draft that says these turns."""
+    """Return a draft with these turns."""
     return Draft(index, tuple(message(role, text) for role, text in turns))
 
 
 def main() -> None:
-    """Print one line a file, and the sum over all."""
+    """Print a line per file, and the totals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--show", action="store_true", help="print the near duplicates among the real ones")

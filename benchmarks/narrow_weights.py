@@ -1,13 +1,12 @@
-"""What narrow weights cost in quality: bits per byte of held-out text, by each --dtype of `sample` on a CPU, and each
+"""Quality of low-precision weights: bits per byte of held-out text for each --dtype of `sample` on a CPU, and each
 --quantize of `sft`.
 
     python benchmarks/narrow_weights.py base/ english.val.jsonl.gz --tokens 50000
 
-Every document's first tokens, up to the model's context, are read by the decoder of `llmkit sample` with its weights as
-that --dtype holds them; each token is predicted from those before it. All see the same tokens. "int8, head half" has
-the head, which is the embedding in tied models, in half precision. "--quantize" rounds the matrices of the layers
-alone, and computes in float32. KL is that from the float32 model in nats a token, the difference the largest of any
-logit.
+The decoder of `llmkit sample`, with its weights in that --dtype, predicts the first tokens of every document, up to the
+model's context. All variants see the same tokens. "int8, head half" has the head (with tied embeddings, also the
+embedding) in half precision. "--quantize" rounds only the matrices of the layers, and computes in float32. KL is from
+the float32 model, in nats per token; the difference is the largest of any logit.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("documents", nargs="+", help="JSONL with `text`, plain or gzip")
-    parser.add_argument("--tokens", type=int, default=50_000, help="to be predicted")
+    parser.add_argument("--tokens", type=int, default=50_000, help="number of tokens to predict")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,14 +1,14 @@
-"""`llmkit sft --loss dpo|ipo|kto|orpo|simpo` beside TRL's trainers: the same steps, and pairs a CPU second.
+"""`llmkit sft --loss dpo|ipo|kto|orpo|simpo` compared with TRL's trainers: equal steps, and pairs per CPU second.
 
     python benchmarks/preferences.py chat/ prefs.jsonl --peer-python peers/bin/python            # speed
     python benchmarks/preferences.py chat/ prefs.jsonl --peer-python peers/bin/python --check    # losses and gradients
 
-chat/ is an assistant's folder that both read, prefs.jsonl has {"prompt", "chosen", "rejected"} as texts. With --check
-50 steps of TRL's (`peers/trl_preferences.py`) are made again by our loss on the same tokens, each side with torch's
-AdamW on its own weights; shown are the largest differences of the losses and of the whole gradient, in parts of TRL's.
-Speed is of the command itself and of TRL's trainer with the reference's log-probabilities computed before, in float32
-on one thread: rounds go TRL, ours, TRL, ours, each a process of its own, and ours is the CPU time of a long run less
-that of a short one, over the pairs between.
+chat/ is a model folder that both read, prefs.jsonl has {"prompt", "chosen", "rejected"} as texts. With --check, our
+loss repeats 50 steps of TRL (`peers/trl_preferences.py`) on the same tokens, each side with torch's AdamW on its own
+weights; printed are the largest differences of the loss and of the full gradient, relative to TRL's. Speed is that of
+the command, and of TRL's trainer with precomputed log-probabilities of the reference, in float32 on one thread. Rounds
+alternate TRL and ours, each in a new process; ours is the CPU time of a long run minus that of a short one, divided by
+the difference in pairs.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from sft import cpu_seconds
 
 PEER = Path(__file__).parent / "peers" / "trl_preferences.py"
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
-SETTINGS = {  # of the check
+SETTINGS = {  # for --check
     "dpo": {"beta": 0.1, "sft_weight": 0.3},
     "ipo": {"beta": 0.1},
     "kto": {"beta": 0.1},
     "orpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "margin": 1.0, "sft_weight": 0.3, "label_smoothing": 0.1},
 }
-STEPS, RATE = 50, 1e-4  # of the check, and AdamW's
-PAIRS = 8  # of a step; of kto answers
+STEPS, RATE = 50, 1e-4  # for --check: steps, and AdamW's learning rate
+PAIRS = 8  # per step; answers for kto
 SHORT, LONG = 5, 45  # steps
 
 
 def differences(model_folder: str, data: str, loss: str, python: str, folder: Path) -> tuple[float, float]:
-    """The largest difference of a loss and of a gradient in `STEPS` steps, each in parts of TRL's."""
+    """Return the largest relative differences of loss and gradient in `STEPS` steps."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
@@ -93,7 +93,7 @@ def differences(model_folder: str, data: str, loss: str, python: str, folder: Pa
 
 
 def ours(model: str, data: str, loss: str, folder: Path, tokens: int, round_number: int) -> float:
-    """CPU seconds a pair of `llmkit sft`; the references are there from a run before."""
+    """Return CPU seconds per pair of `llmkit sft`; the reference's log-probabilities are cached by an earlier run."""
     spent, pairs = [], []
     for steps in (SHORT, LONG):
         out = folder / f"{loss}-{round_number}-{steps}"
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="a Python with TRL")
     parser.add_argument("--loss", nargs="*", default=LOSSES, choices=LOSSES)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--tokens", type=int, default=1024, help="of our step")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per step of ours")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     model, data = str(Path(arguments.model).resolve()), str(Path(arguments.data).resolve())
@@ -123,7 +123,7 @@ def main() -> None:
                 print(f"{loss:6} {STEPS} steps: losses within {of_loss:.1e}, gradients {of_gradient:.1e}", flush=True)
                 continue
             rows = []
-            if loss in ("dpo", "ipo", "kto"):  # references, which TRL's has before its clock starts
+            if loss in ("dpo", "ipo", "kto"):  # TRL also computes the reference before its clock starts
                 ours(model, data, loss, folder, arguments.tokens, 0)
             command = [arguments.peer_python, str(PEER), model, data, loss, "--steps", "22", "--batch", str(PAIRS)]
             for number in range(1, arguments.rounds + 1):
@@ -133,7 +133,7 @@ def main() -> None:
             ratios = [their / own for their, own in rows]
             theirs, own = (1 / statistics.median(column) for column in zip(*rows, strict=True))
             print(
-                f"{loss:6} TRL {theirs:6.1f}, ours {own:6.1f} pairs a CPU second: {statistics.median(ratios):.2f}x "
+                f"{loss:6} TRL {theirs:6.1f}, ours {own:6.1f} pairs per CPU second: {statistics.median(ratios):.2f}x "
                 f"({min(ratios):.2f}-{max(ratios):.2f})",
                 flush=True,
             )

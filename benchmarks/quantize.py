@@ -1,13 +1,13 @@
-"""Memory and seconds of tuning beside frozen weights: whole, int8 and nf4, in a model of 1.7B random parameters.
+"""Memory and time of tuning adapters on frozen weights, unquantized, int8 and nf4, with 1.7B random parameters.
 
     python benchmarks/quantize.py --work /tmp/quantize --length 128 --steps 3 --save
 
-Makes a folder of SmolLM2-1.7B's shape in bfloat16 (3.4 GB, once), with a tokenizer of 512, and runs `llmkit sft
---lora-rank 16` on it, a process for each form. Peaks are of anonymous resident memory (RssAnon; the pages of the mapped
-folder can be given back at any time): while the model is loaded, in the steps, and with --save until the folder of
-the last form is written, in float32. Seconds are of the clock and of CPU, the least of the steps after the first. Set
-OMP_NUM_THREADS=1 where others keep the cores busy, for threads wait for each other. What the forms cost in quality is
-benchmarks/narrow_weights.py's. Linux only: reads /proc.
+Makes a folder of SmolLM2-1.7B's shape in bfloat16 (3.4 GB, once), with a vocabulary of 512, and runs `llmkit sft
+--lora-rank 16` on it, in a process for each format. Peaks are of anonymous resident memory (RssAnon; the system can
+drop the pages of the mapped folder at any time): during loading, during the steps, and with --save until the folder of
+the last format is written, in float32. Seconds are wall and CPU, the minimum of the steps after the first. Set
+OMP_NUM_THREADS=1 if other programs keep the cores busy, because threads wait for each other. The quality of the formats
+is measured by benchmarks/narrow_weights.py. Linux only: reads /proc.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPE = {
 
 
 def make_folder(folder: Path) -> None:
-    """A folder of random weights and a tokenizer, of which one file of weights is held at a time."""
+    """Write a folder of random weights and a tokenizer, with one weights file in memory at a time."""
     import torch
 
     from llmkit.model.config import ModelConfig
@@ -59,7 +59,7 @@ def make_folder(folder: Path) -> None:
 
 
 def resident(process: subprocess.Popen) -> float:
-    """Anonymous resident memory in GB, 0 where the process has ended."""
+    """Return anonymous resident memory in GB, 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except OSError:
@@ -68,13 +68,13 @@ def resident(process: subprocess.Popen) -> float:
 
 
 def cpu_seconds(process: subprocess.Popen) -> float:
-    """User and system time so far."""
+    """Return user and system time so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(form: str, arguments: argparse.Namespace, folder: Path, data: Path) -> dict[str, float]:
-    """Figures of a run, which is killed after its steps unless it is to be saved."""
+    """Return the figures of a run, which is killed after its steps unless --save is given."""
     out = arguments.work / f"out-{form}"
     command = [sys.executable, "-m", "llmkit", "sft", str(folder), "--data", str(data), "--lora-rank", "16", "--quiet"]
     command += ["--max-steps", str(arguments.steps), "--sequence-length", str(arguments.length), "--force"]
@@ -82,7 +82,7 @@ def measure(form: str, arguments: argparse.Namespace, folder: Path, data: Path) 
     command += [] if form == "none" else ["--quantize", form]
     command += ["--activation-checkpointing"] if arguments.activation_checkpointing else []
     work, peaks, rows, clocks = Path(f"{out}.partial"), {"load": 0.0, "steps": 0.0, "save": 0.0}, 0, []
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed run
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and (rows < arguments.steps or (arguments.save and form == arguments.forms[-1])):
         begun = rows or (work / "state").exists()
@@ -109,7 +109,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder for the model and the runs, 4 GB; 11 with --save"
     )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a step, in one row")
+    parser.add_argument("--length", type=int, default=128, help="tokens per step, in one row")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--activation-checkpointing", action="store_true")

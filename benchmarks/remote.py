@@ -1,10 +1,10 @@
-"""crawl-filter from a bucket whose server takes 20 ms for each request, beside the same archives on disk.
+"""crawl-filter from a bucket whose server takes 20 ms per request, compared with the same archives on disk.
 
     python benchmarks/remote.py shared/web/dev-0*.warc.gz [--delay 0.02] [--repeats 3]
 
-The server is moto's, in a process of its own on this machine. A repeat runs both at once, with --workers 1 each, so
-that other programs slow both alike; start-up and output are included, and the documents are compared byte by byte.
-The ratio is the median of those of the repeats. CPU time is that of all processes of a run, without the server's.
+The server is moto in a separate process on this machine. Each repeat runs both at the same time, with --workers 1 each,
+so that other programs slow down both equally; start-up and output are included, and the documents are compared byte by
+byte. The ratio is the median over the repeats. CPU time is that of all processes of a run, without the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from object_store import environment  # noqa: E402
 
 
 def timed(places: dict[str, list[str]], folder: Path, workers: int) -> dict[str, tuple[float, float]]:
-    """Clock and CPU seconds of crawls that run at once, by name."""
+    """Run crawls at the same time and return their wall and CPU seconds, by name."""
     seconds, children = {}, {}
     started = time.monotonic()
     for name, inputs in places.items():
@@ -63,11 +63,11 @@ def main() -> None:
             order = dict(sorted(places.items(), reverse=bool(repeat % 2)))
             for name, taken in timed(order, Path(folder), asked.workers).items():
                 seconds[name].append(taken)
-                print(f"{name}: {taken[0]:.1f} s, {taken[1]:.1f} of the CPU", file=sys.stderr)
+                print(f"{name}: {taken[0]:.1f} s, {taken[1]:.1f} CPU s", file=sys.stderr)
         same = Path(folder, "disk.jsonl").read_bytes() == Path(folder, "s3.jsonl").read_bytes()
         server.kill()
     size = sum(map(os.path.getsize, asked.warc)) / 1e6
-    print(f"{len(asked.warc)} archives, {size:.1f} MB, {asked.delay:g} s a request, {asked.repeats} repeats\n")
+    print(f"{len(asked.warc)} archives, {size:.1f} MB, {asked.delay:g} s per request, {asked.repeats} repeats\n")
     print("| from | s (median) | s (all) | CPU s (median) | MB/s |\n|---|--:|--:|--:|--:|")
     clock = {name: statistics.median(wall for wall, _ in runs) for name, runs in seconds.items()}
     cpu = {name: statistics.median(cpu for _, cpu in runs) for name, runs in seconds.items()}

@@ -1,11 +1,11 @@
-"""Train-reward beside TRL's RewardTrainer: same model, pairs and batch, one thread each.
+"""`llmkit train-reward` compared with TRL's RewardTrainer: same model, pairs and batch, one thread each.
 
     python benchmarks/reward.py --peers PEERS --peer-python peers/bin/python
 
-PEERS holds `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and 2,000 preferences) and
-`trl_reward.py OUT STEPS`, which prints CPU seconds a step of 16 pairs in float32. Rounds go peer, ours, peer, ours,
-each a process of its own. Ours is the command itself: the CPU seconds of a long run less those of a short one, over the
-pairs between, so that start-up cancels on both sides.
+PEERS contains `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and 2,000 preferences) and
+`trl_reward.py OUT STEPS`, which prints CPU seconds per step of 16 pairs in float32. Rounds alternate peer and ours,
+each in a new process. Ours is the command: the CPU seconds of a long run minus those of a short one, divided by the
+difference in pairs, so that start-up cancels on both sides.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from sft import cpu_seconds
 
-PAIRS = 16  # of a step
+PAIRS = 16  # per step
 SHORT, LONG = 5, 45  # steps
 
 
 def ours(model: Path, folder: Path, round_number: int) -> float:
-    """CPU seconds a pair of `llmkit train-reward`."""
+    """Return CPU seconds per pair of `llmkit train-reward`."""
     spent, pairs = [], []
     for steps in (SHORT, LONG):
         out = folder / f"ours-{round_number}-{steps}"
@@ -36,7 +36,7 @@ def ours(model: Path, folder: Path, round_number: int) -> float:
 
 
 def peer(python: str, script: Path, model: Path, folder: Path) -> float:
-    """CPU seconds a pair of TRL."""
+    """Return CPU seconds per pair of TRL."""
     _, out = cpu_seconds([python, str(script), str(model), "12"], folder)
     return json.loads(out.splitlines()[-1])["cpu_s_per_step"] / PAIRS
 
@@ -55,11 +55,11 @@ def main() -> None:
         for number in range(arguments.rounds):
             theirs = peer(arguments.peer_python, peers / "trl_reward.py", model, folder)
             rows.append((theirs, ours(model, folder, number)))
-            print(f"round {number + 1}: TRL {theirs:.4f}, ours {rows[-1][1]:.4f} CPU s a pair", file=sys.stderr)
+            print(f"round {number + 1}: TRL {theirs:.4f}, ours {rows[-1][1]:.4f} CPU s per pair", file=sys.stderr)
     theirs, mine = (statistics.median(column) for column in zip(*rows, strict=True))
     ratios = [a / b for a, b in rows]
-    print(f"TRL RewardTrainer {1 / theirs:6.1f} pairs a CPU second")
-    print(f"llmkit            {1 / mine:6.1f} pairs a CPU second")
+    print(f"TRL RewardTrainer {1 / theirs:6.1f} pairs per CPU second")
+    print(f"llmkit            {1 / mine:6.1f} pairs per CPU second")
     print(f"ours over TRL's: {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
 
 

@@ -1,16 +1,16 @@
-"""Reinforcement learning beside TRL's GRPOTrainer: same model, prompts, groups and lengths, one thread each.
+"""`llmkit rl` compared with TRL's GRPOTrainer: same model, prompts, groups and lengths, one thread each.
 
     python benchmarks/rl.py --peers PEERS --peer-python peers/bin/python
 
-PEERS holds `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and sums as problems) and
-`trl_grpo.py OUT STEPS MAX_NEW`, which prints CPU seconds a step of 8 prompts x 8 samples; both run under --peer-python.
-Rounds go peer, ours, peer, ours; each is a process of its own. Ours is the command itself: the CPU seconds of a long
-run less those of a short one, over the steps between, so that start-up cancels on both sides; ours are of 64 attempts,
-of which a step samples more where groups teach nothing.
+PEERS contains `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and sums as problems) and
+`trl_grpo.py OUT STEPS MAX_NEW`, which prints CPU seconds per step of 8 prompts x 8 samples; both run under
+--peer-python. Rounds alternate peer and ours, each in a new process. Ours is the command: the CPU seconds of a long run
+minus those of a short one, divided by the difference in steps, so that start-up cancels on both sides, and scaled to 64
+rollouts, because a step samples more to replace groups without signal.
 
-equal work  a random model, 10 tokens an attempt, a reward that tells all attempts apart: nothing can be skipped
+equal work  a random model, 10 tokens per rollout, a different reward for each rollout: nothing can be skipped
 in use      a model that answers in words of very unequal length, prompts with four worked examples, and a reward for
-            exact answers: attempts end early, prompts are shared, and groups without signal are skipped
+            exact answers: rollouts end early, prompts are shared, and groups without signal are skipped
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sft import cpu_seconds
 
-ROLLOUTS = 64  # of a step: 8 problems, 8 attempts at each
+ROLLOUTS = 64  # per step: 8 problems with 8 rollouts each
 SHORT, LONG = 2, 10  # steps
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -36,7 +36,7 @@ def llmkit(*arguments: object) -> list[str]:
 
 
 def ours(model: Path, folder: Path, number: int, max_tokens: int, reward: str) -> tuple[float, dict[str, float]]:
-    """CPU seconds of `llmkit rl` for `ROLLOUTS` attempts, and the metrics of its last step."""
+    """Return CPU seconds of `llmkit rl` for `ROLLOUTS` rollouts, and the metrics of its last step."""
     spent, attempts, out = [], [], folder / "none"
     for steps in (SHORT, LONG):
         out = folder / f"ours-{model.name}-{number}-{steps}"
@@ -50,21 +50,21 @@ def ours(model: Path, folder: Path, number: int, max_tokens: int, reward: str) -
 
 
 def peer(python: str, script: Path, model: Path, folder: Path, max_tokens: int) -> tuple[float, float]:
-    """CPU seconds a step of TRL, and the mean length of its attempts."""
+    """Return CPU seconds per step of TRL, and the mean length of its rollouts."""
     _, out = cpu_seconds([python, str(script), str(model), "6", str(max_tokens)], folder)
     found = json.loads(out.splitlines()[-1])
     return found["cpu_s_per_step"], found["mean_len"][-1]
 
 
 def first_update(model: Path, folder: Path) -> float:
-    """CPU seconds of a whole run of one step, saving included."""
+    """Return CPU seconds of a complete run of one step, saving included."""
     command = llmkit("rl", model, "--data", model / "rl.jsonl", "--reward", "py:reward.py:score", "--max-steps", 1)
     command += ["--batch-size", "8", "--max-tokens", "10", "--quiet", "-o", str(folder / "first")]
     return cpu_seconds(command, folder)[0]
 
 
 def sums(count: int, seed: int) -> list[tuple[str, str]]:
-    """Sums behind four worked ones; every digit of the answer is spelt, large sums several times over."""
+    """Return sums after four worked examples; answers spell every digit, those of large sums several times."""
     rng = random.Random(seed)
 
     def one() -> tuple[str, str]:
@@ -79,7 +79,7 @@ def sums(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def make_models(python: str, peers: Path, folder: Path) -> tuple[Path, Path]:
-    """The random model, and the one that has learnt to answer sums half of the time."""
+    """Make the random model, and the one trained to answer half of the sums correctly."""
     tiny, random_model, taught = folder / "tiny", folder / "random", folder / "taught"
     cpu_seconds([python, str(peers / "make_tiny.py"), str(tiny)], folder)
     once = ["--max-steps", "1", "--learning-rate", "1e-9", "--sequence-length", "128", "--quiet"]
@@ -119,11 +119,11 @@ def main() -> None:
                 theirs, their_length = peer(arguments.peer_python, peers / "trl_grpo.py", model, folder, max_tokens)
                 mine, last = ours(model, folder, number, max_tokens, reward)
                 rows.append((theirs, mine))
-                print(f"{case}, round {number + 1}: TRL {theirs:.3f}, ours {mine:.3f} CPU s a step", file=sys.stderr)
+                print(f"{case}, round {number + 1}: TRL {theirs:.3f}, ours {mine:.3f} CPU s per step", file=sys.stderr)
             ratios = [a / b for a, b in rows]
             theirs, mine = (statistics.median(column) for column in zip(*rows, strict=True))
             print(
-                f"{case}: rollouts and update a CPU s: TRL {ROLLOUTS / theirs:.0f}, llmkit {ROLLOUTS / mine:.0f}; "
+                f"{case}: rollouts and update per CPU s: TRL {ROLLOUTS / theirs:.0f}, llmkit {ROLLOUTS / mine:.0f}; "
                 f"ours over TRL's {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
             )
             print(

@@ -1,15 +1,15 @@
-"""`llmkit serve` beside llama-cpp-python's server: requests and tokens a second, and the time to the first token.
+"""`llmkit serve` compared with llama-cpp-python's server: requests and tokens per second, time to the first token.
 
     python benchmarks/serve.py chat/ --peer-python peers/bin/python     # has llama-cpp-python[server]
 
-Both serve one folder on the same threads: float32 beside a GGUF file in float32, and int8 beside one in q8_0. In each
-round the two answer the same requests in turn, at 1 client and at 16; what is printed are medians over the rounds, and
-the median of the rounds' ratios. A client asks again as soon as it is answered.
+Both serve one folder with the same number of threads: float32 against a GGUF file in float32, int8 against q8_0. In
+each round the two answer the same requests in turn, with 1 client and with 16; printed are medians over the rounds, and
+the median of the rounds' ratios. A client sends its next request as soon as it has the answer.
 
-    python benchmarks/serve.py chat/ --long 1500                        # of a model with a context of 2,048 or more
+    python benchmarks/serve.py chat/ --long 1500                        # a model with a context of 2,048 or more
 
-measures llmkit's server with prompts of that length: the time to the first token of a conversation's first turn and of
-its second, and the longest gap between two tokens of a running client while such a prompt comes in.
+measures llmkit's server with prompts of that length: the time to the first token of a conversation's first and second
+turn, and the longest gap between two tokens of a running client when such a prompt arrives.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROMPT = "Tell me about the village where the river meets the old road, and who 
 
 
 async def ask(url: str, body: dict[str, Any]) -> tuple[float, float, bytes]:
-    """Send a request; seconds to the first data of the body and to its end, and the body."""
+    """Send a request; return the seconds to the first data of the body and to its end, and the body."""
     address, data = urlsplit(url), json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
@@ -58,7 +58,7 @@ async def ask(url: str, body: dict[str, Any]) -> tuple[float, float, bytes]:
 async def load(
     url: str, clients: int, requests: int, tokens: int, stream: bool, prompt: list[int] | None = None
 ) -> dict[str, float]:
-    """Figures of some clients who ask at once."""
+    """Return the figures of concurrent clients."""
     waiting, firsts, made = list(range(requests)), [], 0
 
     async def client() -> None:
@@ -82,7 +82,7 @@ async def load(
 
 
 async def stream(url: str, body: dict[str, Any]) -> AsyncIterator[tuple[float, list[int]]]:
-    """Send a request; the time of each chunk with tokens, and these."""
+    """Send a request; yield the time and the tokens of each chunk."""
     address, data = urlsplit(url), json.dumps({**body, "stream": True, "return_token_ids": True}).encode()
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(data)}\r\n"
@@ -94,8 +94,8 @@ async def stream(url: str, body: dict[str, Any]) -> AsyncIterator[tuple[float, l
 
 
 async def long_prompts(url: str, vocabulary: int, length: int, tokens: int, number: int) -> dict[str, float]:
-    """Seconds to the first token of two turns, and the longest gap of another client."""
-    first = vocabulary // 10  # special tokens are rarely beyond
+    """Return the seconds to the first token of two turns, and the longest gap of another client."""
+    first = vocabulary // 10  # skips the special tokens, which usually come first
     draw = random.Random(number)
     body = {"max_tokens": tokens, "temperature": 1.0, "seed": number}
     prompt, figures = [draw.randrange(first, vocabulary) for _ in range(length)], {}
@@ -124,22 +124,22 @@ async def long_prompts(url: str, vocabulary: int, length: int, tokens: int, numb
 def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
     for _ in range(600):
         if process.poll() is not None:
-            sys.exit(f"{' '.join(map(str, process.args))}: ended with {process.returncode}")
+            sys.exit(f"{' '.join(map(str, process.args))}: exit code {process.returncode}")
         try:
             urllib.request.urlopen(f"{url}/v1/models", timeout=1).read()
             return
         except OSError:
             time.sleep(0.2)
-    sys.exit(f"{url}: does not answer")
+    sys.exit(f"{url}: no answer")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--peer-python", help="Python with llama-cpp-python and its server")
-    parser.add_argument("--long", type=int, help="tokens of long prompts, instead of the comparison")
+    parser.add_argument("--long", type=int, help="length of long prompts, instead of the comparison")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per answer")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     if options.long is None and options.peer_python is None:

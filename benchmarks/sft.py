@@ -1,12 +1,12 @@
-"""Fine-tuning on packed conversations beside TRL's SFTTrainer: same model, data, rows and batch, one thread each.
+"""`llmkit sft` on packed conversations compared with TRL's SFTTrainer: same model, data, rows, batch; one thread each.
 
     python benchmarks/sft.py --peers PEERS --peer-python peers/bin/python
 
-PEERS holds `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and 2,000 conversations) and
-`trl_sft.py OUT packing STEPS`, which prints CPU seconds a step; both run under --peer-python. A step is 4 rows of 512
-tokens in float32. Rounds go peer, ours, peer, ours; each is a process of its own. Ours is the command itself: the CPU
-seconds of a long run less those of a short one, over the steps between, so that start-up cancels on both sides.
-tok/CPU s counts tokens that are inputs, not padding.
+PEERS contains `make_tiny.py OUT` (a Llama of 4 x 128 with a chat template, and 2,000 conversations) and
+`trl_sft.py OUT packing STEPS`, which prints CPU seconds per step; both run under --peer-python. A step is 4 rows of 512
+tokens in float32. Rounds alternate peer and ours, each in a new process. Ours is the command: the CPU seconds of a long
+run minus those of a short one, divided by the difference in steps, so that start-up cancels on both sides. tok/CPU s
+counts input tokens without padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHORT, LONG = 5, 45  # steps
 
 
 def cpu_seconds(command: list[str], folder: Path) -> tuple[float, str]:
-    """User and system seconds of a command and its children, and what it wrote on stdout."""
+    """Return user and system seconds of a command and its children, and its stdout."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -38,7 +38,7 @@ def cpu_seconds(command: list[str], folder: Path) -> tuple[float, str]:
 
 
 def ours(model: Path, folder: Path, round_number: int) -> float:
-    """CPU seconds a step of `llmkit sft`."""
+    """Return CPU seconds per step of `llmkit sft`."""
     spent = []
     for steps in (SHORT, LONG):
         out = folder / f"ours-{round_number}-{steps}"
@@ -60,13 +60,13 @@ def ours(model: Path, folder: Path, round_number: int) -> float:
 
 
 def peer(python: str, script: Path, model: Path, folder: Path) -> float:
-    """CPU seconds a step of TRL."""
+    """Return CPU seconds per step of TRL."""
     _, out = cpu_seconds([python, str(script), str(model), "packing", "12"], folder)
     return json.loads(out.splitlines()[-1])["cpu_s_per_step"]
 
 
 def filled(model: Path) -> float:
-    """The share of places in our rows that hold a token."""
+    """Return the share of positions in our rows that are not padding."""
     from llmkit.data.batches import Mixture, Source
     from llmkit.data.examples import read_examples
     from llmkit.formats.conversations import read_conversation
@@ -100,7 +100,7 @@ def main() -> None:
         for number in range(arguments.rounds):
             theirs = peer(arguments.peer_python, arguments.peers.resolve() / "trl_sft.py", model, folder)
             rows.append((theirs, ours(model, folder, number)))
-            print(f"round {number + 1}: TRL {theirs:.3f}, ours {rows[-1][1]:.3f} CPU s a step", file=sys.stderr)
+            print(f"round {number + 1}: TRL {theirs:.3f}, ours {rows[-1][1]:.3f} CPU s per step", file=sys.stderr)
     tokens = ROWS * LENGTH
     theirs, mine = (statistics.median(column) for column in zip(*rows, strict=True))
     ratios = [share * a / b for a, b in rows]

@@ -1,15 +1,15 @@
-"""From documents (JSONL or Parquet) to tokens on disk on one thread: llmkit with each backend, tiktoken, Hugging Face,
+"""Tokenization of documents (JSONL or Parquet) to disk on one thread: llmkit with each backend, tiktoken, Hugging Face,
 datatrove.
 
     python benchmarks/tokens.py docs.jsonl --tokenizer tok/ --peer-python peers/bin/python
 
-Every contender reads the same file, encodes with the same vocabulary, puts the same token in front of each
-document and writes 16 or 32-bit ids and document ends; it runs in its own process on one CPU, with one thread
-for each library's pool. The rate is bytes of text by CPU second, from opening the file to the closed output;
-llmkit's includes the hash of the input, the proof of the ids and the start of the backend. `same` compares the
-ids with those of Hugging Face. The slow ones read the first --slow-megabytes only. The peers' Python needs tiktoken,
-tokenizers, numpy, pyarrow, orjson and datatrove[io,processing]; without --peer-python this one is used. datatrove puts
-its token behind each document; its ids are compared with the last one moved to the front.
+Every contender reads the same file, encodes with the same vocabulary, prepends the same token to each document and
+writes 16 or 32-bit ids and document ends; it runs in its own process on one CPU, with one thread per library pool. The
+rate is bytes of text per CPU second, from opening the file to closing the output; llmkit's includes hashing the input,
+verifying the ids and starting the backend. `same` compares the ids with Hugging Face's. Slow contenders read only the
+first --slow-megabytes. The peers' Python needs tiktoken, tokenizers, numpy, pyarrow, orjson and
+datatrove[io,processing]; the default is this Python. datatrove appends its token to each document; for the comparison
+its last one is moved to the front.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SLOW = ("llmkit-tokenizers", "hf", "datatrove")
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
-# ---- in the process of one contender
+# ---- in a contender's process
 
 
 def texts(path: str, limit: int | None):
@@ -55,7 +55,7 @@ def texts(path: str, limit: int | None):
 
 
 def write_arrays(folder: Path, parts, start: int, dtype):
-    """What a peer's user would write: the ids end to end and where each document ends."""
+    """Write what a peer's user would: the concatenated ids, and the end of each document."""
     import numpy as np
 
     with_start = [part for ids in parts for part in (np.array([start], dtype), ids.astype(dtype))]
@@ -125,7 +125,7 @@ def run_datatrove(path: str, limit: int | None, tokenizer_json: str, folder: Pat
     ids = next((folder / "ids").glob("*.ds"))
     ends = np.fromfile(f"{ids}.index", np.uint64).astype(np.int64)
     tokens = np.fromfile(ids, np.uint16 if ids.stat().st_size == 2 * ends[-1] else np.uint32)
-    return started, np.concatenate([tokens[-1:], tokens[:-1]])  # its token in front of the first, as others have it
+    return started, np.concatenate([tokens[-1:], tokens[:-1]])  # a token before the first document, as for the others
 
 
 def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, backend: str | None):
@@ -140,7 +140,7 @@ def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, 
         tokenizer.choose_backend([], only=backend)
     shards = tokenize_documents([path], tokenizer, folder, limit=limit, quiet=True)
     stopped = time.process_time(), time.perf_counter()
-    peak = peak_megabytes()  # before all tokens are held for the comparison, as no run does
+    peak = peak_megabytes()  # before the comparison loads all tokens, which no real run does
     if backend not in (None, tokenizer.backend):
         raise SystemExit(f"{backend}: not installed, or it does not give the ids of tokenizers")
     tokens = np.concatenate([shard.tokens for shard in shards._shards])
@@ -148,7 +148,7 @@ def run_llmkit(path: str, limit: int | None, tokenizer_json: str, folder: Path, 
 
 
 def peak_megabytes() -> float:
-    """Of this process alone: on Linux getrusage counts what its parent had when it was forked, too."""
+    """Return this process's peak memory; on Linux, getrusage would include its parent's at the fork."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -156,7 +156,7 @@ def peak_megabytes() -> float:
 
 
 def worker(name: str, path: str, limit: int | None, head: int, tokenizer_json: str) -> dict:
-    """Run one contender; the ids of the first `head` documents are hashed for comparison."""
+    """Run one contender, and hash the ids of the first `head` documents for comparison."""
     import numpy as np
 
     library = name
@@ -211,9 +211,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder of a byte-level BPE with <|endoftext|>")
     parser.add_argument("--peer-python", help="Python with the peers")
     parser.add_argument("--only", nargs="*", default=CONTENDERS, choices=CONTENDERS)
-    parser.add_argument("--rounds", type=int, default=3, help="the median counts; slow ones run once")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts; slow ones run once")
     parser.add_argument("--slow-megabytes", type=float, default=20)
-    parser.add_argument("--cpu", type=int, default=0, help="the CPU that every contender is bound to")
+    parser.add_argument("--cpu", type=int, default=0, help="CPU that every contender is pinned to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--head", type=int, default=0, help=argparse.SUPPRESS)

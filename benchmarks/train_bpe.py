@@ -1,14 +1,14 @@
-"""Training a BPE tokenizer: llmkit beside Hugging Face tokenizers and rustbpe, on the same text and pattern.
+"""Training a BPE tokenizer: llmkit compared with Hugging Face tokenizers and rustbpe, on the same text and pattern.
 
     python benchmarks/train_bpe.py docs.jsonl.gz --peer-python peers/bin/python
 
-Each contender is a process of its own, one after the other, in rounds; a row is the median. llmkit is the command as a
-user runs it: start, report and manifest included. The peers read the same JSONL in a few lines of Python. Wall is from
-start to end of the process, CPU that of the process and its children, peak memory the highest sum of the resident sets
-of all its processes, sampled every 20 ms. `merges as HF` is the share of the merges, in order, that are Hugging Face's.
+Contenders run in turn, in rounds, each in a separate process; a row is the median. llmkit is the command as a user runs
+it: start-up, report and manifest included. The peers read the same JSONL in a few lines of Python. Wall time is from
+start to end of the process, CPU time includes its children, peak memory is the largest sum of the resident sets of all
+its processes, sampled every 20 ms. `merges as HF` is the share of positions with the same merge as Hugging Face.
 
-A corpus that is too small is repeated, its documents in order; in every repetition 1 word in 100 has two letters
-swapped, so that new words keep coming. --memory-megabytes sets the size of llmkit's last run, for its memory per byte.
+A corpus that is too small is repeated with its documents in order; in every repetition 1 word in 100 has two letters
+swapped, so that new words keep appearing. --memory-megabytes is the size of llmkit's last run, for its memory per byte.
 The peers' Python needs tokenizers, rustbpe and orjson. Linux only (/proc).
 """
 
@@ -29,13 +29,13 @@ from datetime import date
 from itertools import count
 from pathlib import Path
 
-SPECIALS = 12  # llmkit's vocabulary size includes them, the peers' does not
+SPECIALS = 12  # included in llmkit's vocabulary size, not in the peers'
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ---- in the process of a peer
+# ---- in a peer's process
 
 
 def texts(path: str) -> Iterator[str]:
@@ -130,7 +130,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """Return the process and its descendants."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -152,7 +152,7 @@ def llmkit_command(path: Path, vocab_size: int, out: Path) -> list[str]:
 
 
 def merges_of(out: Path) -> list[str]:
-    """The strings that the merges make, in order."""
+    """Return the strings that the merges produce, in order."""
     if out.is_dir():
         return ["".join(pair) for pair in json.loads((out / "tokenizer.json").read_text())["model"]["merges"]]
     return json.loads(out.read_text())
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", help="JSONL with `text`, plain or .gz")
     parser.add_argument("--megabytes", type=float, default=100)
-    parser.add_argument("--memory-megabytes", type=float, default=500, help="0: leave this run out")
+    parser.add_argument("--memory-megabytes", type=float, default=500, help="0: skip this run")
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable)
@@ -191,7 +191,7 @@ def main() -> None:
             size = write_corpus(options.documents, corpus, int(options.memory_megabytes * 1e6))
             found = measure(llmkit_command(corpus, options.vocab_size, Path(folder, "large")))
             print(
-                f"\nllmkit at {size / 1e6:.0f} MB: {found['MB']:.0f} MB, {found['MB'] * 1e6 / size:.2f} bytes a byte; "
+                f"\nllmkit at {size / 1e6:.0f} MB: {found['MB']:.0f} MB, {found['MB'] * 1e6 / size:.2f} bytes/byte; "
                 f"{found['wall']:.1f} s, {found['cpu']:.1f} CPU s"
             )
 

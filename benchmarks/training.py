@@ -1,26 +1,26 @@
-"""Training speed of `llmkit pretrain` beside transformers' Trainer and litgpt: same shape, tokens and batch.
+"""Training speed of `llmkit pretrain` compared with transformers' Trainer and litgpt: same shape, tokens and batch.
 
     python benchmarks/training.py docs.jsonl.gz --hf-trainer hf_trainer.py --peer-python peers/bin/python
 
-Two models: `tiny` (4 layers of 128, vocabulary 512, 12 rows of 64 a step) and `17m` (6 of 384, 8,192, 16 of 256).
-Every run is a fresh process, one after the other, in rounds; a table's row is the best of the rounds, in each column,
-for a shared machine has slow and fast minutes.
+Two models: `tiny` (4 layers of 128, vocabulary 512, 12 rows of 64 per step) and `17m` (6 of 384, 8,192, 16 of 256).
+Every run is a fresh process, one after the other, in rounds; a table's row is the best of the rounds in each column,
+because the speed of a shared machine varies.
 
-    tok/s        median over the steps after the first --skip, and over the best peer that does not compile
-    CPU ms       user + system time of the process a step, after --skip: steadier than tok/s where other work shares
-                 the machine; and the least of a peer that does not compile, over it
-    first step   seconds of CPU and of clock from the start of the process to the end of step 1
+    tok/s        median over the steps after the first --skip, and its ratio to the best peer without compilation
+    CPU ms       user + system time of the process per step, after --skip: steadier than tok/s on a shared machine; and
+                 the ratio of the best peer without compilation to it
+    first step   CPU and wall seconds from process start to the end of step 1
     peak MB      ru_maxrss
 
-Ours is the command itself, from tokens in its cache, read off metrics.jsonl. Its optimizer is Muon + AdamW; the rows
-"AdamW" run the same engine, loss and batches with AdamW for every parameter, as the peers do, through the library.
-"plain eager" is our model in torch's own operations (the kernels' references), float32. Ours norms queries and keys
-(Qwen3), masks documents and writes a line of metrics a step; the peers' models are Llamas without those.
+Ours is the command with cached tokens, measured from metrics.jsonl. Its optimizer is Muon + AdamW; the rows "AdamW" use
+the library to run the same trainer, loss and batches with AdamW for every parameter, as the peers do. "plain eager" is
+our model with torch's operations (the kernels' references), float32. Ours normalizes queries and keys (Qwen3), masks
+documents and writes a line of metrics per step; the peers' models are Llamas without these.
 
-transformers' Trainer is run by the script of --hf-trainer, which prints "STEP n" at the end of each step (fused
-AdamW; bf16 is autocast). litgpt is its own `pretrain` (benchmarks/peers/litgpt_trainer.py): "as it comes" compiles
-and takes AdamW unfused; the others take the fused one, with and without torch.compile, each from an empty cache of
-compiled code. Linux only: reads /proc.
+transformers' Trainer is run by the script of --hf-trainer, which prints "STEP n" at the end of each step (fused AdamW;
+bf16 is autocast). litgpt is its own `pretrain` (benchmarks/peers/litgpt_trainer.py): "as it comes" compiles and uses
+AdamW unfused; the others use fused AdamW, with and without torch.compile, each from an empty compilation cache. Linux
+only: reads /proc.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SHAPES = {
     "tiny": Shape(layers=4, dim=128, heads=4, ffn=384, vocab=512, block=64, batch=12, tied=True),
     "17m": Shape(layers=6, dim=384, heads=6, ffn=1024, vocab=8192, block=256, batch=16, tied=False),
 }
-# name: (who, precision, optimizer, options of the worker or the peer's script)
+# name: (program, precision, optimizer, options of the worker or the peer's script)
 CONTENDERS = {
     "llmkit bf16": ("command", "bfloat16", "Muon+AdamW", []),
     "llmkit fp32": ("command", "float32", "Muon+AdamW", []),
@@ -92,11 +92,11 @@ CONTENDERS = {
 COMPILED = ("litgpt fp32 compiled", "litgpt bf16 compiled", "litgpt bf16 as it comes")
 
 
-# ---- ours through the library, in a process of its own
+# ---- ours through the library, in a worker process
 
 
 def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int, out: Path) -> None:
-    """What `pretrain` does, with the optimizer or the kernels of a contender."""
+    """Train as `pretrain` does, with the optimizer or the kernels of a contender."""
     from llmkit.data.batches import Batches
     from llmkit.data.shards import TokenShards
     from llmkit.model.devices import choose_device, choose_dtype
@@ -139,7 +139,7 @@ def work(name: str, shape: Shape, steps: int, shards: str, tokenizer_vocab: int,
 
 
 def _plain_kernels() -> None:
-    """The references in place of what the kernels do by hand on a CPU: what the formulas cost in eager torch."""
+    """Replace the kernels' CPU paths by their references, to time the formulas in eager torch."""
     import torch.nn.functional as F
 
     from llmkit.kernels import attention, projections, rowwise
@@ -149,7 +149,7 @@ def _plain_kernels() -> None:
         logits = F.linear(input, linear_weight).flatten(0, -2)
         return F.cross_entropy(logits, target.flatten(), reduction=reduction, ignore_index=ignore_index)
 
-    sys.modules["llmkit.kernels.linear"]._onednn = None  # the name in the package is the function
+    sys.modules["llmkit.kernels.linear"]._onednn = None  # the package exports a function of the same name
     rowwise.by_hand = projections.by_hand = lambda x: False
     attention._blocks_pay = lambda query, keys: False
     transformer.linear_cross_entropy = plain_loss
@@ -168,7 +168,7 @@ class Outcome:
 
 
 def session_cpu(session: int) -> float:
-    """CPU seconds of all living processes of a session, and of their children that have ended."""
+    """Return the CPU seconds of all running processes of a session and of their ended children."""
     total = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -182,7 +182,7 @@ def session_cpu(session: int) -> float:
 
 
 def follow_lines(process: subprocess.Popen, marks: tuple[str, ...]):
-    """(steps done, clock) for each line of stdout that tells the end of a step."""
+    """Yield (steps done, clock) for each line of stdout that marks the end of a step."""
     done = 0
     for line in process.stdout:  # type: ignore[union-attr]
         if any(mark in line for mark in marks):
@@ -191,7 +191,7 @@ def follow_lines(process: subprocess.Popen, marks: tuple[str, ...]):
 
 
 def follow_metrics(process: subprocess.Popen, path: Path):
-    """(rows, clock) whenever metrics.jsonl has grown; looks often for the first row only, for looking takes time."""
+    """Yield (rows, clock) whenever metrics.jsonl has grown; polls often only before the first row, because it costs."""
     seen = 0
     while True:
         running = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
@@ -210,7 +210,7 @@ def measure(name: str, command: list[str], shape: Shape, steps: int, skip: int, 
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]) if ours else "",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # nothing compiled by an earlier run
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # no code compiled by earlier runs
     }  # fmt: skip
     outcome, marks = Outcome(), {}
     late = skip + (steps - skip) * 3 // 4  # before the run folder is renamed
@@ -273,7 +273,7 @@ def command_of(name: str, arguments: argparse.Namespace, setting: Setting, steps
     return [python, script, "--tokens", str(setting.tokens), *shape.peer_options(steps), *untied, *options]
 
 
-# ---- what all contenders read
+# ---- the contenders' inputs
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Setting:
 
 
 def prepare(name: str, documents: str, megabytes: float, folder: Path) -> Setting:
-    """The first documents of a file, a tokenizer trained on them, their shards, and the same tokens as raw uint16."""
+    """Prepare the first documents, a tokenizer trained on them, their shards, and the same tokens as raw uint16."""
     import numpy as np
 
     from llmkit.data.shards import tokenize_documents
@@ -315,7 +315,7 @@ def prepare(name: str, documents: str, megabytes: float, folder: Path) -> Settin
 
 
 def table(shape_name: str, outcomes: dict[str, list[Outcome]]) -> str:
-    """The best of the rounds. The columns "x peer" are 1.00 for the best peer that does not compile."""
+    """Return a table of the best rounds. The columns "x peer" are 1.00 for the best peer without compilation."""
     shape = SHAPES[shape_name]
 
     def least(measured: Callable[[Outcome], float]) -> dict[str, float]:
@@ -350,19 +350,19 @@ def main() -> None:
     parser.add_argument("documents", help="JSONL with `text`, plain or gzip")
     parser.add_argument("--hf-trainer", help="script that runs transformers' Trainer")
     parser.add_argument("--peer-python", default=sys.executable, help="Python with transformers and accelerate")
-    parser.add_argument("--litgpt-python", help="Python with litgpt, where it is another")
+    parser.add_argument("--litgpt-python", help="Python with litgpt, if it is another")
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--no-compiled", action="store_true", help="leave out what takes a minute to start")
+    parser.add_argument("--no-compiled", action="store_true", help="skip compiled contenders (slow start)")
     parser.add_argument("--steps", type=int, help="[tiny 220, 17m 25]")
-    parser.add_argument("--skip", type=int, help="first steps that do not count [20, 17m 5]")
-    parser.add_argument("--rounds", type=int, default=3, help="the compiled ones run once")
+    parser.add_argument("--skip", type=int, help="warm-up steps [20, 17m 5]")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; compiled contenders run once")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--megabytes", type=float, default=4, help="of the documents")
-    parser.add_argument("--work", type=Path, help="folder for documents, tokenizers and tokens, kept")
+    parser.add_argument("--megabytes", type=float, default=4, help="size of the documents")
+    parser.add_argument("--work", type=Path, help="folder for documents, tokenizers and tokens, which is kept")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no contender behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the contenders too
     names = [name for name in arguments.only if not (arguments.no_compiled and name in COMPILED)]
     if not arguments.hf_trainer:
         names = [name for name in names if CONTENDERS[name][0] != "trainer"]

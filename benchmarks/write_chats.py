@@ -1,13 +1,13 @@
-"""`llmkit write-chats` beside distilabel and synthetic-data-kit: requests a second to one scripted server.
+"""`llmkit write-chats` compared with distilabel and synthetic-data-kit: requests per second to a scripted server.
 
     python benchmarks/write_chats.py --peer-python peers/bin/python     # has distilabel==1.5.3, synthetic-data-kit
 
-The server answers each request after 30 to 70 ms, whatever else it is asked at the same time. In each round all answer
-the same prompts in turn, with the same number of requests at a time: ours by --answer, distilabel by a pipeline of
-TextGeneration, synthetic-data-kit by LLMClient.batch_completion. Rates are by the server's clock, from the first
-request to the last, without the start of each program; what is printed are medians over the rounds. `topics` is ours
-with --topics, two requests a conversation, three with a system message. `broken` is that with 5% of replies cut, empty,
-no JSON, 429, 500 or slow: exactly -n lines must come, none twice.
+The server answers each request after 30 to 70 ms, independent of its load. In each round all programs answer the same
+prompts in turn, with the same concurrency: ours with --answer, distilabel with a pipeline of TextGeneration,
+synthetic-data-kit with LLMClient.batch_completion. Rates are measured by the server, from the first request to the
+last, without start-up; printed are medians over the rounds. `topics` is ours with --topics: two requests per
+conversation, three with a system message. `broken` is the same with 5% of replies truncated, empty, not JSON, 429, 500
+or slow: the output must have exactly -n lines, all different.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SLOW = 3.0  # seconds of a slow reply
+SLOW = 3.0  # seconds that a slow reply takes
 
 
 class Server:
-    """OpenAI's chat completions, by `chat_writer`; `broken` is the share of replies with a fault."""
+    """OpenAI's chat completions, answered by `chat_writer`; `broken` is the share of faulty replies."""
 
     def __init__(self, port: int) -> None:
         from chat_writer import chat_writer
@@ -120,7 +120,7 @@ print(len(client.batch_completion(rows, batch_size=concurrency)))
 
 
 def figures(url: str, command: list[str], broken: float = 0.0) -> dict[str, float]:
-    """Run a program; the requests that it made, and by the server's clock how many a second."""
+    """Run a program; return the number of its requests, and their rate by the server's clock."""
     with urllib.request.urlopen(f"{url}/start/{broken}"):
         pass
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -133,7 +133,7 @@ def figures(url: str, command: list[str], broken: float = 0.0) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="of an environment with distilabel and synthetic-data-kit")
+    parser.add_argument("--peer-python", help="Python with distilabel and synthetic-data-kit")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -190,7 +190,7 @@ def main() -> None:
         for name, each in rounds.items():
             rates = [figure["requests a second"] for figure in each]
             print(
-                f"{name:24} {statistics.median(rates):7.1f} requests a second ({min(rates):.1f} to {max(rates):.1f}), "
+                f"{name:24} {statistics.median(rates):7.1f} requests/s ({min(rates):.1f} to {max(rates):.1f}), "
                 f"{each[-1]['requests']:.0f} requests"
             )
 

@@ -1,12 +1,13 @@
-"""Everything that is open on a GPU in one call of eight minutes, in the order of what matters, rows as they come.
+"""All open GPU measurements in one call of eight minutes, the most important first; rows are written at once.
 
     python benchmarks/gpu/all.py --wheel orjson*.whl --wheel safetensors*.whl     # on a bare machine
-    python benchmarks/gpu/all.py --smoke                  # the whole order on a CPU in 3 minutes; times nothing
+    python benchmarks/gpu/all.py --smoke                  # all stages on a CPU in 3 minutes; times nothing
     python benchmarks/gpu/report.py build/gpu/results.jsonl
 
-All kernels are compiled first, in --processes processes, while the GPU times what needs none of them. Each stage is a
-process of its own with a time limit; what it measures is appended to --out/results.jsonl at once, so the run may be
-cut off at any moment. A stage that fails or hangs is named there, its log is beside, and the next one begins.
+All kernels are compiled first, in --processes processes, while the GPU times stages that need none of them. Each stage
+is a separate process with a time limit and appends its results to --out/results.jsonl at once, so the run may be
+interrupted at any time. A stage that fails or hangs is named there, with its log in the same folder, and the next stage
+starts.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from rows import RESULTS, Rows, read_rows
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 NEEDED = {"training.py": ("orjson", "safetensors"), "generation.py": ("orjson",)}
-LEAST = 8  # seconds under which no stage is worth its start
-# Tests that run the kernels, without those that draw shapes at random: each new shape is compiled
+LEAST = 8  # seconds; with less time left no stage starts
+# Tests that run the kernels, except those with random shapes: each new shape is compiled
 TESTS = ("test_fused_attention.py", "test_fused_loss.py", "test_decode.py")
 NOT_TESTED = (
     "any_shape or any_loss or any_logprobs or any_lengths or many_examples or compiled or opcheck or accepts "
@@ -41,7 +42,7 @@ NOT_TESTED = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A script with its options, for `limit` seconds at most."""
+    """A script with its options, and its time limit in seconds."""
 
     name: str
     limit: float
@@ -50,7 +51,7 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    """In order; the first runs beside the compilation."""
+    """Return the stages in order; the first runs during compilation."""
     kernels = ("kernels.py", "--no-tune")
     training = [
         Stage(
@@ -88,16 +89,16 @@ def stages() -> list[Stage]:
 
 
 class Run:
-    """Stages under one deadline, their rows in one file."""
+    """Stages with a common deadline and a common file of rows."""
 
     def __init__(self, options: argparse.Namespace):
         self.smoke, self.out, self.processes = options.smoke, options.out.resolve(), options.processes
         self.deadline = time.monotonic() + options.seconds
         self.file = Rows(self.out / RESULTS.name)
         self.tiles = self.out / "tiles.json"
-        self.hung: set[str] = set()  # stages that were cut off
-        self.passed: dict[str, int] = {}  # of each group of tests that ran
-        here = ROOT / RESULTS.parent  # not --out, which is brought back whole
+        self.hung: set[str] = set()  # stages that hit their limit
+        self.passed: dict[str, int] = {}  # by group of tests
+        here = ROOT / RESULTS.parent  # not --out, which is copied back from the machine
         self.environment = {
             **{k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LLMKIT_KERNELS", "LLMKIT_TILES")},
             "PYTHONPATH": str(_site(here, options.wheel)),
@@ -107,7 +108,7 @@ class Run:
         }
 
     def start(self, stage: Stage) -> tuple[Stage, float, subprocess.Popen[bytes]]:
-        """Start a stage; its output goes to a log of its name."""
+        """Start a stage; its output goes to a log with its name."""
         with open(self.out / f"{stage.name.replace(' ', '-')}.log", "wb") as log:
             environment = self.environment | stage.environment
             process = subprocess.Popen(
@@ -117,7 +118,7 @@ class Run:
         return stage, time.monotonic(), process
 
     def end(self, started: tuple[Stage, float, subprocess.Popen[bytes]]) -> None:
-        """Wait for a stage up to its limit or the deadline, and note how it ended."""
+        """Wait for a stage up to its limit or the deadline, and record the outcome."""
         stage, begun, process = started
         try:
             code = process.wait(max(0.0, min(begun + stage.limit, self.deadline) - time.monotonic()))
@@ -130,7 +131,7 @@ class Run:
         self.file.add(stage="end", name=stage.name, outcome=outcome, seconds=round(time.monotonic() - begun, 1))
 
     def measure(self, stage: Stage) -> None:
-        """One stage, unless the time is over."""
+        """Run one stage, unless the time is over."""
         if self.deadline - time.monotonic() < LEAST:
             self.file.add(stage="end", name=stage.name, outcome="not begun")
             return
@@ -147,7 +148,7 @@ class Run:
         self.end(self.start(Stage(stage.name, stage.limit, command, stage.environment | environment)))
 
     def compile(self) -> list[tuple[Stage, float, subprocess.Popen[bytes]]]:
-        """Start the compilation, a part in each process."""
+        """Start compiling, one part per process."""
         parts = 2 if self.smoke else self.processes
         smoke = ("--smoke",) if self.smoke else ()
         script = str(HERE / "compiling.py")
@@ -157,9 +158,9 @@ class Run:
         ]
 
     def check(self) -> None:
-        """Run the kernels' tests on the GPU; in a smoke run a few of them in the interpreter.
+        """Run the kernels' tests on the GPU; in a smoke run, a few of them in the interpreter.
 
-        Groups of warps with a task each (docs/kernels.md) may hang: they have a process and a limit of their own.
+        Warp-specialized kernels (docs/kernels.md) may hang, so they have a separate process and limit.
         """
         chosen = "last_rows or sure_prediction" if self.smoke else f"not ({NOT_TESTED})"
         self.test("correctness", 90, chosen)
@@ -167,19 +168,19 @@ class Run:
             self.test("specialized", 45, "specialized")
 
     def test(self, name: str, limit: float, chosen: str) -> None:
-        """Run the kernels' tests that `chosen` names in pytest's words."""
+        """Run the kernels' tests selected by `chosen`, a pytest -k expression."""
         if self.deadline - time.monotonic() < LEAST:
             return
         folder = ROOT / "tests" / "kernels"
         command = (
-            # -v: a kernel that hangs leaves the outcomes of the others
+            # -v: if a kernel hangs, the log has the outcomes of the others
             "-m", "pytest", "-v",
             "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT),
             "--confcutdir", str(folder), "-m", "not slow", "-k", chosen,
             *(("-n", str(self.processes)) if importlib.util.find_spec("xdist") and not self.smoke else ()),
             *(str(folder / name) for name in TESTS),
         )  # fmt: skip
-        # cuBLAS is deterministic with a workspace alone, which torch's deterministic mode asks for
+        # torch's deterministic mode requires a cuBLAS workspace
         device = {} if self.smoke else {"LLMKIT_TEST_DEVICE": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         if importlib.util.find_spec("pytest") is None:
             self.file.add(stage="check", name=name, outcome="absent: pytest is not installed")
@@ -201,23 +202,23 @@ class Run:
 
 
 def outcomes_in(log: str) -> dict[str, str]:
-    """The outcome of each test in the log of `pytest -v`, which names it after the test, and with xdist before it."""
+    """Read the outcome of each test from the log of `pytest -v`: after the test's name, or before it with xdist."""
     found = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+::\S+)", log, re.MULTILINE)
     found += [(end, test) for test, end in re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR)\b", log, re.MULTILINE)]
     return {test: outcome.lower() for outcome, test in found}
 
 
 def _site(out: Path, wheels: list[Path]) -> Path:
-    """A folder for PYTHONPATH: the package as an installation has it, `kernels/` in it, and the wheels unpacked."""
+    """Make a folder for PYTHONPATH: the package as if installed, with `kernels/` in it, and the unpacked wheels."""
     site = out / "site"
-    shutil.rmtree(site, ignore_errors=True)  # of a run before
+    shutil.rmtree(site, ignore_errors=True)  # of an earlier run
     (site / "llmkit").mkdir(parents=True)
     for path in [*(ROOT / "llmkit").iterdir(), ROOT / "kernels"]:
         if path.name != "__pycache__":
             (site / "llmkit" / path.name).symlink_to(path)
     for wheel in wheels:
         if not wheel.exists():
-            print(f"all.py: no wheel {wheel}: going on without it", file=sys.stderr)
+            print(f"all.py: no wheel {wheel}: continuing without it", file=sys.stderr)
             continue
         zipfile.ZipFile(wheel).extractall(site)
     return site
@@ -226,9 +227,9 @@ def _site(out: Path, wheels: list[Path]) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, in the interpreter")
-    parser.add_argument("--seconds", type=float, default=480, help="time for all [480]")
+    parser.add_argument("--seconds", type=float, default=480, help="total time [480]")
     parser.add_argument("--processes", type=int, default=14, help="processes that compile and test [14]")
-    parser.add_argument("--wheel", type=Path, action="append", default=[], help="a package to bring along; repeatable")
+    parser.add_argument("--wheel", type=Path, action="append", default=[], help="wheel to put on the path; repeatable")
     parser.add_argument("-o", "--out", type=Path, help=f"folder [{RESULTS.parent}]")
     options = parser.parse_args()
     import torch
@@ -248,7 +249,7 @@ def main() -> int:
     run.check()
     for stage in others:
         if stage.name == "specialized tiles" and ("specialized" in run.hung or run.passed.get("specialized") == 0):
-            continue  # they would hang or fail again
+            continue  # would hang or fail again
         if not (run.smoke and "1.5B" in stage.name):  # a smoke run has one tiny model
             run.measure(stage)
     rows = list(read_rows(run.file.path))

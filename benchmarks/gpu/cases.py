@@ -1,6 +1,6 @@
-"""The cases to measure: inputs, who computes them, what the right answer is, and how much work it is.
+"""The cases to measure: inputs, contenders, the reference result, and the work in FLOPs or bytes.
 
-A contender is a function of the inputs; one that cannot run here is a sentence that says why.
+A contender is a function of the inputs; one that cannot run here is a string with the reason.
 
 B batch, H query heads, K key-value heads, G = H / K, T tokens, D head size; N tokens, V words.
 """
@@ -30,15 +30,15 @@ from shapes import Attention, Decode, Linear, Shapes
 from torch import Tensor
 
 DTYPE = torch.bfloat16
-CHECKED_TOKENS, CHECKED_WORDS = 256, 64  # of a loss: rows of the inputs' gradient, words of the weight's
+CHECKED_TOKENS, CHECKED_WORDS = 256, 64  # checked rows of a loss's gradients, for inputs and weight
 Contender = Callable[..., Tensor] | str
 
 
 @dataclass
 class Case:
-    """`work` is FLOPs or bytes of a forward, `work_both` of forward and backward; None where there is no backward.
+    """`work` is the FLOPs or bytes of a forward pass, `work_both` of forward and backward; None without a backward.
 
-    `error` takes the outputs of a contender, and the gradients of the inputs after them, to the largest relative error.
+    `error` maps a contender's outputs, followed by the gradients of the inputs, to the largest relative error.
     """
 
     kind: str
@@ -49,19 +49,19 @@ class Case:
     work: float
     unit: str = "TFLOP/s"
     work_both: float | None = None
-    upstream: list[Tensor] | None = None  # of each output, ones if None
-    bound: float = 0.02  # a bfloat16 has 8 bits: 0.004 a rounding
-    graph: bool = False  # timed as a CUDA graph, as a decoder runs it
+    upstream: list[Tensor] | None = None  # upstream gradient of each output; None: ones
+    bound: float = 0.02  # bfloat16 has 8 bits: 0.004 per rounding
+    graph: bool = False  # timed as a CUDA graph, as in decoding
 
 
 class Makers:
-    """Of cases, on one device; in a smoke run nothing is compiled by torch."""
+    """Makes the cases on one device; smoke runs do not use torch.compile."""
 
     def __init__(self, device: str):
         self.device, self.on_gpu = device, device == "cuda"
 
     def cases(self, shapes: Shapes) -> Iterator[tuple[str, str, Callable[[], Case]]]:
-        """(kind, shape, what makes the case): the goals' own first, so that a short time measures what matters."""
+        """Yield (kind, shape, function that makes the case), those of the goals first in case time runs out."""
         for kind in ("causal", "packed", "windowed"):
             for shape in shapes.attention:
                 yield f"attention {kind}", str(shape), partial(self.attention, shape, kind)
@@ -97,7 +97,7 @@ class Makers:
             )
 
         def exact() -> list[Tensor]:
-            """Of the first row's first group of heads, in float32, and their gradients."""
+            """Return the output of the first row's first group of heads, in float32, and its gradients."""
             heads, first = slice(0, H // K), slice(0, 1)
             pairs = (query, heads), (key, first), (value, first)
             parts = [x[:1, part].detach().float().requires_grad_() for x, part in pairs]
@@ -145,7 +145,7 @@ class Makers:
         rows = None if documents is None else shape.batch
         try:
             blocks = create_block_mask(seen, rows, None, shape.length, shape.length, device=self.device)
-        except Exception as error:  # of a peer
+        except Exception as error:  # any error of a peer
             return _absent(error)
         function = self.compiled(flex_attention)
         return lambda q, k, v: function(q, k, v, block_mask=blocks, enable_gqa=True)
@@ -184,7 +184,7 @@ class Makers:
                     work=work, work_both=3 * work)  # fmt: skip
 
     def logprobs(self, shape: Linear) -> Case:
-        """Forward alone, as for evaluation and a reference policy."""
+        """Make a case of log-probabilities, forward only, as for evaluation and a reference policy."""
         x, weight, target = (t.detach() for t in self._linear(shape))
         base = "liger_kernel.chunked_loss.fused_linear_ppo"
 
@@ -206,7 +206,7 @@ class Makers:
         )  # fmt: skip
 
     def grpo(self, sequences: int, shape: Linear) -> Case:
-        """An on-policy step of GRPO: the ratio of probabilities is 1 and its gradient is not."""
+        """Make a case of an on-policy GRPO step: the probability ratio is 1, but its gradient is not zero."""
         x, weight, target = self._linear(shape)
         rows = target.view(sequences, -1)
         advantage = torch.linspace(-1, 1.5, sequences, device=self.device)
@@ -271,7 +271,7 @@ class Makers:
         seen = lambda b, h, q, k: k < lengths[b]  # noqa: E731
         try:
             blocks = create_block_mask(seen, shape.batch, None, 1, shape.capacity, device=self.device)
-        except Exception as error:  # of a peer
+        except Exception as error:  # any error of a peer
             return _absent(error)
         function = self.compiled(flex_attention)
         return lambda q, k, v: function(q, k, v, block_mask=blocks, enable_gqa=True)
@@ -289,7 +289,7 @@ def _peer(module: str, make: Callable, on_gpu: bool) -> Contender:
         return "absent: needs a GPU"
     try:
         return make(importlib.import_module(module))
-    except Exception as error:  # whatever a peer's import or set-up does is the peer's row in the table
+    except Exception as error:  # any error of a peer's import or set-up goes into its row of the table
         return _absent(error)
 
 
@@ -303,7 +303,7 @@ def _off(found: Tensor, wanted: Tensor) -> float:
 
 
 def _seen_pairs(shape: Attention, documents: Tensor | None, window: int | None) -> int:
-    """Of a query and a key that it sees, in all rows together."""
+    """Return the number of pairs of a query and a visible key, over all rows."""
     position = torch.arange(shape.length)
     starts = torch.zeros(shape.batch, shape.length, dtype=torch.long)
     if documents is not None:
@@ -323,7 +323,7 @@ def _nll(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _loss_error(x, weight, target, share, found: list[Tensor], value: Tensor | None = None) -> float:
-    """Of a sum of `share` times each token's loss, and of parts of its gradients, by float32 logits chunk by chunk."""
+    """Return the largest error of the loss weighted by `share` and of parts of its gradients, from float32 logits."""
     wide = weight.float()
     total, grad_words = 0.0, torch.zeros_like(wide[:CHECKED_WORDS])
     grad_tokens = None

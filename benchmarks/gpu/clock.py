@@ -1,4 +1,4 @@
-"""Milliseconds, peak megabytes and the ceilings of one machine: a GPU's own events, or the clock in a smoke run."""
+"""Milliseconds, peak megabytes and a machine's ceilings, from GPU events, or wall time in a smoke run."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Callable
 
 import torch
 
-FLUSHED_BYTES = 256 * 2**20  # more than any GPU's cache: each run begins with a cold one
+FLUSHED_BYTES = 256 * 2**20  # more than any GPU's cache, so that each run starts cold
 SECONDS_A_TIMING = 0.3
 WARM_UP_PRODUCTS = 1000  # 0.2 s on an H200
 LONGEST_HEAD_START = 0.02  # seconds
-CYCLES_A_SECOND = 2e9  # of a GPU's clock, at most: a head start is then no shorter than meant
+CYCLES_A_SECOND = 2e9  # upper bound of a GPU's clock, so that a head start is not too short
 
 
 class Clock:
     def __init__(self, device: str):
         self.device, self.on_gpu = device, device == "cuda"
         self._flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device) if self.on_gpu else None
-        if self.on_gpu:  # an idle GPU's clock is low
+        if self.on_gpu:  # an idle GPU has a low clock rate
             warm = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
             for _ in range(WARM_UP_PRODUCTS):
                 torch.mm(warm, warm)
             torch.cuda.synchronize()
 
     def milliseconds(self, run: Callable[[], object], graph: bool = False) -> float:
-        """Median of at least 5 runs after a few that do not count; in a smoke run of 1. Python's time is not in it.
+        """Return the median of at least 5 runs after a warm-up (1 in a smoke run), without Python's time.
 
-        The GPU sleeps for as long as Python needs to queue a run, before the first event; with `graph` the run is
-        recorded once and replayed, if it can be.
+        Before the first event the GPU sleeps for as long as Python needs to queue a run; with `graph` the run is
+        captured once and replayed, if possible.
         """
         if not self.on_gpu:
             started = time.perf_counter()
@@ -59,7 +59,7 @@ class Clock:
         return before.elapsed_time(after)
 
     def peak_megabytes(self, run: Callable[[], object]) -> float | None:
-        """What a run allocates at most beyond what is there before it; None off a GPU."""
+        """Return a run's peak allocation beyond what was allocated before; None without a GPU."""
         if not self.on_gpu:
             return None
         torch.cuda.synchronize()
@@ -70,7 +70,7 @@ class Clock:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def ceilings(self) -> dict[str, float]:
-        """TFLOP/s of a large bfloat16 product and TB/s of a copy, read and write counted: what shares are of."""
+        """Return TFLOP/s of a large bfloat16 product and TB/s of a copy (reads plus writes), the basis of shares."""
         size, copied = (8192, 2**31) if self.on_gpu else (128, 2**20)
         left = torch.randn(size, size, device=self.device).to(torch.bfloat16)
         source = torch.empty(copied, dtype=torch.int8, device=self.device)
@@ -81,7 +81,7 @@ class Clock:
         }
 
     def is_lost(self) -> bool:
-        """True after a kernel's fault (an address, an assertion): nothing runs on the GPU in this process any more."""
+        """Return True after a kernel's fault (bad address, assertion): this process can no longer use the GPU."""
         try:
             if self.on_gpu:
                 torch.cuda.synchronize()
@@ -90,14 +90,14 @@ class Clock:
         return False
 
     def free(self) -> None:
-        """Memory, and torch's compiled code: of one function it keeps 8 compilations and is eager from then on."""
+        """Free memory and torch's compiled code: after 8 compilations of a function torch falls back to eager."""
         if self.on_gpu:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
 
 
 def _recorded(run: Callable[[], object]) -> Callable[[], object]:
-    """The run as a CUDA graph; itself where it cannot be one."""
+    """Capture the run as a CUDA graph; return it unchanged if that fails."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

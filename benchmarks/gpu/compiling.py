@@ -1,9 +1,9 @@
-"""Compile a part of the kernels that will run, for the GPU that is there or will be: fills Triton's cache on disk.
+"""Compile a part of the kernels ahead of time, for this or another GPU, into Triton's cache on disk.
 
-    python benchmarks/gpu/compiling.py --part 3/14     # every fourteenth of the jobs, from the fourth on
+    python benchmarks/gpu/compiling.py --part 3/14     # every fourteenth job, from the fourth on
 
-A job is a kernel of the tests' list (tests/kernels/compile_cases.py) with the usual tiles, or a candidate of
-shapes.py. Nothing is started on a GPU and none is needed. Triton finds the code again by source, target and options.
+A job is a kernel of the tests' list (tests/kernels/compile_cases.py) with its default tiles, or a candidate of
+shapes.py. No GPU is needed. Triton's cache is keyed by source, target and options.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPE = torch.bfloat16
 
 
 def jobs(smoke: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, what compiles), what training needs first."""
+    """Yield (name, function that compiles), the kernels of training first."""
     shapes, candidates = (SMOKE, SMOKE_CANDIDATES) if smoke else (FULL, CANDIDATES)
     heads = {(x.size, x.heads // x.kv_heads) for x in shapes.attention}
     for size, group in sorted(heads, reverse=True):
@@ -95,7 +95,7 @@ def main() -> int:
             with compiling_for(options.target):
                 run()
             outcome = "compiled"
-        except Exception as error:  # of a candidate: it will fail on the GPU likewise, and is then none
+        except Exception as error:  # a candidate that also fails on the GPU, where it is skipped
             outcome = f"failed: {type(error).__name__}"
         print(f"{name}: {outcome} in {time.monotonic() - started:.1f} s", flush=True)
     return 0

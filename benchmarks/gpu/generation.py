@@ -1,19 +1,19 @@
-"""Decoding on a GPU, steps recorded as CUDA graphs and not, beside transformers' generate: tokens a second, launches.
+"""Decoding on a GPU, with and without CUDA graphs, compared with transformers' generate: tokens/s and launches.
 
-    python benchmarks/gpu/generation.py                # 124M and 1.5B parameters at random, bf16: a few minutes
+    python benchmarks/gpu/generation.py                # random weights, 124M and 1.5B parameters, bf16: a few minutes
     python benchmarks/gpu/generation.py --model 124M --batches 1
     python benchmarks/gpu/generation.py --smoke        # a tiny model on a CPU, the kernels in the interpreter
 
-Every contender has the same weights and prompts of 128 tokens, and makes --new tokens in each of --rounds rounds, in
-turn with the others. A step of ours is `Decoder.step`, the choice of the likeliest token, and its way to Python;
-transformers is timed by the difference between `generate` of 1 + NEW tokens and of one. The rounds' median counts.
+All contenders have the same weights and prompts of 128 tokens, and take turns to generate --new tokens in each of
+--rounds rounds. A step of ours is `Decoder.step`, the argmax, and its transfer to Python; transformers' time is the
+difference between `generate` of 1 + NEW tokens and of one. The figure is the median over the rounds.
 
-    launches  calls of a step that start something on the GPU, copies among them
-    share     of the bandwidth of a copy in this very run: weights once, and keys and values up to the mean position
-    x eager   tokens a second over those of ours without graphs; x hf over those of transformers
-    error     distance of the last logits from those of the model's whole forward, relative to their norm
+    launches  GPU operations launched per step, copies included
+    share     of the copy bandwidth in this run: weights once, and keys and values up to the mean position
+    x eager   tokens per second relative to ours without graphs; x hf relative to transformers
+    error     distance of the last logits from those of the model's full forward pass, relative to their norm
 
-Who is wrong is not timed. Rows are appended to --out.
+A contender with wrong logits is not timed. Rows are appended to --out.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pathlib import Path
 from report import tables
 from rows import RESULTS, Rows, machine, results
 
-# layers, hidden, intermediate, heads, vocabulary, prompt
+# layers, hidden size, intermediate size, heads, vocabulary, prompt tokens
 MODELS = {
     "124M": (12, 768, 2048, 12, 50304, 128),
     "1.5B": (48, 1600, 4288, 25, 50304, 128),
     "smoke": (1, 32, 64, 2, 96, 12),
 }
 GRAPHS, EAGER, PEER = "llmkit graphs", "llmkit eager", "transformers"
-BOUND = 0.05  # on the error: bf16 at 48 layers gives about 0.01
+BOUND = 0.05  # on the error; bf16 with 48 layers has about 0.01
 STARTS = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset", "hipLaunch", "hipExtLaunch",
           "hipModuleLaunch", "hipGraphLaunch", "hipMemcpy", "hipMemset")  # fmt: skip
 
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU; times nothing")
     parser.add_argument("--model", nargs="*", choices=["124M", "1.5B"], default=["124M", "1.5B"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64])
-    parser.add_argument("--new", type=int, default=64, help="tokens made in a round [64]")
+    parser.add_argument("--new", type=int, default=64, help="new tokens per round [64]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--out", type=Path, help=f"file of the rows [{RESULTS}]")
     options = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def measure(name: str, device: str, batches: list[int], new: int, rounds: int, bandwidth: float) -> Iterator[dict]:
-    """Rows of one model: the contenders at each batch."""
+    """Yield the rows of one model: all contenders at each batch size."""
     import torch
 
     from llmkit.model.config import ModelConfig
@@ -94,7 +94,7 @@ def measure(name: str, device: str, batches: list[int], new: int, rounds: int, b
     )  # fmt: skip
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = Transformer(config, seed=0)
-    for layer in model.layers:  # they start at zero
+    for layer in model.layers:  # zero at initialization
         layer.out.data.normal_(0, 0.02)
         layer.down.data.normal_(0, 0.02)
     model = model.to(device=device, dtype=dtype).eval()
@@ -123,12 +123,13 @@ def measure(name: str, device: str, batches: list[int], new: int, rounds: int, b
         gc.collect()
 
 
-# A run is a round: seconds a step, and the last logits (B, V). It says launches a step where it is asked to.
+# A run is one round: it returns seconds per step, the last logits (B, V), and, if the argument is True, launches per
+# step.
 Run = Callable[[bool], tuple[float, object, int | None]]
 
 
 def contest(runs: dict[str, Run | str], expected_BV, rounds: int) -> dict[str, dict]:
-    """What each contender came to: checked in a round that does not count, then timed in turn."""
+    """Return each contender's results: checked in an untimed round, then timed in turn."""
     found: dict[str, dict] = {}
     for who, run in runs.items():
         if isinstance(run, str):
@@ -136,7 +137,7 @@ def contest(runs: dict[str, Run | str], expected_BV, rounds: int) -> dict[str, d
             continue
         try:
             _, logits_BV, launches = run(True)
-        except Exception as error:  # a peer's, whatever it is: its row says so and the others go on
+        except Exception as error:  # any error of a peer goes into its row
             found[who] = {"note": f"failed: {type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"}
             continue
         error = float((logits_BV.float() - expected_BV).norm() / expected_BV.norm())
@@ -161,7 +162,7 @@ def ours(model, ids_BT, prompt: int, record) -> Run:
 
     rows_BT = ids_BT.tolist()
     decoder = Decoder(model, len(rows_BT), record=record)
-    draws = np.zeros(len(rows_BT))  # none is looked at
+    draws = np.zeros(len(rows_BT))  # not used
 
     def step(at: int):
         logits_BV = decoder.step([row[at] for row in rows_BT], [at] * len(rows_BT))
@@ -183,7 +184,7 @@ def ours(model, ids_BT, prompt: int, record) -> Run:
 
 
 def transformers_model(model, device: str):
-    """The same weights in transformers, or why they are not there."""
+    """Return the same weights as a transformers model, or the reason why that is impossible."""
     if importlib.util.find_spec("transformers") is None:
         return "absent: not installed"
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -191,7 +192,7 @@ def transformers_model(model, device: str):
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder))
-        try:  # a peer without what it needs is absent, whatever its import raises
+        try:  # any error of the import makes the peer absent
             from transformers import AutoModelForCausalLM
 
             dtype = model.embed_tokens.dtype
@@ -223,7 +224,7 @@ def theirs(peer, ids_BT, prompt: int) -> Run:
 
 
 def starts(run: Callable[[], object]) -> int | None:
-    """How many calls of the driver start something on the GPU; None without one."""
+    """Count the driver calls of a run that launch GPU operations; None without a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:

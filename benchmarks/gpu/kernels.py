@@ -1,14 +1,14 @@
-"""The kernels beside their peers on a GPU: milliseconds, TFLOP/s or TB/s, share of the ceiling, memory, error.
+"""The kernels compared with their peers on a GPU: milliseconds, TFLOP/s or TB/s, share of the ceiling, memory, error.
 
-    python benchmarks/gpu/kernels.py                    # under 10 minutes on one H200; no network, nothing is built
+    python benchmarks/gpu/kernels.py                    # under 10 minutes on one H200; no network, no build
     python benchmarks/gpu/kernels.py --only loss grpo
     python benchmarks/gpu/kernels.py --smoke            # on a CPU, tiny shapes in Triton's interpreter: times nothing
 
-First the tiles of each kernel are chosen by the clock from a short list, and written where the dispatch reads them
-(--tiles; --no-tune leaves them). Then each case: every contender's outputs and gradients are checked against float32,
-and only who is right is timed. A peer that is not installed, or cannot compute the case, is named with the reason.
+First the tiles of each kernel are tuned over a short list, and written to the file that the dispatch reads (--tiles;
+--no-tune skips this). Then, for each case, every contender's outputs and gradients are checked against float32, and
+only correct ones are timed. A peer that is not installed, or cannot compute the case, is listed with the reason.
 
-Rows are appended to --out as they come, and printed as tables at the end (report.py).
+Rows are appended to --out at once, and printed as tables at the end (report.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, in the interpreter")
     parser.add_argument("-o", "--out", type=Path, help=f"file of the rows [{RESULTS}]")
-    parser.add_argument("--only", nargs="*", metavar="KIND", help="cases whose kind begins so: attention, loss, ...")
-    parser.add_argument("--who", nargs="*", metavar="NAME", default=[], help="contenders whose name begins so")
-    parser.add_argument("--tiles", type=Path, help="file of the chosen tiles [the one that the dispatch reads]")
-    parser.add_argument("--no-tune", action="store_true", help="take the tiles as they are")
-    parser.add_argument("--tune-only", action="store_true", help="choose the tiles and time nothing else")
-    parser.add_argument("--specialized", action="store_true", help="ours with groups of warps, at head size 128")
-    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)  # cases before one whose kernel failed
-    parser.add_argument("--seconds", type=float, default=570, help="begin no case after so long [570]")
+    parser.add_argument("--only", nargs="*", metavar="KIND", help="prefixes of kinds of cases: attention, loss, ...")
+    parser.add_argument("--who", nargs="*", metavar="NAME", default=[], help="prefixes of contenders")
+    parser.add_argument("--tiles", type=Path, help="file of the tuned tiles [the dispatch's]")
+    parser.add_argument("--no-tune", action="store_true", help="use the tiles as they are")
+    parser.add_argument("--tune-only", action="store_true", help="tune the tiles and time nothing else")
+    parser.add_argument("--specialized", action="store_true", help="ours with warp specialization, at head size 128")
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)  # cases up to one whose kernel faulted
+    parser.add_argument("--seconds", type=float, default=570, help="start no case after this time [570]")
     return parser.parse_args()
 
 
@@ -68,7 +68,7 @@ def main() -> int:
         usual = file.path.with_name("tiles.json") if options.smoke else triton_module("tiles").TUNED
         path = (options.tiles or usual).resolve()
         candidates = SMOKE_CANDIDATES if options.smoke else CANDIDATES
-        # half of the time at most, where cases follow
+        # at most half of the time if cases follow
         for name, times in tune(
             makers, shapes, candidates, clock, path, lambda: late(1.0 if options.tune_only else 0.5)
         ):
@@ -86,7 +86,7 @@ def main() -> int:
         if number < options.skip:
             continue
         if options.specialized and not options.smoke and "attention" in kind and not shape.endswith(",128"):
-            continue  # the usual tiles
+            continue  # the default tiles
         if options.only and not kind.startswith(tuple(options.only)):
             continue
         if late():
@@ -95,10 +95,10 @@ def main() -> int:
         try:
             for row in measure(make(), clock, options.who):
                 row |= {"who": SPECIALIZED} if options.specialized else {}
-                rows.append(file.add(**row))  # what has been measured outlives a fault of the next case
+                rows.append(file.add(**row))  # written before the next case can fault
                 if clock.is_lost():
                     break
-        except Exception as error:  # the inputs of a case: the GPU's memory may be too small
+        except Exception as error:  # the case's inputs may not fit into GPU memory
             note = f"failed: {type(error).__name__}: {str(error)[:120]}"
             rows.append(file.add(stage="kernel", kind=kind, shape=shape, who="all", note=note))
         if clock.is_lost():

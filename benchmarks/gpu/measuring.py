@@ -1,4 +1,4 @@
-"""One case measured, contender by contender: checked against float32, and timed where it is right."""
+"""Measures one case: each contender is checked against float32, and timed if it is correct."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from clock import Clock
 
 
 def measure(case: Case, clock: Clock, who: Sequence[str] = ()) -> Iterator[dict]:
-    """A row for each contender whose name begins as one of `who` (all, if empty), in the order of the case.
+    """Yield a row for each contender whose name starts with one of `who` (all, if empty), in the order of the case.
 
-    forward_ms, both_ms        of a forward pass, and of one with its backward pass
-    forward_rate, both_rate, backward_rate   work a second, in `unit`; backward is the difference of the two
+    forward_ms, both_ms        forward pass; forward and backward pass
+    forward_rate, both_rate, backward_rate   work per second, in `unit`; backward is the difference of the two
     """
     for name, compute in case.contenders.items():
         if who and not name.startswith(tuple(who)):
@@ -24,7 +24,7 @@ def measure(case: Case, clock: Clock, who: Sequence[str] = ()) -> Iterator[dict]
             continue
         try:
             row |= _check_and_time(case, compute, clock)
-        except Exception as error:  # a peer's, whatever it is: its row says so and the others go on
+        except Exception as error:  # any error of a peer goes into its row
             first = (str(error) or "no message").strip().splitlines()[0]
             row["note"] = f"failed: {type(error).__name__}: {first[:120]}"
         if "forward_ms" in row:

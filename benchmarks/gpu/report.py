@@ -1,11 +1,11 @@
-"""Rows of measurements as the tables of the docs, and which of the goals are still open.
+"""Tables of measurements for the docs, and the list of open goals.
 
     python benchmarks/gpu/report.py build/gpu/results.jsonl     # the tables, then the list of README.md
-    python benchmarks/gpu/report.py                             # the list alone, all of it open
+    python benchmarks/gpu/report.py                             # only the list, with all goals open
 
-share     of what a large product, or a copy, reached in the same file
+share     relative to a large product, or a copy, in the same file
 x best    the best peer's time over ours: above 1 we are faster
-error     the largest of outputs' and gradients' distances from float32, relative to their norms
+error     largest distance of outputs and gradients from float32, relative to their norms
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rows import read_rows
 from shapes import FULL
 
 OURS = "llmkit"
-SPECIALIZED = "llmkit, specialized"  # with groups of warps that have a task each (docs/kernels.md)
+SPECIALIZED = "llmkit, specialized"  # with warp specialization (docs/kernels.md)
 SMOKE = "**A smoke run: tiny shapes on a CPU. Nothing was timed; the milliseconds are the interpreter's.**"
 Row = dict[str, Any]
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """All rows in Markdown, a table for each kind of stage that there is."""
+    """Return all rows as Markdown, a table per kind of stage."""
     stages: dict[str, list[Row]] = {}
     for row in rows:
         stages.setdefault(row["stage"], []).append(row)
@@ -40,11 +40,11 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _with_ratios(row: Row, machines: Sequence[Row], beside: Sequence[Row]) -> Row:
-    """A kernel's row with its share of the ceiling, and where it is ours with the best peer's time over it."""
+def _with_ratios(row: Row, machines: Sequence[Row], others: Sequence[Row]) -> Row:
+    """Add the share of the ceiling to a kernel's row, and to ours the ratio of the best peer's time."""
     if row["stage"] != "kernel":
         return row
-    same = [x for x in beside if (x["kind"], x["shape"]) == (row["kind"], row["shape"])]
+    same = [x for x in others if (x["kind"], x["shape"]) == (row["kind"], row["shape"])]
     peers = [x for x in same if x["who"] not in (OURS, SPECIALIZED)]
     for name in ("forward", "both"):
         if f"{name}_ms" not in row:
@@ -56,7 +56,7 @@ def _with_ratios(row: Row, machines: Sequence[Row], beside: Sequence[Row]) -> Ro
     return row
 
 
-COLUMNS = {  # of each stage: heading, key, format
+COLUMNS = {  # by stage: heading, key, format
     "check": (("check", "name", ""), ("outcome", "outcome", ""), ("seconds", "seconds", ".0f")),
     "tiles": (("kernel", "kernel", ""), ("milliseconds by tiles", "milliseconds", "")),
     "kernel": (
@@ -67,12 +67,12 @@ COLUMNS = {  # of each stage: heading, key, format
     ),
     "training": (
         ("model", "model", ""), ("kernels", "kernels", ""), ("parameters", "parameters", ",d"), ("loss", "loss", ".4f"),
-        ("s a step", "step_s", ".3f"), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"),
+        ("s/step", "step_s", ".3f"), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"),
         ("of product", "of_product", ".1%"), ("peak MB", "peak_mb", ",.0f"), ("note", "note", ""),
     ),
     "generation": (
         ("model", "model", ""), ("who", "who", ""), ("batch", "batch", "d"), ("tokens/s", "tokens_per_second", ",.0f"),
-        ("s a step", "step_s", ".2e"), ("launches", "launches", ",d"), ("share", "share", ".0%"),
+        ("s/step", "step_s", ".2e"), ("launches", "launches", ",d"), ("share", "share", ".0%"),
         ("x eager", "x_eager", ".2f"), ("x hf", "x_hf", ".2f"), ("error", "error", ".1e"), ("note", "note", ""),
     ),
     "end": (("stage", "name", ""), ("outcome", "outcome", ""), ("seconds", "seconds", ".0f")),
@@ -98,16 +98,16 @@ def _text(value: Any, form: str = "") -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """`figure` gives what rows say about it, or None where it is open."""
+    """A goal; `figure` returns the measured figure from rows, or None if it is open."""
 
     what: str
-    beside: str
+    peers: str
     goal: str
     figure: Callable[[list[Row]], str | None]
 
 
 def _kernel(kind: str, shape: object, *keys: str, peer: str | None = None) -> Callable[[list[Row]], str | None]:
-    """The figures `keys` of our row of a case; with `peer` its time over ours behind them."""
+    """Return a function for the figures `keys` of our row of a case, followed by the speed-up over `peer`, if given."""
 
     def figure(rows: list[Row]) -> str | None:
         times = {row["who"]: row for row in rows if (row.get("kind"), row.get("shape")) == (kind, str(shape))}
@@ -124,7 +124,7 @@ def _kernel(kind: str, shape: object, *keys: str, peer: str | None = None) -> Ca
 
 
 def _all(stage: str, key: str, form: str, **fields: object) -> Callable[[list[Row]], str | None]:
-    """A figure of every row of a stage that has these fields."""
+    """Return a function for one figure of every row of a stage that has these fields."""
 
     def figure(rows: list[Row]) -> str | None:
         texts = [
@@ -143,7 +143,7 @@ def _tiles(rows: list[Row]) -> str | None:
 
 
 def _specialized(rows: list[Row]) -> str | None:
-    """The usual tiles' time over that of groups of warps, of each case that has both: above 1 the groups win."""
+    """Return the speed-up of warp specialization over the default tiles, for each case that has both."""
     times = {(row["kind"], row["shape"], row["who"]): row for row in rows if row["stage"] == "kernel"}
     texts = []
     for (kind, shape, who), row in times.items():
@@ -170,7 +170,7 @@ GOALS = (
          _kernel("attention causal", LONG, "backward_rate")),
     Goal("attention, packed documents", "flex_attention compiled", "1.5x flex",
          _kernel("attention packed", LONG, "both_rate", peer="flex_attention")),
-    Goal("attention, sliding window", "flex_attention compiled", "cost in proportion to the window",
+    Goal("attention, sliding window", "flex_attention compiled", "cost proportional to the window",
          _kernel("attention windowed", LONG, "both_ms", peer="flex_attention")),
     Goal("attention at head size 64 and 128, shorter rows", "all of them", "reported",
          _kernel("attention causal", FULL.attention[2], "forward_rate", "backward_rate", peer="SDPA flash")),
@@ -180,16 +180,16 @@ GOALS = (
          "36 ms, 3x Liger's Triton path, its memory", _kernel("loss", LOSS, "both_ms", peer="Liger")),
     Goal("linear cross-entropy, 65536 x 768 x 50304 and 16384 x 1600 x 50304", "the same", "reported",
          _kernel("loss", FULL.loss[1], "both_ms", peer="torch.compile")),
-    Goal("log-probs for RL, forward alone", "Liger's, compiled torch", "3x Liger",
+    Goal("log-probs for RL, forward only", "Liger's, compiled torch", "3x Liger",
          _kernel("logprobs", GRPO, "forward_ms", peer="Liger")),
     Goal("a GRPO step", "Liger's, compiled torch", "no slower than compiled torch",
          _kernel("grpo", GRPO, "both_ms", peer="torch.compile")),
-    Goal("tile sizes of every kernel", "those of the tables, chosen by compiling", "the fastest", _tiles),
-    Goal("groups of warps with a task each: forward, backward, log-probabilities", "the usual tiles",
-         "which is faster, case by case", _specialized),
+    Goal("tile sizes of every kernel", "the default tiles, chosen by compiling", "the fastest", _tiles),
+    Goal("warp specialization: forward, backward, log-probabilities", "the default tiles",
+         "the faster of the two, by case", _specialized),
     Goal("decode step at 124M and 1.5B parameters, batch 1, 16, 64", "CUDA graphs off; transformers' generate",
-         "reported, with the share of the bandwidth", _all("generation", "tokens_per_second", ",.0f", model="124M")),
-    Goal("`--quantize nf4` and `int8` with LoRA at 1.5B and 7B: seconds a step, peak memory", "PEFT on bitsandbytes",
+         "reported, with the share of bandwidth", _all("generation", "tokens_per_second", ",.0f", model="124M")),
+    Goal("`--quantize nf4` and `int8` with LoRA at 1.5B and 7B: seconds per step, peak memory", "PEFT on bitsandbytes",
          "1.2x its step, its memory", _unmeasured),
     Goal("training step at 124M parameters, kernels on and off", "nanochat (41% MFU)", "45% MFU",
          _all("training", "mfu", ".1%", model="124M")),
@@ -199,10 +199,10 @@ GOALS = (
 
 
 def goals(rows: list[Row]) -> str:
-    """The table of README.md: every goal, with its figure or "open", as all are after a smoke run."""
+    """Return the table of README.md: every goal, with its figure or "open"; smoke runs measure none."""
     rows = [] if any("smoke" in row for row in rows) else rows
-    columns = (("what", "what", ""), ("beside", "beside", ""), ("goal", "goal", ""), ("measured", "figure", ""))
-    lines = ({"what": g.what, "beside": g.beside, "goal": g.goal, "figure": g.figure(rows) or "open"} for g in GOALS)
+    columns = (("what", "what", ""), ("compared with", "peers", ""), ("goal", "goal", ""), ("measured", "figure", ""))
+    lines = ({"what": g.what, "peers": g.peers, "goal": g.goal, "figure": g.figure(rows) or "open"} for g in GOALS)
     return "\n".join(_table(columns, lines))
 
 

@@ -1,4 +1,4 @@
-"""Rows of measurements, one JSON object a line: appended as they come, so that a run cut off leaves what it has."""
+"""Rows of measurements as JSONL, appended at once, so that an interrupted run keeps its results."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ RESULTS = Path("build/gpu/results.jsonl")
 
 
 def results(smoke: bool) -> Path:
-    """Where rows go by themselves; those of a smoke run never among measurements."""
+    """Return the default file of rows; smoke runs have another one than measurements."""
     return RESULTS.with_name("smoke.jsonl") if smoke else RESULTS
 
 
 class Rows:
-    """Appends rows to a file that other processes append to, too."""
+    """Appends rows to a file that other processes append to at the same time."""
 
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, **row: object) -> dict:
-        with open(self.path, "a", encoding="utf-8") as file:  # one write a row: the system does not mix two of them
+        with open(self.path, "a", encoding="utf-8") as file:  # one write per row, which is atomic
             file.write(json.dumps(row) + "\n")
         return row
 
 
 def read_rows(path: Path) -> Iterator[dict]:
-    """The rows of a file; a last line that was cut off is left out."""
+    """Yield the rows of a file, without an incomplete last line."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             yield json.loads(line)
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 
 
 def machine(file: Rows, smoke: bool, ceilings: Callable[[], dict[str, float]]) -> dict:
-    """The row of this machine and day with its ceilings; measured once, by the first of the processes that ask."""
+    """Return the row of this machine and day with its ceilings, measured by the first process that calls this."""
     import torch
     import triton
 

@@ -1,4 +1,4 @@
-"""What is measured: the shapes, the documents and windows in them, and the tile sizes to choose from."""
+"""The measured shapes, their documents and windows, and the candidates of tile sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Attention:
         return self.length // 4
 
     def documents(self) -> torch.Tensor:
-        """(B, T) numbers of documents, whose lengths are drawn evenly up to half a row: a quarter on average."""
+        """Return document ids (B, T); lengths are uniform up to half a row, a quarter on average."""
         generator = torch.Generator().manual_seed(0)
         rows = []
         for _ in range(self.batch):
@@ -56,7 +56,7 @@ class Decode:
         return f"{self.batch},{self.heads},{self.kv_heads},{self.capacity},{self.size}"
 
     def lengths(self) -> torch.Tensor:
-        """Of the rows, from half the cache to all of it."""
+        """Return the lengths of the rows, from half of the cache to all of it."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.capacity // 2, self.capacity + 1, (self.batch,), generator=generator)
 
@@ -65,7 +65,7 @@ class Decode:
 class Shapes:
     attention: tuple[Attention, ...]
     loss: tuple[Linear, ...]
-    grpo: tuple[tuple[int, Linear], ...]  # sequences, and their tokens
+    grpo: tuple[tuple[int, Linear], ...]  # number of sequences, and the shape of all their tokens
     decode: tuple[Decode, ...]
 
 
@@ -87,9 +87,9 @@ SMOKE = Shapes(
     decode=(Decode(2, 4, 2, 160, 16),),
 )
 
-# Tiles to choose from, by kernel: those of the tables come first by themselves. More would not pay the time: each costs
-# seconds of compiling. What the tables hold
-# spills nothing in backward (tests/kernels/lint.py); a candidate that does must be faster all the same.
+# Candidates of tile sizes by kernel, tried after the defaults of the tables. The list is short because each costs
+# seconds of compilation. The defaults do not spill registers in the backward pass (tests/kernels/lint.py); candidates
+# may.
 CANDIDATES = {
     "attention_forward": {
         64: ((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
@@ -118,7 +118,7 @@ SMOKE_CANDIDATES = {
 
 
 def specialized_tiles(tiles: ModuleType) -> dict[str, Any]:
-    """Of kernels/triton/tiles.py, the tiles with groups of warps (docs/kernels.md) that a GPU is to show right."""
+    """Return warp-specialized tiles (docs/kernels.md) in the types of kernels/triton/tiles.py."""
     blocks = {"attention_forward": 128, "attention_grad_query": 128, "attention_grad_key_value": 64}
     chosen = {
         tiles.sized_name(kernel, 128, torch.bfloat16): tiles.Tiles(block, 128, 4, 2, specialize=1)

@@ -1,14 +1,15 @@
-"""Whole training steps on a GPU, kernels on and off: tokens a second, share of the peak (MFU), peak memory.
+"""Full training steps on a GPU, kernels on and off: tokens per second, share of the peak (MFU), peak memory.
 
-    python benchmarks/gpu/training.py                  # 124M and 1.5B parameters, bf16; each run a process of its own
+    python benchmarks/gpu/training.py                  # 124M and 1.5B parameters, bf16; each run a separate process
     python benchmarks/gpu/training.py --model 124M --kernels triton
     python benchmarks/gpu/training.py --smoke          # a tiny model on a CPU, the kernels in the interpreter
 
-The step is that of `llmkit pretrain`: its model, loss, optimizer (Muon and AdamW) and trainer, compiled as it compiles
-them, on random tokens, one document a row. "triton" and "torch" are values of LLMKIT_KERNELS. MFU counts 6 FLOPs a
-weight of a matrix and token, and causal attention's at half of the square (nanochat counts the whole), against the
-GPU's dense bf16 peak by its data sheet; "of product" is against a large product's rate in the same process. 124M has
-heads of 128, as nanochat's models, and "124M, heads of 64" those of GPT-2. Rows are appended to --out.
+The step is that of `llmkit pretrain`: its model, loss, optimizer (Muon and AdamW) and trainer, compiled in the same
+way, on random tokens, one document per row. "triton" and "torch" are values of LLMKIT_KERNELS. MFU counts 6 FLOPs per
+matrix weight and token, and half of the attention square for causal attention (nanochat counts the full square),
+relative to the GPU's dense bf16 peak in its data sheet; "of product" is relative to a large product in the same
+process. 124M has heads of size 128 like nanochat's models, "124M, heads of 64" those of GPT-2. Rows are appended to
+--out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rows import RESULTS, Rows, machine, read_rows, results
 
 # Data sheets, dense bf16, TFLOP/s
 PEAKS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "MI300X": 1307.4}
-# layers, hidden, intermediate, heads, vocabulary, tokens a row, rows at once, micro-batches a step
+# layers, hidden size, intermediate size, heads, vocabulary, tokens per row, rows per micro-batch, micro-batches
 MODELS = {
     "124M": (12, 768, 2048, 6, 50304, 1024, 64, 8),
     "124M, heads of 64": (12, 768, 2048, 12, 50304, 1024, 64, 8),
@@ -42,8 +43,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU; times nothing")
     parser.add_argument("--model", nargs="*", choices=list(MODELS)[:-1], default=list(MODELS)[:-1])
     parser.add_argument("--kernels", nargs="*", choices=["triton", "torch"], default=["triton", "torch"])
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after 3 that are not [10]")
-    parser.add_argument("--seconds", type=float, default=280, help="end a run after so long [280]")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after 3 warm-up steps [10]")
+    parser.add_argument("--seconds", type=float, default=280, help="time limit of a run [280]")
     parser.add_argument("-o", "--out", type=Path, help=f"file of the rows [{RESULTS}]")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,9 +77,9 @@ def main() -> int:
 
 
 def run(model: str, kernels: str, steps: int, seconds: float) -> dict:
-    """One model and one choice of kernels, in a process of its own, for Triton has one mode in a process."""
+    """Run one model with one choice of kernels in a new process, because Triton has one mode per process."""
     command = [sys.executable, __file__, "--worker", model, kernels, "--steps", str(steps)]
-    command += ["--seconds", str(seconds - 10)]  # to stop and tell by itself
+    command += ["--seconds", str(seconds - 10)]  # so that the run can stop and report itself
     row = {"stage": "training", "model": model, "kernels": kernels}
     try:
         done = subprocess.run(
@@ -131,7 +132,7 @@ def work(name: str, kernels: str, steps: int, limit: float) -> dict:
         untimed = 0 if name == "smoke" else 3
         for at in range(untimed + steps):
             if at > untimed and time.monotonic() - begun > limit:
-                break  # fewer steps are better than none
+                break  # fewer steps than requested
             started = time.perf_counter()
             losses.append(trainer.train_step(TokenRows(tokens, np.roll(tokens, -1, 1), documents))["loss"])
             synchronize(device)

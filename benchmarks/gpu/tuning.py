@@ -1,4 +1,4 @@
-"""Tile sizes by the clock: each kernel's short list on one case of its size, the fastest kept under the GPU's name."""
+"""Tunes tile sizes: times each kernel's candidates on one case, and stores the fastest under the GPU's name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from shapes import Shapes
 def tune(
     makers: Makers, shapes: Shapes, candidates: dict[str, Any], clock: Clock, path: Path, late: Callable[[], bool]
 ) -> Iterator[tuple[str, dict[str, float | str]]]:
-    """Try the candidates of each kernel, write the fastest to `path`, and give the name and milliseconds of all.
+    """Time the candidates of each kernel, write the fastest to `path`, and yield the name and milliseconds of all.
 
-    A candidate that does not compile, or asks more than the GPU has, is "failed". `late()`, and a fault of a kernel,
-    end the trials early.
+    A candidate that does not compile, or exceeds the GPU's resources, is "failed". `late()` or a kernel's fault ends
+    the trials early.
     """
     tiles = triton_module("tiles")
     for name, usual, listed, run in _trials(tiles, makers, shapes, candidates):
@@ -34,7 +34,7 @@ def tune(
                 try:
                     run()
                     times[candidate] = clock.milliseconds(run)
-                except Exception as error:  # a compiler's or a driver's: this candidate is none
+                except Exception as error:  # of the compiler or driver: the candidate is unusable
                     times[candidate] = f"failed: {type(error).__name__}"
             if lost := clock.is_lost():
                 break
@@ -43,13 +43,13 @@ def tune(
         if timed := {candidate: ms for candidate, ms in times.items() if isinstance(ms, float)}:
             _keep(tiles, path, name, asdict(min(timed, key=timed.__getitem__)))
         yield name, {str(candidate): ms for candidate, ms in times.items()}
-        if lost:  # by a fault: the kernels that follow keep their usual tiles
+        if lost:  # after a fault, the remaining kernels keep their default tiles
             return
 
 
 def _keep(tiles: ModuleType, path: Path, name: str, best: dict[str, int]) -> None:
-    """Write one kernel's tiles under this GPU's name: what a run that is cut off has found is not lost."""
-    import triton  # in the mode that has been set
+    """Write one kernel's tiles under this GPU's name at once, so that an interrupted run keeps them."""
+    import triton  # late: the mode is set by now
 
     table = json.loads(path.read_text()) if path.exists() else {}
     gpu = table.setdefault(tiles.gpu_name(), {"tiles": {}})
@@ -61,7 +61,7 @@ def _keep(tiles: ModuleType, path: Path, name: str, best: dict[str, int]) -> Non
 
 
 def _trials(tiles, makers: Makers, shapes: Shapes, candidates: dict[str, Any]) -> Iterator[tuple]:
-    """(name of the tiles, usual ones, others, what to run)."""
+    """Yield (name of the tiles, default tiles, candidates, function to run)."""
     for size in {shape.size: shape for shape in shapes.attention}:
         case = makers.attention(next(shape for shape in shapes.attention if shape.size == size), "causal")
         for kernel in ("attention_forward", "attention_grad_query", "attention_grad_key_value"):
@@ -78,7 +78,7 @@ def _trials(tiles, makers: Makers, shapes: Shapes, candidates: dict[str, Any]) -
     listed = [tiles.RowTiles(*numbers) for numbers in candidates["cross_entropy"]]
     for words in sorted({shape.words for shape in shapes.loss}):
         shape = next(shape for shape in shapes.loss if shape.words == words)
-        width = -(-words // 64) * 64  # as the logits are padded
+        width = -(-words // 64) * 64  # the padding of the logits
         name = tiles.row_name("cross_entropy", width)
         yield name, tiles.row_tiles("cross_entropy", width), listed, _both(makers.loss(shape))
 

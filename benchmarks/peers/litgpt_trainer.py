@@ -1,11 +1,11 @@
-"""litgpt's own pretraining (`litgpt.pretrain.setup`, what its command calls) on a file of tokens.
+"""litgpt's pretraining (`litgpt.pretrain.setup`, which its command calls) on a file of tokens.
 
     litgpt-python benchmarks/peers/litgpt_trainer.py --tokens tokens.bin --precision bf16-mixed --eager --fused
 
-Nothing of its loop is replaced: it prints a line a step. Its model is a Llama of the given shape; rows come from a
-map-style dataset in the main process, as in the script for transformers' Trainer. As it comes, litgpt compiles the
-model, and takes torch's AdamW without `fused` on a CPU; `--eager` turns torch.compile off by torch's own switch,
-`--fused` gives it the fused AdamW: both are what a careful user of it would try.
+Its loop is unchanged and prints a line per step. The model is a Llama of the given shape; rows come from a map-style
+dataset in the main process, as in the script for transformers' Trainer. By default litgpt compiles the model, and uses
+torch's AdamW without `fused` on a CPU; `--eager` disables torch.compile with torch's own switch, `--fused` selects the
+fused AdamW: a careful user would try both.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ parser.add_argument("--out", default="litgpt_out")
 parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed", "bf16-true"))
 parser.add_argument("--eager", action="store_true", help="without torch.compile")
 parser.add_argument("--fused", action="store_true", help="torch's fused AdamW")
-parser.add_argument("--untied", action="store_true", help="an output head of its own")
+parser.add_argument("--untied", action="store_true", help="separate output head")
 for name in ("layers", "dim", "heads", "ffn", "vocab", "block", "batch", "steps"):
     parser.add_argument(f"--{name}", type=int, required=True)
 arguments = parser.parse_args()
 if arguments.eager:
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # read when torch is imported
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # read at torch's import
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -44,7 +44,7 @@ class FusedAdamW(torch.optim.AdamW):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Windows of one token more than the context, at the places that the Trainer's script takes."""
+    """Windows of the context plus one token, at the same positions as in the Trainer's script."""
 
     def __init__(self, tokens: np.ndarray, block: int, count: int) -> None:
         self.tokens, self.block, self.count = tokens, block, count
@@ -58,7 +58,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class TokenFile(DataModule):
-    """litgpt's interface to data."""
+    """litgpt's data interface."""
 
     def connect(self, tokenizer=None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
         self.batch_size, self.block = batch_size, max_seq_length or arguments.block
@@ -75,7 +75,7 @@ class TokenFile(DataModule):
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = ["tiny"]  # litgpt reads the command line again when it saves
+    sys.argv[1:] = ["tiny"]  # litgpt parses the command line again when it saves
     setup(
         model_name="tiny",
         model_config=Config(

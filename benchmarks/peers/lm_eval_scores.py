@@ -1,7 +1,7 @@
-"""Scores by lm-evaluation-harness: `lm_eval_scores.py FOLDER DATA_DIR TASK LIMIT` prints JSON.
+"""Scores of lm-evaluation-harness: `lm_eval_scores.py FOLDER DATA_DIR TASK LIMIT` prints JSON.
 
-The prompts are those of its default tasks, over files of llm-foundry's form. `cpu` counts evaluation alone, without
-imports, the loading of the model, and the four seconds in which `simple_evaluate` reads the YAML of all its tasks.
+Prompts are those of its default tasks, data files are in llm-foundry's format. `cpu` covers evaluation only, without
+imports, loading the model, and the four seconds in which `simple_evaluate` reads the YAML of all its tasks.
 """
 
 import json
@@ -51,7 +51,7 @@ def main(folder: str, data: str, name: str, limit: int) -> None:
         }
     )  # fmt: skip
     model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=16)
-    evaluate(lm=model, task_dict={name: task}, limit=1, bootstrap_iters=0)  # it imports as it goes
+    evaluate(lm=model, task_dict={name: task}, limit=1, bootstrap_iters=0)  # warms up lazy imports
     started = time.process_time()
     result = evaluate(lm=model, task_dict={name: task}, limit=limit, log_samples=True, bootstrap_iters=0)
     cpu = time.process_time() - started

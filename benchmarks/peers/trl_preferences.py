@@ -1,10 +1,10 @@
-"""TRL's trainers of preferences (DPOTrainer, KTOTrainer, ORPOTrainer, CPOTrainer) on a folder and a file of pairs.
+"""TRL's preference trainers (DPOTrainer, KTOTrainer, ORPOTrainer, CPOTrainer) on a model folder and a file of pairs.
 
     trl-python benchmarks/peers/trl_preferences.py chat/ prefs.jsonl dpo --steps 50 --record record/
     trl-python benchmarks/peers/trl_preferences.py chat/ prefs.jsonl dpo --steps 12
 
-With `--record` each step's token ids, loss and gradients go to a file, and torch's AdamW updates the model. Without it
-the trainer trains as it does by itself, and its last line has the CPU seconds of a step. Nothing of TRL is replaced.
+With `--record`, each step's token ids, loss and gradients go to a file, and torch's AdamW updates the model. Without it
+the trainer runs as usual, and the last line has the CPU seconds per step. TRL itself is not patched.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ parser.add_argument("model")
 parser.add_argument("data")
 parser.add_argument("loss", choices=("dpo", "ipo", "kto", "orpo", "simpo"))
 parser.add_argument("--steps", type=int, default=50)
-parser.add_argument("--batch", type=int, default=8, help="pairs of a step; of kto answers")
+parser.add_argument("--batch", type=int, default=8, help="pairs per step; answers for kto")
 parser.add_argument("--beta", type=float, default=0.1)
-parser.add_argument("--margin", type=float, default=0.05, help="of simpo: gamma")
-parser.add_argument("--label-smoothing", type=float, default=0.0, help="of simpo")
-parser.add_argument("--sft-weight", type=float, default=0.0, help="of dpo, ipo and simpo")
+parser.add_argument("--margin", type=float, default=0.05, help="gamma of simpo")
+parser.add_argument("--label-smoothing", type=float, default=0.0, help="label smoothing of simpo")
+parser.add_argument("--sft-weight", type=float, default=0.0, help="SFT loss weight of dpo, ipo and simpo")
 parser.add_argument("--learning-rate", type=float, default=1e-4)
 parser.add_argument("--record", type=Path)
 arguments = parser.parse_args()
@@ -41,7 +41,7 @@ torch.manual_seed(0)
 
 
 def records() -> list[dict]:
-    """Conversations for TRL, as many as the steps take; of kto's every second answer is desirable."""
+    """Return conversations for TRL, as many as the steps need; for kto, every second answer is desirable."""
     with open(arguments.data, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     wanted = arguments.steps * arguments.batch
@@ -59,7 +59,7 @@ def records() -> list[dict]:
 
 
 def make_trainer():
-    """The trainer of the loss, in float32, on one thread, its batches in the order of the file."""
+    """Make the trainer of the loss: float32, one thread, batches in the order of the file."""
     folder = tempfile.mkdtemp(prefix="trl-")
     common = {
         "output_dir": folder,
@@ -108,7 +108,7 @@ def make_trainer():
 
 
 def answers_of(batch: dict) -> list[dict]:
-    """Token ids of each pair, or with kto of each answer and of the one beside it that belongs to another prompt."""
+    """Return the token ids of each pair; for kto, of each answer and of its mismatched answer for the KL term."""
     rows = []
     if arguments.loss in ("orpo", "simpo"):
         for number in range(len(batch["chosen_input_ids"])):
@@ -152,7 +152,7 @@ def main() -> None:
     if arguments.record is None:
         trainer.add_callback(clock := Clock())
         trainer.train()
-        started, ended = clock.seconds[1], clock.seconds[-1]  # behind the first two, which warm up
+        started, ended = clock.seconds[1], clock.seconds[-1]  # after two warm-up steps
         print(json.dumps({"cpu_s_per_step": (ended - started) / (len(clock.seconds) - 2)}))
         return
     arguments.record.mkdir(parents=True, exist_ok=True)
