@@ -1,1 +1,1 @@
-"""Run folders as figures and as one page."""
+"""Reports on runs, as JSON and as one HTML page."""

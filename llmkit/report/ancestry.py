@@ -1,4 +1,4 @@
-"""The pipeline as a graph: every run, every ancestor that a manifest knows of, and what was made from what."""
+"""The pipeline as a graph of runs and of all ancestors that their manifests name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from llmkit.report.runs import Run, changed
 class Node:
     """One output and how it was made.
 
-    state    "finished", "unfinished"; "told" where the manifest of a descendant alone tells of it; "foreign" for a
-             model without a manifest; "file" for records without one
+    state    "finished", "unfinished"; "told" if only a descendant's manifest names it; "foreign" for a model without
+             a manifest; "file" for records without one
     parents  names of nodes, each once
-    run      what was given of it; None for an ancestor that was not
+    run      None for an ancestor that was not given
     """
 
     name: str
@@ -34,15 +34,15 @@ class Node:
 
 
 def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
-    """Return the runs, their ancestors, and the files that only a stage can have written, parents before children."""
+    """Return runs, their ancestors, and files that only one stage can have written, parents before children."""
     nodes: dict[str, Node] = {}  # by the digest of the manifest, or by the path of a folder without one
-    manifests: dict[str, dict[str, Any]] = {}  # of ancestors, by digest
+    manifests: dict[str, dict[str, Any]] = {}  # ancestors' manifests by digest
 
     def add(key: str, manifest: Mapping[str, Any], path: str, state: str) -> Node:
         stage = str(manifest.get("stage", "model"))
         return nodes.setdefault(key, Node(f"run-{len(nodes) + 1}", stage, state, path, manifest))
 
-    for run in runs:  # before their ancestors, which are often among them
+    for run in runs:  # add them before their ancestors, which are often given too
         own, ancestors = flattened(run.manifest or {})
         key = os.path.normpath(run.path) if run.manifest is None else manifest_digest(run.manifest)
         node = add(key, own, run.path, run.state)
@@ -50,7 +50,7 @@ def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
         manifests = {**ancestors, **manifests}
     given = _writers(nodes.values())
     queue = list(nodes.values())
-    for node in queue:  # which grows by the parents that are new
+    for node in queue:  # grows by new parents
         read = [
             item
             for item in objects(node.manifest.get("inputs"))
@@ -59,14 +59,14 @@ def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
         for item in (*objects(node.manifest.get("parents")), *read):
             path, digest = str(item.get("path")), item.get("manifest_sha256", "")
             known, manifest = len(nodes), manifests.get(digest)
-            # the run itself may have been given, and its descendant's manifest have been edited
+            # the parent may be given as a run even if the descendant's manifest was edited
             key = os.path.normpath(path) if manifest is None and digest not in nodes else digest
             parent = add(key, manifest or {}, path, "foreign" if manifest is None else "told")
             if parent.name not in node.parents:
                 node.parents.append(parent.name)
             if len(nodes) > known:
                 queue.append(parent)
-    # the report that a run of probe-knowledge has written beside its conversations
+    # reports that probe-knowledge wrote next to its conversations
     reports = {os.path.basename(str(as_object(node.manifest.get("options")).get("report"))) for node in nodes.values()}
     for file in files:
         stage = KINDS[file.kind].stage
@@ -75,7 +75,7 @@ def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
             name = f"run-{len(nodes) + 1}"
             nodes[name] = Node(name, stage, "file", file.path, run=run)
     writers = _writers(nodes.values())
-    for node in nodes.values():  # a run that has read a file is a child of what wrote it
+    for node in nodes.values():  # a run that read a file is a child of the run that wrote it
         for item in objects(node.manifest.get("inputs")):
             writer = writers.get(_identity(item))
             if writer not in (None, node.name, *node.parents):
@@ -84,7 +84,7 @@ def ancestry(runs: Sequence[Run], files: Iterable[RecordsFile]) -> list[Node]:
 
 
 def _writers(nodes: Iterable[Node]) -> dict[tuple[str, int], str]:
-    """Map what identifies a file to the name of the node that wrote it."""
+    """Map a file's identity to the name of the node that wrote it."""
     return {
         (node.run.output.name, node.run.output.stat().st_size if node.run.output.is_file() else -2): node.name
         for node in nodes
@@ -93,13 +93,13 @@ def _writers(nodes: Iterable[Node]) -> dict[tuple[str, int], str]:
 
 
 def _identity(item: Mapping[str, Any]) -> tuple[str, int]:
-    """Identify a manifest's input by name and size. To compare hashes would be to read every corpus again."""
+    """Identify a manifest's input by name and size, because hashing would read every corpus again."""
     size = item.get("bytes")
     return os.path.basename(str(item.get("path"))), size if isinstance(size, int) else -1
 
 
 def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
-    """Parents first; of those that are free, a child of the latest, so that a chain stays together, else the oldest."""
+    """Sort topologically; of the free nodes take a child of the latest, to keep chains together, else the oldest."""
     position = {name: number for number, name in enumerate(nodes)}
 
     def age(name: str) -> tuple[str, int]:
@@ -109,7 +109,7 @@ def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
     done: dict[str, int] = {}
     waiting = sorted(nodes, key=age)
     while waiting:
-        # files alone can make a circle: the same one written and read
+        # only files can form a cycle: the same file written and read
         free = [name for name in waiting if all(parent in done for parent in nodes[name].parents)] or waiting[:1]
         name = max(free, key=lambda name: max((done.get(parent, 0) for parent in nodes[name].parents), default=0))
         waiting.remove(name)
@@ -117,12 +117,12 @@ def _in_order(nodes: Mapping[str, Node]) -> list[Node]:
     return [nodes[name] for name in done]
 
 
-# ---- the drawing: a column of nodes, with lanes beside it, as `git log --graph` has them
+# ---- the drawing: a column of nodes with lanes beside it, as in `git log --graph`
 
 
 class Rail(NamedTuple):
-    """Lines beside one node, by lanes from 0: its own, those of its parents above, those that go by, and whether a line
-    goes on from it."""
+    """The lines beside one node, as lanes from 0: its own, those from its parents, those that pass by, and whether a
+    line leaves it."""
 
     lane: int
     incoming: tuple[int, ...]
@@ -131,8 +131,8 @@ class Rail(NamedTuple):
 
 
 def rails(parents_of: Mapping[str, Sequence[str]]) -> list[Rail]:
-    """Draw the lines beside each node, given the names of its parents, parents before children. A node occupies its
-    lane until its last child."""
+    """Lay out the lines beside each node, given each node's parents, parents before children. A node occupies its lane
+    until its last child."""
     waiting = Counter(parent for parents in parents_of.values() for parent in parents)
     lanes: list[str | None] = []
     drawn: list[Rail] = []

@@ -1,7 +1,4 @@
-"""Charts of trainings: which figures a stage logs, an even sample of each over the steps, and their geometry.
-
-Figures become coordinates in an SVG frame, which a template writes out.
-"""
+"""Charts of trainings: the metrics of each stage, sampled evenly over the steps, and their SVG coordinates."""
 
 from __future__ import annotations
 
@@ -14,29 +11,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.io.metrics import scan_metrics
-from llmkit.io.progress import duration, quantity
+from llmkit.io.progress import counted, duration, quantity
 from llmkit.report.records import Thinned, is_number, thinned
 
-MOST_POINTS = 240  # of a line, whose frame is 300 pixels wide
-MOST_SAMPLES = 24  # over a training
-MOST_LINES = 12  # of a chart; their figures stand in its table all the same
+MOST_POINTS = 240  # per line; the frame is 300 pixels wide
+MOST_SAMPLES = 24  # per training
+MOST_LINES = 12  # drawn per chart; its table has all
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One frame with curves: `lines` are names for people by the key in metrics.jsonl."""
+    """One frame with curves; `lines` maps keys in metrics.jsonl to display names."""
 
     title: str
     unit: str
     lines: dict[str, str]
 
 
-LOSS = Chart("Loss", "nats a token", {"loss": "training", "val_loss": "held out"})
+LOSS = Chart("Loss", "nats per token", {"loss": "training", "val_loss": "held out"})
 CHARTS = {
     "pretrain": (LOSS, Chart("Bits per byte", "of held-out text", {"val_bits_per_byte": "held out"})),
     "sft": (LOSS,),
     "train-reward": (
-        Chart("Loss", "nats a pair", {"loss": "training", "val_loss": "held out"}),
+        Chart("Loss", "nats per pair", {"loss": "training", "val_loss": "held out"}),
         Chart("Accuracy", "share of held-out comparisons", {"val_accuracy": "held out"}),
     ),
     "rl": (
@@ -46,18 +43,18 @@ CHARTS = {
             "mean of attempts; gold is not trained on",
             {"reward": "training", "val_reward": "held out", "val_gold": "gold"},
         ),
-        Chart("Length", "tokens of an attempt", {"length": "training", "val_length": "held out"}),
+        Chart("Length", "tokens per attempt", {"length": "training", "val_length": "held out"}),
         Chart("Calls", "share of attempts that call a tool", {"called": "training", "val_called": "held out"}),
-        Chart("Divergence", "nats an attempt, from the beginning", {"kl_per_attempt": "training"}),
-        Chart("Entropy", "nats a token", {"entropy": "training"}),
+        Chart("Divergence", "nats per attempt, from the initial policy", {"kl_per_attempt": "training"}),
+        Chart("Entropy", "nats per token", {"entropy": "training"}),
     ),
 }
-PART = "reward/"  # of a reward's name, where several are added up
-TASK = "task/"  # before the names of tasks that --evaluate scores
+PART = "reward/"  # prefix of a reward's name, if there are several
+TASK = "task/"  # prefix of a task scored by --evaluate
 
 
 class Series:
-    """One figure over the steps of one run: its points, thinned, and what is exact of all of them."""
+    """One metric over the steps of a run: thinned points, and exact statistics over all."""
 
     def __init__(self) -> None:
         self._points: Thinned[tuple[float, float]] = Thinned(MOST_POINTS)
@@ -65,7 +62,7 @@ class Series:
         self._not_finite = 0
 
     def add(self, step: float, value: Any) -> None:
-        """Add a value; null is what JSON makes of NaN and infinity. Written for a million rows: 0.5 us each."""
+        """Add a value; null stands for NaN and infinity in JSON. Fast enough for a million rows: 0.5 us each."""
         kind = type(value)
         if kind is not float and kind is not int:
             self._not_finite += value is None
@@ -77,7 +74,7 @@ class Series:
             self._high = value
 
     def figures(self) -> dict[str, Any] | None:
-        """Return the points and what is shown of them; None without a finite value."""
+        """Return points and statistics; None if there is no finite value."""
         if not self._points.count:
             return None
         points = self._points.values()
@@ -93,7 +90,7 @@ class Series:
 
 
 class Metrics(NamedTuple):
-    """Metrics of one run: series by key, samples over the training, and the number of rows."""
+    """The metrics of one run: series by key, samples during training, and the number of rows."""
 
     series: dict[str, Series]
     samples: Thinned[dict[str, Any]]
@@ -101,7 +98,7 @@ class Metrics(NamedTuple):
 
 
 def read_series(path: Path, stage: str, note: Callable[[str], object], limit: int | None = None) -> Metrics:
-    """Read the curves of a stage from metrics.jsonl, in one pass; `note` hears of rows that cannot be read."""
+    """Read the curves of a stage from metrics.jsonl, in one pass; `note` is called for unreadable rows."""
     drawn = {key for chart in CHARTS.get(stage, (LOSS,)) for key in chart.lines}
     series: dict[str, Series] = defaultdict(Series)
     samples: Thinned[dict[str, Any]] = Thinned(MOST_SAMPLES)
@@ -122,17 +119,17 @@ def read_series(path: Path, stage: str, note: Callable[[str], object], limit: in
             break
     cut = bad.count("cut")
     if cut:
-        note(f"{path}: the last line is cut and was left out")
+        note(f"{path}: left out the last line, which is truncated")
     if len(bad) > cut:
-        note(f"{path}: lines left out: {len(bad) - cut}, the first: {bad[0]}")
+        note(f"{path}: left out {counted(len(bad) - cut, 'line')}, the first: {bad[0]}")
     if without_step:
-        note(f"{path}: rows without a step, left out: {without_step}")
+        note(f"{path}: left out {counted(without_step, 'row')} without a step")
     return Metrics(series, samples, rows)
 
 
 def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict[str, Any]]:
-    """The charts of a stage with the curves of its runs, each (name of its node, name for people, metrics); charts
-    without a line are left out."""
+    """Return the charts of a stage with the curves of its runs, each (node name, display name, metrics), without empty
+    charts."""
     charts = []
     own = [[key for key in metrics.series if key.startswith(PART)] for _, _, metrics in runs]
     part_keys = sorted({key for keys in own if len(keys) > 1 for key in keys})
@@ -158,7 +155,7 @@ def charts_of(stage: str, runs: Sequence[tuple[str, str, Metrics]]) -> list[dict
 
 # ---- numbers and coordinates
 
-WORDS = {  # what people call a figure, where its key does not say it
+WORDS = {  # display names of keys that do not speak for themselves
     "val_loss": "held-out loss",
     "val_bits_per_byte": "bits per byte",
     "val_accuracy": "accuracy",
@@ -171,22 +168,23 @@ WORDS = {  # what people call a figure, where its key does not say it
     "val_comparisons": "held-out comparisons",
 }
 SHARES = ("accuracy", "val_accuracy", "success", "val_success", "called", "val_called")
-FORMS = {"seconds": "seconds", **dict.fromkeys(SHARES, "share")}  # of figures, by their keys
-WIDTH, HEIGHT = 360, 232  # of a frame, in pixels where it is drawn at its own size
+FORMS = {"seconds": "seconds", **dict.fromkeys(SHARES, "share")}  # formats by key
+WIDTH, HEIGHT = 360, 232  # of a frame, in pixels at its natural size
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 36
-FARTHEST = 1e300  # drawn of a value: differences of larger ones are no floats
-MOST_BANDS = 90  # stripes to be pointed at: 3 pixels each
-CLIPPED = ("loss", "val_loss")  # whose first steps would flatten the rest
+FARTHEST = 1e300  # values are clipped, because differences of larger ones overflow
+MOST_BANDS = 90  # hover stripes, 3 pixels each
+CLIPPED = ("loss", "val_loss")  # the high values of the first steps would flatten the rest
 QUANTILE = 0.95
 STYLES = {"training": "training", "held out": "held-out", "gold": "gold"}
-SMOOTHED_FROM = 40  # points; a line of fewer is drawn as it is
-SMOOTHED_OVER = 15  # of a line's points one in so many is the width of the average
-COLOURS = 6  # of the style sheet, in turn
+SMOOTHED_FROM = 40  # points; shorter lines are not smoothed
+SMOOTHED_OVER = 15  # the average's width is the number of points divided by this
+COLOURS = 6  # in the style sheet, used in turn
 
 
 def figure_text(value: Any, form: str = "") -> str:
-    """Write a number for people: thousands apart, four decimals at most; `form` is "share", "seconds", "short" (three
-    digits, where a glance is enough) or "".
+    """Format a number for display, with thousands separators and at most four decimals.
+
+    form  "share", "seconds", "short" (three significant digits) or ""
 
     >>> figure_text(1234567), figure_text(0.52630), figure_text(2.0), figure_text(0.000012)
     ('1,234,567', '0.5263', '2', '1.2e-05')
@@ -211,8 +209,8 @@ def figure_text(value: Any, form: str = "") -> str:
 
 
 def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
-    """A chart of `charts_of` as coordinates: `lines` with `path` and `dots`, `bands` that tell the values at a
-    step when they are pointed at, and the ticks of both axes."""
+    """Convert a chart of `charts_of` to coordinates: `lines` with `path` and `dots`, `bands` that show the values at a
+    step on hover, and the ticks of both axes."""
     lines = chart["lines"][:MOST_LINES]
     points = [(step, max(-FARTHEST, min(FARTHEST, value))) for line in lines for step, value in line["points"]]
     first, last = min(step for step, _ in points), max(step for step, _ in points)
@@ -220,7 +218,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
     y_of = _scale(low, high, HEIGHT - BOTTOM, TOP)
     form = "share" if chart["unit"].startswith("share") else ""
-    runs = chart["runs"]  # of all charts of the stage, so that a run has one colour in them
+    runs = chart["runs"]  # all runs of the stage, so that a run keeps its colour in all charts
     drawn = []
     for number, line in enumerate(lines):
         values = [max(-FARTHEST, min(FARTHEST, value)) for _, value in line["points"]]
@@ -243,7 +241,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         "width": WIDTH,
         "height": HEIGHT,
         "lines": drawn,
-        "own_legend": any(line["label"] not in STYLES for line in lines),  # colours that the stage's does not tell
+        "own_legend": any(line["label"] not in STYLES for line in lines),  # colours that are not in the stage's legend
         "above": sum(value > high for _, value in points),
         "bands": _bands(lines, [line["name"] for line in drawn], x_of, form),
         "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, whole=True)],
@@ -253,9 +251,9 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """The line through some points, as far as it lies in the frame.
+    """Return the SVG path through points, clipped at the top of the frame.
 
-    >>> _path([0, 10, 20], [0, 40, 50])  # enters at half of the first stretch
+    >>> _path([0, 10, 20], [0, 40, 50])  # enters halfway along the first segment
     'M5 20L10 40L20 50'
     """
     path, last = "", None
@@ -270,8 +268,8 @@ def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:
-    """The exponential moving average over about `width` values, without a pull to zero at the beginning (Kingma and Ba
-    2015, section 3: bias correction).
+    """Return the exponential moving average over about `width` values, with bias correction (Kingma and Ba 2015,
+    section 3).
 
     >>> smoothed([1.0, 3.0], 2)
     [1.0, 2.5]
@@ -297,13 +295,13 @@ def _range(values: list[float], clip: bool) -> tuple[float, float]:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """From a value to a coordinate with one decimal."""
+    """Return the map from values to coordinates, rounded to one decimal."""
     span = (high - low) or 1.0
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
 def ticks(low: float, high: float, most: int, form: str = "", whole: bool = False) -> list[tuple[float, str]]:
-    """Round numbers from `low` to `high`, at most `most` or one more, with their text; no fractions if `whole`.
+    """Return at most about `most` round numbers from `low` to `high` with their text; only integers if `whole`.
 
     >>> ticks(0, 97, 4)
     [(0, '0'), (50, '50')]
@@ -324,7 +322,7 @@ def ticks(low: float, high: float, most: int, form: str = "", whole: bool = Fals
 def _bands(
     lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_of: Callable[[float], float], form: str
 ) -> list[dict[str, Any]]:
-    """Stripes over the frame, each with the values of all lines at the step in its middle, or nearest to it."""
+    """Return hover stripes over the frame, each with the values of all lines at the step nearest to its middle."""
     chosen = thinned(sorted({step for line in lines for step, _ in line["points"]}), MOST_BANDS)
     middles = [x_of(step) for step in chosen]
     edges = [LEFT, *((a + b) / 2 for a, b in pairwise(middles)), WIDTH - RIGHT]

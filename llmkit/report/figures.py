@@ -1,20 +1,20 @@
-"""All figures of a report, as one JSON object: the page shows them and computes none of its own.
+"""All figures of a report as one JSON object; the page only displays them.
 
     figures = report_figures(gather(["tok/", "base/", "probe.jsonl"]))
 
-summary      of each stage the figure that tells how well it went
-scores       effects.json, the scores of a whole pipeline
+summary      the main figure of each stage
+scores       effects.json, the scores of a complete pipeline
 runs         nodes of the graph, parents first: name, stage, state, path, command, parents, key figures, ...
-funnels      of crawl-filter: records by step and reason
-tokenizers   report.json of train-bpe
-trainings    by stage: charts with the curves of its runs; and samples over the training
-tasks        of evaluate: the scores of models, by task
-probes       what is known by kind of question; `probe_changes` from the first report to the last
-judges       evaluation.json of train-reward
+funnels      crawl-filter's records by step and reason
+tokenizers   train-bpe's report.json
+trainings    by stage: charts with the curves of its runs, and samples during training
+tasks        evaluate's scores of models, by task
+probes       known and unknown questions by kind; `probe_changes`: from the first report to the last
+judges       train-reward's evaluation.json
 samples      records to browse, by file
 notes        what was left out, and why
 
-`shorten` cuts records and points where the page grows too long.
+`shorten` drops records and points if the page gets too long.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from llmkit.report.runs import Gathered
 
 NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}
 STAGES = ("crawl-filter", "train-bpe", "pretrain", "sft", "probe-knowledge", "train-reward", "rl", "sample")
-# of a stage's curves, what its latest run is summarised by: the metric, its name, and its form on the page
+# the metrics that summarise the latest run of a stage: key, name, format
 MEASURES = {
     "pretrain": (("val_bits_per_byte", "bits per byte, held out", ""), ("val_loss", "loss, held out", "")),
     "sft": (("val_loss", "loss, held out", ""),),
@@ -58,8 +58,8 @@ MEASURES = {
         ("reward", "reward, in training", ""),
     ),
 }
-MOST_POLICIES = 3  # of rl the latest runs; of the other stages the latest one
-# what a manifest's results tell of a stage at a glance; of others, their first numbers
+MOST_POLICIES = 3  # latest runs of rl in the summary; of other stages only the latest one
+# results in a manifest that are shown at a glance; for other stages, the first numbers
 KEY_FIGURES = {
     "crawl-filter": ("records", "documents"),
     "train-bpe": ("vocab_size", "bytes", "bytes_per_token"),
@@ -74,10 +74,10 @@ MOST_KEY_FIGURES = 7
 
 
 def report_figures(gathered: Gathered, *, samples: int = 40, limit: int | None = None) -> dict[str, Any]:
-    """Compute the figures of all that was gathered.
+    """Compute the figures of everything gathered.
 
-    samples  records to browse of a file, at most
-    limit    of records that are read of a file
+    samples  most records to browse per file
+    limit    most records to read per file
     """
     notes = list(gathered.notes)
     nodes = ancestry(gathered.runs, gathered.files)
@@ -126,7 +126,7 @@ def report_figures(gathered: Gathered, *, samples: int = 40, limit: int | None =
 
 
 def given_runs(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs without ancestors that were not given, and without models of foreign origin."""
+    """Return the runs except ancestors that were not given and models that llmkit did not make."""
     return [run for run in figures["runs"] if run["state"] not in ("told", "foreign")]
 
 
@@ -147,7 +147,7 @@ def _run(node: Node) -> dict[str, Any]:
         "parents": node.parents,
         "key_figures": {name: numeric[name] for name in names[:MOST_KEY_FIGURES]},
         "results": {name: value for name, value in results.items() if not isinstance(value, (list, dict))},
-        # off and empty options say nothing; nested ones (a recipe, a plan) are too long to be shown
+        # without options that are off or empty, and nested ones (a recipe, a plan), which are too long
         "options": {
             name: value
             for name, value in options.items()
@@ -161,7 +161,7 @@ def _run(node: Node) -> dict[str, Any]:
     }
 
 
-# ---- what each stage has done
+# ---- stages
 
 
 def _funnels(nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
@@ -182,7 +182,7 @@ def _funnels(nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
 def _reports(
     nodes: Sequence[Node], name: str, given: Mapping[str, dict[str, Any]], notes: list[str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield the reports of that name in run folders, and those given as files, with the run and path of each."""
+    """Yield the reports with this name in run folders, and those given as files, each with its run and path."""
     for node in nodes:
         path = node.run.folder / name if node.run and node.run.folder else None
         if path is not None and path.is_file():
@@ -264,11 +264,11 @@ def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: l
 
 
 def _tasks(files: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The scores that `llmkit evaluate` has written, by task: a row for each model, with what tells items apart."""
+    """Return the scores from `llmkit evaluate` by task: a row per model, with the identity of its items."""
     tasks: dict[str, dict[str, Any]] = {}
     models = [(path, content, model) for path, content in files.items() for model in objects(content.get("models"))]
     counts = Counter((str(model.get("model")), task) for *_, model in models for task in as_object(model.get("tasks")))
-    twice = {name for (name, _), count in counts.items() if count > 1}  # in two files: told apart by them
+    twice = {name for (name, _), count in counts.items() if count > 1}  # in two files: labelled with the file
     for path, content, model in models:
         name = str(model.get("model"))
         scores = {**as_object(model.get("tasks"))}
@@ -290,7 +290,7 @@ def _tasks(files: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     labels = list(dict.fromkeys(row["model"] for task in tasks.values() for row in task["rows"]))
     for task in tasks.values():
         values = [row["score"] for row in task["rows"]]
-        task["models"] = labels  # of all tasks, so that a model has one colour in them
+        task["models"] = labels  # of all tasks, so that a model keeps its colour
         task["form"] = "share" if all(0 <= value <= 1 for value in values) and "bits" not in task["metric"] else ""
         task["same_items"] = len({(row.get("data"), row.get("items"), row.get("shots")) for row in task["rows"]}) == 1
     return list(tasks.values())
@@ -301,7 +301,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of one part of an evaluation, and the interval, where it is one."""
+    """Return the numbers of one part of an evaluation, and its interval if valid."""
     figures = _numbers(row)
     interval = row.get("accuracy_95")
     if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
@@ -312,7 +312,7 @@ def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
 def _read_probe(
     path: str, note: Callable[[str], object], limit: int | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The figures of a report (`probe-knowledge --report`), and what each question was found to be."""
+    """Return the figures of a report (`probe-knowledge --report`), and the verdict on each question."""
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
     verdicts: Counter[str] = Counter()
     makers: dict[str, set[str]] = {"written_by": set(), "judged_by": set()}
@@ -331,7 +331,7 @@ def _read_probe(
         for name, values in makers.items():
             values.add(str(record.get(name, "")))
     if bad:
-        note(f"{path}: left out {counted(bad, 'line')}: no record of a probe")
+        note(f"{path}: left out {counted(bad, 'line')}: not a probe record")
     totals = sum(kinds.values(), Counter[str]())
     ordered = sorted(kinds.items(), key=lambda kind: (-kind[1].total(), kind[0]))
     figures = {
@@ -346,15 +346,15 @@ def _read_probe(
 
 
 def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
-    """Count the questions of both reports by what they were and are: {"known": {"unknown": 3, ...}, ...}."""
+    """Count the questions in both reports by verdict before and after: {"known": {"unknown": 3, ...}, ...}."""
     both = [question for question in before if question in after]
     moved = Counter((before[question], after[question]) for question in both)
     names = list(NAMES.values())
     return {"questions": len(both), "table": {old: {new: moved[old, new] for new in names} for old in names}}
 
 
-# ---- the summary: of each stage the figure that tells how well it went. `form` is "share" or "", `before` was measured
-# before the stage, `of` is what a count is of, `interval` is 95%
+# ---- the summary: the main figure of each stage. `form`: "share" or ""; `before`: value before the stage; `of`: total
+# of a count; `interval`: 95%
 
 
 def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -364,7 +364,7 @@ def _trained(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         measured = []
         for run in training["runs"]:
             of_run = [measure for measure in MEASURES.get(stage, ()) if (run["run"], measure[0]) in lines]
-            # right answers beside a reward; of each the first that was measured
+            # success and reward: the first metric of each that was measured
             right = [measure for measure in of_run if "success" in measure[0]]
             others = [measure for measure in of_run if "success" not in measure[0]]
             if of_run:
@@ -400,11 +400,11 @@ def _measured(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"stage": "train-reward", "path": judge["path"], **shown}
 
 
-# ---- to fit
+# ---- shortening
 
 
 def shorten(figures: dict[str, Any], share: float) -> dict[str, Any]:
-    """Keep that share of the records to browse and of the points of curves, which make a page long."""
+    """Keep only this share of the records to browse and of the points of curves."""
 
     def fewer(values: Sequence[Any]) -> list[Any]:
         return thinned(values, max(2, int(share * len(values))))

@@ -1,4 +1,4 @@
-"""What templates write, escaping what they are given: the page, one HTML file that holds all it needs, and curves."""
+"""Render templates with escaping: the page, one self-contained HTML file, and curves as SVG."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ from llmkit.report.records import thinned
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_BYTES = 1_000_000
 LOSS_CURVE = {"training": "loss", "validation": "val_loss"}
-PALETTE = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")  # of curves outside of the page
-# characters that no page may hold, or that turn the direction of what follows
+PALETTE = ("#3b6fb6", "#d1495b", "#3c9d6b", "#b07d2b", "#7a5ba8")  # for curves outside the page
+# characters not allowed in HTML, and those that change the text direction
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def render_page(figures: Mapping[str, Any], title: str) -> tuple[bytes, dict[str, Any]]:
-    """The page, under MOST_BYTES, and the figures that it shows: where they are too many, fewer records to browse and
-    fewer points of curves, with a note. Raises UserError where the rest alone is longer."""
+    """Return the page, under MOST_BYTES, and the figures that it shows.
+
+    If it would be too large, drops records and points of curves, and adds a note. Raises UserError if that does not
+    suffice.
+    """
     for share in (1.0, 0.5, 0.25, 0.1, 0.03):
         shown = dict(figures) if share == 1.0 else shorten(dict(figures), share)
         if share < 1.0:
-            note = f"{share:.0%} of the records and points are shown, to fit {MOST_BYTES // 1000} kB; --json has all"
+            note = f"{share:.0%} of records and points are shown, to fit {MOST_BYTES // 1000} kB; --json has all"
             shown["notes"] = [*figures["notes"], note]
         page = _render(shown, title)
         if len(page) < MOST_BYTES:
             return page, shown
     raise UserError(
-        f"the page of {counted(len(figures['runs']), 'run')} has {len(page) / 1e6:.1f} MB; name fewer of them, or "
-        "use --json"
+        f"the page for {counted(len(figures['runs']), 'run')} has {len(page) / 1e6:.1f} MB; give fewer, or use --json"
     )
 
 
@@ -82,7 +84,7 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
             folder=folder,
             style=style,
             script=script,
-            # this script, this style, and nothing else
+            # allow only this script and this style
             policy=f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
             "img-src data:; base-uri 'none'; form-action 'none'",
             rails=rails({run["name"]: run["parents"] for run in figures["runs"]}),
@@ -93,7 +95,7 @@ def _render(figures: Mapping[str, Any], title: str) -> bytes:
 
 
 def curve_svg(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Draw lines of (step, value), by their names, as an SVG of its own. Values that are not finite are left out."""
+    """Draw named lines of (step, value) as a standalone SVG, without non-finite values."""
     lines = []
     for name, line in curves.items():
         if points := [point for point in line if math.isfinite(point[1])]:
@@ -105,7 +107,10 @@ def curve_svg(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 
 
 def write_curves(folder: Path, curves: Mapping[str, Mapping[str, str]]) -> None:
-    """Draw loss.svg, and others by the name of their file, from `metrics.jsonl`: keys of rows by the names of lines."""
+    """Draw loss.svg and other curves from `metrics.jsonl`.
+
+    curves  file name -> line name -> key in metrics.jsonl
+    """
     rows = [row for row in read_metrics(folder / METRICS) if "step" in row]
     for name, lines in {"loss.svg": LOSS_CURVE, **curves}.items():
         points = {label: [(row["step"], row[key]) for row in rows if key in row] for label, key in lines.items()}
@@ -114,8 +119,10 @@ def write_curves(folder: Path, curves: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Take the folder that holds most runs and files off their paths, commands and notes; return the figures and that
-    folder; "" where no folder holds two of them. The text of records stays as it is."""
+    """Make paths, commands and notes relative to the folder with most runs and files; return figures and folder.
+
+    The folder is "" if none has two of them. The text of records is not changed.
+    """
     paths = [entry["path"] for kind in ("runs", "samples", "probes") for entry in figures[kind]]
     folders = Counter(os.path.dirname(path.rstrip("/")) for path in paths)
     folder, count = max(folders.items(), key=lambda entry: (entry[1], -len(entry[0])), default=("", 0))
@@ -137,7 +144,7 @@ def relative_to_folder(figures: Mapping[str, Any]) -> tuple[dict[str, Any], str]
 
 
 def clean(text: str) -> str:
-    """Write what cannot be shown as `\\xNN`.
+    """Escape characters that cannot be shown as `\\xNN`.
 
     >>> clean("a\\x00b")
     'a\\\\x00b'

@@ -1,4 +1,4 @@
-"""Files and JSON values of unknown content: what kind of records a file has, and even samples of them to browse.
+"""Files and JSON values of unknown content: recognizing kinds of records, and sampling them evenly.
 
 `as_object`, `as_text` and `objects` return a value of the expected type, or an empty one.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """Fields by which a record is known (`has`) and shown; `stage` alone writes such files."""
+    """Fields by which a kind of record is recognized (`has`) and shown; `stage` is the only one that writes it."""
 
     has: tuple[str, ...]
     input: str
@@ -34,7 +34,7 @@ class Kind:
     stage: str | None = None
 
 
-# by what people call them: a record is of the first kind whose fields it has; a page has files in this order
+# by display name: a record is of the first kind whose fields it has; the page shows files in this order
 KINDS = {
     "rollouts": Kind(
         ("prompt", "completion", "reward", "group", "step"),
@@ -56,7 +56,7 @@ KINDS = {
         ("question", "responses", "judgements", "known"),
         "question", "responses", "known", ("answer", "judgements"), "probe-knowledge",
     ),
-    # that people have written, as those of sft are
+    # written by people, as for sft
     "examples": Kind(("prompt", "completion"), "prompt", "completion", "reward", ("source",)),
     "conversations": Kind(("messages",), "messages", "messages", "known", ("source",)),
     "rejected documents": Kind(("source", "step", "reason"), "url", "text", "reason", ("step", "score")),
@@ -66,7 +66,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class RecordsFile:
-    """A file of JSONL: `kind` is one of KINDS; `run` the path of the run that wrote it, where that is known."""
+    """A JSONL file: `kind` is a key of KINDS; `run` is the path of the run that wrote it, if known."""
 
     path: str
     kind: str
@@ -77,7 +77,7 @@ class RecordsFile:
 
 
 def is_number(value: Any) -> bool:
-    """True if a JSON value is a number, not a boolean."""
+    """Return True if a JSON value is a number, not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -92,13 +92,13 @@ def as_text(value: Any) -> str | None:
 
 
 def objects(value: Any) -> list[dict[str, Any]]:
-    """Return the objects of what should be a list of them."""
+    """Return the objects in a value that should be a list of objects."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 @contextmanager
 def noting(notes: list[str]) -> Iterator[None]:
-    """Turn the error of a file that cannot be read, or has other content, into a note."""
+    """Turn the error of a file that is unreadable or has unexpected content into a note."""
     try:
         yield
     except UserError as error:
@@ -111,7 +111,7 @@ def noting(notes: list[str]) -> Iterator[None]:
 
 
 def raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) of the lines that are not blank, unparsed: of a large file only some are wanted."""
+    """Yield (number, line) of the non-blank lines, unparsed: of a large file only some are used."""
     with open_input(path) as handle:
         for number, line in enumerate(handle, 1):
             if not line.isspace():
@@ -119,7 +119,7 @@ def raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object on a line of JSONL; None where there is none."""
+    """Return the object on a JSONL line, or None."""
     try:
         value = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError:
@@ -128,7 +128,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 class Thinned(Generic[T]):
-    """Keeps `most` of the values added, nearly evenly spaced, the first and the last among them, and counts them all.
+    """Keeps at most `most` of the added values, almost evenly spaced, including first and last; counts all.
 
     >>> sample = Thinned(3)
     >>> for value in range(1000):
@@ -140,12 +140,12 @@ class Thinned(Generic[T]):
     def __init__(self, most: int) -> None:
         self.count = 0
         self._most, self._every = most, 1
-        self._values: list[T] = []  # every n-th, of which SPARE times as many as are wanted
+        self._values: list[T] = []  # every n-th value, up to SPARE times as many as wanted
         self._last: Any = None
 
     def add(self, value: T) -> None:
         if self.count % self._every == 0:
-            if len(self._values) == SPARE * self._most - 1:  # a place is left for the last one
+            if len(self._values) == SPARE * self._most - 1:  # leaves room for the last one
                 self._values, self._every = self._values[::2], 2 * self._every
             if self.count % self._every == 0:
                 self._values.append(value)
@@ -158,7 +158,7 @@ class Thinned(Generic[T]):
 
 
 def thinned(values: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` of the values, evenly spaced, the first and the last among them.
+    """Return at most `most` of the values, evenly spaced, including first and last.
 
     >>> thinned(range(9), 3)
     [0, 4, 8]
@@ -176,7 +176,7 @@ def thinned(values: Sequence[T], most: int) -> list[T]:
 def read_excerpts(
     file: RecordsFile, most: int, note: Callable[[str], object], limit: int | None = None
 ) -> dict[str, Any]:
-    """Sample at most `most` records of a file, evenly spaced, out of `records`. Only those are parsed."""
+    """Sample at most `most` records of a file, evenly spaced. Only these are parsed; `records` counts all."""
     lines: Thinned[tuple[int, bytes]] = Thinned(most)
     for numbered in islice(raw_lines(file.path), limit):
         lines.add(numbered)
@@ -184,12 +184,12 @@ def read_excerpts(
     records = [(number, parsed(line)) for number, line in chosen]
     rows = [_excerpt(record, file.kind, number) for number, record in records if record is not None]
     if bad := len(chosen) - len(rows):
-        note(f"{file.path}: {bad} of {counted(len(chosen), 'line')} looked at are no JSON object and were left out")
+        note(f"{file.path}: {bad} of {counted(len(chosen), 'sampled line')} left out: not a JSON object")
     return {"path": file.path, "kind": file.kind, "records": lines.count, "shown": len(rows), "rows": rows}
 
 
 def _excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
-    """Shorten a record to what is shown; `input_cut` and `output_cut` count the characters left out."""
+    """Return the shown fields of a record, shortened; `input_cut` and `output_cut` count the omitted characters."""
     fields = KINDS[kind]
     output = record.get(fields.output)
     given = record.get(fields.input, record.get("messages", record.get("id", "")))
@@ -215,7 +215,7 @@ def _excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
 
 
 def _text_of(value: Any) -> str:
-    """Return a JSON value as text for people: a text; messages by their roles; the parts of a message."""
+    """Return a JSON value as readable text; supports strings, messages, and parts of messages."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

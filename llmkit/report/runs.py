@@ -1,4 +1,4 @@
-"""Read the paths that a user gave: runs by their manifests, and files of records by their fields."""
+"""Read the user's paths: recognizes runs by their manifests, and files of records by their fields."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llmkit.io.remote import is_remote
 from llmkit.io.run_folder import NOTES
 from llmkit.report.records import KINDS, RecordsFile, as_object, is_number, noting, objects, parsed, raw_lines
 
-LOOKED_AT = 100  # lines, for one that tells what a file holds
+LOOKED_AT = 100  # lines; the first record among them decides the kind of the file
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")
-# an option that one stage alone has, by which a run that is not finished is known
+# options of only one stage, to recognize the stage of an unfinished run
 STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "train-reward", "--algo": "rl"}
 
 
@@ -30,9 +30,9 @@ STAGE_OF_FLAG = {"--depth": "pretrain", "--identity": "sft", "--ensemble": "trai
 class Run:
     """One run: its manifest, and the paths of its files.
 
-    manifest  of an unfinished run what is known of it; None for a model folder of foreign origin
+    manifest  what is known so far, if the run is unfinished; None for a model folder that llmkit did not write
     state     "finished", "unfinished", "foreign", or "file" for records without a manifest
-    folder    None where the run wrote a single file
+    folder    None if the run wrote a single file
     output    that file, or the folder
     """
 
@@ -44,17 +44,16 @@ class Run:
 
 
 def gather(paths: Sequence[str]) -> Gathered:
-    """Gather run folders, folders that hold some, and files that stages write, each once.
+    """Gather run folders, folders that contain some, and files that stages write, each once.
 
-    A file that cannot be read, or is of no stage, becomes a note. Raises UserError for a missing path, and where
-    nothing at all was found.
+    Unreadable and unknown files become notes. Raises UserError for a missing path, and if nothing was found.
     """
     gathered = Gathered()
     for path in paths:
         if is_remote(path):
-            raise UserError(f"{path}: expected a run folder of this machine, found an address; download it first")
+            raise UserError(f"{path}: expected a run folder of this machine, found a URL; download it first")
         if not os.path.exists(path):
-            raise UserError(f"{path}: expected a run folder, or a file that a stage has written; found nothing there")
+            raise UserError(f"{path}: expected a run folder, or a file written by a stage, found nothing")
         with noting(gathered.notes):
             gathered.add(path)
     gathered.runs = list({run.output.resolve(): run for run in gathered.runs}.values())
@@ -67,15 +66,18 @@ def gather(paths: Sequence[str]) -> Gathered:
         or gathered.scores
         or gathered.task_scores
     ):
-        more = f"; so for {len(gathered.notes) - 1} more" if len(gathered.notes) > 1 else ""
+        more = f" (and {len(gathered.notes) - 1} more)" if len(gathered.notes) > 1 else ""
         raise UserError((gathered.notes or ["expected a run folder, found none"])[0] + more)
     return gathered
 
 
 @dataclass
 class Gathered:
-    """The material of a report: `evaluations`, `tokenizers`, `scores` and `task_scores` are reports given as files, by
-    path; `notes` name what was left out."""
+    """The material of a report.
+
+    evaluations, tokenizers, scores, task_scores  reports given as files, by path
+    notes  what was left out
+    """
 
     runs: list[Run] = field(default_factory=list)
     files: list[RecordsFile] = field(default_factory=list)
@@ -86,7 +88,7 @@ class Gathered:
     notes: list[str] = field(default_factory=list)
 
     def add(self, path: str, listed: bool = False) -> None:
-        """Add what is at a path; `listed`: it is in a folder that was given, and may be anything."""
+        """Add what is at a path. `listed`: the path is from a given folder, so it may be anything."""
         location = Path(path)
         if location.is_dir():
             if os.path.isfile(beside := path.rstrip("/") + OF_FILE):  # a folder of Parquet
@@ -101,11 +103,9 @@ class Gathered:
                         self.add(str(child), listed=True)
             if len(self.runs) + len(self.files) == before:
                 check_no_adapter(path)
-                raise UserError(f"{path}: expected a run folder (with {MANIFEST}), or a folder of some; found none")
+                raise UserError(f"{path}: expected a run folder (with {MANIFEST}) or a folder of them, found none")
         elif not location.is_file():
-            raise UserError(
-                f"{path}: expected a file or a folder, found a pipe or a device, which cannot be read twice"
-            )
+            raise UserError(f"{path}: expected a file or a folder, found a pipe or a device")
         elif location.name in (MANIFEST, METRICS):
             self._add_run(location.parent, str(location.parent))
         elif location.name.endswith(OF_FILE):
@@ -118,7 +118,7 @@ class Gathered:
             self._add_records(path, None, listed)
 
     def _add_run(self, folder: Path, path: str) -> bool:
-        """Add the run whose folder this is; False where it is none."""
+        """Add the run in this folder; return False if it is not a run folder."""
         has_metrics = (folder / METRICS).is_file()
         if (folder / MANIFEST).is_file():
             manifest = _checked(read_manifest(folder), folder / MANIFEST)
@@ -127,7 +127,7 @@ class Gathered:
             identity = read_object(folder / NOTES).get("identity")
             options = identity if isinstance(identity, dict) else {}
             stage = next((stage for flag, stage in STAGE_OF_FLAG.items() if flag in options), "training")
-            parents: list[dict[str, Any]] = []  # in the form that its manifest will have
+            parents: list[dict[str, Any]] = []  # in the format of manifests
             for parent in (str(options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)):
                 candidates = (Path(parent), folder.parent / parent)
                 whole = next((path for path in candidates if (path / MANIFEST).is_file()), None)
@@ -137,10 +137,10 @@ class Gathered:
         elif (folder / "config.json").is_file():
             self.runs.append(Run(path, None, "foreign", folder, folder))
             if has_metrics:
-                self.notes.append(f"{path}: no {MANIFEST} beside its {METRICS}: what made the model is not known")
+                self.notes.append(f"{path}: {METRICS} without {MANIFEST}: the origin of the model is unknown")
         elif has_metrics:
             raise UserError(
-                f"{path}: expected {MANIFEST} beside {METRICS}, found none; name the folder as the run left it"
+                f"{path}: expected {MANIFEST} next to {METRICS}, found none; give the folder as the run left it"
             )
         else:
             return False
@@ -155,7 +155,7 @@ class Gathered:
         content = _checked(read_object(manifest, LARGEST_MANIFEST), manifest)
         self.runs.append(Run(output, content, "finished", None, Path(output)))
         first = os.path.join(output, PARTS.format(0)) if os.path.isdir(output) else output
-        if first.endswith(RECORDS) and os.path.isfile(first):  # not a .gguf, whose lines have no end
+        if first.endswith(RECORDS) and os.path.isfile(first):  # not a .gguf, which has no lines
             self._add_records(first, output, listed=True)
 
     def _add_json(self, location: Path, path: str, listed: bool) -> None:
@@ -184,11 +184,11 @@ class Gathered:
             self.files.append(RecordsFile(path, kind, run))
         elif not listed:
             content = f"a record with {sorted(first)[:8]}" if first else "no JSON object per line"
-            raise UserError(f"{path}: expected a file that a stage has written, found {content}")
+            raise UserError(f"{path}: expected a file written by a stage, found {content}")
 
 
 def changed(path: Path) -> str:
-    """When a file, or the metrics of a run, was last written, in the form of a manifest's `created`."""
+    """Return when a file or a run's metrics were last written, in the format of a manifest's `created`."""
     metrics = path / METRICS
     stamp = (metrics if metrics.is_file() else path).stat().st_mtime
     return datetime.fromtimestamp(stamp, timezone.utc).isoformat(timespec="seconds")
@@ -196,11 +196,11 @@ def changed(path: Path) -> str:
 
 def _checked(manifest: Any, path: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("stage"), str):
-        raise UserError(f"{path}: expected a manifest that llmkit wrote, with 'stage', found {sorted(manifest)[:8]}")
+        raise UserError(f"{path}: expected a manifest of llmkit, with 'stage', found {sorted(manifest)[:8]}")
     return manifest
 
 
 def _is_score(effect: dict[str, Any]) -> bool:
-    """True if this is a row of effects.json: a figure of a stage, its value, and what it is held against."""
+    """Return True if this is a row of effects.json: a stage's figure, its value, and what it is compared with."""
     named = all(isinstance(effect.get(name), str) for name in ("stage", "figure", "against"))
     return named and all(effect.get(name) is None or is_number(effect[name]) for name in ("value", "beside"))

@@ -183,7 +183,7 @@ def test_a_noisy_loss_is_smoothed_and_a_single_point_has_no_frame(pipeline, tmp_
     raw, bold = (node.attributes["d"] for node in chart.css("path.training"))
     assert "raw" in chart.css("path.training")[0].attributes["class"] and raw != bold
     assert raw.count("L") == bold.count("L") == 59
-    assert [node.text() for node in chart.css("text.axis")] == ["nats a token", "step"]
+    assert [node.text() for node in chart.css("text.axis")] == ["nats per token", "step"]
     assert "moving average" in text_of(chart, ".small")
     assert page.css("#training-2 .plot") == [] and numbers(page, "training-2")[-4:] == [0.4] * 4
     files = [row.attributes["data-file"] for row in page.css("#records tbody tr")]
@@ -201,10 +201,10 @@ def test_metrics_without_their_manifest_are_told_of(pipeline, tmp_path):
     (tmp_path / "base" / "config.json").write_text("{}")
     notes = figures_of([pipeline[1], tmp_path], tmp_path.with_suffix(".json"))["notes"]
     assert sorted(note.removeprefix(f"{tmp_path}/") for note in notes) == [
-        "bare: expected manifest.json beside metrics.jsonl, found none; name the folder as the run left it",
-        "base: no manifest.json beside its metrics.jsonl: what made the model is not known",
+        "bare: expected manifest.json next to metrics.jsonl, found none; give the folder as the run left it",
+        "base: metrics.jsonl without manifest.json: the origin of the model is unknown",
     ]
-    with pytest.raises(UserError, match=r"bare: expected manifest\.json beside metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"bare: expected manifest\.json next to metrics\.jsonl"):
         figures_of([tmp_path / "bare"], tmp_path / "r.json")
 
 
@@ -233,7 +233,7 @@ def test_the_graph_has_every_ancestor(pipeline, tmp_path):
     assert all(place[parent] < place[child] for child in parents for parent in parents[child])
     page = page_of([tuned, policy, tmp_path / "foreign"], tmp_path / "r.html")
     badges = [node.text(strip=True) for node in page.css(".node.foreign .badge")]
-    assert badges == ["no manifest: not made by llmkit, or not there"] * 2
+    assert badges == ["no manifest: not made by llmkit, or missing"] * 2
     (tok,) = (name for name, place in path.items() if place == "tok")
     assert page.css_first(f"#{tok} .command").text() == "llmkit train-bpe in.jsonl -o tok/"
 
@@ -310,7 +310,7 @@ def test_a_run_that_goes_on_can_be_looked_at(pipeline, tmp_path):
         one["name"] for one in figures["runs"] if one["path"] == str(chat)
     ]
     assert figures["trainings"][-1]["charts"][0]["lines"][0]["points"] == [[1, 0.25]]
-    assert figures["notes"] == [f"{work}/metrics.jsonl: the last line is cut and was left out"]
+    assert figures["notes"] == [f"{work}/metrics.jsonl: left out the last line, which is truncated"]
 
 
 # ---- what models, files and people may hold
@@ -450,9 +450,9 @@ def test_what_is_broken_is_counted(tmp_path):
     assert line["points"] == [[1, 2.0], [3, 1.5]] and line["not_finite"] == 1
     assert "1 value was not finite" in text_of(page, ".chart .small")
     notes = "\n".join(figures["notes"])
-    assert "metrics.jsonl: the last line is cut" in notes and "lines left out: 2" in notes
-    assert "rows without a step, left out: 1" in notes and "report.json:1: expected JSON" in notes
-    assert "said.jsonl: 1 of 2 lines looked at are no JSON object" in notes
+    assert "metrics.jsonl: left out the last line" in notes and "left out 2 lines, the first" in notes
+    assert "left out 1 row without a step" in notes and "report.json:1: expected JSON" in notes
+    assert "said.jsonl: 1 of 2 sampled lines left out: not a JSON object" in notes
     assert all(note.replace(f"{tmp_path}/", "") in text_of(page, "#notes") for note in figures["notes"])
 
 
@@ -501,13 +501,13 @@ def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone", None, "found nothing there"),
+        ("gone", None, "found nothing"),
         ("empty", {}, "expected a run folder"),
-        ("tool", {"manifest.json": '{"name": "app", "icons": []}'}, "expected a manifest that llmkit wrote"),
+        ("tool", {"manifest.json": '{"name": "app", "icons": []}'}, "expected a manifest of llmkit"),
         ("torn", {"manifest.json": '{"stage": "rl"'}, "expected JSON"),
         ("list", {"manifest.json": "[]"}, "expected a JSON object, found a list"),
-        ("notes.txt", "hello", "expected a file that a stage has written, found no JSON object per line"),
-        ("data.jsonl", '{"a": 1}\n', "expected a file that a stage has written, found a record with ['a']"),
+        ("notes.txt", "hello", "expected a file written by a stage, found no JSON object per line"),
+        ("data.jsonl", '{"a": 1}\n', "expected a file written by a stage, found a record with ['a']"),
         ("some.json", '{"a": 1}', "expected a manifest, evaluation.json, report.json or effects.json"),
     ],
 )

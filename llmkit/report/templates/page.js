@@ -1,5 +1,5 @@
 "use strict";
-// The values at a step of a curve, by pointer or by touch; without script a tooltip has them.
+// Show the values at a step of a curve on hover or touch; without script, tooltips have them.
 for (const plot of document.querySelectorAll(".plot")) {
   const readout = plot.nextElementSibling;
   readout.hidden = false;
@@ -14,7 +14,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   plot.addEventListener("pointermove", read);
 }
 
-// Search, choice of file and sorting for the table of samples, which is whole without them.
+// Search, file selection and sorting for the table of samples, which is complete without them.
 (() => {
   const form = document.getElementById("browse");
   if (!form) return;
