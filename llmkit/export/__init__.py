@@ -1,1 +1,1 @@
-"""A model folder for other programs: GGUF, another precision, the adapter alone."""
+"""Exporting models: GGUF, other precisions, adapters."""

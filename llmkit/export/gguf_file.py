@@ -1,8 +1,8 @@
-"""A GGUF file of a model: the keys and tensors that llama.cpp's own converter writes for its family.
+"""Write a model as a GGUF file, with the keys and tensors that llama.cpp's own converter writes for its family.
 
-In some architectures of llama.cpp rotated pairs are neighbours, (2i, 2i + 1), as ours are; others keep half a head
-between them, as Hugging Face does. What llama.cpp would compute otherwise than we do is refused, or said in a note.
-Tensors are read, changed and written one at a time.
+Some of llama.cpp's architectures rotate neighbouring channels, (2i, 2i + 1), as we do; others rotate channels half a
+head apart, like Hugging Face. Models that llama.cpp computes differently are refused, or get a note. Tensors are read,
+converted and written one at a time.
 Source: llama.cpp's convert_hf_to_gguf.py and src/models/.
 """
 
@@ -37,13 +37,13 @@ ATTENTION_BIASES, MLP_BIASES = ("qkv_bias", "out_bias"), ("gate_up_bias", "down_
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp has of a family.
+    """llmkit's knowledge of an architecture of llama.cpp.
 
-    neighbours    True if rotated pairs are neighbours there
-    biases        of a layer's matrices that it knows
+    neighbours    rotated channels are neighbours
+    biases        supported biases of a layer's matrices
     scalings      kinds of rope scaling that it computes as we do
-    square        True if the heads must add up to the hidden size
-    window_every  the layers that have no window; None where it knows no windows
+    square        the heads must add up to the hidden size
+    window_every  every n-th layer has no window; None if windows are not supported
     """
 
     name: str
@@ -70,7 +70,7 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", scalings=("longrope",), square=True),
     "smollm3": Architecture("smollm3", True),
 }
-# name of --dtype -> the types of a file and of its matrices, in gguf's words
+# --dtype -> gguf's names for the types of the file and of its matrices
 TYPES = {
     "float32": ("ALL_F32", "F32"),
     "bfloat16": ("MOSTLY_BF16", "BF16"),
@@ -81,10 +81,10 @@ TYPES = {
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """A GGUF file before it is written.
+    """What will be written to a GGUF file.
 
-    context  tokens within which llama.cpp computes what we do
-    notes    where llama.cpp will not do what the folder does
+    context  longest context that llama.cpp computes as we do, in tokens
+    notes    differences between llama.cpp and the model folder
     """
 
     tokenizer: GgufTokenizer
@@ -94,17 +94,15 @@ class GgufPlan:
 
 
 def plan_gguf(source: Source, dtype: str) -> GgufPlan:
-    """Plan the file. Raises UserError for what llama.cpp cannot load or would compute otherwise."""
+    """Plan the file. Raises UserError if llama.cpp cannot load the model or would compute it differently."""
     if source.heads is not None:
-        raise UserError(
-            f"{source.folder}: a reward model: llama.cpp has no scores of this kind; --format hf exports it"
-        )
+        raise UserError(f"{source.folder}: a reward model, whose scores llama.cpp does not support; use --format hf")
     config = source.config
     _check_family(config, str(source.folder / CONFIG))
     tokenizer = load_tokenizer(source.folder)
     tokenizer.check_fits(config.vocab_size)
     ends = [end for end in config.eos_token_ids if 0 <= end < config.vocab_size]
-    if tokenizer.eos_id is not None:  # some folders name one there alone
+    if tokenizer.eos_id is not None:  # some folders name an end token only there
         ends.append(tokenizer.eos_id)
     vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, ends)
     notes = []
@@ -114,30 +112,30 @@ def plan_gguf(source: Source, dtype: str) -> GgufPlan:
     context = min([config.max_position_embeddings, *windows])
     if context < config.max_position_embeddings:
         notes.append(
-            f"a context of {context} tokens, of {config.max_position_embeddings}: within its sliding window, "
-            "which llama.cpp does not know in this family"
+            f"the context is reduced from {config.max_position_embeddings} to {context} tokens, the sliding window, "
+            "which llama.cpp does not support for this family"
         )
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "longrope":
         first = config.rope_scaling.original_max_position_embeddings
         notes.append(
-            f"llama.cpp turns positions by the context that it is started with: "
-            f"up to {counted(first, 'token')} start it with -c {first}"
+            f"llama.cpp scales positions by the context size that it is started with: "
+            f"for up to {counted(first, 'token')} start it with -c {first}"
         )
     return GgufPlan(vocabulary, context, dtype, (*notes, *vocabulary.notes))
 
 
 def _check_family(config: ModelConfig, where: str) -> None:
-    """Raise UserError, naming `where`, unless llama.cpp computes this model as we do."""
+    """Raise UserError, prefixed by `where`, unless llama.cpp computes this model as we do."""
     theirs = ARCHITECTURES.get(config.model_type)
     if theirs is None:
         raise UserError(
-            f"{where}: no GGUF of {config.model_type} is written here, but of {', '.join(ARCHITECTURES)}; "
-            "--format hf, and llama.cpp's convert_hf_to_gguf.py of that folder"
+            f"{where}: GGUF export supports {', '.join(ARCHITECTURES)}, not {config.model_type}; "
+            "use --format hf, then llama.cpp's convert_hf_to_gguf.py"
         )
     name, every, layers = theirs.name, theirs.window_every, range(config.num_hidden_layers)
     for bias in config.layer_shapes().keys() & {*ATTENTION_BIASES, *MLP_BIASES} - {*theirs.biases}:
         kind = "attention_bias" if bias in ATTENTION_BIASES else "mlp_bias"
-        raise UserError(f"{where}: llama.cpp's {name} has no {kind}; --format hf keeps it")
+        raise UserError(f"{where}: llama.cpp's {name} does not support {kind}; --format hf keeps it")
     if theirs.square and config.num_attention_heads * config.head_dim != config.hidden_size:
         raise UserError(
             f"{where}: llama.cpp's {name} expects head_dim {config.hidden_size // config.num_attention_heads}, "
@@ -145,27 +143,27 @@ def _check_family(config: ModelConfig, where: str) -> None:
         )
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type not in theirs.scalings:
-        raise UserError(f"{where}: llama.cpp's {name} has no rope scaling {scaling.rope_type}")
+        raise UserError(f"{where}: llama.cpp's {name} does not support rope scaling {scaling.rope_type}")
     if scaling is not None and (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32.0, 1.0, True):
-        raise UserError(f"{where}: llama.cpp has yarn with beta_fast 32, beta_slow 1 and truncate alone")
+        raise UserError(f"{where}: llama.cpp supports yarn only with beta_fast 32, beta_slow 1 and truncate")
     if every is not None:
         windows = config.layer_windows or (None,) * config.num_hidden_layers
         without = [i for i, window in enumerate(windows) if window is None]
         if (name != "olmo2" or config.layer_windows) and without != [i for i in layers if (i + 1) % every == 0]:
-            raise UserError(f"{where}: llama.cpp's {name} has a window in every layer but each {every}th")
+            raise UserError(f"{where}: llama.cpp's {name} expects a window in all layers but the last of every {every}")
         local = config.sliding_rope
         if (local is None and scaling is not None) or (
             local is not None and (local.scaling or (name == "olmo2" and local.theta != config.rope_theta))
         ):
-            raise UserError(f"{where}: llama.cpp's {name} does not rotate the layers with a window so")
+            raise UserError(f"{where}: llama.cpp's {name} does not support the RoPE of the layers with a window")
     if name == "smollm3" and config.no_rope_layers != tuple(i for i in layers if (i + 1) % 4 == 0):
-        raise UserError(f"{where}: llama.cpp's smollm3 rotates all layers but every 4th alone")
+        raise UserError(f"{where}: llama.cpp's smollm3 expects RoPE in all layers but the last of every 4")
     if name == "gemma2" and None in (config.attention_softcap, config.logits_softcap):
-        raise UserError(f"{where}: llama.cpp's gemma2 has softcaps always")
+        raise UserError(f"{where}: llama.cpp's gemma2 requires softcaps")
     if name == "gemma3" and config.logits_softcap is not None:
-        raise UserError(f"{where}: llama.cpp's gemma3 has no softcaps")
+        raise UserError(f"{where}: llama.cpp's gemma3 does not support softcaps")
     if name in ("gemma2", "gemma3"):
-        largest = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[name]  # 27B, by which llama.cpp knows it
+        largest = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[name]  # llama.cpp recognizes 27B by this
         divisor = config.hidden_size // config.num_attention_heads if largest else config.head_dim
         if config.query_pre_attn_scalar != divisor:
             raise UserError(
@@ -175,14 +173,14 @@ def _check_family(config: ModelConfig, where: str) -> None:
 
 
 def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[float], object]) -> None:
-    """Write the file, whole or not at all; `advance` gets the parameters of each tensor that is done.
+    """Write the file atomically; `advance` is called with the parameter count of each finished tensor.
 
-    Raises UserError for weights that do not fit into the precision.
+    Raises UserError for weights that overflow the precision.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
-    # of vectors float32, and float16 where rows are no multiple of a block, as llama.cpp's converter has them
+    # as in llama.cpp's converter: vectors are float32, matrices whose rows are not a multiple of a block float16
     matrix_kind = GGMLQuantizationType[TYPES[plan.dtype][1]]
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     with atomic_file(path) as handle:
@@ -195,7 +193,7 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
                 shape = tuple(tensor.shape)[::-1] if transposed else tuple(tensor.shape)
                 kind = matrix_kind if shape[-1] % GGML_QUANT_SIZES[matrix_kind][0] == 0 else GGMLQuantizationType.F16
                 kind = kinds[name] = GGMLQuantizationType.F32 if len(shape) == 1 else kind
-                # as gguf.quants gives it: bytes where numpy has no such type
+                # as returned by gguf.quants: bytes for types that numpy lacks
                 stored = shape if kind in plain else quant_shape_to_byte_shape(shape, kind)
                 numpy_type = np.dtype(plain.get(kind, np.uint8))
                 size = int(np.prod(stored)) * numpy_type.itemsize
@@ -210,7 +208,7 @@ def write_gguf(path: str, source: Source, plan: GgufPlan, advance: Callable[[flo
                     check_range(value, torch.float16, f"{source.folder}: {name}")
                 data = quantize(value.numpy(), kinds[name])
                 writer.write_padding(file, file.tell())
-                # not write_tensor_data: on a full disk numpy's tofile loses the last 4 kB in silence
+                # not write_tensor_data: on a full disk numpy's tofile silently loses the last 4 kB
                 file.write(np.ascontiguousarray(data).data)
                 writer.write_padding(file, data.nbytes)
                 advance(value.numel())
@@ -224,7 +222,7 @@ def _add_keys(writer: GGUFWriter, source: Source, plan: GgufPlan) -> None:
     config, words = source.config, plan.tokenizer
     writer.add_type("model")
     name = source.folder.resolve().name
-    # llama.cpp takes a file of this name for Phi-3 itself, and does not load it without its tokens
+    # llama.cpp takes a model with this name for Phi-3 itself, and requires its tokens
     if not re.search("phi-?3", name.lower()) or {"<unk>", "</s>", "<|endoftext|>"} <= {*words.tokens}:
         writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[TYPES[plan.dtype][0]])
@@ -289,13 +287,13 @@ def _add_rope(writer: GGUFWriter, config: ModelConfig) -> None:
         writer.add_rope_scaling_factor(scaling.factor)
     if scaling.rope_type != "linear":
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
-        # by its own llama.cpp multiplies what is stated
+        # llama.cpp multiplies the stored factor by its own
         own = max(1.0, 0.1 * math.log(scaling.factor) + 1.0) if scaling.rope_type == "yarn" else 1.0
         writer.add_rope_scaling_attn_factors(scaling.attention_factor / own)
 
 
 def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:
-    """Map GGUF's name of every tensor of the file to that of the folder, or to divisors of the frequencies."""
+    """Map the GGUF name of every tensor to the folder's tensor, or to computed frequency factors."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     theirs = ARCHITECTURES[config.model_type]
@@ -313,13 +311,13 @@ def gguf_tensors(config: ModelConfig) -> dict[str, StockTensor | Tensor]:
         name = names.get_name(stock.name, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"gguf has no name for {stock.name}"
         tensors[name] = stock
-    if theirs.name == "olmo2" and config.tied_on_disk:  # which has no other way to say that the head is the embedding
+    if theirs.name == "olmo2" and config.tied_on_disk:  # olmo2 cannot mark the head as tied to the embedding
         tensors["output.weight"] = tensors["token_embd.weight"]
     return tensors
 
 
 def read_tensors(config: ModelConfig, tensors: SavedTensors) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, values in float32), one at a time, in the order of `gguf_tensors`."""
+    """Yield (name, float32 values) one at a time, in the order of `gguf_tensors`."""
     for name, stock in gguf_tensors(config).items():
         if isinstance(stock, Tensor):
             yield name, stock

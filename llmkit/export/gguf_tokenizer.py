@@ -1,8 +1,8 @@
-"""A tokenizer in the terms of GGUF: what llama.cpp must be told to cut text into the same tokens.
+"""Convert a tokenizer to GGUF so that llama.cpp tokenizes text in the same way.
 
-llama.cpp knows splits by name, not by their regular expression, and its converter finds the name by a hash of the ids
-of a text: a tokenizer that was trained yesterday has none. Here the split itself is recognised, in tokenizer.json.
-Source: llama.cpp's src/llama-vocab.cpp, `llm_tokenizer_bpe`, and gguf's constants.
+llama.cpp identifies pre-tokenizers by name, not by regular expression. Its converter finds the name by a hash of the
+token ids of a text, which a newly trained tokenizer cannot have; here the split in tokenizer.json is recognized.
+Sources: llama.cpp's src/llama-vocab.cpp, `llm_tokenizer_bpe`, and gguf's constants.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llmkit.tokenizer.templates import chat_format, portable_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h, `llama_token_type`
 
-# llama.cpp's name of each split. That of llama3 is "llama-bpe" where a piece that is a token as a whole needs no
-# merges, as in Llama 3's own tokenizer; "smaug-bpe" is the same expression with merges. o200k is not here: llama.cpp
-# approximates its classes of letters, and cuts words with accents elsewhere.
+# llama.cpp's names of splits. llama3 is "llama-bpe" if pieces that are tokens skip the merges, as in Llama 3's own
+# tokenizer; "smaug-bpe" is the same expression with merges. o200k is missing: llama.cpp approximates its classes of
+# letters, and splits words with accents differently.
 _NAMES = {"qwen2": "qwen2", "gpt2": "gpt-2", "llama3": "smaug-bpe"}
-# what llama.cpp takes for an end whatever the file says
+# llama.cpp always treats these as end tokens
 ENDS_BY_NAME = (
     "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>", "<eos>",
     "<end_of_turn>", "<EOT>",
@@ -34,11 +34,11 @@ ENDS_BY_NAME = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Values of the keys `tokenizer.*` of a GGUF file, and notes where llama.cpp will not do as the folder does.
+    """The values of the keys `tokenizer.*` in a GGUF file, and notes on differences from the folder.
 
-    model   "gpt2", byte-level BPE with `merges`, or "llama", SentencePiece's with `scores`: higher is merged earlier
-    pre     llama.cpp's name of the split
-    ends    tokens that end a generation: eos first, then the turn's end, at most three
+    model   "gpt2": byte-level BPE with `merges`; "llama": SentencePiece BPE with `scores`, highest merged first
+    pre     llama.cpp's name of the pre-tokenizer
+    ends    at most three end tokens: eos first, then the end of a turn
     """
 
     model: str
@@ -57,9 +57,9 @@ class GgufTokenizer:
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> GgufTokenizer:
-    """Return the tokenizer of a model of `vocab_size` tokens that ends a generation at one of `ends`.
+    """Convert the tokenizer of a model with `vocab_size` rows and the end tokens `ends`.
 
-    Raises UserError for one that llama.cpp has no way to follow.
+    Raises UserError if llama.cpp cannot tokenize like it.
     """
     spec, name = tokenizer.content, str(tokenizer.path)
     kind, notes = spec["model"].get("type"), []
@@ -69,30 +69,28 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -
     pre = _check_sentencepiece(spec, name) if pieces else _split_name(spec, name)
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer in ("NFC", "NFKC") and not pieces:
-        notes.append(f"text that is not in form {normalizer} becomes other tokens: llama.cpp does not normalise")
+        notes.append(f"text that is not in {normalizer} is tokenized differently: llama.cpp does not normalize")
     elif normalizer is not None and not pieces:
-        raise UserError(f"{name}: the normalizer {normalizer} has no equal in llama.cpp")
+        raise UserError(f"{name}: llama.cpp does not support the normalizer {normalizer}")
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in spec["model"]["merges"]]
     if not merges:
-        raise UserError(f"{name}: expected a tokenizer with merges, which llama.cpp needs, found none")
+        raise UserError(f"{name}: expected a tokenizer with merges, required by llama.cpp, found none")
     tokens, types = _tokens(spec, vocab_size, pieces)
     if pieces and (lacking := 256 - types.count(BYTE)):
-        notes.append(
-            f"llama.cpp ends with an error at a character that is no token: the vocabulary lacks {lacking} of 256 bytes"
-        )
+        notes.append(f"llama.cpp fails at characters that are not tokens: the vocabulary lacks {lacking} of 256 bytes")
     if len(set(tokens)) < len(tokens):
-        raise UserError(f"{name}: expected every token to be another text, as llama.cpp needs it, found one twice")
+        raise UserError(f"{name}: expected distinct token texts, required by llama.cpp, found one twice")
     own = has_own_template(tokenizer)
     assistant = tokenizer.chat_template is not None and not own and tokenizer.specials.get("<|im_end|>") in ends
-    template = tokenizer.chat_template if own or assistant else None  # a base model has not learnt its template
+    template = tokenizer.chat_template if own or assistant else None  # a base model is not trained on its template
     ordered = sorted(dict.fromkeys(ends), key=lambda end: end != tokenizer.eos_id)
     unnamed = [tokens[end] for end in ordered[3:] if tokens[end] not in ENDS_BY_NAME]
     if unnamed:
-        notes.append(f"llama.cpp will not end at {', '.join(unnamed)}: a file names three tokens")
-    # llama.cpp puts it before conversations as well, where an assistant may never have seen it
+        notes.append(f"llama.cpp will not stop at {', '.join(unnamed)}: a file can name three end tokens")
+    # llama.cpp would also prepend it to conversations, in which an assistant may never have seen it
     add_bos = tokenizer.add_bos and not assistant
-    if add_bos and template is not None:  # only where the template writes it, which llama.cpp then does not do again;
-        # of a template that nobody can ask llama.cpp's converter leaves what the configuration says
+    if add_bos and template is not None:  # only if the template writes it, which llama.cpp then does not repeat; if the
+        # template fails, keep the configured value like llama.cpp's converter
         with suppress(UserError):
             encoded = chat_format(tokenizer).encode([message("user", "Hello")], prompt=True)
             add_bos = bool(encoded.token_ids[0] == tokenizer.bos_id)
@@ -118,10 +116,10 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -
 
 
 def _split_name(spec: dict[str, Any], name: str) -> str:
-    """Return llama.cpp's name for the split of a byte-level tokenizer."""
+    """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer."""
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     if any(step.get("add_prefix_space") for step in steps):
-        raise UserError(f"{name}: add_prefix_space has no equal in llama.cpp")
+        raise UserError(f"{name}: llama.cpp does not support add_prefix_space")
     kinds, split = [step.get("type") for step in steps], None
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         split = "gpt2"
@@ -133,12 +131,12 @@ def _split_name(spec: dict[str, Any], name: str) -> str:
         split = next((key for key in _NAMES if plain and PATTERNS[key].regex == regex), None)
     if split is None:
         raise UserError(
-            f"{name}: expected text to be split as llama.cpp knows it ({', '.join(_NAMES)} of llmkit train-bpe "
-            "--pattern, or starcoder's), found another expression; --format hf needs no such name"
+            f"{name}: expected a pre-tokenizer that llama.cpp supports ({', '.join(_NAMES)} of llmkit train-bpe "
+            "--pattern, or starcoder's), found another expression; use --format hf"
         )
     if spec["model"].get("ignore_merges"):
         if split != "llama3":
-            raise UserError(f"{name}: ignore_merges with the split {split} has no equal in llama.cpp")
+            raise UserError(f"{name}: llama.cpp does not support ignore_merges with the pattern {split}")
         return "llama-bpe"
     return _NAMES.get(split, split)
 
@@ -148,7 +146,7 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _check_sentencepiece(spec: dict[str, Any], name: str) -> str:
-    """Raise UserError unless text is prepared as llama.cpp does it for SentencePiece: a space before it, then marks."""
+    """Raise UserError unless text is prepared as in llama.cpp's SentencePiece: prepend a space, then mark spaces."""
     normal = _steps(spec.get("normalizer"), "normalizers")
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     prepended = [step["type"] for step in normal] == ["Prepend", "Replace"] and not steps
@@ -156,8 +154,8 @@ def _check_sentencepiece(spec: dict[str, Any], name: str) -> str:
         prepended = steps[0].get("prepend_scheme") != "never" and not steps[0].get("split", True)
     if not prepended:
         raise UserError(
-            f"{name}: expected text to be prepared as Llama's SentencePiece tokenizer does it, found another form; "
-            "--format hf needs no such form"
+            f"{name}: expected text to be prepared as by Llama's SentencePiece tokenizer, found another form; "
+            "use --format hf"
         )
     return "default"
 
@@ -166,7 +164,7 @@ def _check_sentencepiece(spec: dict[str, Any], name: str) -> str:
 
 
 def _tokens(spec: dict[str, Any], vocab_size: int, pieces: bool) -> tuple[list[str], list[int]]:
-    """Text and type of every id. Tokens of type CONTROL are found in text only where a program asks for them."""
+    """Return text and type of every id. llama.cpp parses CONTROL tokens in text only on request."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for text, index in spec["model"]["vocab"].items():
@@ -182,7 +180,7 @@ def _tokens(spec: dict[str, Any], vocab_size: int, pieces: bool) -> tuple[list[s
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
-    """SentencePiece merges the neighbours that make the token of the highest score: here, of the earliest merge."""
+    """Return scores for SentencePiece, which merges the pair whose token has the highest score: the earliest merge."""
     rank = {merge.replace(" ", "", 1): order for order, merge in reversed([*enumerate(merges)])}
     lowest = -float(len(merges) + 1)
     return [

@@ -1,6 +1,6 @@
-"""A model folder for other programs: read and checked, and written in another precision or as the adapter alone.
+"""Read and check a model folder, and write it in another precision, or only its adapter.
 
-The model is held once, in its new precision, and of a folder of several files one at a time.
+Memory: the model in its new precision, or one file of it if it has several.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from llmkit.tokenizer.encoding import copy_companions, load_tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-# beside those that our own tokenizers have; what other libraries read, or people
+# files that our tokenizers do not have, for other libraries or for people
 _COPIED = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", GENERATION)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder to be exported, its headers read and checked: `heads` are the scores of a reward model, None for a
-    language model; `stored` is the precision of its matrices."""
+    """A model folder to export, with checked headers.
+
+    heads   number of scores of a reward model; None for a language model
+    stored  precision of the matrices
+    """
 
     folder: Path
     config: ModelConfig
@@ -60,11 +63,11 @@ class Source:
 
 
 def open_source(folder: str) -> Source:
-    """Read the headers of a model folder of any kind. Raises UserError for one that is damaged or of another family."""
+    """Read the headers of a model folder of any kind. Raises UserError if it is damaged or of an unsupported family."""
     config, tensors = load_config(folder), SavedTensors(folder)
     heads = None
     if SCORE in tensors.where:
-        config = replace(config, tie_word_embeddings=True)  # no head for words
+        config = replace(config, tie_word_embeddings=True)  # no language-model head
         heads = tensors.rows(SCORE, "a reward model")
     tensors.check(config, {} if heads is None else {SCORE: (heads, config.hidden_size)})
     matrix = next(name for name, shape in stock_shapes(config).items() if len(shape) == 2)
@@ -72,13 +75,13 @@ def open_source(folder: str) -> Source:
 
 
 def narrowed(value: Tensor, dtype: str, where: str) -> Tensor:
-    """Return a tensor in that precision. Raises UserError for numbers that would become infinite."""
+    """Convert a tensor. Raises UserError for values that would overflow."""
     check_range(value, DTYPES[dtype], where)
     return value.to(DTYPES[dtype]).contiguous()
 
 
 def check_range(value: Tensor, dtype: torch.dtype, where: str) -> None:
-    """Raise UserError for numbers that would become infinite."""
+    """Raise UserError for values that would overflow."""
     largest = torch.finfo(dtype).max
     if value.is_floating_point() and value.numel() and bool((value.abs() > largest).any()):
         name = str(dtype).removeprefix("torch.")
@@ -99,12 +102,12 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def write_folder(
     work: Path, source: Source, dtype: str, max_shard_size: int, advance: Callable[[float], object]
 ) -> None:
-    """Write the model folder in another precision or in other shards, with what stands beside its weights.
+    """Write the model folder in another precision or with other shards, and the files next to its weights.
 
-    Settings of the rotation in the form of transformers 4 stand in that of 5, too.
+    RoPE settings in the format of transformers 4 are also written in that of transformers 5.
     """
     values = read_object(source.folder / CONFIG)
-    if values.get("model_type") != source.config.model_type:  # a model that reads pictures, of which this is the text's
+    if values.get("model_type") != source.config.model_type:  # the text model of a vision-language model
         values = source.config.to_hf()
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     if rope := source.config.to_hf().get("rope_parameters"):
@@ -125,7 +128,7 @@ def write_folder(
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in PEFT's form, in a folder within the model's; `notes` say what its reader must do."""
+    """An adapter in PEFT's format, in a subfolder of the model's; `notes` are instructions for using it."""
 
     folder: Path
     config: dict[str, Any]
@@ -138,16 +141,16 @@ class Adapter:
 
 
 def open_adapter(folder: str) -> Adapter:
-    """The adapter that `llmkit sft --keep-adapter` kept in a folder.
+    """Read the adapter that `llmkit sft --keep-adapter` kept in a folder.
 
-    Raises UserError where there is none, and where it lacks rows that the model has and the base has not.
+    Raises UserError if there is none, or if it lacks embedding rows that the base model lacks too.
     """
     adapter = Path(folder) / ADAPTER
     check_no_adapter(folder)
     if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder}: expected {ADAPTER}/{ADAPTER_CONFIG} and {ADAPTER}/{ADAPTER_WEIGHTS}, found no adapter; "
-            "llmkit sft --lora-rank 16 --keep-adapter keeps one, --format hf exports the whole model"
+            "llmkit sft --lora-rank 16 --keep-adapter keeps one, --format hf exports the complete model"
         )
     config = read_object(adapter / ADAPTER_CONFIG)
     check_file(adapter / ADAPTER_WEIGHTS)
@@ -160,17 +163,17 @@ def open_adapter(folder: str) -> Adapter:
     if os.path.isfile(f"{base}/{CONFIG}"):
         known, tokens = load_config(base, "auto").vocab_size, load_tokenizer(folder).vocab_size
         rows = config.get("trainable_token_indices") or {}
-        if isinstance(rows, dict):  # by the name of the embedding, which families call otherwise, and the head's
+        if isinstance(rows, dict):  # by name of the embedding, which depends on the family, and of the head
             rows = next((ids for name, ids in rows.items() if name != "lm_head"), ())
         if not {*range(known, tokens)} <= {*rows}:
             raise UserError(
-                f"{folder}: its base {base} has {known} tokens and it has {tokens}, whose rows the adapter does not "
-                "hold; --format hf exports the whole model"
+                f"{folder}: has {tokens} tokens, its base {base} {known}, and the adapter lacks the other rows; "
+                "--format hf exports the complete model"
             )
         if known < tokens:
             notes = (
-                f"the base has {known} rows and the adapter speaks of {tokens} tokens: AutoPeftModelForCausalLM makes "
-                f"room by itself, elsewhere model.resize_token_embeddings({tokens}) comes before PeftModel",
+                f"the base has {known} rows and the adapter {tokens} tokens: AutoPeftModelForCausalLM resizes the "
+                f"embedding itself, otherwise call model.resize_token_embeddings({tokens}) before PeftModel",
             )
     try:
         return Adapter(adapter, config, load_file(adapter / ADAPTER_WEIGHTS), notes)
@@ -179,7 +182,7 @@ def open_adapter(folder: str) -> Adapter:
 
 
 def write_adapter(work: Path, adapter: Adapter, dtype: str) -> None:
-    """Write the adapter as PEFT reads it, with the tokenizer beside it."""
+    """Write the adapter in PEFT's format, with the tokenizer next to it."""
     _copy_tokenizer(adapter.folder.parent, work)
     tensors = {name: narrowed(value, dtype, f"{adapter.folder}: {name}") for name, value in adapter.tensors.items()}
     write_json(work / ADAPTER_CONFIG, adapter.config)

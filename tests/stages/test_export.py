@@ -137,7 +137,7 @@ def test_scaled_frequencies_and_windows(tmp_path: Path, capsys) -> None:
     assert found == ["yarn", 4.0, 128] and abs(stated["qwen3.rope.scaling.attn_factor"] - 1) < 1e-6
     folder = save_assistant(tmp_path / "window", **FAMILIES["mistral"], layer_windows=(128, 128))
     assert keys(written(folder, tmp_path / "window.gguf"))["llama.context_length"] == 128
-    assert "a context of 128 tokens, of 512: within its sliding window" in capsys.readouterr().err
+    assert "the context is reduced from 512 to 128 tokens, the sliding window" in capsys.readouterr().err
 
 
 # ---- gguf: the tokenizer
@@ -227,13 +227,13 @@ def step(content: dict, number: int) -> dict:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: step(t, 0).update(pattern={"Regex": r"\w+|\W+"}), "expected text to be split as llama.cpp"),
-        (lambda t: step(t, 0).update(invert=True), "expected text to be split as llama.cpp"),
+        (lambda t: step(t, 0).update(pattern={"Regex": r"\w+|\W+"}), "expected a pre-tokenizer that llama.cpp"),
+        (lambda t: step(t, 0).update(invert=True), "expected a pre-tokenizer that llama.cpp"),
         (lambda t: step(t, 1).update(add_prefix_space=True), "add_prefix_space"),
         (lambda t: t.update(normalizer={"type": "Lowercase"}), "the normalizer Lowercase"),
-        (lambda t: t["model"].update(ignore_merges=True), "ignore_merges with the split qwen2"),
+        (lambda t: t["model"].update(ignore_merges=True), "ignore_merges with the pattern qwen2"),
         (lambda t: t["model"].update(merges=[]), "expected a tokenizer with merges"),
-        (lambda t: t["model"].update(byte_fallback=True), "prepared as Llama's SentencePiece"),
+        (lambda t: t["model"].update(byte_fallback=True), "prepared as by Llama's SentencePiece"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_llama_cpp_would_not_follow_is_refused(tmp_path: Path, change, words: str) -> None:
@@ -388,18 +388,18 @@ def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words:
 
 def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) -> None:
     o200k = save_assistant(tmp_path / "o200k", "o200k")
-    assert "expected text to be split as llama.cpp" in refused(o200k, tmp_path / "m.gguf")
+    assert "expected a pre-tokenizer that llama.cpp" in refused(o200k, tmp_path / "m.gguf")
     assert "is the model folder itself" in refused(o200k, o200k, format="hf", force=True)
     biased = save_assistant(tmp_path / "biased", attention_bias=True, attention_out_bias=True)
-    assert "llama.cpp's qwen3 has no attention_bias; --format hf keeps it" in refused(biased, tmp_path / "m.gguf")
+    assert "qwen3 does not support attention_bias; --format hf keeps it" in refused(biased, tmp_path / "m.gguf")
     wide = save_assistant(tmp_path / "wide", **FAMILIES["qwen2"], head_dim=24)
     assert "llama.cpp's qwen2 expects head_dim 16, found 24" in refused(wide, tmp_path / "m.gguf")
     for name, change, message in (
         ("gemma3", {"query_pre_attn_scalar": 24.0}, "gemma3 expects query_pre_attn_scalar 16, found 24.0"),
-        ("gemma3", {"layer_windows": (64, None) * 3 + (64,)}, "gemma3 has a window in every layer but each 6th"),
-        ("olmo3", {"sliding_rope": None}, "olmo2 does not rotate the layers with a window so"),
-        ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "phi3 has no rope scaling linear"),
-        ("smollm3", {"no_rope_layers": (1,)}, "smollm3 rotates all layers but every 4th alone"),
+        ("gemma3", {"layer_windows": (64, None) * 3 + (64,)}, "gemma3 expects a window in all layers but the last"),
+        ("olmo3", {"sliding_rope": None}, "olmo2 does not support the RoPE of the layers with a window"),
+        ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "phi3 does not support rope scaling linear"),
+        ("smollm3", {"no_rope_layers": (1,)}, "smollm3 expects RoPE in all layers but the last of every 4"),
     ):
         other = save_assistant(tmp_path / f"{name}{len(message)}", **FAMILIES[name] | change)
         assert f"llama.cpp's {message}" in refused(other, tmp_path / "m.gguf")
