@@ -1,4 +1,4 @@
-"""Conversations: every format that `sft` accepts, turned into one.
+"""Conversations: read every format that `sft` accepts as messages.
 
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}   messages
     {"prompt": "2 + 2?", "completion": "4"}                     also "response"; either may be a list of messages
@@ -6,11 +6,11 @@
     {"conversations": [{"from": "human", "value": "2 + 2?"}]}   ShareGPT
     {"text": "Once upon a time ..."}                            plain text, all of it trained on
 
-A message's content is a string or a list of parts, {"type": "text", "text": ...}. What the assistant writes to a tool
-is a part of type `calc`, `python` or `search`, a call of any other function one of type `tool_call`, what the tool
-answers one of type `result`; OpenAI's `tool_calls` and messages of role `tool` become such parts. An assistant
-that calls a tool, reads its result and goes on is one turn. Neighbours of the same role are merged, with a blank line
-between. Other names of the fields stand in io/records.py, and what they mean in docs/records.md.
+A message's content is a string or a list of parts, {"type": "text", "text": ...}. A call of a built-in tool is a part
+of type `calc`, `python` or `search`, a call of another function one of type `tool_call`, and a tool's answer one of
+type `result`; OpenAI's `tool_calls` and messages of role `tool` become such parts. A tool call, its result and the text
+after it are one turn of the assistant. Consecutive messages of the same role are merged, with a blank line in between.
+Other names of the fields are listed in io/records.py and explained in docs/records.md.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ from llmkit.io.records import (
     not_used,
 )
 
-EMPTY = "empty answers, learnt as such"  # counted with what of a record is lost
+EMPTY = "empty answers, trained as such"  # counted with the unused parts of a record
 TOOLS = ("calc", "python", "search")
-TOOL_FIELDS = ("tools", "functions")  # of a record: what may be called
+TOOL_FIELDS = ("tools", "functions")  # fields of a record that list callable functions
 CALL, RESULT = "tool_call", "result"
-REASONING = ("reasoning", "thinking")  # parts of a message, too
+REASONING = ("reasoning", "thinking")  # types of parts
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
-    "function_call": "function_call",  # ShareGPT's: the assistant's, its value a call in JSON
+    "function_call": "function_call",  # ShareGPT's: a message of the assistant whose value is a call in JSON
 }
-ARGUMENT = {"calc": "expression", "python": "code", "search": "query"}  # of a tool, where a call names it
+ARGUMENT = {"calc": "expression", "python": "code", "search": "query"}  # name of each tool's argument
 TOOL_OF_FUNCTION = {"calc": "calc", "calculator": "calc", "python": "python", "search": "search"}
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
-ANSWERED_BY = {"instruction": ("output", *(name for name in ANSWERS if name != "output"))}  # else ANSWERS, in order
-REJECTED = ("false", "0", "0.0", "no", "bad", "undesirable")  # a label of KTO's, and the other ones
+ANSWERED_BY = {"instruction": ("output", *(name for name in ANSWERS if name != "output"))}  # others: ANSWERS
+REJECTED = ("false", "0", "0.0", "no", "bad", "undesirable")  # labels, as in data for KTO
 ACCEPTED = ("true", "1", "1.0", "yes", "good", "desirable")
-VERDICTS = ("label", "kto_tag")  # fields of such labels
+VERDICTS = ("label", "kto_tag")  # fields with these labels
 
 
-Definitions = Sequence[dict[str, Any]]  # of functions, JSON schemas
+Definitions = Sequence[dict[str, Any]]  # JSON schemas of functions
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a message.
+    """A part of a message.
 
-    kind  "text"; a tool of TOOLS, called with `text`; "tool_call", of any other function, as {"name", "arguments"} in
-          JSON; or "result", what a tool answered
+    kind  "text"; a tool of TOOLS, called with `text`; "tool_call", a call of another function as {"name", "arguments"}
+          in JSON; or "result", the answer of a tool
     """
 
     kind: str
@@ -74,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Message of one side: `role` is "system", "user" or "assistant"; `weight` 0 keeps it out of the loss."""
+    """A message: `role` is "system", "user" or "assistant"; `weight` 0 excludes it from the loss."""
 
     role: str
     parts: tuple[Part, ...]
@@ -88,11 +88,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, or the `document` of a record of plain text.
+    """Messages, or the `document` of a plain-text record.
 
-    where     its place in a file
-    rejected  whether its record calls the answer a bad one
-    losses    what of its record is not in the messages as it was meant, to be counted
+    where     FILE:LINE
+    rejected  True if the record's label rejects the answer
+    losses    parts of the record that are unused or used otherwise than intended, to be counted
     tools     JSON schemas of the functions that the assistant may call
     """
 
@@ -105,12 +105,12 @@ class Conversation:
 
     @property
     def said(self) -> str:
-        """Text without the system message, which many have in common."""
+        """Text without the system message, which many conversations share."""
         return said_in(self.messages) if self.document is None else self.document
 
 
 def with_system(conversation: Conversation, text: str | None) -> Conversation:
-    """Put a system message before a conversation that has none."""
+    """Add a system message to a conversation that has none."""
     messages = conversation.messages
     if text is None or conversation.document is not None or messages[0].role == "system":
         return conversation
@@ -118,17 +118,17 @@ def with_system(conversation: Conversation, text: str | None) -> Conversation:
 
 
 def said_in(messages: Sequence[Message]) -> str:
-    """Join the texts of messages that are not the system's."""
+    """Join the texts of all messages except system messages."""
     return "\n".join(message.text for message in messages if message.role != "system")
 
 
 def message(role: str, text: str, weight: int = 1) -> Message:
-    """Make a message of one text."""
+    """Make a message from a text."""
     return Message(role, (Part("text", text),), weight)
 
 
 def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Write messages as JSON, in the form that chat templates read."""
+    """Convert messages to JSON, in the form that chat templates expect."""
     entries = []
     for message in messages:
         parts = [{"type": part.kind, "text": part.text} for part in message.parts]
@@ -139,7 +139,7 @@ def as_record(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class RecordPrompt:
-    """The prompt of a record: `entries` of role and content, from the field `name` and those `used` beside it."""
+    """The prompt of a record: `entries` of role and content, from the field `name`; `used` lists all its fields."""
 
     name: str
     entries: list[dict[str, Any]]
@@ -148,9 +148,9 @@ class RecordPrompt:
 
 @placed
 def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None:
-    """Read the prompt of a record from the first of some fields, after system message and history; None without one.
+    """Read the prompt of a record, with system message and history, from the first of `fields`; None if there is none.
 
-    Raises UserError that names the place and what was expected.
+    Raise UserError with file, line and what was expected.
     """
     value = row.value
     name = first_of(value, fields) or ("data" if _are_turns(value.get("data")) else None)
@@ -173,7 +173,7 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
             elif isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
                 earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
             else:
-                raise UserError(f"expected 'history' to be a list of pairs of texts, found {kind_of(history)}")
+                raise UserError(f"expected 'history' to be a list of pairs of strings, found {kind_of(history)}")
         entries = [*earlier, *entries]
         used.append("history")
     system = next((field for field in SYSTEM if value.get(field)), None)
@@ -185,7 +185,7 @@ def find_prompt(row: Row, fields: Sequence[str] = ASKING) -> RecordPrompt | None
 
 @placed
 def read_conversation(row: Row) -> Conversation:
-    """Read the conversation in a record of any format. Raises UserError that names the place and what was expected."""
+    """Read a conversation from a record of any format. Raise UserError with file, line and what was expected."""
     value = row.value
     prompt = find_prompt(row)
     answered_by = ANSWERED_BY.get(prompt.name if prompt is not None else "", ANSWERS)
@@ -200,11 +200,11 @@ def read_conversation(row: Row) -> Conversation:
     entries, used = prompt.entries, [*prompt.used]
     if prompt.name not in CONVERSATIONS:
         if answer is None:
-            raise UserError(f"expected field {answered_by[0]!r} beside {prompt.name!r}, found {fields_of(value)}")
+            raise UserError(f"expected field {answered_by[0]!r} with {prompt.name!r}, found {fields_of(value)}")
         reply = chosen(value, answer)
         turns = reply if isinstance(reply, list) else [None]
         are_messages = all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
-        may_be_right = answer in ("answer", "answers", "target", "continuation", "output")  # a number, or right answers
+        may_be_right = answer in ("answer", "answers", "target", "continuation", "output")  # a number, or alternatives
         if may_be_right and not are_messages and not isinstance(reply, str):
             reply = answers_of(reply, answer)[0]
         answering = entries_of(answer, reply, "assistant")
@@ -223,9 +223,9 @@ def read_conversation(row: Row) -> Conversation:
 
 
 def definitions_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    """Read the functions that a record offers: a list of JSON schemas, perhaps in a string; None for anything else.
+    """Read the functions of a record: a list of JSON schemas, or a JSON string of one; None for anything else.
 
-    A schema without OpenAI's {"type", "function"} about it gets that, which some templates ask for.
+    Schemas are wrapped in OpenAI's {"type", "function"} if necessary, which some templates require.
     """
     tools = value.get(first_of(value, TOOL_FIELDS) or "")
     if isinstance(tools, str):
@@ -242,9 +242,9 @@ def definitions_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
 
 
 def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
-    """Return entries of role and content from field `name`: text said by `role`, or a list of messages.
+    """Return entries of role and content from the field `name`: a text of `role`, or a list of messages.
 
-    Raises UserError for other values.
+    Raise UserError for other values.
     """
     if isinstance(value, str) and name not in CONVERSATIONS:
         return [{"role": role, "content": value}]
@@ -260,12 +260,12 @@ def entries_of(name: str, value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def _are_turns(value: Any) -> bool:
-    """True for a list of texts, said by user and assistant in turn, as in UltraChat and LIMA."""
+    """Return True for a list of texts by user and assistant in turn, as in UltraChat and LIMA."""
     return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
 
 
 def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Tell if a record's label rejects its answer, as in data for KTO; name an unclear label."""
+    """Return whether a record's label rejects its answer, as in data for KTO, and a loss for an unclear label."""
     for name in VERDICTS:
         label = value.get(name)
         text = str(label).strip().lower()
@@ -277,7 +277,7 @@ def _label(value: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _named(entry: dict[str, Any]) -> dict[str, Any]:
-    """Name role and content of an entry that has ShareGPT's from and value."""
+    """Rename ShareGPT's "from" and "value" of an entry to role and content."""
     if "role" in entry and "content" in entry:
         return entry
     role, content = first_of(entry, ("role", "from")), first_of(entry, ("content", "value"))
@@ -294,9 +294,9 @@ def _role(entry: dict[str, Any]) -> str | None:
 
 @placed
 def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | None = None) -> tuple[Message, ...]:
-    """Read messages from a record's entries of role and content; add what of them is not used to `lost`.
+    """Read messages from a record's entries of role and content; add their unused parts to `lost`.
 
-    A tool's results, and what follows them, join the assistant's turn. Raises UserError as `read_conversation` does.
+    A tool's results and the text after them join the assistant's turn. Raise UserError as `read_conversation` does.
     """
     if not entries:
         raise UserError("expected at least one message, found none")
@@ -312,11 +312,11 @@ def read_messages(row: Row, entries: list[dict[str, Any]], lost: list[str] | Non
         for part in parts:
             _check_unicode(part.text)
         if role != "assistant":
-            losses += (f"{name!r} of others than the assistant not used" for name in THOUGHTS if entry.get(name))
-        if role in ("system", "user", "assistant") and entry.get("name"):  # a speaker's, which no template shows
+            losses += (f"{name!r} of another role than assistant not used" for name in THOUGHTS if entry.get(name))
+        if role in ("system", "user", "assistant") and entry.get("name"):  # a speaker's name, which no template shows
             losses.append("'name' of a message not used")
         if role == "tool" and (not messages or messages[-1].role != "assistant"):
-            raise UserError("a tool's result that no assistant asked for; put it after the call")
+            raise UserError("a tool's result without a call before it; put it after the call")
         if role == "tool" or (after_result and role in ("assistant", "function_call")):
             _extend(messages, parts)
         else:
@@ -341,7 +341,7 @@ def _extend(messages: list[Message], parts: tuple[Part, ...]) -> None:
 
 
 def _joined(parts: list[Part]) -> tuple[Part, ...]:
-    """Join neighbouring texts, and leave empty ones out."""
+    """Join consecutive texts and drop empty ones."""
     joined: list[Part] = []
     for part in parts:
         if part.kind == "text" and joined and joined[-1].kind == "text":
@@ -355,7 +355,7 @@ def _parts(entry: dict[str, Any], role: str) -> tuple[Part, ...]:
     content, calls = entry.get("content"), entry.get("tool_calls") or []
     if role == "function_call":
         return (_call(content),)
-    if entry.get("function_call") and not calls:  # what OpenAI called it before there could be several
+    if entry.get("function_call") and not calls:  # OpenAI's former name for a single call
         calls = [entry["function_call"]]
     if content is None and role == "assistant":
         content = entry.get("refusal")
@@ -387,22 +387,22 @@ def _part(part: Any, role: str) -> Part:
     if kind == CALL and role == "assistant":
         return _call(text)
     if kind in (*TOOLS, RESULT) and role != "assistant":
-        raise UserError(f"expected a part of type {kind!r} in an assistant's message only, found one in {role}'s")
+        raise UserError(f"expected parts of type {kind!r} only in assistant messages, found one in {role}'s")
     if kind not in ("text", "input_text", "output_text", *REASONING, *TOOLS, RESULT) or not isinstance(text, str):
         instead = f"type {kind!r}" if isinstance(part, dict) else kind_of(part)
-        raise UserError(f"expected content of text, found {instead}")
+        raise UserError(f"expected text content, found {instead}")
     if kind in REASONING:
         return Part("text", _thought(text))
     return Part(kind if kind in (*TOOLS, RESULT) else "text", text)
 
 
 def _thought(text: str) -> str:
-    """Write a thought before an answer, as the templates of Qwen and DeepSeek do."""
+    """Format a thought before an answer, as the templates of Qwen and DeepSeek do."""
     return f"<think>\n{text}\n</think>\n\n" if (text := text.strip("\n")) else ""
 
 
 def _call(call: Any) -> Part:
-    """Read a call {"name", "arguments"}: of a tool of ours with its only argument, of another function in JSON."""
+    """Read a call {"name", "arguments"}: for a built-in tool its only argument, for another function JSON."""
     if isinstance(call, str):
         try:
             call = json.loads(call)
@@ -433,4 +433,4 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError("a lone surrogate in the text, which is no character; fix or remove the record") from None
+        raise UserError("a lone surrogate in the text, invalid in UTF-8; fix or remove the record") from None

@@ -1,14 +1,14 @@
-"""Preferences: every format that `train-reward` accepts, turned into one comparison of answers to a prompt.
+"""Preferences: read every format that `train-reward` accepts as a comparison of answers to a prompt.
 
     {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "margin": 1.0}     strings, messages, or lists of messages
-    {"chosen": [...], "rejected": [...]}                        conversations; the prompt is what they begin with
+    {"chosen": [...], "rejected": [...]}                        conversations; the prompt is their common prefix
     {"chosen": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4", "rejected": ...}      transcripts, as in hh-rlhf
-    {"chosen": "The sky is blue.", "rejected": "The sky is green."}     texts; the prompt is the words they begin with
+    {"chosen": "The sky is blue.", "rejected": "The sky is green."}     texts; the prompt is their common prefix
     {"prompt": ..., "completions": [...], "ranking": [1, 3, 2]}   a rank for each, 1 the best; equal ranks are ties
     {"conversations": [...], "chosen": ..., "rejected": ...}    ShareGPT's; also "instruction" (and "input")
-    {"prompt": ..., "completion": ..., "label": true}   KTO's, and any conversation with a label: not for a judge
+    {"prompt": ..., "completion": ..., "label": true}   KTO's, and any conversation with a label: not for train-reward
 
-Ranks say only which is better: 1, 2, 3 and 1, 5, 9 are the same.
+Only the order of ranks matters: 1, 2, 3 and 1, 5, 9 are the same.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from llmkit.io.records import (
 )
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
-WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # where the last whole word of a text ends
-STATED = ("prompt", "conversations", "question", "problem", "query", "instruction")  # messages hold the answer, too
-LARGEST_MARGIN = 10_000  # between scores; beyond it the loss is no number that training could lower
+WORD_END = re.compile(r"(?<=\S)\s+\S*\Z")  # end of the last complete word of a text
+STATED = ("prompt", "conversations", "question", "problem", "query", "instruction")  # `messages` includes the answer
+LARGEST_MARGIN = 10_000  # between scores; the loss of larger ones cannot be minimized
 SIDES = ("chosen", "rejected")
 Messages = tuple[Message, ...]
 EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
@@ -57,12 +57,12 @@ EXPECTED = "'chosen' and 'rejected', or 'completions' and 'ranking'"
 class Comparison:
     """Answers to a prompt and their ranks.
 
-    prompt      what all answers follow
+    prompt      shared by all answers
     candidates  the answers, two or more
-    ranks       of each, from 1, the best
-    margin      by how much the score of the better of two should lie above the other's, at least
-    where       its place in a file
-    losses      what of its record is not used
+    ranks       rank of each candidate, 1 the best
+    margin      smallest difference between the score of the better and the worse answer
+    where       FILE:LINE
+    losses      unused parts of the record
     """
 
     prompt: Messages
@@ -80,10 +80,10 @@ class Comparison:
 
 @placed
 def read_comparison(row: Row) -> Comparison | str:
-    """Read the comparison in a record, or why there is nothing to learn from it. Raises UserError that names it."""
+    """Read the comparison in a record, or the reason why it teaches nothing. Raise UserError with file and line."""
     value = row.value
     renamed = {CHOSEN.get(name, name): content for name, content in value.items()}
-    if len(renamed) == len(value):  # of StackExchange's pairs; else a record has both, and ours are used
+    if len(renamed) == len(value):  # StackExchange's names; if a record has both, ours are used
         value, row = renamed, replace(row, value=renamed)
     if value.get("completions") is not None:
         comparison = _ranked(row)
@@ -98,7 +98,7 @@ def read_comparison(row: Row) -> Comparison | str:
 
 @placed
 def read_verdict(row: Row) -> Comparison | str:
-    """Read a comparison, or one answer with a `label`, of rank 1 if it is desirable and 2 if not. Raises UserError."""
+    """Read a comparison, or one answer with a `label` as rank 1 (desirable) or 2. Raise UserError."""
     value = row.value
     if not any(value.get(name) is not None for name in VERDICTS) or {"chosen", "rejected", "ranking"} & value.keys():
         if not value.keys() & {*COMPARED}:
@@ -110,14 +110,14 @@ def read_verdict(row: Row) -> Comparison | str:
     messages = conversation.messages
     start = max((number for number, turn in enumerate(messages, 1) if turn.role != "assistant"), default=0)
     if start == len(messages):
-        raise UserError("expected an answer of the assistant's, found a conversation that ends with another turn")
+        raise UserError("expected an answer of the assistant, found a conversation that ends with another role")
     ranks = (2 if conversation.rejected else 1,)
     return Comparison(messages[:start], (messages[start:],), ranks, 0.0, row.where, conversation.losses)
 
 
 @placed
 def read_prompt(row: Row, lost: list[str] | None = None) -> Messages:
-    """Read the prompt of a record: `messages`, a `prompt` of text or messages, or what else asks. Raises UserError."""
+    """Read the prompt of a record: `messages`, a `prompt` of text or messages, or another field. Raise UserError."""
     prompt = find_prompt(row, PROMPT_FIRST)
     if prompt is None:
         raise UserError(f"expected field 'prompt' or 'messages', found {fields_of(row.value)}")
@@ -126,7 +126,7 @@ def read_prompt(row: Row, lost: list[str] | None = None) -> Messages:
 
 @placed
 def read_answers(row: Row) -> list[Messages]:
-    """Read the answer of a record, `completion` or `response`, or all its `completions`. Raises UserError."""
+    """Read the answer of a record, such as `completion`, or all its `completions`. Raise UserError."""
     if row.value.get("completions") is not None:
         return _completions(row)
     name = first_of(row.value, ANSWERS)
@@ -158,15 +158,15 @@ def _pair(row: Row) -> Comparison:
 
 
 def _split(row: Row, lost: list[str]) -> tuple[Messages, list[Messages], tuple[str, ...]]:
-    """Split two sides into the prompt that both begin with and the answers; name the fields used beside them."""
+    """Split two sides into their common prompt and the answers; also return the other fields used."""
     value = row.value
     name = next((name for name in SYSTEM if value.get(name)), None)
     system = () if name is None else _messages(row, name, value[name], "system")
     used = SYSTEM if system else ()
     texts = [value[name] for name in SIDES]
     if all(isinstance(text, str) and not TURN.search(text) for text in texts):
-        # as TRL's implicit prompt, up to a word that both have
-        end = WORD_END.search(commonprefix(texts))  # noqa: RUF071  (of characters, as it should be)
+        # like TRL's implicit prompt, up to the last common word
+        end = WORD_END.search(commonprefix(texts))  # noqa: RUF071  (of characters, as intended)
         if end:
             prompt = (*system, *_messages(row, "prompt", texts[0][: end.start()], "user"))
             return prompt, [_messages(row, "chosen", text[end.start() :], "assistant") for text in texts], used
@@ -185,7 +185,7 @@ def _split(row: Row, lost: list[str]) -> tuple[Messages, list[Messages], tuple[s
     if first != second:
         for name, side in zip(SIDES, sides, strict=True):
             if not side:
-                raise UserError(f"expected an answer of its own in {name!r}, found only the prompt")
+                raise UserError(f"expected an answer in {name!r}, found only the prompt")
         if any(side[0].role != "assistant" for side in sides):
             raise UserError("expected 'chosen' and 'rejected' to begin with the same prompt; they differ")
     return prompt if prompt and prompt[0].role == "system" else (*system, *prompt), sides, used
@@ -197,10 +197,11 @@ def _ranked(row: Row) -> Comparison:
     ranking = row.value.get("ranking")
     if not isinstance(ranking, list) or len(ranking) != len(candidates):
         got = counted(len(ranking), "number") if isinstance(ranking, list) else kind_of(ranking)
-        raise UserError(f"expected 'ranking' to be {counted(len(candidates), 'rank')}, one a completion, found {got}")
+        wanted = f"{counted(len(candidates), 'rank')}, one per completion"
+        raise UserError(f"expected 'ranking' to be {wanted}, found {got}")
     for rank in ranking:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-            raise UserError(f"expected 'ranking' to hold numbers, 1 the best, found {rank!r}")
+            raise UserError(f"expected 'ranking' to be a list of numbers, 1 the best, found {rank!r}")
     levels = sorted(set(ranking))
     ranks = tuple(levels.index(rank) + 1 for rank in ranking)
     stated = find_prompt(row, PROMPT_FIRST)
@@ -220,16 +221,14 @@ def _transcript(row: Row, name: str, text: str) -> Messages:
     """Read the turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     begin, *turns = TURN.split(text)
     if begin.strip() or not turns:
-        raise UserError(
-            f"expected 'prompt' beside {name!r}, or {name!r} to begin with '\\n\\nHuman:', found {text[:30]!r}"
-        )
-    pairs = zip(turns[::2], turns[1::2], strict=True)  # Human is a role, too
+        raise UserError(f"expected field 'prompt', or {name!r} to begin with '\\n\\nHuman:', found {text[:30]!r}")
+    pairs = zip(turns[::2], turns[1::2], strict=True)  # "Human" is in ROLES
     return read_messages(row, [{"role": speaker, "content": turn.strip()} for speaker, turn in pairs])
 
 
 def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None = None) -> Messages:
     messages = read_messages(row, entries_of(name, [value] if isinstance(value, dict) else value, role), lost)
-    loss = "'weight' of a message not used"  # what is compared is compared whole
+    loss = "'weight' of a message not used"  # answers are compared completely
     unlearnt = any(turn.weight == 0 and turn.role == "assistant" for turn in messages)
     if unlearnt and lost is not None and loss not in lost:
         lost.append(loss)
@@ -237,10 +236,10 @@ def _messages(row: Row, name: str, value: Any, role: str, lost: list[str] | None
 
 
 def _after(side: Messages, prompt: Messages, name: str) -> Messages:
-    """Take the prompt, which a side may repeat, from its beginning."""
+    """Remove the prompt from the beginning of a side, which may repeat it."""
     if side and side[0].role == "assistant":
         return side
-    if prompt[0].role == "system" and side[0].role != "system":  # that of the record, which the side does not repeat
+    if prompt[0].role == "system" and side[0].role != "system":  # a side may omit the record's system message
         prompt = prompt[1:]
     if side[: len(prompt)] != prompt:
         raise UserError(f"expected {name!r} to be an answer, or to begin with the prompt; it does neither")

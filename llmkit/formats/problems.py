@@ -1,17 +1,17 @@
-"""Problems to train on by trying: every format that `rl` accepts, turned into one.
+"""Problems for reinforcement learning: read every format that `rl` accepts as one.
 
     {"prompt": "2 + 2?", "answer": "4"}                         prompt: also question, problem, query, context, input,
-                                                                sQuestion; or messages, ShareGPT's, too
-    {"instruction": "Add.", "input": "2 + 2", "output": "4"}    Alpaca's, asked as sft trains on it
-    {"question": "...", "answer": "2 + 2 = 4.\\n#### 4"}         GSM8K's: the answer stands after the last ####
-    {"problem": "...", "solution": "... \\\\boxed{4}"}            MATH's: the answer is what is boxed last
-    {"question": "...", "options": ["A)3", "B)4"], "correct": "B"}          a choice; the options follow the question
-    {"query": "...", "choices": ["3", "4"], "gold": 1}          the same, right by its place, from 0; also "answer"
+                                                                sQuestion; or messages, also ShareGPT's
+    {"instruction": "Add.", "input": "2 + 2", "output": "4"}    Alpaca's, with the prompt that sft trains on
+    {"question": "...", "answer": "2 + 2 = 4.\\n#### 4"}         GSM8K's: the answer follows the last ####
+    {"problem": "...", "solution": "... \\\\boxed{4}"}            MATH's: the answer is the last boxed expression
+    {"question": "...", "options": ["A)3", "B)4"], "correct": "B"}          multiple choice; options are appended
+    {"query": "...", "choices": ["3", "4"], "gold": 1}          the same, with an index from 0; also "answer"
     {"sQuestion": "...", "lSolutions": [4.0]}                   word problems with their solutions
     {"task_id", "prompt", "test", "entry_point"}                HumanEval's: code that is tested
 
-The answer is `answer`, answers, solution, target, continuation, correct or lSolutions, the first that there is; of a
-list each is right. `verifier` names how it is to be judged. All else passes through.
+The answer is the first field present of answer, answers, solution, target, continuation, correct and lSolutions; each
+item of a list is correct. `verifier` names the verifier to use. Other fields pass through.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Problem for rl: a prompt, and the data that a completion is judged by.
+    """A problem for rl: a prompt, and the data for judging a completion.
 
-    messages  what is asked; empty where the record has only a prompt of text
-    prompt    its text: of messages, that of the last
-    answer    in short: what GSM8K has after ####, what is boxed, the letter of a choice; None without one
-    verifier  the record's own choice
-    record    the whole record: ids, tests, options, schema, ...
-    where     its place in a file
-    losses    what of the record might be asked, and is not
-    alternatives  answers that are as right as `answer`
+    messages  the prompt as messages; empty if it is plain text
+    prompt    the prompt as text, or the text of the last message
+    answer    short form: the text after GSM8K's ####, in the last box, or the letter of a choice; None without one
+    verifier  named by the record, or None
+    record    the complete record: ids, tests, options, schema, ...
+    where     FILE:LINE
+    losses    fields that may belong to the prompt but are not used
+    alternatives  other correct answers
     """
 
     messages: tuple[Message, ...]
@@ -69,14 +69,14 @@ class Problem:
 
 
 def answer_text(record: Mapping[str, Any]) -> str:
-    """Return the longest text under which a record has an answer or solution, "" where none is text."""
+    """Return the longest answer or solution of a record that is text, or ""."""
     texts = [record[name] for name in SOLVED_BY if isinstance(record.get(name), str)]
     return max(texts, key=len, default="")
 
 
 @placed
 def read_problem(row: Row) -> Problem:
-    """Read the problem in a record of any format. Raises UserError that names the place and what was expected."""
+    """Read a problem from a record of any format. Raise UserError with file, line and what was expected."""
     value = row.value
     request = find_prompt(row)
     other = find_prompt(row, QUESTIONS)
@@ -84,7 +84,7 @@ def read_problem(row: Row) -> Problem:
         request is not None
         and other is not None
         and request.name in CONVERSATIONS
-        and read_messages(row, request.entries)[-1].role == "assistant"  # they hold the answer, too
+        and read_messages(row, request.entries)[-1].role == "assistant"  # the messages include the answer
     ):
         request = replace(other, used=(*other.used, request.name))
     if request is None:
@@ -97,7 +97,7 @@ def read_problem(row: Row) -> Problem:
     losses = (*lost, *not_used(value, request.used, PROMPT_FIELDS))
     options = read_options(value)
     if options:
-        if not messages and not all(text == letter for letter, text in options):  # else the question shows them
+        if not messages and not all(text == letter for letter, text in options):  # otherwise the question has them
             prompt = FRAME.sub("", prompt) + "\n" + "".join(f"\n{letter}) {text}" for letter, text in options)
         return Problem(messages, prompt, _letter(row, options), verifier, value, row.where, losses)
     answers = _answers(row)
@@ -106,7 +106,7 @@ def read_problem(row: Row) -> Problem:
 
 
 def read_options(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Read the options of a multiple choice as (letter, text), none where the record is no choice.
+    """Read multiple-choice options as (letter, text); none for other records.
 
     >>> read_options({"options": ["A)3", "B)4"]}), read_options({"choices": ["3"]})
     ((('A', '3'), ('B', '4')), (('A', '3'),))
@@ -118,7 +118,7 @@ def read_options(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         found = repr(value) if isinstance(value, list | dict) else kind_of(value)
-        raise UserError(f"expected {field!r} to be a list of texts, found {found:.80}")
+        raise UserError(f"expected {field!r} to be a list of strings, found {found:.80}")
     if len(texts) > 26:
         raise UserError(f"expected at most 26 choices, found {len(texts)}")
     letters = list(ascii_uppercase[: len(texts)])
@@ -131,14 +131,14 @@ def read_options(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the content of the last closed \\boxed{...}, or \\fbox{...} where nothing is boxed; None without one.
+    """Return the content of the last closed \\boxed{...}, or without one of the last \\fbox{...}, or None.
 
     >>> last_boxed(r"so \\boxed{\\frac{1}{2}}"), last_boxed(r"\\boxed{1} or \\boxed 7"), last_boxed(r"\\boxed{1")
     ('\\\\frac{1}{2}', '7', None)
     """
-    last = {"box": 0, "frame": 0}  # where the content of the last one begins
+    last = {"box": 0, "frame": 0}  # start of the last one's content
     spans: dict[str, tuple[int, int]] = {}
-    open_braces: list[tuple[str, int]] = []  # what a brace belongs to, and where its content begins
+    open_braces: list[tuple[str, int]] = []  # (kind, start of the content)
     for mark in BRACES.finditer(text):
         kind = "frame" if mark["frame"] else "box"
         if mark["box"] and mark["brace"]:
@@ -159,33 +159,33 @@ def last_boxed(text: str) -> str | None:
 
 
 def _messages_and_text(row: Row, request: RecordPrompt, lost: list[str]) -> tuple[tuple[Message, ...], str]:
-    """Return the prompt as messages, empty for plain text, and as text: of messages, the last one's."""
+    """Return the prompt as messages (none for plain text) and as text (that of the last message)."""
     name, value = request.name, row.value[request.name]
     if not isinstance(value, list):
         text = request.entries[-1]["content"]
         if not text.strip():
-            raise UserError(f"expected {name!r} to be text, found nothing in it")
-        # code that is to be continued ends where its author ended it
+            raise UserError(f"expected {name!r} to be text, found an empty string")
+        # 'prompt' may be code to continue, whose white space matters
         text = text if name == "prompt" else text.strip()
         if len(request.entries) == 1:
             return (), text
         return read_messages(row, [*request.entries[:-1], {"role": "user", "content": text}], lost), text
     messages = read_messages(row, request.entries, lost)
     if messages[-1].role != "user":
-        raise UserError(f"expected {name!r} to end with the user's message, found {messages[-1].role}'s")
+        raise UserError(f"expected {name!r} to end with a message of the user, found one of the {messages[-1].role}")
     if not messages[-1].text.strip():
-        raise UserError(f"expected {name!r} to ask something, found an empty message")
+        raise UserError(f"expected {name!r} to end with a question, found an empty message")
     return messages, messages[-1].text
 
 
 def _answers(row: Row) -> tuple[str, ...]:
-    """Return the answers that are right, the first that stands there first; none without a field of them."""
+    """Return the correct answers in the order of the record; none without an answer field."""
     field = first_of(row.value, SOLVED_BY)
     if field is None:
         return ()
     value = row.value[field]
     if field == "lSolutions" and (not isinstance(value, list) or len(value) != 1):
-        raise UserError(f"expected 'lSolutions' to hold one solution, found {value!r}")
+        raise UserError(f"expected 'lSolutions' to have one solution, found {value!r}")
     items = value if isinstance(value, list) else [value]
     if not items or any(isinstance(item, dict) for item in items):  # SQuAD's, TriviaQA's
         items = answers_of(value, field)
@@ -205,9 +205,9 @@ def _as_text(field: str, value: Any) -> str:
     >>> [_as_text("answer", value) for value in (43.0, 7, 0.5, "a b")]
     ['43', '7', '0.5', 'a b']
     """
-    if isinstance(value, bool):  # a model says "yes" or "true", which nobody can tell from here
+    if isinstance(value, bool):  # ambiguous: a model may answer "yes" or "true"
         expected = f"expected {field!r} to be text or a number, found a boolean"
-        raise UserError(f'{expected}; write the word that is right, such as "yes" or "true"')
+        raise UserError(f'{expected}; write the correct word, such as "yes" or "true"')
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if not isinstance(value, (str, int, float)):
@@ -216,7 +216,7 @@ def _as_text(field: str, value: Any) -> str:
 
 
 def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
-    """Find the letter of the right choice, from a letter, a place counted from 0, or the text of an option."""
+    """Return the letter of the correct choice, given by letter, by index from 0, or by the text of an option."""
     field = first_of(row.value, SOLVED_BY)
     if field is None:
         return None
@@ -228,7 +228,7 @@ def _letter(row: Row, options: tuple[tuple[str, str], ...]) -> str | None:
     if isinstance(value, str):
         answer = value.strip()
         letters = [letter for letter, _ in options]
-        if field == "answerKey" and answer.isdecimal() and 0 < int(answer) <= len(options):  # ARC's, counted from 1
+        if field == "answerKey" and answer.isdecimal() and 0 < int(answer) <= len(options):  # ARC counts from 1
             return letters[int(answer) - 1]
         matching = [letter for letter, text in options if answer in (letter, f"({letter})", f"{letter})", text)]
         if len(matching) == 1:

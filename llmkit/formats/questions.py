@@ -1,8 +1,8 @@
-"""Questions with answers: every format that `probe-knowledge` accepts, turned into one.
+"""Questions with answers: read every format that `probe-knowledge` accepts as one.
 
-    {"question": "When did it open?", "answer": "1889"}         also "answers"; a list holds answers equally right
+    {"question": "When did it open?", "answer": "1889"}         also "answers"; a list has equally correct answers
     {"question": ..., "answers": {"text": ["1889"]}, "context": "..."}      SQuAD's rows; the context is the passage
-    {"version": ..., "data": [{"paragraphs": [{"context", "qas"}]}]}        SQuAD 1.1 and 2, one JSON object a file
+    {"version": ..., "data": [{"paragraphs": [{"context", "qas"}]}]}        SQuAD 1.1 and 2, one JSON object per file
     {"context": "Question: ...?\\nAnswer:", "answer": "1889", "aliases": ["the year 1889"]}    llm-foundry's; also
                                                                 "continuation", after a sentence to be completed
 
@@ -24,15 +24,15 @@ from llmkit.io.jsonl import json_rows, names_of, records_of
 from llmkit.io.records import CHOICES, FACTS, BadRecords, Row, fields_of, first_of, kind_of, not_used
 
 F = TypeVar("F", bound=Callable[..., Any])
-MARKER = "####"  # before the short form of an answer of GSM8K
+MARKER = "####"  # precedes the final answer in GSM8K
 EXPECTED = "'question' and 'answer', or 'context' and 'continuation'"
-# what a prompt for base models puts around its question
+# the text around the question in a prompt for base models
 FRAME = re.compile(r"\A\s*(?:question|q):[ \t]*|\s*\n\s*(?:answer|a):\s*\Z", re.IGNORECASE)
 ASKED_BY = re.compile(r"\b(how many|how much|how|who|whom|whose|what|when|where|which|why)\b", re.IGNORECASE)
 
 
 def placed(read: F) -> F:
-    """Put the place of a row, the first argument of a function, before the UserErrors that the function raises."""
+    """Prefix the UserErrors of a function with FILE:LINE of its first argument, a row."""
 
     @wraps(read)
     def read_placed(row: Row, *arguments: Any) -> Any:
@@ -44,13 +44,13 @@ def placed(read: F) -> F:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and the answers that are right, the first of them the one to teach.
+    """A question and its correct answers; the first is the one to teach.
 
-    passage, passage_id  what it was made from, and its name
-    kind                 of what is asked: "who", "when", "how many", ...; "cloze: year", ...; else "other"
-    language             ISO 639-1; empty where the record does not name it
-    where                its place in a file
-    losses               what of its record is not used
+    passage, passage_id  the text it was made from, and its name
+    kind                 "who", "when", "how many", ...; "cloze: year", ...; else "other"
+    language             ISO 639-1; empty if unknown
+    where                FILE:LINE
+    losses               unused parts of the record
     """
 
     question: str
@@ -69,10 +69,10 @@ def read_questions(
     bad: BadRecords | None = None,
     columns: Mapping[str, str] = {},
 ) -> tuple[list[Question], Counter[str]]:
-    """Read the questions of files, `-` for stdin, at most `limit` records in all; count by reason those left out.
+    """Read the questions of files, `-` for stdin, at most `limit` records in total; count skipped ones by reason.
 
-    Left out are SQuAD 2's questions that their passage does not answer. Bad records are skipped as `bad` has it;
-    without that, the first raises UserError that names file and record. Raises UserError where no question is left.
+    SQuAD 2's unanswerable questions are skipped. `bad` skips and counts bad records; without it, the first raises
+    UserError with file and line. Raise UserError if no question is left.
     """
 
     def rows_of(handle: io.BufferedReader, path: str, columns: Mapping[str, str]) -> Iterator[Row | UserError]:
@@ -82,7 +82,7 @@ def read_questions(
     read = list(records_of(paths, rows_of, read_question, limit, bad, columns))
     questions = [item for item in read if not isinstance(item, str)]
     if not questions:
-        raise UserError(f"{names_of(paths)}: expected questions, found none that has an answer")
+        raise UserError(f"{names_of(paths)}: expected questions with answers, found none")
     return questions, Counter(item for item in read if isinstance(item, str))
 
 
@@ -100,8 +100,8 @@ def kind_of_question(text: str) -> str:
 
 
 def unfolded(row: Row) -> Iterator[Row]:
-    """Yield a record, or each of the questions in an article of SQuAD's, or in all of its articles."""
-    if first_of(row.value, FACTS) is None and "paragraphs" in row.value:  # where the object stands on many lines
+    """Yield a record itself, or the questions in one or all of SQuAD's articles."""
+    if first_of(row.value, FACTS) is None and "paragraphs" in row.value:  # one article, of an object on many lines
         yield from _squad([row.value], row.path, row.line)
     elif first_of(row.value, FACTS) is None and "data" in row.value:
         yield from _squad(_listed(row.value, "data", row.path), row.path)
@@ -110,7 +110,7 @@ def unfolded(row: Row) -> Iterator[Row]:
 
 
 def _squad(articles: Iterable[dict[str, Any]], name: str, first: int = 1) -> Iterator[Row]:
-    """Yield the questions of SQuAD's articles, named by article and paragraph: "xquad.en.json:2.1" and its id."""
+    """Yield the questions of SQuAD's articles, named by article, paragraph and id: "xquad.en.json:2.1, id 7"."""
     for article_number, article in enumerate(articles, first):
         where = f"{name}:{article_number}"
         title = str(article.get("title") or article_number)
@@ -135,7 +135,7 @@ def _listed(value: dict[str, Any], field: str, where: str) -> list[dict[str, Any
 
 @placed
 def read_question(row: Row) -> Question | str:
-    """Read the question in a record, or why there is none. Raises UserError that names the place and the expected."""
+    """Read the question in a record, or the reason why there is none. Raise UserError with file, line and expected."""
     value = row.value
     field = first_of(value, FACTS)
     asking = first_of(value, ("question", "context"))
@@ -167,7 +167,7 @@ def read_question(row: Row) -> Question | str:
 
 
 def chosen(value: dict[str, Any], field: str) -> Any:
-    """The answer of a field of a record; of a place among its choices, from 0, the choice.
+    """Return the answer in a field of a record; an index into its choices, from 0, gives the choice.
 
     >>> chosen({"choices": ["3", "4"], "answer": 1}, "answer"), chosen({"answer": 1}, "answer")
     ('4', 1)
@@ -177,8 +177,8 @@ def chosen(value: dict[str, Any], field: str) -> Any:
 
 
 def answers_of(value: Any, field: str) -> tuple[str, ...]:
-    """Read the answers of a field: text, number, a list of them, SQuAD's {"text": ...} and lists of it, or TriviaQA's
-    {"value": ..., "aliases": [...]}. Raises UserError for others."""
+    """Read the answers of a field: text, number or a list of them, SQuAD's {"text": ...} or a list of it, or TriviaQA's
+    {"value": ..., "aliases": [...]}. Raise UserError for other values."""
     if isinstance(value, dict) and "text" in value:
         value = value["text"]
     elif isinstance(value, dict) and (name := first_of(value, ("value", "Value"))) is not None:
@@ -198,4 +198,4 @@ def _text(value: Any, field: str) -> str:
 
 
 def _found(value: Any) -> str:
-    return "nothing in it" if isinstance(value, str) else "none" if value is None else kind_of(value)
+    return "an empty string" if isinstance(value, str) else "none" if value is None else kind_of(value)

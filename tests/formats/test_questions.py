@@ -90,10 +90,10 @@ def test_jsonl_arrays_and_a_limit(tmp_path):
     [
         ({"question": "Why?"}, "q.jsonl:3: expected 'question' and 'answer', or .* found \\['question'\\]"),
         ({"answer": "a"}, "q.jsonl:3: expected 'question' and 'answer'"),
-        ({"question": "Why?", "answer": " "}, "q.jsonl:3: expected 'answer' to be text, found nothing in it"),
+        ({"question": "Why?", "answer": " "}, "q.jsonl:3: expected 'answer' to be text, found an empty string"),
         ({"question": "Why?", "answers": []}, "q.jsonl:3: expected an answer in 'answers', found an empty list"),
         ({"question": "Why?", "answers": ["a", ""]}, "q.jsonl:3: expected 'answers' to be text"),
-        ({"question": "", "answer": "a"}, "q.jsonl:3: expected 'question' to be text, found nothing in it"),
+        ({"question": "", "answer": "a"}, "q.jsonl:3: expected 'question' to be text, found an empty string"),
         ({"question": ["Why?"], "answer": "a"}, "q.jsonl:3: expected 'question' to be text, found a list"),
         ({"question": "Why?", "answer": None}, "q.jsonl:3: expected 'question' and .*found .*answer: null"),
         ({"question": "Why?", "answer": True}, "q.jsonl:3: expected 'answer' to be text, found a boolean"),
@@ -127,7 +127,7 @@ def test_a_bad_file_is_named(tmp_path, content, message):
 
 def test_an_empty_file_has_no_questions(tmp_path):
     (tmp_path / "q.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"q\.jsonl: expected questions, found none"):
+    with pytest.raises(UserError, match=r"q\.jsonl: expected questions with answers, found none"):
         read_questions([str(tmp_path / "q.jsonl")])
 
 

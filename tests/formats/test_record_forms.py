@@ -128,7 +128,7 @@ def test_other_forms_of_pairs_and_questions():
 
 MESSAGES = {  # what of messages is not used, whichever command reads them
     "'name' of a message not used": [{"role": "user", "content": "a?", "name": "Ada"}],
-    "'reasoning_content' of others than the assistant not used": [
+    "'reasoning_content' of another role than assistant not used": [
         {"role": "user", "content": "a?", "reasoning_content": "Hm."}
     ],
 }

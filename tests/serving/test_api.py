@@ -263,7 +263,7 @@ def test_what_is_not_supported_is_refused_by_name(server: Server, body, param: s
         (
             "messages",
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
-            "messages: expected content of text, found type 'image_url'",
+            "messages: expected text content, found type 'image_url'",
         ),
     ],
 )

@@ -478,8 +478,8 @@ def test_choices_that_are_answered_in_text_are_told_of(models, tmp_path, llmkit)
         ([{"id": 7}], "found ['id']; name its task, as in arc_easy=FILE"),
         ([{"prompt": 7}], "found ['prompt']; expected 'prompt' to be text"),
         ([{"prompt": "2 + 2?"}], "expected field 'answer' for the verifier"),
-        ([{"question": "a", "choices": [], "answer": "b"}], "expected 'choices' to be a list of texts, found []"),
-        ([{"question": "a", "options": None, "choices": [3, 4], "answer": 0}], "list of texts, found [3, 4]"),
+        ([{"question": "a", "choices": [], "answer": "b"}], "expected 'choices' to be a list of strings, found []"),
+        ([{"question": "a", "options": None, "choices": [3, 4], "answer": 0}], "list of strings, found [3, 4]"),
         ([], "expected items, found none"),
     ],
 )

@@ -250,7 +250,11 @@ def test_a_base_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("option", "line", "message"),
     [
-        ("questions", '{"question": "Who?", "answer": ""}', r"x.jsonl:2: expected 'answer' to be text, found nothing"),
+        (
+            "questions",
+            '{"question": "Who?", "answer": ""}',
+            r"x.jsonl:2: expected 'answer' to be text, found an empty string",
+        ),
         ("questions", '{"question": "Who?"}', r"x.jsonl:2: expected 'question' and 'answer'"),
         ("questions", "{", r"x.jsonl:2: expected one JSON object per line"),
         ("passages", '{"title": "no text"}', r"x.jsonl:2: expected field 'text' \(a document\)"),
@@ -268,8 +272,8 @@ def test_a_bad_record_is_named_and_nothing_is_left(parrot, tmp_path, option, lin
 @pytest.mark.parametrize(
     ("rows", "option", "message"),
     [
-        ([], "questions", "x.jsonl: expected questions, found none that has an answer"),
-        ([{"question": "Who?", "answers": {"text": []}}], "questions", "found none that has an answer"),
+        ([], "questions", "x.jsonl: expected questions with answers, found none"),
+        ([{"question": "Who?", "answers": {"text": []}}], "questions", "expected questions with answers, found none"),
         ([], "passages", "x.jsonl: expected documents with text to ask about, found none"),
         ([{"text": " \n"}], "passages", "expected documents with text to ask about, found none"),
         (

@@ -357,8 +357,8 @@ def test_a_file_given_twice_has_figures_of_its_own_and_empty_answers_are_counted
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert list(summary["epochs"]) == [str(data), f"{data} (2)"]
-    assert summary["not_used"] == {"empty answers, learnt as such": 4}  # two of each reading
-    assert f"{data}: of 6 records: empty answers, learnt as such 2" in done.stderr
+    assert summary["not_used"] == {"empty answers, trained as such": 4}  # two of each reading
+    assert f"{data}: of 6 records: empty answers, trained as such 2" in done.stderr
 
 
 @pytest.mark.parametrize(
