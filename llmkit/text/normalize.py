@@ -1,4 +1,4 @@
-"""Text to words that can be compared: case, accents, punctuation and ways of writing a number make no difference.
+"""Normalize text to comparable words, independent of case, accents, punctuation and the notation of numbers.
 
     >>> words("The U.S. paid $1,000,000 in Henry VIII's time.")
     ('us', 'paid', '#1000000', 'in', 'henry', '#8', 'time')
@@ -7,10 +7,9 @@
     >>> words("three and a half") == words("3 1/2") == words("3\u00bd") == words("3.5")
     True
 
-A number is a word of its own, "#" and its value, from digits of any script, English number words, fractions and Roman
-numerals.
-Scripts without spaces (Chinese, Japanese, Thai, ...) give a word a character. Articles (a, an, the) are left out
-where anything else is said, and a plural's last s.
+A number becomes "#" and its value, from digits of any script, English number words, fractions and Roman numerals.
+In scripts without spaces (Chinese, Japanese, Thai, ...) each character is a word. Articles (a, an, the) are dropped
+unless there is nothing else, and so is a plural's last s.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ PIECE = re.compile(
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?))(?:(?:st|nd|rd|th)\b|(?P<scale>[kKMB]|mn|bn)\b)?"
     rf"|(?P<percent>%)|(?P<character>[{UNSPACED}])"
     rf"|(?P<word>(?:[^\W\d_{UNSPACED}][{MARKS}]*)+(?:'[^\W\d_]+)*"
-    r"(?:\+{1,2}|#|(?<=\b\w)[-\u2212](?!\w))?)"  # C++, C#, A+ and A- are other words than C and A
+    r"(?:\+{1,2}|#|(?<=\b\w)[-\u2212](?!\w))?)"  # C++, C#, A+ and A- differ from C and A
 )
-LONGEST_NUMBER, LARGEST = 100, 10**60  # characters; in words
+LONGEST_NUMBER, LARGEST = 100, 10**60  # characters of digits; value of number words
 ISO_DATE = re.compile(r"(?<![\d-])(\d{4})-(0[1-9]|1[0-2])-([0-3]\d)(?![\d-])")
 DOTTED_DATE = re.compile(r"(?<![\d.])([0-3]?\d)\.(0?[1-9]|1[0-2])\.(\d{4})(?![\d.])")
-MONTHS = KNOWN["months"]  # the twelve first
-MAY = "maymonth"  # beside a number; else it is a verb as often
+MONTHS = KNOWN["months"]  # the first twelve entries
+MAY = "maymonth"  # May next to a number; elsewhere it is often the verb
 MONTH_OF = {
     form: MAY if number == 4 else MONTHS[number]
     for number, some in enumerate(KNOWN["month names"])
@@ -53,7 +52,7 @@ MONTH_OF = {
 }
 BEFORE_MONTHS, AMBIGUOUS_MONTHS = set(KNOWN["before months"]), set(KNOWN["ambiguous months"])  # "may", "march"
 ABBREVIATED = {"st": "saint", "mt": "mount"}  # before a name
-# of Korean: one syllable is taken from two at least
+# Korean particles: one syllable is stripped only if at least two are left
 PARTICLES = re.compile(
     rf"(?<=[\uac00-\ud7a3])(?:{KNOWN['endings']})\Z|(?<=[\uac00-\ud7a3]{{2}})[{KNOWN['particles']}]\Z"
 )
@@ -63,13 +62,13 @@ TENS = {word: 20 + 10 * (index % 8) for index, word in enumerate(TEN_WORDS)}
 SMALL_NUMBERS = TENS | {word: value for name in ("units", "ordinals") for value, word in enumerate(KNOWN[name])}
 SMALL_NUMBERS |= {word: int(value) for value, some in KNOWN["numerals"].items() for word in some.split()}
 SCALES: dict[str, int] = KNOWN["scales"]
-SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}  # directly behind digits
+SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}  # directly after digits
 PARTS = {"half": Fraction(1, 2), "halves": Fraction(1, 2), "quarter": Fraction(1, 4), "quarters": Fraction(1, 4)}
 PARTS |= {word + end: Fraction(1, SMALL_NUMBERS[word]) for word in KNOWN["ordinals"][3:] for end in ("", "s")}
 
 
 class Token(NamedTuple):
-    """A word as it is compared, as it was written, and what stands between it and the word before."""
+    """A normalized word, its original spelling, and the text between it and the previous word."""
 
     word: str
     written: str
@@ -77,25 +76,25 @@ class Token(NamedTuple):
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, in order; equal words mean the same."""
+    """Return the normalized words of a text in order, without articles if there are other words."""
     every = [token.word for token in tokens(text)]
     return tuple(word for word in every if word not in ARTICLES) or tuple(every)
 
 
 def places(words: Sequence[str], phrase: Sequence[str]) -> list[int]:
-    """Where the words of a phrase stand in others, one after the other: the index of the first."""
+    """Return the indices at which a phrase, a sequence of words, occurs in `words`."""
     if not phrase or phrase[0] not in words:
         return []
     return [at for at in range(len(words) - len(phrase) + 1) if words[at : at + len(phrase)] == phrase]
 
 
 def word_list(name: str) -> frozenset[str]:
-    """The words of one of the lists of matching.json."""
+    """Return the normalized words of a list in matching.json."""
     return frozenset(word for entry in KNOWN[name] for word in words(entry))
 
 
 def tokens(text: str) -> list[Token]:
-    """The words of a text with articles, and how they were written."""
+    """Return the normalized words of a text, with articles, as tokens."""
     text = re.sub("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(SPELLINGS)
     text = ACCENTS.sub("", unicodedata.normalize("NFD", text))
@@ -114,11 +113,11 @@ def tokens(text: str) -> list[Token]:
         sign = pieces[at] in ("minus", "negative") and at + 1 < len(pieces)
         value, end = _number_at(pieces, at + sign)
         sign &= end > at + 1
-        # a number in words, or digits and a scale, is one word; so is "minus 5"
+        # a number in words, digits with a scale, and "minus 5" are one word each
         if end > at + sign:
             word = _value(-value if sign else value)
         else:
-            word, end = re.sub(r"(?<=..[^s])s\Z", "", pieces[at]), at + 1  # a plural's
+            word, end = re.sub(r"(?<=..[^s])s\Z", "", pieces[at]), at + 1  # strip the plural
         following = pieces[end] if end < len(pieces) else ""
         if word in MONTH_OF or word == "march":
             beside = is_number(following) or any(is_number(token.word) for token in result[-1:])
@@ -133,24 +132,24 @@ def tokens(text: str) -> list[Token]:
 
 
 def is_number(word: str) -> bool:
-    """True if a word of `words` is a number."""
+    """Return True if a normalized word is a number."""
     return word.startswith("#")
 
 
 def is_sign(text: str) -> bool:
-    """True if a text without words says something all the same: a mathematical sign, an emoji."""
+    """Return True if a text without words contains a symbol, such as a mathematical sign or an emoji."""
     return any(unicodedata.category(character)[0] == "S" for character in text)
 
 
 def is_spaceless(word: str) -> bool:
-    """True if a word is a character of a script without spaces."""
+    """Return True if a word is a character of a script without spaces."""
     return re.fullmatch(f"[{UNSPACED}]", word) is not None
 
 
 def _piece(match: re.Match[str]) -> str:
-    """The word of a match: a number as "#" and its value, a word without case, possessive and plural s."""
+    """Normalize a match: a number to "#" and its value, a word without case and possessive s."""
     if match["number"]:
-        if len(match["number"]) > LONGEST_NUMBER:  # no answer, and the value of many digits costs their square
+        if len(match["number"]) > LONGEST_NUMBER:  # not an answer, and conversion takes quadratic time
             return "#" + match["number"]
         number = match["number"].replace(",", "").replace("\u2212", "-").replace("\u2044", "/")
         whole, _, part = number.rpartition(" ")
@@ -178,7 +177,7 @@ def _value(number: Decimal | Fraction | int) -> str:
 
 
 def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
-    """The number that begins at a piece, and where it ends; it ends where it begins if there is none.
+    """Return the number that starts at piece `at`, and its end; the end is `at` if there is none.
 
     >>> _number_at("three hundred and five men".split(), 0)
     (Fraction(305, 1), 4)
@@ -209,7 +208,7 @@ def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
             last = scale
         else:
             small = SMALL_NUMBERS.get(word)
-            # "twenty one" and "hundred five" go on; "five six" are two numbers, and so are "nineteen eighty"
+            # "twenty one" and "hundred five" continue; "five six" and "nineteen eighty" are two numbers
             if small is None or not (last >= 100 or (last == 10 and small < 10)):
                 break
             part, last = part + small, 10 if word in TENS else 1
@@ -218,7 +217,7 @@ def _number_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
 
 
 def _part_at(pieces: list[str], at: int) -> tuple[Fraction, int]:
-    """The fraction in words that begins at a piece, 0 without one, and where it ends.
+    """Return the fraction in words that starts at piece `at`, 0 if there is none, and its end.
 
     >>> [_part_at(text.split(), 0)[0] for text in ("half", "a third", "three quarters", "third", "three third")]
     [Fraction(1, 2), Fraction(1, 3), Fraction(3, 4), Fraction(0, 1), Fraction(0, 1)]

@@ -1,9 +1,9 @@
 """Lines, paragraphs, words and sentences of a text, by regular expression, each split once and shared.
 
-Words follow the convention of the Gopher rules' known implementations: a run of letters and digits is a word,
-with what joins it inside (don't, 3.5, U.S), and a run of other visible characters is a symbol, a word of its own.
-In scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter is a word; rules that
-count words take `Split.letters_per_word` of these for one, and leave out what LEFT_OUT says of the script.
+Words follow the known implementations of the Gopher rules: a run of letters and digits is a word, with inner joining
+characters (don't, 3.5, U.S), and a run of other visible characters is a symbol, which also counts as a word. In
+scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter is a word; rules that count words
+count `Split.letters_per_word` of them as one, and skip the measures in LEFT_OUT.
 """
 
 # ruff: noqa: RUF001 -- the marks of other scripts look like ours
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _combining_marks() -> str:
-    """The combining marks as ranges of a character class; `\\w` leaves them out and so cuts Hindi words apart."""
+    """Return the combining marks as character ranges; `\\w` lacks them and would split Hindi words."""
     marks = {code for code in range(0x300, 0x10000) if unicodedata.category(chr(code))[0] == "M"}
     starts = sorted(code for code in marks if code - 1 not in marks)
     ends = sorted(code for code in marks if code + 1 not in marks)
@@ -34,11 +34,11 @@ CHINESE = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003
 THAI, BURMESE = "\u0e01-\u0eff", "\u1000-\u109f\u1780-\u17ff"  # and Lao, and Khmer
 UNSPACED = CHINESE + THAI + BURMESE
 _SCRIPTS = {"chinese": CHINESE, "thai": THAI, "burmese": BURMESE, "hangul": "\uac00-\ud7a3"}
-JOINED = UNSPACED + _SCRIPTS["hangul"]  # letters that stand right beside words and numbers of other scripts
+JOINED = UNSPACED + _SCRIPTS["hangul"]  # letters that may be adjacent to words and numbers of other scripts
 _ANY_SCRIPT = re.compile("|".join(f"(?P<{name}>[{letters}])" for name, letters in _SCRIPTS.items()))
-LETTERS_PER_WORD = {"chinese": 2, "thai": 4, "burmese": 4}  # roughly; vowel signs and tones belong to their letter
-# Measures that say nothing of a text in these scripts. Of Korean words the mean has 2.9 letters; 30 letters are a
-# long line in a script of syllables or words; Thai and Lao end sentences with a space.
+LETTERS_PER_WORD = {"chinese": 2, "thai": 4, "burmese": 4}  # approximate; vowel signs and tones count with their letter
+# Measures that are meaningless in these scripts: Korean words have 2.9 letters on average, 30 letters are a long line
+# in a script of syllables or words, and Thai and Lao end sentences with a space.
 LEFT_OUT = {
     "chinese": frozenset({"mean_word_length", "short_line_fraction"}),
     "thai": frozenset({"mean_word_length", "terminal_line_fraction", "sentences"}),
@@ -46,28 +46,28 @@ LEFT_OUT = {
     "hangul": frozenset({"mean_word_length", "short_line_fraction"}),
 }
 _SPECIAL = re.compile(f"[{MARKS}{UNSPACED}]")
-_WORD = re.compile(r"\w+(?:['’.,]\w+)*|[^\w\s]+")  # 1.6 times as fast as the next, for texts that need no more
+_WORD = re.compile(r"\w+(?:['’.,]\w+)*|[^\w\s]+")  # 1.6 times as fast as _ANY_WORD, for texts without its scripts
 _LETTER = rf"[^\W{UNSPACED}]"
 _ANY_WORD = re.compile(
     rf"{_LETTER}(?:{_LETTER}|[{MARKS}\u200c\u200d]|['’.,](?={_LETTER}))*|[{UNSPACED}][{MARKS}]*|[^\w\s]+"
 )
 
-TERMINAL = ".?!…‼⁇⁈⁉‽。！？．｡﹒﹖﹗।॥؟۔։።፧។៕༎꓿᙮᠃᠉။"  # the marks that end a sentence, as FineWeb has them and more
-CLOSING = "\"'”’»›)]}」』）】"  # what may stand behind them
+TERMINAL = ".?!…‼⁇⁈⁉‽。！？．｡﹒﹖﹗।॥؟۔։።፧។៕༎꓿᙮᠃᠉။"  # marks that end a sentence: FineWeb's and more
+CLOSING = "\"'”’»›)]}」』）】"  # may follow them
 _NO_SPACE_FOLLOWS = "。！？｡।॥។။"
-# It never fails halfway, so that a million full stops cost no more than a million letters.
+# It never backtracks, so that a million full stops cost no more than a million letters.
 _SENTENCE_END = re.compile(rf"[{re.escape(TERMINAL)}]+[{re.escape(CLOSING)}]*(\s?)")
 _ABBREVIATIONS = set("Mr Mrs Ms Dr Prof St Jr Sr vs etc No Inc Ltd Co Fig e.g i.e".split())  # noqa: SIM905
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, symbols among them; none reaches over a space or the end of a line."""
+    """Split a text into words and symbols; none contains white space."""
     pattern = _ANY_WORD if not text.isascii() and _SPECIAL.search(text) else _WORD
     return pattern.findall(text)
 
 
 def count_sentences(line: str) -> int:
-    """Sentences in one line, at least 1 for a line that is not blank.
+    """Count the sentences of one line, at least 1 unless it is blank.
 
     >>> count_sentences('Mr. Hill paid 3.50. "Thanks!" he said. Then')
     4
@@ -87,37 +87,37 @@ def count_sentences(line: str) -> int:
 
 
 class Split:
-    """A text with its parts, each found when first asked for."""
+    """A text with its parts, each computed lazily."""
 
     def __init__(self, text: str, word_count: int | None = None) -> None:
-        """word_count: how many words the text has, where that is known; finding out takes 0.05 ms a kilobyte."""
+        """word_count: the number of words if known; counting takes 0.05 ms per kilobyte."""
         self.text = text
         if word_count is not None:
             self.word_count = word_count
 
     @cached_property
     def lines(self) -> list[str]:
-        """The lines that are not blank, without the space around them."""
+        """The non-blank lines, stripped."""
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        """Paragraphs, which blank lines separate."""
+        """The paragraphs, separated by blank lines."""
         return [part for part in map(str.strip, re.split(r"\n\s*\n", self.text)) if part]
 
     @cached_property
     def words(self) -> list[str]:
-        """The words, symbols among them, in order."""
+        """The words and symbols, in order."""
         return split_words(self.text)
 
     @cached_property
     def word_count(self) -> int:
-        """Number of words, symbols among them."""
+        """Number of words and symbols."""
         return len(self.words)
 
     @cached_property
     def script(self) -> str | None:
-        """The script of more than half of the words, where it is one that has rules of its own.
+        """The script of more than half of the words, if it has its own rules.
 
         >>> Split("港は静かで、船が入ってくる。").script, Split("The harbour (港) was quiet.").script
         ('chinese', None)
@@ -133,17 +133,17 @@ class Split:
 
     @property
     def letters_per_word(self) -> int:
-        """Return how many one-letter words make up a word of a script without spaces; 1 for other scripts."""
+        """Letters per word in a script without spaces; 1 for other scripts."""
         return LETTERS_PER_WORD.get(self.script or "", 1)
 
     def telling(self, measures: dict[str, float]) -> dict[str, float]:
-        """The measures that say something of a text in this script."""
+        """Return the measures that are meaningful in this script."""
         without = LEFT_OUT.get(self.script or "", ())
         return {name: value for name, value in measures.items() if name not in without}
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """The number of each word in the vocabulary: int64, (words,)."""
+        """The index of each word in the vocabulary: int64, (words,)."""
         import numpy as np
 
         numbers: defaultdict[str, int] = defaultdict(count().__next__)
@@ -159,14 +159,14 @@ class Split:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Count the words of the vocabulary: int64, (vocabulary,)."""
+        """The frequency of each word of the vocabulary: int64, (vocabulary,)."""
         import numpy as np
 
         return np.bincount(self.ids, minlength=len(self.vocabulary))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The characters of each word of the vocabulary: int64, (vocabulary,)."""
+        """The length of each word of the vocabulary in characters: int64, (vocabulary,)."""
         import numpy as np
 
         return np.fromiter(map(len, self.vocabulary), np.int64, len(self.vocabulary))
