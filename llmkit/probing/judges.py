@@ -163,7 +163,7 @@ class ModelJudge:
 
 
 def judge_of(model: ChatModel | None, refusals: Sequence[str]) -> Judge:
-    """Return a judge by the model, or by words without one; `refusals` are evasive answers."""
+    """Return a judge that asks the model, or compares words if it is None; `refusals` are evasive answers."""
     words = MatchJudge(refusals=refusals)
     return words if model is None else ModelJudge(model, words)
 

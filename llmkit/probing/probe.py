@@ -23,7 +23,7 @@ from llmkit.probing.refusals import language_of
 from llmkit.text.matching import RIGHT, UNREADABLE, WRONG, Answered, Judge
 
 CONSISTENT = 2 / 3  # of the answers to a question: 2 of 3, 4 of 5
-NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # of the result of a question
+NAMES = {"yes": "known", "no": "unknown", "mixed": "mixed", "evasive": "evasive"}  # names of a question's result
 
 
 def decide(judgements: Sequence[str]) -> str:

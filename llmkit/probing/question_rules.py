@@ -60,7 +60,7 @@ QUOTED = re.compile("[\"\u201c\u201d]|(?:^|\\s)['\u2018]|\\[|\\]|https?:|_{3}")
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A passage; `name` is its document's id, url or number with its number there, `where` the document's place."""
+    """A passage; `name` is the document's id, url or number and the passage's number, `where` the document's place."""
 
     text: str
     name: str

@@ -33,7 +33,7 @@ NO_RANK = np.inf  # padding of comparisons with fewer answers than others
 
 @dataclass(frozen=True)
 class Candidates:
-    """A prompt and its answers as int32 ids; `ranks` of the answers, 1 is best; `number` in the source.
+    """A prompt and its answers as int32 ids; `ranks` of the answers, lower is better; `number` in the source.
 
     trained     bool, of the prompt and of each answer: tokens whose log-probability is in a policy's loss
     references  log-probability of each answer's trained tokens under the policy's reference, if known

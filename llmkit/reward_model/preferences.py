@@ -281,7 +281,7 @@ def _read_references(path: Path, count: int) -> list[float] | None:
             values = file.get_tensor("logprobs")
             if (file.metadata() or {}).get("name") == path.name and values.shape == (count,) and (values <= 0).all():
                 return values.tolist()
-        fault = "others"
+        fault = "those of other answers"
     except (SafetensorError, OSError) as error:
         fault = str(error)
     say(f"{path}: expected log-probabilities of {counted(count, 'answer')}, found {fault}; computing them again")

@@ -1,4 +1,4 @@
-"""`--reward verifier`: 1 for a right completion, 0 for any other, by rules that a policy cannot talk round.
+"""`--reward verifier`: 1 for a right completion, 0 for any other, decided by rules, not by a model.
 
     verifier=NAME forces one for all problems; else a problem's own `verifier`, else the one that fits its answer
 

@@ -54,6 +54,7 @@ class EvaluateConfig(CommonConfig, DecodingConfig, BackendConfig, ToolConfig, Se
         A task is a name (--tasks help lists them) with its data in --data-dir, NAME=FILE, a FILE.toml of your own, or
         a FILE of items: {"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context",
         "continuation"}, {"text"}, or problems {"prompt", "answer"}, judged by the verifiers of llmkit rl.
+
         A table goes to stderr, the scores as JSON to stdout or --out. Prompts and scores match lm-evaluation-harness
         (docs/evaluate.md).
     """

@@ -78,12 +78,10 @@ class PretrainConfig(TrainingConfig, TaskConfig):
     )
     val: tuple[str, ...] = option((), "Held-out documents, scored in bits per byte.", metavar="FILE", reads=True)
     phase: tuple[str, ...] = option(
-        (),
-        "Input shares from START, a fraction of the run (0 to 1), onward; repeatable.",
-        metavar="START:NAME=SHARE,...",
+        (), "Input shares after the fraction START (0 to 1) of the run; repeatable.", metavar="START:NAME=SHARE,..."
     )
 
-    depth: int | None = option(None, "Transformer layers; sets width and the rest.", group="Model", at_least=1)
+    depth: int | None = option(None, "Transformer layers; determines width and the rest.", group="Model", at_least=1)
     hidden_size: int | None = option(None, "Width [64 x depth].", group="Model", at_least=32)
     num_attention_heads: int | None = option(None, "Query heads [width / 64].", group="Model", at_least=1)
     num_key_value_heads: int | None = option(None, "Key and value heads [query heads].", group="Model", at_least=1)

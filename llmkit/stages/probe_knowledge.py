@@ -59,6 +59,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
         (empty, "I don't know", the question repeated). A question is known if two thirds of its answers are right, and
         mixed if fewer are. With no right answer it is unknown if two thirds are wrong, else evasive. The output is
         conversations for sft: a refusal for each unknown question, the answer for each known one.
+
         --questions takes {"question", "answer"}, SQuAD's JSON and others. --passages takes documents; questions are
         made from their sentences, by patterns for English or by --writer. --writer and --judge take an assistant's
         folder or a model on an OpenAI-compatible server; --dry-run shows their prompts (docs/probe-knowledge.md).
@@ -86,7 +87,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
     max_passages: int = option(200, "With --passages: maximum passages to sample.", group="Questions", at_least=1)
     per_passage: int = option(3, "With --passages: maximum questions per passage.", group="Questions", at_least=1)
     writer: str | None = option(
-        None, "Question-writing model [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
+        None, "Writer of the questions [patterns].", group="Questions", metavar="MODEL|openai:URL#NAME", reads=True
     )
 
     samples: int = option(5, "Answers per question.", short="-n", group="Answers", at_least=1, at_most=10**6)
@@ -101,11 +102,7 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
         reads=True,
     )
     balance: float | None = option(
-        1.0,
-        "Known questions to keep per unknown one; none: all questions.",
-        group="Lessons",
-        above=0,
-        free=True,
+        1.0, "Known questions to keep per unknown one; none: all questions.", group="Lessons", above=0, free=True
     )
     refusals: str | None = option(
         None, 'Wordings of refusals: {"en": [...], ...} [built-in].', group="Lessons", metavar="FILE", reads=True

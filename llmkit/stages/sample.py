@@ -55,12 +55,15 @@ class SampleConfig(RecordsConfig, CommonConfig, DecodingConfig, BackendConfig, T
 
         The prompt is -p, or all of stdin as plain text without its final newline; an empty prompt starts from the
         model's beginning-of-text token. The continuation goes to stdout; several get headings such as ==> 1/3 <==.
+
         --jsonl reads {"prompt", ...}, or {"messages"}, {"question"} ... for an assistant to answer, and adds
         completion, token_ids, finish_reason and seed, in input order; -n 3 writes three lines per record, with
         `sample` 0 to 2. A record may have its own seed. --resume keeps the records in OUT.state and generates the
         rest. --tools runs the model's tool calls and shows it the results.
+
         The same prompt and seed give the same text, whatever else is in the batch (exactly in float32 and int8 on
         a CPU); a repeated prompt gets another seed, which the output records.
+
         --engine openai:URL#NAME generates on an OpenAI-compatible server. With MODEL, its tokenizer and chat format
         make the prompts, sent as token ids; without, the server gets text and messages (docs/serving.md).
     """

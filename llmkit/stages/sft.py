@@ -74,7 +74,9 @@ class SftConfig(TuningConfig, TaskConfig, PreferenceConfig, GoldConfig):
         which is trained on in full; a file is JSONL or one JSON array, plain, gzip or zstd. The loss covers the
         assistant's text, tool calls and end-of-turn tokens; --loss answer leaves out its thinking, and "weight": 0
         leaves out a message. A FILE's weight is its share of the training tokens; without weights, files count by
-        size. --loss dpo, ipo, kto, orpo and simpo train on preferences, in the formats of train-reward; kto also reads
+        size.
+
+        --loss dpo, ipo, kto, orpo and simpo train on preferences, in the formats of train-reward; kto also reads
         answers with a "label" (docs/preferences.md).
     """
     following: ClassVar[str] = 'llmkit sample chat/ -p "Hello, who are you?" --chat'

@@ -45,6 +45,7 @@ class TrainRewardConfig(TuningConfig):
         A record is {"prompt", "chosen", "rejected"}, optionally with a "margin"; two conversations with the same
         beginning; an hh-rlhf transcript; or {"prompt", "completions", "ranking"}, where 1 is best and ties have equal
         ranks. Without --val, --val-fraction of the data is held out.
+
         --score FOLDER is a filter: it reads {"prompt" or "messages", "completion"} and adds `reward`, in input order.
     """
     following: ClassVar[str] = "llmkit sample chat/ --jsonl -n 8 < prompts.jsonl | llmkit train-reward --score judge/ -"

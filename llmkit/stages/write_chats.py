@@ -67,7 +67,7 @@ class WriteChatsConfig(RecordsConfig, CommonConfig, DecodingConfig, ToolConfig):
         The writer has the guide in its context. Prompts come from topics (one per line; the writer expands them into
         subtopics, people and tasks), seed tasks (few-shot examples for new ones), documents (questions that they
         answer), or --answer. The run ends when -n conversations are kept; dropped drafts are counted by reason. A
-        killed run continues with --resume, to the same lines. Prompts and reasons: docs/write-chats.md.
+        killed run continues with --resume and ends with the same lines. More: docs/write-chats.md.
     """
     following: ClassVar[str] = "llmkit sft base/ --data chats.jsonl -o chat/"
 
