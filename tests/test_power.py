@@ -176,7 +176,7 @@ def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)  # the terminal is closed
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "go on with --resume" in said
+    assert process.returncode == 130 and "--resume continues" in said
     assert "--resume: nothing at base.partial yet: starting a new run" in said
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr

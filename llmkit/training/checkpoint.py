@@ -1,13 +1,13 @@
-"""Training state on disk: everything that a resumed run needs to go on bit for bit, and no pickle.
+"""Training checkpoints: everything that a bit-exact resume needs, without pickle.
 
-`state/step-00000120/` holds `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds, and
-the checksum of each file). A checkpoint is written beside its place and renamed; two of them stay, and an older one
-goes when the new one is on the disk, so that a kill or a power cut at any moment leaves a whole one. Where the newest
-is damaged, that is said, and the one before it is loaded. Writing happens in a thread, on a copy.
+`state/step-00000120/` contains `tensors.safetensors` (masters, moments) and `state.json` (step, tokens, loss, seconds,
+and the checksum of each file). A checkpoint is written to a temporary folder and renamed. The last two are kept, and an
+older one is deleted once the new one is on disk, so that a kill or a power cut at any moment leaves an intact one. If
+the newest is damaged, a line says so and the one before it is loaded. Writing happens in a thread, on a copy.
 
-In a job of several processes each writes its parts of the tensors to a safetensors file of its own, by
-torch.distributed.checkpoint in its Hugging Face form: that one keeps the places of the parts in the files' headers,
-where its other form has a pickle. Any number of processes reads what any number wrote.
+With several ranks, each writes its parts of the tensors to its own safetensors file, by torch.distributed.checkpoint in
+its Hugging Face format, which stores the places of the parts in the files' headers; its other format uses pickle. Any
+number of ranks can read what any number wrote.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; `keep` of them stay."""
+    """The checkpoints of one run; the last `keep` of them are kept."""
 
     def __init__(self, folder: Path, keep: int = CHECKPOINTS_KEPT) -> None:
         self.folder, self.keep = folder, keep
-        self._whole: dict[int, dict[str, Any]] = {}  # states of those whose checksums were found right
+        self._verified: dict[int, dict[str, Any]] = {}  # states of checkpoints whose checksums were right
         self._pool = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
-        self._group: Any = None  # the thread must not mix its messages with those of the training
+        self._group: Any = None  # the thread's collectives must not mix with those of training
 
     def steps(self) -> list[int]:
-        """The steps at which checkpoints stand, ascending."""
+        """Return the steps of the checkpoints, ascending."""
         return checkpoint_steps(self.folder)
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make what writing them needs of all processes, which may not answer when it is wanted."""
+        """Create the process group for writing, while all ranks still answer."""
         if any(map(is_sharded, tensors.values())):
             import torch.distributed as dist
 
@@ -56,10 +56,9 @@ class Checkpoints:
             mesh("cpu")
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], wait: bool = False) -> None:
-        """Copy the tensors and write them in the background; `wait` returns when they are on disk. All processes of a
-        job call it together.
+        """Copy the tensors and write them in the background; with `wait`, return when they are on disk. Collective.
 
-        Raises what the former background write raised, such as an OSError for a full disk.
+        Raises the error of the previous background write, such as OSError for a full disk.
         """
         self.prepare(tensors)
         self.wait()
@@ -73,7 +72,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no write is under way; raises what it raised."""
+        """Wait for the current write, and raise its error."""
         if self._writing is not None:
             wait_for([self._writing])
             writing, self._writing = self._writing, None
@@ -81,7 +80,7 @@ class Checkpoints:
 
     def _written(self, write: Callable[..., None], step: int, tensors: dict[str, Tensor], state: dict) -> None:
         write(step, tensors, state)
-        self._whole.pop(step, None)
+        self._verified.pop(step, None)
         if world().leads:
             keep_checkpoints(self.folder, self.keep, step)
 
@@ -110,8 +109,8 @@ class Checkpoints:
             save(tensors, storage_writer=writer, process_group=group)  # type: ignore[arg-type]
         except CheckpointException as error:
             rank, (first, _) = min(error.failures.items())
-            raise UserError(f"{partial}: rank {rank} cannot write there: {first}; make room, and --resume") from error
-        # each syncs and sums its own, for a file that another machine wrote may not be seen at once
+            raise UserError(f"{partial}: rank {rank} cannot write there: {first}; make room, then --resume") from error
+        # each rank syncs and hashes its own files: a file from another machine may not be visible yet
         own = list(partial.glob(f"shard-{world().rank + 1:05d}-*.safetensors"))
         for part in own:
             sync(part)
@@ -125,38 +124,38 @@ class Checkpoints:
         dist.barrier(group)
 
     def state(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint's state alone, with its `step`; None where there is none."""
+        """Return the newest intact checkpoint's state, with its `step`; None if there is none."""
         newest = world().broadcast(self._newest() if world().leads else None)
         return newest and newest[1]
 
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest whole checkpoint, and a line on stderr for each damaged one that is newer.
+        """Return step and state of the newest intact checkpoint; report each newer, damaged one on stderr.
 
-        Raises UserError where there are checkpoints and all of them are damaged.
+        Raises UserError if there are checkpoints and all of them are damaged.
         """
         damaged: list[str] = []
         for step in reversed(self.steps()):
             folder = checkpoint_place(self.folder, step)
             try:
-                if step not in self._whole:
-                    self._whole[step] = _checked(folder, step)
+                if step not in self._verified:
+                    self._verified[step] = _verified_state(folder, step)
             except (OSError, ValueError) as error:
                 reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
                 damaged.append(f"{folder}: damaged checkpoint ({reason})")
                 continue
             for line in damaged:
-                say(f"{line}; going on from the one of step {step}")
-            return step, self._whole[step]
+                say(f"{line}; continuing from step {step}")
+            return step, self._verified[step]
         if damaged:
             raise UserError(f"{damaged[0]}; start again with --force")
         return None
 
     def load(self, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest whole checkpoint's tensors and state, or None where there is none.
+        """Return the tensors and the state of the newest intact checkpoint, or None if there is none.
 
-        like: tensors of the same names and shapes, which are overwritten where they are parts of larger ones
+        like: tensors of the same names and shapes; sharded ones are overwritten
 
-        Raises UserError where all checkpoints are damaged, or for one of parts of other shapes than those of `like`.
+        Raises UserError if all checkpoints are damaged, or if a sharded one has other shapes than `like`.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -167,8 +166,8 @@ class Checkpoints:
             return None
         folder, state = checkpoint_place(self.folder, newest[0]), newest[1]
         try:
-            divided = like is not None and any(map(is_sharded, like.values()))
-            if divided or "parts" in state:
+            sharded = like is not None and any(map(is_sharded, like.values()))
+            if sharded or "parts" in state:
                 return _load_parts(folder, state.get("parts", 1), like), state
             return load_file(folder / TENSORS), state
         except LookupError as error:
@@ -178,19 +177,19 @@ class Checkpoints:
             raise UserError(f"{folder}: damaged checkpoint ({error}); start again with --force") from error
 
 
-def _checked(folder: Path, step: int) -> dict[str, Any]:
-    """The state of the checkpoint of a step. Raises ValueError or OSError where it is not what was written."""
+def _verified_state(folder: Path, step: int) -> dict[str, Any]:
+    """Read the state of a step's checkpoint and verify its files. Raises ValueError or OSError if it is damaged."""
     state = read_sealed(folder / STATE)
     if state.get("step") != step:
-        raise ValueError(f"{STATE} is of another step")
+        raise ValueError(f"{STATE} belongs to another step")
     for name, digest in state["sha256"].items():
         if file_sha256(folder / name) != digest:
-            raise ValueError(f"{name} does not have the checksum that {STATE} names")
+            raise ValueError(f"{name} does not match its checksum in {STATE}")
     return state
 
 
 def _load_parts(folder: Path, count: int, like: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in parts; without `like` all of them, whole."""
+    """Load the tensors of a sharded checkpoint; without `like`, all of them and unsharded."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -207,9 +206,9 @@ def _load_parts(folder: Path, count: int, like: Mapping[str, Tensor] | None) -> 
         for name, value in tensors.items():
             there = tuple(described[name].size) if name in described else None
             if there != tuple(value.shape):
-                raise LookupError(f"{name} is {there or 'missing'} there and {tuple(value.shape)} here")
+                raise LookupError(f"{name} is {there or 'missing'} in the checkpoint and {tuple(value.shape)} here")
     try:
-        with warnings.catch_warnings():  # each process reads its parts by itself, and that is meant
+        with warnings.catch_warnings():  # each rank reads its own parts, as intended
             warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
             load(tensors, storage_reader=reader, no_dist=True)  # type: ignore[arg-type]
     except CheckpointException as error:

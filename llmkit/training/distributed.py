@@ -1,19 +1,19 @@
-"""Several processes that train one model: their messages to each other, and each one's share of the work.
+"""Distributed training: the messages between ranks, and each rank's share of the work and the parameters.
 
-    world = join(choose_device("auto"), config)                  # where torchrun has started several processes
-    with world.in_turn():                                        # the first does the work, the others find it done
+    world = join(choose_device("auto"), config)                  # all ranks that torchrun has started
+    with world.in_turn():                                        # rank 0 does the work, the others find it done
         shards = tokenize_documents(...)
     world.check_same({"the number of tokens": shards.tokens})
     shard(model)
     loss, targets = world.sum(loss, targets)
 
-In a job of one process every method returns its argument, and costs nothing. Messages go through the processors, few
-numbers at a time (gloo); parameters and gradients go from device to device (nccl on GPUs).
+With a single process every method returns its argument at no cost. Messages are few numbers and go through CPU memory
+(gloo); parameters and gradients go from device to device (nccl on GPUs).
 
-`shard` divides the parameters of a model among the processes by torch's FSDP2: every parameter is cut along its rows; a
-layer is put together for the moment in which it computes, and its gradient is summed in float32 and cut again. The
-optimizer keeps masters and moments of its own rows. Zhao et al. 2023 (arXiv 2304.11277);
-https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. K matrices, M x N, of whose M rows this has m.
+`shard` divides the parameters of a model among the ranks with torch's FSDP2: every parameter is sharded along its rows;
+a layer is gathered while it computes, and its gradient is reduce-scattered in float32. The optimizer keeps masters and
+moments of its own rows. Zhao et al. 2023 (arXiv 2304.11277);
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. K matrices, M x N; this rank has m of M rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROCESS_TIMEOUT = 600.0  # seconds to wait for another process
 
 
 class World:
-    """The processes of this job: `rank` of `size`; see the module."""
+    """The ranks of this job; see the module."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, watch: Any = None) -> None:
         self.rank, self.size, self.device = rank, size, device or torch.device("cpu")
@@ -53,15 +53,15 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """True if this process speaks and writes for all."""
+        """True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """The sum over all processes of each number."""
+        """Sum each number over all ranks."""
         return self._reduce(values, "SUM")
 
     def largest(self, *values: float) -> tuple[float, ...]:
-        """The largest of all processes of each number."""
+        """Return the maximum of each number over all ranks."""
         return self._reduce(values, "MAX")
 
     def _reduce(self, values: tuple[float, ...], operation: str) -> tuple[float, ...]:
@@ -75,14 +75,14 @@ class World:
         return tuple(tensor.tolist())
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum a tensor over all processes, in place, on its device."""
+        """Sum a tensor over all ranks, in place, on its device."""
         if self.size > 1:
             import torch.distributed as dist
 
             dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of each process, by rank, in every process, however long each takes to have it."""
+        """Return the value of each rank, on every rank, without a timeout."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -94,7 +94,7 @@ class World:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's value, which is JSON, whenever it comes."""
+        """Return the value of rank 0, which is JSON, without a timeout."""
         if self.size == 1:
             return value
         return self._publish(value, next(self._numbers))
@@ -109,7 +109,7 @@ class World:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process does what is inside, however long it takes, then the others do."""
+        """Run the block on rank 0, however long it takes, and then on the others."""
         number = next(self._numbers)
         if not self.leads:
             self._publish(None, number)
@@ -118,47 +118,45 @@ class World:
             self._publish(None, number)
 
     def barrier(self) -> None:
-        """Wait until all processes are here, however long that takes."""
+        """Wait for all ranks, without a timeout."""
         if self.size > 1:
             number = next(self._numbers)
             self.watch.store.set(f"here/{number}/{self.rank}", "1")
             self._await([f"here/{number}/{rank}" for rank in range(self.size)])
 
     def _await(self, keys: list[str]) -> None:
-        # no deadline: the watch ends this process where another one fails
+        # no timeout: the watch ends this process if another rank fails
         while not self.watch.store.check(keys):
             time.sleep(0.02)
 
     @contextmanager
     def saving_by(self, save: Callable[[Callable[[Any], bool]], bool]) -> Iterator[None]:
-        """While inside, `save` writes this process's part of what there is to save when another one fails, also in
-        another thread. It gets a function that tells if all processes have the same; it gives True if it has written.
-        """
+        """During the block, `save` writes this rank's part of a checkpoint when another rank fails, maybe in another
+        thread. It gets a function that returns whether all ranks have the same value; it returns True if it wrote."""
         if self.size > 1:
             self.watch.save = save
-        yield  # no try: where this process fails, too, its part is still to be written, by the watch, on the way out
+        yield  # no try: if this rank fails too, the watch still has to write its part
         if self.size > 1:
             self.watch.save = None
 
     def check_same(self, what: Mapping[str, Any]) -> None:
-        """Raise UserError where this process was given something else than the first: values of JSON, by a name that
-        the user knows."""
+        """Raise UserError if a value differs from that of rank 0: JSON values, under names that users know."""
         for name, value in self.broadcast(dict(what)).items():
             if (own := json.loads(json.dumps(what.get(name)))) != value:
                 raise UserError(
                     f"{name} is {own} here and {value} at rank 0; start all processes with the same options and data"
                 )
-        self.barrier()  # nobody goes on where one is refused
+        self.barrier()  # no rank continues if one is refused
 
     def check_folder(self, folder: Path, name: str, fresh: bool) -> None:
-        """Raise UserError in all processes unless each sees the file `name` that the first has put into a folder, and
-        can write there itself; a `fresh` folder is removed then."""
+        """Raise UserError on all ranks unless each sees the file `name` that rank 0 wrote to `folder`, and can write
+        there itself; a `fresh` folder is removed in that case."""
         if self.size == 1:
             return
         self.barrier()
         problem, probe = None, folder / f"rank-{self.rank}.probe"
         if not (folder / name).exists():
-            problem = "not to be seen from here; --out must be on a disk that all machines share"
+            problem = "not visible from here; --out must be on a disk that all machines share"
         else:
             try:
                 probe.write_bytes(b"")
@@ -172,18 +170,18 @@ class World:
             raise UserError(problems[0])
 
     def check_rows(self, rows: int, what: str) -> None:
-        """Raise UserError where a batch has fewer rows than shares; `what`: the option, and what it is."""
+        """Raise UserError if a batch has fewer rows than there are ranks; `what`: the option, and what it counts."""
         if rows < self.size:
-            raise UserError(f"{what}: expected at least {self.size} in a batch, one a process, found {rows}")
+            raise UserError(f"{what}: expected at least {self.size} in a batch, one per process, found {rows}")
 
-    # ---- what each process takes of the work
+    # ---- each rank's share of the work
 
     def share(self, total: int) -> tuple[int, int]:
-        """The first of `total` rows or things that are this process's, and the first that is not; by rank."""
+        """Return the start and stop of this rank's share of `total` rows or items."""
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def deal(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """This process's share of some batches, and as many as every other's: one that predicts nothing at the end."""
+        """Yield this rank's share of the batches, as many on each rank: a batch without targets fills up the end."""
         if self.size == 1:
             yield from batches
             return
@@ -196,14 +194,14 @@ _world = World()
 
 
 def world() -> World:
-    """The job that this process has joined, or a job of one."""
+    """Return the job that this process has joined, or a job of one."""
     return _world
 
 
 def join(device: torch.device, config: TrainingConfig) -> World:
-    """Join the other processes of this job, where there are any, to compute on `device` under the options of a stage.
+    """Join the other ranks of this job, if any, to compute on `device` with the options of a stage.
 
-    Raises UserError where the options differ, where they name stdin, or the others cannot be reached.
+    Raises UserError if the options differ or name stdin, or if the others cannot be reached.
     """
     global _world
     me = launch()
@@ -211,25 +209,25 @@ def join(device: torch.device, config: TrainingConfig) -> World:
         return _world
     import torch.distributed as dist
 
-    patience = float(os.environ.get("LLMKIT_PROCESS_TIMEOUT", PROCESS_TIMEOUT))
-    watch = failures.watch(patience)
+    timeout = float(os.environ.get("LLMKIT_PROCESS_TIMEOUT", PROCESS_TIMEOUT))
+    watch = failures.watch(timeout)
     if config.reads_stdin():  # type: ignore[attr-defined]  # every stage that trains has it
-        raise UserError("stdin: several processes cannot read it; give a file that all of them see")
+        raise UserError("stdin: several processes cannot read it; use a file that all of them see")
     store = dist.PrefixStore("groups", watch.store.clone())  # type: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     world = World(me.rank, me.size, device, watch)
     machine = {"the version of torch": torch.__version__, "the kind of device": device.type}
     machine["the precision"] = str(choose_dtype(config.dtype, device))
     world.check_same({**machine, **options_by_flag(config)})
-    # a wait that the watch does not see, such as that of FSDP, ends by itself, a little later
-    limit = timedelta(seconds=patience + 2.0)
+    # a wait that the watch does not see, such as FSDP's, times out a little later
+    limit = timedelta(seconds=timeout + 2.0)
     dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size, timeout=limit)
     _world = world
     return world
 
 
 def leave() -> None:
-    """The work is done: stop watching over the others, who may have ended."""
+    """Leave the job: stop watching the other ranks, which may have ended."""
     global _world
     if _world.size > 1:
         import torch.distributed as dist
@@ -240,58 +238,58 @@ def leave() -> None:
 
 
 def shard(model: Transformer) -> None:
-    """Divide the parameters of a model among the processes of this job, in place; each holds them all before."""
+    """Shard the parameters of a model over the ranks of this job, in place; each rank has all of them before."""
     if world().size == 1:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # Gradients of several micro-batches, and of several processes, are summed in float32, as in a single process.
-    # The root stays whole between forward and backward: its head is used outside of forward.
+    # Gradients of micro-batches and of ranks are summed in float32, as in a single process. The root stays gathered
+    # between forward and backward, because its head is used outside of forward.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.layers, model):
-        whole = fully_shard(module, mesh=mesh(), mp_policy=policy, reshard_after_forward=module is not model)
-        whole.set_gradient_divide_factor(1.0)  # a sum, which the number of targets of all processes divides
-        whole.set_force_sum_reduction_for_comms(True)
+        sharded = fully_shard(module, mesh=mesh(), mp_policy=policy, reshard_after_forward=module is not model)
+        sharded.set_gradient_divide_factor(1.0)  # a sum, later divided by the number of targets on all ranks
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 @cache
 def mesh(kind: str | None = None) -> Any:
-    """All processes in a row, with their devices or with those of a `kind`."""
+    """Return the one-dimensional mesh of all ranks, on their devices or on those of a `kind`."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(kind or world().device.type, (world().size,))
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True if a tensor is a part of one that several processes hold."""
+    """Return True if a tensor is sharded over several ranks."""
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of this process: of a tensor that is not divided, all."""
+    """Return this rank's rows of a tensor; all rows if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def part_of(rows: Tensor, whole: Tensor, kind: str | None = None) -> Tensor:
-    """`rows` as this process's of a tensor that is divided as `whole` is."""
-    if not is_sharded(whole):
+def part_of(rows: Tensor, like: Tensor, kind: str | None = None) -> Tensor:
+    """Return `rows` as this rank's part of a tensor that is sharded like `like`."""
+    if not is_sharded(like):
         return rows
     from torch.distributed.tensor import DTensor, Shard
 
-    stride = torch.empty(whole.shape, device="meta").stride()
-    return DTensor.from_local(rows, mesh(kind), [Shard(0)], run_check=False, shape=whole.shape, stride=stride)
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(rows, mesh(kind), [Shard(0)], run_check=False, shape=like.shape, stride=stride)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is divided, in every process."""
+    """Gather a sharded tensor on every rank."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def whole_model(model: Transformer) -> Transformer:
-    """A model with all of its parameters in this process, to generate with: the same one where it is not divided.
+    """Return the model with all of its parameters on this rank, for generation; the same object if it is not sharded.
 
-    All processes call it together.
+    Collective.
     """
     if not hasattr(model, "reshard"):
         return model
@@ -304,15 +302,14 @@ def whole_model(model: Transformer) -> Transformer:
 
 
 def on_whole_matrices(part_KmN: Tensor, rows: int, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """`work` on K matrices of `rows` rows, of which this process has some: each process works on its share of the
-    matrices, and gets its rows of all the results.
+    """Apply `work` to K matrices of `rows` rows, of which this rank has m: each rank works on its share of complete
+    matrices and gets its rows of all results.
 
-    This sends twice the matrices, all told: gathering them everywhere would be as many times as there are
-    processes.
+    This sends each matrix twice in total; gathering on every rank would send it once per rank.
     """
     count, own, columns = part_KmN.shape
     me, size = world().rank, world().size
-    height = -(-rows // size)  # as torch.chunk cuts, and FSDP; the last may be empty
+    height = -(-rows // size)  # split as by torch.chunk and FSDP; the last may be empty
     heights = [max(0, min(height, rows - rank * height)) for rank in range(size)]
     shares = [(rank + 1) * count // size - rank * count // size for rank in range(size)]
     whole_KMN = torch.cat(_exchange(part_KmN.split(shares), [(shares[me], m, columns) for m in heights]), dim=1)
@@ -321,7 +318,7 @@ def on_whole_matrices(part_KmN: Tensor, rows: int, work: Callable[[Tensor], Tens
 
 
 def _exchange(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Exchange tensors with all processes: send `tensors`, one to each, and return what they sent, of these shapes."""
+    """Send `tensors[i]` to rank i (all-to-all); return the tensors that the ranks sent, of these shapes."""
     import torch.distributed as dist
 
     inward = [prod(shape) for shape in shapes]

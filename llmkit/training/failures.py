@@ -1,11 +1,11 @@
-"""End a job of several processes soon, and in one line, when one of them fails, hangs or goes away.
+"""End a distributed job quickly, with one line, when a rank fails, hangs or disappears.
 
-A process that fails leaves a note in the job's store. The first to do so waits a moment for the notes of the others
-and speaks for all; a thread in each process sees the notes and ends it, also where its main thread waits for one that
-will never answer. A process without a note is gone; one that does not wait for others hangs.
+A rank that fails leaves a note in the job's store. The first one to do so waits a moment for the notes of the others
+and reports for all. A thread on each rank sees the notes and ends the process, even if its main thread waits for a rank
+that will never answer. A rank without a note has disappeared; one that does not wait for others hangs.
 
-Before that, a process that fails in a training calls for its steps to be saved. The threads of the others write their
-parts: none of them can update its weights without the one that failed, so all stand after the same step.
+Before that, a rank that fails in training requests a checkpoint. The threads of the others write their parts: no rank
+can update its weights without the failed one, so all are at the same step.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from llmkit.errors import Interrupted, UserError
 from llmkit.io.ranks import Launch, launch
 
 POLL_SECONDS = 0.25
-NOTES_SECONDS = 4.0  # for the notes of the others; torchrun kills 30 s after its SIGTERM
-SAVING_SECONDS = 15.0  # for all to say after which step they stand: less than torchrun waits
-OWN_SECONDS = 1.5  # for the main thread to find out by itself what has happened
+NOTES_SECONDS = 4.0  # to wait for the notes of the others; torchrun kills 30 s after its SIGTERM
+SAVING_SECONDS = 15.0  # for all ranks to report their step: less than torchrun waits
+OWN_SECONDS = 1.5  # for the main thread to report the failure itself
 PACKAGE = str(Path(__file__).parents[1])
 
 _watch: Watch | None = None
@@ -37,19 +37,19 @@ _ending = threading.Lock()
 
 
 def connect(me: Launch, timeout: float) -> Any:
-    """A connection of its own to the store of the job. Raises UserError where there is none."""
+    """Open a separate connection to the store of the job. Raises UserError if that fails."""
     import torch.distributed as dist
 
     try:
         connected = dist.rendezvous("env://", timeout=timedelta(seconds=timeout))  # type: ignore[reportPrivateImportUsage]
         store, _, _ = next(connected)
     except Exception as error:
-        raise UserError(f"the processes cannot reach one another: {error}; start them by torchrun") from None
+        raise UserError(f"the processes cannot reach one another: {error}; start them with torchrun") from None
     return dist.PrefixStore(f"llmkit/{me.restarts}", store)  # type: ignore[reportPrivateImportUsage]
 
 
 class Watch(threading.Thread):
-    """Ends this process when another has failed, and when it has waited for others longer than `timeout` seconds."""
+    """Ends this process when another rank has failed, or after waiting longer than `timeout` seconds for others."""
 
     def __init__(self, me: Launch, timeout: float) -> None:
         super().__init__(name="watch over the other processes", daemon=True)
@@ -57,14 +57,14 @@ class Watch(threading.Thread):
         self.store = connect(me, timeout)
         self._waiting_since: float | None = None
         self._over = threading.Event()
-        # writes this process's part of what there is to save, if all agree on what that is
+        # writes this rank's part of a checkpoint, if all ranks agree on the step
         self.save: Callable[[Callable[[Any], bool]], bool] | None = None
         self._saved: bool | None = None
         self._saving = threading.Lock()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around everything in which this process waits for others that should come at once."""
+        """Mark a wait for other ranks that should answer at once."""
         self._waiting_since = time.monotonic()
         try:
             yield
@@ -77,22 +77,22 @@ class Watch(threading.Thread):
                 if self.store.add("saving", 0) > 0:
                     self.save_together()
                 failed = self.store.add("notes", 0) > 0
-            except Exception:  # the store is gone, and with it the job: the main thread finds out
+            except Exception:  # the store and the job are gone: the main thread will notice
                 return
             since = self._waiting_since
             if failed:
                 time.sleep(OWN_SECONDS)
                 _end({"kind": "ended", "place": whereabouts()}, self.me, self.store)
             elif since is not None and time.monotonic() - since > self.timeout:
-                _end(_lost(f"nobody answers for {self.timeout:g} s"), self.me, self.store)
+                _end(_lost(f"no answer for {self.timeout:g} s"), self.me, self.store)
 
     def call_for_saving(self) -> bool:
-        """Have all processes save what they have, before this one ends. False where they cannot."""
+        """Have all ranks save their parts before this one ends. Return False if they cannot."""
         self.store.add("saving", 1)
         return self.save_together()
 
     def save_together(self) -> bool:
-        """This process's part of it, once; False where not all have done theirs."""
+        """Save this rank's part, once. Return False unless all ranks have saved theirs."""
         with self._saving:
             if self._saved is None:
                 self._saved, agreed = False, threading.Event()
@@ -103,20 +103,20 @@ class Watch(threading.Thread):
                     return same
 
                 def save() -> None:
-                    with suppress(Exception):  # what ended the job says more
+                    with suppress(Exception):  # the error that ended the job matters more
                         done = self.save is not None and self.save(agree_on_step)
                         self._saved = self._agree("saved", done or None, self.timeout)
 
-                # in a thread, which may be left behind: a device may wait for one that will never answer
+                # in a thread that can be abandoned: a device may wait for a rank that will never answer
                 thread = threading.Thread(target=save, daemon=True)
                 thread.start()
                 thread.join(SAVING_SECONDS)
-                if agreed.is_set():  # on what to write, which takes long where it is much
+                if agreed.is_set():  # writing a large checkpoint takes long
                     thread.join(self.timeout)
             return self._saved
 
     def _agree(self, what: str, value: Any, seconds: float) -> bool:
-        """True if all processes say the same within some seconds, and that is not None."""
+        """Return True if all ranks report the same value within `seconds`, and it is not None."""
         self.store.set(f"{what}/{self.me.rank}", json.dumps(value))
         keys = [f"{what}/{rank}" for rank in range(self.me.size)]
         deadline = time.monotonic() + seconds
@@ -127,14 +127,14 @@ class Watch(threading.Thread):
         return value is not None and {self.store.get(key) for key in keys} == {json.dumps(value).encode()}
 
     def stop(self) -> None:
-        """This process has done its part."""
+        """End the watch: this rank is done."""
         self._over.set()
-        self.join()  # a thread in torch's code while Python shuts down aborts the process
+        self.join()  # a thread inside torch while Python shuts down aborts the process
         self.store.set(f"note/{self.me.rank}", json.dumps({"kind": "done"}))
 
 
 def watch(timeout: float) -> Watch:
-    """Begin to watch over the other processes."""
+    """Start to watch the other ranks."""
     global _watch
     _watch = Watch(launch(), timeout)
     _watch.start()
@@ -142,18 +142,18 @@ def watch(timeout: float) -> Watch:
 
 
 def fail_together(message: str, code: int) -> NoReturn:
-    """End all processes; one says the message, with the rank of this process where it is not that of all."""
+    """End all ranks; one prints the message, with this rank's number unless all ranks have the same message."""
     kind = "interrupted" if code == Interrupted.exit_code and message == "interrupted" else "error"
     _end({"kind": kind, "message": message, "code": code})
 
 
 def lose_together(error: Exception) -> NoReturn:
-    """End all processes after another one did not answer; one says which that is."""
+    """End all ranks after one did not answer; one prints which."""
     _end(_lost(str(error)))
 
 
 def is_lost(error: BaseException) -> bool:
-    """True if an error tells that another process did not answer."""
+    """Return True if an error means that another rank did not answer."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
@@ -164,12 +164,12 @@ def _lost(message: str) -> dict[str, Any]:
 
 
 def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> NoReturn:
-    """Leave the note, and end this process when what has happened is said."""
+    """Leave the note, and end this process after the failure has been reported."""
     me = me or launch()
-    if not _ending.acquire(blocking=False):  # another thread is at it
+    if not _ending.acquire(blocking=False):  # another thread is ending the process
         time.sleep(3600)
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, to those that are left
+        for number in (signal.SIGTERM, signal.SIGINT):  # sent by torchrun to the remaining ranks
             signal.signal(number, signal.SIG_IGN)
     code = note.get("code", UserError.exit_code)
     try:
@@ -177,7 +177,7 @@ def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> N
             store = _watch.store if _watch is not None else connect(me, 30.0)
         store.set(f"note/{me.rank}", json.dumps(note))
         deadline = time.monotonic() + NOTES_SECONDS
-        if store.add("notes", 1) == 1:  # the first says what happened, the others wait until that is done
+        if store.add("notes", 1) == 1:  # the first reports, the others wait for it
             keys = {rank: f"note/{rank}" for rank in range(me.size)}
             while not store.check([*keys.values()]) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -194,7 +194,7 @@ def _end(note: dict[str, Any], me: Launch | None = None, store: Any = None) -> N
         _say(f"rank {me.rank}: {note.get('message', 'the others are gone')}")
     if sys.stderr is not None:
         sys.stderr.flush()
-    os._exit(code)  # threads and groups of torch would wait for the others for ever
+    os._exit(code)  # torch's threads and process groups would wait for the others forever
 
 
 def _say(message: str) -> None:
@@ -202,7 +202,7 @@ def _say(message: str) -> None:
 
 
 def verdict(notes: Mapping[int, Mapping[str, Any]], size: int) -> tuple[str, int]:
-    """Turn the notes of some processes, by rank, into one message and an exit code.
+    """Turn the notes of some ranks into one message and an exit code.
 
     >>> verdict({1: {"kind": "error", "message": "no x", "code": 2}, 0: {"kind": "ended", "place": None}}, size=2)
     ('rank 1: no x', 2)
@@ -232,7 +232,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def whereabouts() -> str | None:
-    """Locate the main thread in llmkit, such as "data/batches.py:88"; None where it waits for other processes."""
+    """Locate the main thread in llmkit, such as "data/batches.py:88"; None if it waits for other ranks."""
     frame: Any = sys._current_frames().get(threading.main_thread().ident or 0)
     if _watch is not None and _watch._waiting_since is not None:
         return None

@@ -1,7 +1,7 @@
-"""A loaded model made ready for tuning on conversations: vocabulary, adapters, optimizer, and the folder at the end.
+"""Fine-tuning on conversations: loading a model, growing its vocabulary, adapters, optimizer, and saving the result.
 
 tuning = load_for_tuning("base/", device=..., dtype=...)
-tuning = tuning.with_adapter(rank=16, seed=0)        # or all parameters are trained
+tuning = tuning.with_adapter(rank=16, seed=0)        # without it, all parameters are trained
 optimizer = tuning.build_optimizer(learning_rate=None, weight_decay=0.0)
 best = KeepBest(run.work, optimizer)
 ...                                                  # train; best.offer(step, -loss) after an evaluation
@@ -52,15 +52,15 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
 
 
-# AdamW's rate of adapters at a width of 256, as ADAMW_RATE; docs/experiments.md, "Fine-tuning"
+# AdamW learning rate of adapters at width 256, scaled like ADAMW_RATE; docs/experiments.md, "Fine-tuning"
 LORA_LEARNING_RATE = 3e-3
 
 
 def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int) -> None:
-    """Print `count` examples, taken from the sources in turn, on stdout.
+    """Print `count` examples to stdout, taken from the sources in turn.
 
-    On a terminal what is trained on is green and underlined, and a thin space follows each token, so that one sees
-    where words are cut; elsewhere it stands between « and ».
+    On a terminal, trained text is green and underlined, and a thin space follows each token, to show where words are
+    split; elsewhere it is enclosed in « and ».
     """
     from rich.console import Console
     from rich.text import Text
@@ -90,15 +90,15 @@ def show_examples(sources: Sequence[Packable], tokenizer: Tokenizer, count: int)
 
 @dataclass(frozen=True)
 class Tuning:
-    """A model, its tokenizer, and what is trained of it.
+    """A model, its tokenizer, and its trained parameters.
 
-    folder        that it was loaded from
-    prepare       makes of a model as the folder has it what is tuned: with rows for new tokens, or of another kind
+    folder        it was loaded from
+    prepare       turns a model loaded from the folder into the tuned one: with rows for new tokens, or of another kind
     is_assistant  True if the model of the folder has learnt to end its turns
-    new_tokens    tokens of conversations that the base did not have
-    unlearnt      ids that it never saw, whose rows an adapter trains, too
+    new_tokens    number of conversation tokens that the base did not have
+    unlearnt      ids that it never saw, whose rows an adapter also trains
     own           names of parameters that the base does not have
-    template      True if conversations are written as llmkit does, by tokens that `save_tuned` adds
+    template      True if conversations are written in llmkit's format, with tokens that `save_tuned` adds
     """
 
     folder: str
@@ -119,7 +119,7 @@ class Tuning:
 
     @property
     def context(self) -> int:
-        """Tokens that the model can take."""
+        """Context length in tokens."""
         return self.model.config.max_position_embeddings
 
     @cached_property
@@ -129,12 +129,12 @@ class Tuning:
 
     @property
     def pad_id(self) -> int:
-        """A token for places where nothing is predicted."""
+        """Padding token, for positions without a target."""
         return self.tokenizer.specials.get("<|im_end|>", 0)
 
     @property
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """The parameters that are trained, by name."""
+        """The trained parameters, by name."""
         every = list(self.model.named_parameters())
         if self.adapter is None:
             return every
@@ -146,9 +146,9 @@ class Tuning:
         return sum(parameter.numel() for _, parameter in self.parameters)
 
     def with_adapter(self, rank: int | None, seed: int) -> Tuning:
-        """Train low-rank adapters in place of the model's own parameters; without a rank nothing changes.
+        """Train low-rank adapters instead of the model's own parameters; return self if `rank` is None.
 
-        The rows of the tokens of conversations that a base never saw are trained, too, or it would not learn to stop.
+        The rows of conversation tokens that a base never saw are trained too, or it would not learn to stop.
         """
         if rank is None:
             return self
@@ -159,12 +159,12 @@ class Tuning:
         return tuning
 
     def check_memory(self, micro_batch_tokens: int, advice: str = "lower --micro-batch-size") -> None:
-        """Raise UserError, with `advice`, where parameters and a micro-batch do not fit into the device's memory."""
+        """Raise UserError, with `advice`, if parameters and a micro-batch do not fit into the device's memory."""
         divided = 1 if self.adapter else world().size
         state, activations = self.training_memory(micro_batch_tokens, divided)
-        smaller = "take --lora-rank 16, or a smaller model"
+        smaller = "use --lora-rank 16 or a smaller model"
         if self.adapter:
-            smaller = "take a smaller model" if is_quantized(self.model) else "take --quantize nf4, or a smaller model"
+            smaller = "use a smaller model" if is_quantized(self.model) else "use --quantize nf4 or a smaller model"
         check_memory({smaller: state, advice: activations}, self.device)
 
     def training_memory(self, micro_batch_tokens: float, devices: int = 1) -> tuple[float, float]:
@@ -182,9 +182,10 @@ class Tuning:
         anchor: float = ADAMW_RATE,
         lora_anchor: float = LORA_LEARNING_RATE,
     ) -> Optimizer:
-        """AdamW over what is trained; a `learning_rate` of None follows from the width, as `anchor` is for 256.
+        """Build AdamW over the trained parameters; `learning_rate` None follows from the width, `anchor` being that of
+        256.
 
-        Several processes divide the model among them, but for adapters, which each has whole.
+        The model is sharded over the ranks, except with adapters: then each rank has all of it.
         """
         if learning_rate is None:
             anchor = lora_anchor if self.adapter else anchor
@@ -205,11 +206,11 @@ def save_tuned(
     pad_id: int | None = None,
     write: Callable[[Any, Path], None] = save_model,
 ) -> None:
-    """Write the tokenizer, and last the model with these values of what was trained, an adapter merged into it.
+    """Write the tokenizer, and then the model with the trained `values`, with an adapter merged into it.
 
-    values        whole and float32
-    keep_adapter  write it to adapter/, too
-    pad_id        named in the tokenizer's configuration as the token for padding
+    values        unsharded and float32
+    keep_adapter  also write the adapter to adapter/
+    pad_id        padding token to name in the tokenizer's configuration
     write         writes another kind of model, or in another precision
     """
     tokenizer = tuning.tokenizer
@@ -220,20 +221,22 @@ def save_tuned(
     if pad_id is not None:
         names = {number: name for name, number in tokenizer.specials.items()}
         write_json(folder / "tokenizer_config.json", {**tokenizer.config, "pad_token": names[pad_id]})
-    mine = tuning.adapter
+    adapter = tuning.adapter
     backend = tuning.model.config.backend
-    base = load_model(tuning.folder, dtype=torch.float32 if mine is None else None, backend=backend)
+    base = load_model(tuning.folder, dtype=torch.float32 if adapter is None else None, backend=backend)
     rows = max(base.config.vocab_size, tokenizer.vocab_size)
     model = tuning.prepare(base)
     for name, parameter in model.named_parameters():
-        if mine is None or name in tuning.own:
+        if adapter is None or name in tuning.own:
             parameter.data = values[name].to(parameter.device)
-    if mine is not None:  # of a base in bfloat16 each sum is made in float32 when it is written
-        kind: Any = type(mine)
-        whole = kind(model, mine.rank, mine.alpha, mine.targets, token_ids=mine.token_ids, dtype=torch.float32)
-        whole.load(dict(values))
+    if adapter is not None:  # with a bfloat16 base, each sum is computed in float32 when it is written
+        kind: Any = type(adapter)
+        full = kind(
+            model, adapter.rank, adapter.alpha, adapter.targets, token_ids=adapter.token_ids, dtype=torch.float32
+        )
+        full.load(dict(values))
         if keep_adapter:
-            whole.save(folder / "adapter", hub_name(tuning.folder), rows)
+            full.save(folder / "adapter", hub_name(tuning.folder), rows)
     write(model.eval(), folder)
 
 
@@ -246,13 +249,13 @@ def load_for_tuning(
     *,
     reshape: Callable[[Transformer], Transformer] | None = None,
 ) -> Tuning:
-    """Load a model folder to be tuned on conversations, with rows for their tokens where it lacks them.
+    """Load a model folder to tune on conversations, and add rows for conversation tokens that it lacks.
 
-    A folder that brings a chat template from elsewhere keeps it, and its tokens. `quantize` and `backend` are those of
-    `load_model`, the former for adapters alone. `reshape` makes another kind of model of the base, the same each time.
+    A folder with a foreign chat template keeps it and its tokens. `quantize` and `backend` are those of `load_model`,
+    the former for adapters only. `reshape` turns the base into another kind of model, deterministically.
 
-    Raises UserError for a folder that cannot be loaded, for weights that are not finite, and for a tokenizer that
-    does not fit the model.
+    Raises UserError if the folder cannot be loaded, if weights are not finite, or if the tokenizer does not fit the
+    model.
     """
     base = load_unchanged(folder, device, dtype, quantize, backend)
     known, specials = base.tokenizer.vocab_size, base.tokenizer.specials
@@ -270,14 +273,14 @@ def load_for_tuning(
     def prepared(model: Transformer) -> Transformer:
         if template:
             model = grow_vocabulary(model, known, tokenizer.vocab_size)
-        # a turn's end first
+        # the end of a turn first
         ends = dict.fromkeys(end for end in (turn, *model.config.eos_token_ids, text) if end is not None)
         model.config = replace(model.config, eos_token_id=tuple(ends))
         return model
 
     model = prepared(base.model)
     names = {name for name, _ in model.named_parameters()}
-    # rows that no token has are at the mean, too, as soon as a token is new
+    # with a new token, rows without a token are at the mean too
     new = range(known, model.config.vocab_size) if tokenizer.vocab_size > known else ()
     if reshape is not None:
         model = reshape(model)
@@ -297,7 +300,7 @@ def load_for_tuning(
 def load_unchanged(
     folder: str, device: torch.device, dtype: torch.dtype, quantize: str | None = None, backend: str = "auto"
 ) -> Tuning:
-    """Load a model folder as it is: a base model stays one. Raises UserError as `load_for_tuning` does."""
+    """Load a model folder without extending it: a base model stays one. Raises UserError as `load_for_tuning` does."""
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=dtype, device=device, quantize=quantize, backend=backend)
     tokenizer.check_fits(model.config.vocab_size)
@@ -311,22 +314,21 @@ def load_unchanged(
 
 
 def check_finite(model: Transformer, folder: str) -> None:
-    """Raise UserError for weights that no loss comes from, before work is put into them."""
+    """Raise UserError if a weight is not finite, before any work starts."""
     for name, value in chain(model.named_parameters(), model.named_buffers()):  # a quantized matrix has scales
         if not value.is_floating_point():
             continue
-        if not all(bound.isfinite() for bound in torch.aminmax(value.detach())):  # a NaN is both
+        if not all(bound.isfinite() for bound in torch.aminmax(value.detach())):  # NaN is both min and max
             name = name.replace("parametrizations.", "").removesuffix(".0.scales")
             raise UserError(
-                f"{folder}: expected weights that are finite numbers, found NaN or infinity in {name}; "
-                "make or fetch the model again"
+                f"{folder}: expected finite weights, found NaN or infinity in {name}; make or download the model again"
             )
 
 
 class KeepBest:
-    """Parameters kept from the middle of a training, beside its checkpoints, so that they outlive a kill.
+    """Keeps the best parameters of a training on disk, next to its checkpoints, so that they survive a kill.
 
-    `step` is the one at which they were kept; None where there are none, and the last are the best.
+    `step` is the step of the kept parameters; None if there are none, and the last ones count as the best.
     """
 
     def __init__(self, folder: Path, optimizer: Optimizer) -> None:
@@ -344,21 +346,21 @@ class KeepBest:
             self.step = step
 
     def keep(self, step: int) -> None:
-        """Keep the parameters of this step in place of those kept before."""
+        """Keep the parameters of this step instead of those kept before."""
         self._checkpoints.save(step, self._optimizer.masters(), {})
         self.step = step
 
     def forget(self) -> None:
-        """Let the last parameters be the best."""
+        """Delete the kept parameters: the last ones count as the best."""
         self._checkpoints.wait()
         self.step = None
         if world().leads:
             shutil.rmtree(self._checkpoints.folder, ignore_errors=True)
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Return the parameters to save, whole and float32: those kept, else the last.
+        """Return the parameters to save, unsharded and float32: the kept ones, or else the last.
 
-        All processes call it; the first gets them, the others none.
+        Collective; only rank 0 gets them.
         """
         self._checkpoints.wait()
         if self.step is None:
@@ -370,7 +372,7 @@ class KeepBest:
 class EarlyStop:
     """Stops a training after `patience` evaluations without a gain in `val_loss`.
 
-    rows  of the metrics so far: a run that was killed counts on
+    rows  of the metrics so far, so that a resumed run continues the count
     """
 
     def __init__(self, trainer: Trainer, patience: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -381,7 +383,7 @@ class EarlyStop:
                 self.note(row)
 
     def note(self, scores: Mapping[str, float]) -> None:
-        """See the scores of an evaluation."""
+        """Count an evaluation."""
         self._without_gain = 0 if scores["val_loss"] < self._lowest else self._without_gain + 1
         self._lowest = min(self._lowest, scores["val_loss"])
         if self._without_gain >= self._patience and not self._trainer.stopping:
@@ -391,9 +393,9 @@ class EarlyStop:
 
 
 def never_last_id(tuning: Tuning) -> int:
-    """A special token that no conversation ends with: padding, before which the last token is a turn's end.
+    """Return a special token that ends no conversation, for padding: the token before it is then the end of a turn.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     tokenizer, known = tuning.tokenizer, tuning.tokenizer.specials
     last = tuning.chat.encode([message("user", "Hello"), message("assistant", "Hello")]).token_ids[-1]
@@ -407,7 +409,7 @@ def never_last_id(tuning: Tuning) -> int:
 
 
 def answer(tuning: Tuning, model: Transformer, prompts: Sequence[str], max_tokens: int) -> str:
-    """The likeliest answers to some questions, for a look at a model in training: "question -> answer" by line."""
+    """Answer some questions greedily, as a sample of a model in training: "question -> answer" per line."""
     room = model.config.max_position_embeddings
     encoded = [tuning.chat.encode([message("user", prompt)], prompt=True).token_ids.tolist() for prompt in prompts]
     fitting = [(prompt, ids) for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) < room]

@@ -1,4 +1,4 @@
-"""Batches and losses: what a trainer is given, the loss of the next token, and bits per byte of held-out text."""
+"""Batches and losses: their interface to the trainer, the next-token loss, and bits per byte of held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmkit.training.distributed import world
 
 
 class Batch(Protocol):
-    """The rows of a step: a named tuple of arrays whose first dimension is rows, at which the trainer cuts it."""
+    """The rows of a step: a named tuple of arrays whose first dimension is rows, which the trainer slices."""
 
     @property
     def tokens(self) -> int:
@@ -24,7 +24,7 @@ class Batch(Protocol):
         ...
 
     def nothing(self) -> Any:
-        """One row of the same shape without a target, for a process that has no row where others have one."""
+        """Return one row of the same shape without targets, for a rank that has no row when others have one."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -41,20 +41,20 @@ class Summed(NamedTuple):
 
 
 class Loss(Protocol):
-    """The loss of some rows of a batch. It keeps no state: rows may be computed again where memory runs out."""
+    """The loss of some rows of a batch. It is stateless: rows are computed again if memory runs out."""
 
     def __call__(self, model: Any, rows: Any, /) -> Summed: ...
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Any:
-    """The rows start:stop of a batch, as a batch of the same kind."""
+    """Return the rows start:stop of a batch, as a batch of the same type."""
     return batch._make(array[start:stop] for array in batch)
 
 
 def next_token_loss(model: Any, rows: TokenRows) -> Summed:
-    """Summed cross-entropy in nats (fp32 scalar) of packed rows, and the number of their targets."""
+    """Return the summed cross-entropy in nats (fp32 scalar) of packed rows, and the number of their targets."""
     device = next(model.parameters()).device
-    packed = bool(rows.doc_ids_BT[:, -1].any())  # one document a row needs no mask
+    packed = bool(rows.doc_ids_BT[:, -1].any())  # one document per row needs no mask
     loss = model.loss(
         torch.from_numpy(rows.token_ids_BT).to(device),
         torch.from_numpy(rows.targets_BT).to(device),
@@ -65,16 +65,16 @@ def next_token_loss(model: Any, rows: TokenRows) -> Summed:
 
 
 def masked_loss(model: Transformer, batches: Iterable[TokenRows], quiet: bool = False) -> dict[str, float]:
-    """`val_loss`, in nats a target, over batches in which only some tokens are targets."""
+    """Return `val_loss`, in nats per target, over batches in which only some tokens are targets."""
     total, count = _summed_loss(model, batches, quiet)
     return {"val_loss": total / max(1, count)}
 
 
 def held_out_loss(model: Transformer, batches: EvaluationBatches, quiet: bool = False) -> dict[str, float]:
-    """`val_loss` (nats a token) and `val_bits_per_byte` (of UTF-8 text) over a whole validation set.
+    """Return `val_loss` (nats per token) and `val_bits_per_byte` (of UTF-8 text) over a complete validation set.
 
-    Bits per byte does not depend on the tokenizer: the summed loss in bits over the bytes of the text, where
-    each token is predicted once, from its own document and at most the context before it.
+    Bits per byte does not depend on the tokenizer: it is the summed loss in bits divided by the bytes of the text,
+    where each token is predicted once, from its own document and at most one context before it.
     """
     total, count = _summed_loss(model, batches, quiet)
     return {"val_loss": total / max(1, count), "val_bits_per_byte": total / math.log(2) / max(1, batches.bytes)}

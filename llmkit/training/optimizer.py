@@ -1,9 +1,9 @@
 """Muon for matrices and AdamW for the rest, over fp32 masters, and the `Schedule` of their learning rates.
 
 Parameters of one shape are stacked, so that a step is a few batched operations whatever the depth: at 4 layers of
-128 on a CPU, a step per parameter spends more time in dispatch than in arithmetic. The model may hold a
-lower-precision working copy (bfloat16); masters and moments stay fp32 and the copy is written after each step. Of
-parameters that several processes divide among them (llmkit/training/distributed.py) each has masters of its own rows.
+128 on a CPU, a step per parameter spends more time in dispatch than in arithmetic. The model may be a lower-precision
+working copy (bfloat16); masters and moments stay fp32, and the copy is refreshed after each step. Of sharded
+parameters (llmkit/training/distributed.py) each rank has the masters of its own rows.
 
 Shapes: K parameters of a group, each M x N.
 Sources: Muon, Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); the orthogonalisation's coefficients,
@@ -59,7 +59,7 @@ class Schedule:
     final_factor: float = 0.0
 
     def factor(self, step: int, progress: float) -> float:
-        """The factor for the update that is number `step` (from 0) and begins at `progress`."""
+        """Return the factor for update number `step` (from 0), which begins at `progress`."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         left = max(0.0, 1.0 - progress)
         if self.decay_fraction <= 0 or left >= self.decay_fraction:
@@ -68,7 +68,7 @@ class Schedule:
 
 
 def warn_of_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool) -> None:
-    """Say so where a run ends before its warm-up does."""
+    """Print a note if a run ends before its warm-up does."""
     if total_steps is not None and warmup_steps >= total_steps > 1:
         say(
             f"--warmup-steps {warmup_steps}: the run has {counted(total_steps, 'step')}, and never reaches the full "
@@ -80,14 +80,14 @@ def warn_of_long_warmup(warmup_steps: int, total_steps: int | None, quiet: bool)
 def orthogonalise(update_KMN: Tensor, steps: int = 5) -> Tensor:
     """Replace the singular values of each matrix by about 1 (the polar factor), in the dtype of the input.
 
-    Raises nothing; a zero matrix stays zero.
+    A zero matrix stays zero.
     """
     tall = update_KMN.size(-2) > update_KMN.size(-1)
     x_KMN = update_KMN.mT if tall else update_KMN
     x_KMN = x_KMN / (x_KMN.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     if x_KMN.dtype == torch.float32 and x_KMN.device.type == "cpu" and x_KMN.numel():
-        # by oneDNN: torch's batched products take MKL, at half the rate on AMD (all matrices of a 17M model: 0.52 s
-        # for 1.16)
+        # with oneDNN: torch's batched products use MKL, at half the rate on AMD (all matrices of a 17M model: 0.52 s
+        # instead of 1.16 s)
         factors = []
         for x_MN in x_KMN:
             for a, b, c in POLAR_EXPRESS[:steps]:
@@ -117,7 +117,7 @@ class GroupSettings:
 
 
 class _Stack:
-    """Parameters of one shape and one rule, as one tensor [K, *shape], or [K, own rows, ...] where they are sharded."""
+    """Parameters of one shape and one rule, as one tensor [K, *shape], or [K, own rows, ...] if they are sharded."""
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter], settings: GroupSettings) -> None:
         self.names, self.parameters, self.settings = names, parameters, settings
@@ -129,7 +129,7 @@ class _Stack:
             self.state["second_moment"] = torch.zeros_like(self.master)
         self.gradient: Tensor | None = None
         self.working = self.master
-        if self.sharded:  # FSDP has its own place for the working copies
+        if self.sharded:  # FSDP owns the memory of the working copies
             self._copies = [local(p.detach()) for p in parameters]
             return
         if self.dtype != torch.float32:
@@ -139,12 +139,12 @@ class _Stack:
             parameter.data = self.working[index]
 
     def named(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each of `values` [K, ...] with its parameter's name."""
+        """Yield the name of each parameter with its entry of `values` [K, ...]."""
         for name, parameter, value in zip(self.names, self.parameters, values, strict=True):
             yield name, part_of(value, parameter)
 
     def refresh(self) -> None:
-        """Write the working copies."""
+        """Copy the masters to the working copies."""
         if self.sharded:
             torch._foreach_copy_(self._copies, list(self.master.unbind()))  # type: ignore[reportPrivateImportUsage]
         elif self.working is not self.master:
@@ -172,7 +172,7 @@ class _Stack:
             buffer_KMN = self.state["momentum"]
             buffer_KMN.lerp_(gradient_KMN, 1 - momentum)
             update_KMN = gradient_KMN.lerp_(buffer_KMN, momentum)  # Nesterov
-            # bfloat16 suffices for the iteration (Jordan 2024) and is 4.5x faster here where the CPU has avx512_bf16
+            # bfloat16 suffices for the iteration (Jordan 2024) and is 4.5x faster on a CPU with avx512_bf16
             update_KMN = update_KMN.to(self.dtype)
             if self.sharded:
                 direction_KMN = on_whole_matrices(update_KMN, self.parameters[0].shape[0], self._directions)
@@ -216,8 +216,8 @@ class Optimizer:
     """One optimizer for all stages.
 
         optimizer = Optimizer(named_parameters_with_settings)
-        loss.backward(); optimizer.accumulate()      # once a micro-batch
-        norm = optimizer.gradient_norm(targets)      # of the mean
+        loss.backward(); optimizer.accumulate()      # once per micro-batch
+        norm = optimizer.gradient_norm(targets)      # of the mean gradient
         optimizer.step(factor=0.5, scale=1 / targets)
 
     Raises ValueError for a muon group whose parameters are not matrices.
@@ -238,8 +238,8 @@ class Optimizer:
     def accumulate(self, last: bool = True) -> None:
         """Add the gradients of a backward pass to the fp32 accumulators and clear them.
 
-        last: of the micro-batches of a step; then the gradients of all processes are added. Those of sharded
-        parameters wait for it.
+        last: True for the last micro-batch of a step: then gradients are summed over the ranks, and those of sharded
+        parameters, which wait for it, are added.
         """
         for stack in self.stacks:
             if not stack.sharded or last:
@@ -248,24 +248,24 @@ class Optimizer:
                 world().all_reduce(stack.gradient)
 
     def discard(self) -> None:
-        """Forget the gradients accumulated so far."""
+        """Drop the gradients accumulated so far."""
         for stack in self.stacks:
             stack.gradient = None
             for parameter in stack.parameters:
                 parameter.grad = None
 
     def gradient_norm(self, divisor: float = 1.0) -> Tensor:
-        """The 2-norm of all accumulated gradients over `divisor`, as an fp32 scalar."""
+        """Return the 2-norm of all accumulated gradients over `divisor`, as an fp32 scalar."""
         norms = torch._foreach_norm(  # type: ignore[reportPrivateImportUsage]
             [stack.gradient for stack in self.stacks if stack.gradient is not None]
         )
         norm = torch.stack(norms).norm()
-        if self.stacks[0].sharded:  # all are, or none
+        if self.stacks[0].sharded:  # all stacks are sharded, or none
             norm = torch.tensor(world().sum(float(norm) ** 2)[0] ** 0.5)
         return norm / divisor
 
     def largest_weight(self) -> float:
-        """The largest magnitude among the masters of this process; infinity where one is not a finite number."""
+        """Return the largest magnitude among this rank's masters; infinity if one is not finite."""
         bounds = [torch.stack(torch.aminmax(stack.master)) for stack in self.stacks if stack.master.numel()]
         largest = float(torch.stack(bounds).abs().max()) if bounds else 0.0
         return largest if math.isfinite(largest) else math.inf
@@ -278,11 +278,11 @@ class Optimizer:
             stack.step(factor, momentum, scale, self.count)
 
     def masters(self) -> dict[str, Tensor]:
-        """fp32 master of each parameter by name (views): of sharded ones the parts of this process."""
+        """Return the fp32 master of each parameter by name (views); of sharded ones, this rank's rows."""
         return {name: value for stack in self.stacks for name, value in stack.named(stack.master)}
 
     def whole_masters(self) -> dict[str, Tensor]:
-        """fp32 master of each parameter by name, whole, in the first process; the others get none. All call it."""
+        """Return the fp32 master of each parameter by name, unsharded, on rank 0 and nothing elsewhere. Collective."""
         masters = {}
         for name, value in self.masters().items():
             whole = full_tensor(value)
@@ -291,7 +291,7 @@ class Optimizer:
         return masters
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly: `master.NAME`, `momentum.NAME`, `second_moment.NAME`, `count`."""
+        """Return the state for an exact resume: `master.NAME`, `momentum.NAME`, `second_moment.NAME`, `count`."""
         tensors = {f"master.{name}": value for name, value in self.masters().items()}
         for stack in self.stacks:
             for key, value in stack.state.items():
@@ -312,7 +312,7 @@ class Optimizer:
 
 
 def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
-    """Muon for the blocks' matrices, AdamW for embedding, head, gains and biases; by the recipe, AdamW for all."""
+    """Build Muon for the blocks' matrices, AdamW for embedding, head, gains and biases; or AdamW for all."""
     matrices = {name: blocks for name, _, blocks in model.matrices()}
     groups = []
     for name, parameter in model.named_parameters():
@@ -331,9 +331,9 @@ def build_optimizer(model: Transformer, recipe: Recipe) -> Optimizer:
 
 
 def float32_copy(model: Transformer, optimizer: Optimizer) -> Transformer | None:
-    """Copy the model to the CPU with the optimizer's fp32 masters for parameters, for the first process to save.
+    """Copy the model to the CPU with the optimizer's fp32 masters as parameters, for rank 0 to save.
 
-    All processes call it; the others get None.
+    Collective; the other ranks get None.
     """
     masters = optimizer.whole_masters()
     if not masters:

@@ -1,10 +1,10 @@
-"""From what the user fixed to the plan of a pretraining: shape, tokens, batch, learning rates.
+"""The plan of a pretraining, derived from the user's options: shape, tokens, batch, learning rates.
 
     plan = make_plan(config, vocab_size=8192, corpus_tokens=20_000_000, device="cpu", speed=measure)
     print(plan_table(plan))
 
-One dial, `--depth`, sets everything else, and a budget buys a depth. Every rule is here, so that what `pretrain` prints
-can be traced. Numbers marked [x] come from docs/experiments.md.
+One dial, `--depth`, sets everything else, and a budget buys a depth. Every rule is here, so that each number
+that `pretrain` prints can be traced. Numbers marked [x] come from docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from llmkit.kernels.dispatch import backend
 from llmkit.model.config import ModelConfig
 
 # Bits per byte expected of N active parameters after D tokens: E + A / N^alpha + B / D^beta. The exponents are those
-# of Hoffmann et al. 2022 (arXiv 2203.15556, approach 3); the rest is set by our runs of 1.5M to 2.6M parameters on 4M
-# to 20M tokens of English (docs/experiments.md, "The scaling law"). Only differences matter: the law chooses a depth.
+# of Hoffmann et al. 2022 (arXiv 2203.15556, approach 3); the rest fits our runs of 1.5M to 2.6M parameters on 4M to
+# 20M tokens of English (docs/experiments.md, "The scaling law"). Only differences matter: the law chooses a depth.
 IRREDUCIBLE, PARAMETER_COEFFICIENT, TOKEN_COEFFICIENT = 0.74, 60.0, 40.0
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 REPEATS_WORTH = 15.4  # epochs, see predicted_loss
 TOKENS_PER_PARAMETER = 20
-LONGEST_CONTEXT, ROWS_OF_STEP = 2048, 8  # of a context that is chosen by the documents
-ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # about where the rates were tried [x]
-# Above it a batch saves no steps, it only costs tokens (McCandlish et al. 2018, arXiv 1812.06162: the critical batch).
-# The rule for it is known up to the longest trainings, of 36T tokens (Qwen3): 2M. At 1e18 it would say 103M.
+LONGEST_CONTEXT, ROWS_OF_STEP = 2048, 8  # limits of a context that is chosen for the documents
+ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # about where the learning rates were tuned [x]
+# A larger batch saves no steps and only costs tokens (McCandlish et al. 2018, arXiv 1812.06162: the critical batch
+# size). The rule is known up to the longest trainings, of 36T tokens (Qwen3): 2M. At 1e18 tokens it would give 103M.
 LARGEST_BATCH = 2**21
-ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # of a model that has been trained, falling with the root of the width [x]
+ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # for continued training; falls with the square root of the width [x]
 MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
-SEARCH_SHARE = 0.03  # of a time budget may go into measuring the machine
+SEARCH_SHARE = 0.03  # maximum share of a time budget for measuring the machine
 DECAY_FRACTION = 0.6  # the last part of the run, over which the learning rate decays
 HEAD_DIM = 64
 
@@ -75,18 +75,18 @@ def shape_for_depth(
     tie_word_embeddings: bool = False,
     special_ids: tuple[int | None, int | None] = (None, None),
 ) -> ModelConfig:
-    """The model of a depth: width 64 x depth, heads of 64, a SwiGLU of 8/3 the width, unless something is given.
+    """Return the model of a depth: width 64 x depth, heads of 64, a SwiGLU of 8/3 the width, unless given otherwise.
 
     special_ids: begin and end token of the configuration
 
-    Raises UserError for a shape that no model can have.
+    Raises UserError for an impossible shape.
     """
     hidden = hidden_size or 64 * depth
     heads = num_attention_heads or max(1, hidden // HEAD_DIM)
     kv_heads = num_key_value_heads or heads
     if hidden % heads:
         raise UserError(f"--hidden-size {hidden}: not a multiple of {heads} attention heads; choose another")
-    if (hidden // heads) % 2:  # rotary positions turn channels in pairs
+    if (hidden // heads) % 2:  # RoPE rotates channels in pairs
         flag = f"--hidden-size {hidden}" if hidden_size else f"--num-attention-heads {heads}"
         raise UserError(
             f"{flag}: expected heads of an even number of channels, found {counted(heads, 'head')} of {hidden // heads}"
@@ -111,14 +111,14 @@ def shape_for_depth(
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that multiply an activation each token: the blocks and the output head."""
+    """Return the number of parameters that each token uses: the blocks and the output head."""
     return round(config.flops_per_token(context=0) / 6)
 
 
 def predicted_loss(active_parameters: float, tokens: float, corpus_tokens: float) -> float:
-    """The bits per byte that the scaling law expects, for comparing candidates.
+    """Return the bits per byte that the scaling law predicts, to compare candidates.
 
-    Tokens seen again count less, and after some 15 epochs hardly at all: Muennighoff et al. 2023 (arXiv 2305.16264,
+    Repeated tokens count less, and after about 15 epochs hardly at all: Muennighoff et al. 2023 (arXiv 2305.16264,
     equation 5).
     """
     repeats = max(0.0, tokens / corpus_tokens - 1)
@@ -132,7 +132,7 @@ def predicted_loss(active_parameters: float, tokens: float, corpus_tokens: float
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters that follow from the horizon."""
+    """Hyperparameters that follow from the number of tokens."""
 
     batch_tokens: int
     matrix_learning_rate: float
@@ -140,11 +140,11 @@ class Recipe:
     head_learning_rate: float
     gain_learning_rate: float
     weight_decay: float
-    optimizer: str = "muon"  # of the matrices; or adamw, as all the rest
+    optimizer: str = "muon"  # of the matrices; or adamw, as for the rest
 
 
 def recipe(tokens: float, hidden_size: int, sequence_length: int, batch_tokens: int | None = None) -> Recipe:
-    """Batch ~ tokens^0.383 (nanochat, after Power Lines, arXiv 2505.13738), rates ~ sqrt(batch), anchors [x]."""
+    """Derive batch ~ tokens^0.383 (nanochat, after arXiv 2505.13738) and rates ~ sqrt(batch) from the anchors [x]."""
     if batch_tokens is None:
         batch_tokens = min(LARGEST_BATCH, round(ANCHOR_BATCH * (tokens / ANCHOR_TOKENS) ** 0.383))
     batch_tokens = max(1, round(batch_tokens / sequence_length)) * sequence_length
@@ -167,11 +167,12 @@ def training_memory(
     devices: int = 1,
     working_bytes: float | None = None,
 ) -> tuple[float, float]:
-    """Estimate the bytes of training: those of parameters, and those of activations.
+    """Estimate the bytes of training, for parameters and for activations.
 
-    16 bytes a parameter (working copy, gradient, master, moments), 4 for one that is not among those `trained` [all],
-    and, for each token of a micro-batch, the activations that the backward pass needs, 2 bytes each. `working_bytes` is
-    what the working copies take where that is not 4 bytes each. Bytes of parameters are divided among `devices`."""
+    A parameter takes 16 bytes (working copy, gradient, master, moments), or 4 if it is not among the `trained` [all];
+    each activation that the backward pass needs takes 2 bytes per token of a micro-batch. `working_bytes` replaces the
+    4 bytes per working copy. Bytes of parameters are divided among `devices`.
+    """
     layer = 10 * config.hidden_size + 4 * config.intermediate_size
     trained = config.parameter_count if trained is None else trained
     state = ((4.0 * config.parameter_count if working_bytes is None else working_bytes) + 12.0 * trained) / devices
@@ -183,7 +184,7 @@ def training_memory(
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that training needs to know. `seconds` is the deadline of a time budget, for training alone."""
+    """All settings of a training. `seconds` is the part of a time budget that is left for training."""
 
     model: ModelConfig
     recipe: Recipe
@@ -211,7 +212,7 @@ class Plan:
         return self.tokens * self.model.flops_per_token(self.sequence_length)
 
     def training_memory(self, devices: int = 1) -> dict[str, float]:
-        """About the bytes that training takes, on each of some devices; by advice."""
+        """Estimate the bytes of training on each of some devices, by the advice that lowers them."""
         rows = min(self.micro_batch_rows, -(-self.batch_rows // devices))
         state, activations = training_memory(self.model, rows * self.sequence_length, devices=devices)
         smaller = "lower --depth or --hidden-size"
@@ -235,10 +236,10 @@ class Planner:
     speed             measures tokens/s of a model, a recipe, and rows of a length; called only for a time budget
     seconds_used      seconds since the command started
     closing_tokens    validation tokens to be scored at the end, inside the budget
-    check_fits        raises UserError where the memory does not do for a plan; called before a speed is measured
+    check_fits        raises UserError if a plan does not fit into memory; called before a speed is measured
     special_ids       begin and end token of the model's configuration
-    model             that of `options.model`, which is trained further, with rows for its context
-    documents_within  the share of the documents that a context holds whole
+    model             the model of `options.model`, which is trained further, at its own context
+    documents_within  fraction of the documents that fit into a context
     """
 
     options: PlanOptions
@@ -254,7 +255,7 @@ class Planner:
     documents_within: Callable[[int], float] = lambda length: 1.0
 
     def plan(self) -> Plan:
-        """Return the plan. Raises UserError for a shape that no model can have, or a budget too short to train in."""
+        """Return the plan. Raises UserError for an impossible shape, or a budget too short to train in."""
         options = self.options
         if options.time_budget is not None:
             plan = self._for_time(float(options.time_budget))
@@ -265,7 +266,7 @@ class Planner:
         return self._with_context(self._filled(model, tokens, None, (*why_depth, *why_tokens)), tokens)
 
     def shape(self, depth: int) -> ModelConfig:
-        """The model of a depth; that of --from, where there is one."""
+        """Return the model of a depth, or that of --from."""
         if self.model is not None:
             return self.model
         options = self.options  # the context at which attention is a small part of the work; chosen, not measured
@@ -288,7 +289,7 @@ class Planner:
         return predicted_loss(active_parameters(model), tokens, self.corpus_tokens)
 
     def _depth(self) -> tuple[int, list[str]]:
-        """The depth, and why where it was not given."""
+        """Return the depth, and the reason if it was not given."""
         given = self.options.depth if self.model is None else self.model.num_hidden_layers
         if given is not None:
             return given, []
@@ -303,7 +304,7 @@ class Planner:
         return 4, ["depth 4 is the default"]
 
     def _horizon(self, model: ModelConfig) -> tuple[float, list[str]]:
-        """The tokens to train on, and why where no horizon was given."""
+        """Return the number of tokens to train on, and the reason if it was not given."""
         options = self.options
         if options.tokens is not None:
             return options.tokens, []
@@ -313,7 +314,7 @@ class Planner:
             return options.epochs * self.corpus_tokens, []
         if options.max_steps is not None:
             tokens = self._ideal_tokens(model)
-            for _ in range(50):  # to a fixed point, for the batch itself depends on the tokens
+            for _ in range(50):  # to a fixed point, because the batch itself depends on the tokens
                 tokens = options.max_steps * float(options.batch_tokens or self._recipe(tokens, model).batch_tokens)
             return tokens, []
         if self.model is not None:
@@ -324,7 +325,7 @@ class Planner:
         return recipe(tokens, model.hidden_size, model.max_position_embeddings, batch_tokens)
 
     def _for_time(self, budget: float) -> Plan:
-        """Measure candidates on this machine and take the one whose tokens in the time promise the lowest loss."""
+        """Measure candidates on this machine; choose the one with the lowest predicted loss within the time."""
         fixed = self.options.depth if self.model is None else self.model.num_hidden_layers
         started = time.monotonic()
         best: tuple[float, ModelConfig, float, float] | None = None
@@ -334,8 +335,8 @@ class Planner:
             draft = self._filled(model, self._ideal_tokens(model), None)
             self.check_fits(draft)
             rate = self.speed(model, draft.recipe, min(draft.batch_rows, draft.micro_batch_rows), draft.sequence_length)
-            # scoring is forward only (counted at 2.5 times the rate, ten minutes were 5 s late [x]), and saving takes
-            # some
+            # scoring is forward only (assumed at 2.5 times the rate, a run of ten minutes was 5 s late [x]), and saving
+            # takes time too
             seconds = budget - self.seconds_used() - self.closing_tokens / (2.0 * rate) - 1.0 - 0.01 * budget
             tokens = max(0.0, seconds) * rate
             loss = self._expected_loss(model, tokens)
@@ -350,10 +351,10 @@ class Planner:
         assert best is not None
         _, model, tokens, seconds = best
         if seconds <= 0:
-            scoring = f" and some {self.closing_tokens / (2.0 * rate):.0f} s for "
+            scoring = f" and about {self.closing_tokens / (2.0 * rate):.0f} s for "
             scoring += f"{counted(self.closing_tokens, 'token')} of validation"
             raise UserError(
-                f"--time-budget {budget:g}s: nothing is left to train in, after {self.seconds_used():.0f} s of "
+                f"--time-budget {budget:g}s: no time is left for training after {self.seconds_used():.0f} s of "
                 f"preparation{scoring if self.closing_tokens else ''}; give more time"
                 f"{' or less validation text' if self.closing_tokens else ''}"
             )
@@ -363,10 +364,10 @@ class Planner:
         return self._filled(model, tokens, max(1.0, seconds), tuple(reasons))
 
     def _with_context(self, plan: Plan, tokens: float) -> Plan:
-        """The plan with the context that the documents ask for and the batch has room for, where none was given.
+        """Return the plan with a context chosen for the documents, unless it was given.
 
-        That is the one that holds 9 of 10 documents whole, of the shortest and its doubles to 2,048, as long as 8 rows
-        fit into a step. Chosen, not measured.
+        It is doubled, up to 2,048, until 9 of 10 documents fit, as long as 8 rows fit into a step. Chosen, not
+        measured.
         """
         options, length, within = self.options, plan.sequence_length, self.documents_within
         if options.sequence_length is None and self.model is None:
@@ -379,9 +380,9 @@ class Planner:
         reasons = plan.reasons
         if (longer := 1 - within(length)) >= 0.01:
             more = next((more for more in (512, 1024, 2048, 4096) if more > length and within(more) >= 0.9), 8192)
-            advice = f"--sequence-length {more} holds {within(more):.0%} whole"
+            advice = f"--sequence-length {more} would fit {within(more):.0%} of them"
             if self.model is not None:
-                advice = "the model of --from has no longer one"
+                advice = "the model of --from has no longer context"
             reasons += (
                 f"{longer:.0%} of the documents are longer than the context of {length} tokens, and sft cuts answers "
                 f"there; {advice}",
@@ -389,11 +390,11 @@ class Planner:
         return self._filled(model, tokens, plan.seconds, reasons)
 
     def _filled(self, model: ModelConfig, tokens: float, seconds: float | None, reasons: tuple[str, ...] = ()) -> Plan:
-        """The plan for a model and a number of tokens: batch, rates and schedule follow, unless they were fixed."""
+        """Return the plan for a model and a number of tokens: batch, rates and schedule are derived unless given."""
         options, length = self.options, model.max_position_embeddings
         rate, chosen = options.learning_rate, self._recipe(tokens, model, options.batch_tokens)
         if self.model is not None:
-            # AdamW for everything: Muon's steps, and those of an embedding that starts from nothing, undo what was
+            # AdamW for everything: Muon's steps, and embedding rates meant for training from scratch, undo what was
             # learnt
             rate = rate or ADAMW_RATE * math.sqrt(ADAMW_WIDTH / model.hidden_size)
             chosen = Recipe(chosen.batch_tokens, rate, rate, rate, rate, weight_decay=0.0, optimizer="adamw")
@@ -425,7 +426,7 @@ def _flops_per_token(model: ModelConfig) -> float:
 
 
 def plan_table(plan: Plan) -> str:
-    """The derived values, a line each, with the reasons."""
+    """Format the derived values, one per line, with the reasons."""
     model, recipe, tokens = plan.model, plan.recipe, plan.tokens
     expected = " expected" if plan.seconds is not None else ""
     rates = (

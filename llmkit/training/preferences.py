@@ -1,20 +1,20 @@
-"""Losses of preferences between answers, which tune a policy without a reward model.
+"""Preference losses, which tune a policy without a reward model.
 
-Each is a function of the log-probabilities of whole answers, N comparisons of K answers, under the policy and, for dpo,
-ipo and kto, under its reference: the model as it was before. `ranks` (N, K) say which answer is better, the smaller the
-better, infinite where there is none. A comparison of several answers counts once, as the mean over its pairs of unequal
-rank. With the implicit reward r = beta (log p(y|x) - log p_ref(y|x)), and |y| the tokens of an answer:
+Each is a function of the log-probabilities of complete answers, N comparisons of K answers, under the policy and, for
+dpo, ipo and kto, under the reference: the policy before training. `ranks` (N, K) order the answers: lower is better,
+infinite is a missing answer. A comparison of several answers counts once, as the mean over its pairs of unequal rank.
+With the implicit reward r = beta (log p(y|x) - log p_ref(y|x)), and |y| the number of tokens of an answer:
 
     dpo    -log sigmoid(r_w - r_l)                               Rafailov et al. 2023, arXiv 2305.18290, equation 7
     ipo    (r_w / (beta |y_w|) - r_l / (beta |y_l|) - 1 / (2 beta))^2    Azar et al. 2023, arXiv 2310.12036, equation 17
-    kto    1 - sigmoid(r - z), or 1 - sigmoid(z - r) of an undesirable answer     Ethayarajh et al. 2024, arXiv
-           2402.01306, equation 8; z = beta max(0, KL), by answers that belong to other prompts
+    kto    1 - sigmoid(r - z), or 1 - sigmoid(z - r) for an undesirable answer    Ethayarajh et al. 2024, arXiv
+           2402.01306, equation 8; z = beta max(0, KL), estimated on answers to other prompts
     orpo   -beta log sigmoid(log odds_w - log odds_l)            Hong et al. 2024, arXiv 2403.07691, equation 7;
            odds = p / (1 - p) of p = p(y|x)^(1/|y|)
     simpo  -log sigmoid(r_w - r_l - margin)                      Meng et al. 2024, arXiv 2405.14734, equation 6;
            r = beta log p(y|x) / |y|
 
-ipo's difference is per token, which its authors confirmed to TRL's, and not in the paper.
+ipo's difference is per token, as its authors confirmed to TRL's; this is not in the paper.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from torch import Tensor
 from llmkit.training.distributed import world
 
 WITH_REFERENCE = ("dpo", "ipo", "kto")
-BETA = {"simpo": 2.0}  # else 0.1, as the papers and TRL have it
-MISMATCHED = 0.0  # rank of an answer that belongs to another prompt, by which kto estimates the divergence
+BETA = {"simpo": 2.0}  # 0.1 for the others, as in the papers and TRL
+MISMATCHED = 0.0  # rank of an answer to another prompt, on which kto estimates the KL
 SUMS = (
     *("pairs", "right", "tokens", "nll", "estimates", "kl"),
     *("chosen", "reward_chosen", "length_chosen", "rejected", "reward_rejected", "length_rejected"),
 )
-LARGEST_LOGPROB = -1e-7  # of a token in the mean: the odds of a certain answer would be infinite
+LARGEST_LOGPROB = -1e-7  # upper bound of the mean per token: a certain answer would have infinite odds
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and its settings; those of None are chosen for it by `of`.
+    """A loss and its settings; `of` replaces None by the loss's defaults.
 
-    beta             how much a difference of log-probabilities weighs; for orpo the weight of its odds ratio
-    label_smoothing  chance that a preference is the wrong way round: Mitchell 2023, "A note on DPO with noisy
+    beta             scale of the log-probability differences; for orpo the weight of its odds ratio
+    label_smoothing  probability that a preference is the wrong way round: Mitchell 2023, "A note on DPO with noisy
                      preferences" (dpo, simpo)
     sft_weight       weight of the cross-entropy of the best answers, a mean over the tokens of a batch; for orpo, as in
-                     its authors' code and TRL's, over those of their prompts, too
-    margin           that rewards should differ by, at least (simpo)
+                     its authors' code and TRL's, their prompts' tokens count too
+    margin           minimum difference of rewards (simpo)
     desirable, undesirable  weights of answers (kto)
     """
 
@@ -68,7 +68,7 @@ class Objective:
         sft_weight: float | None = None,
         margin: float | None = None,
     ) -> Objective:
-        """The objective of these settings."""
+        """Return the objective, with the loss's defaults for None."""
         beta = BETA.get(loss, 0.1) if beta is None else beta
         sft_weight = float(loss == "orpo") if sft_weight is None else sft_weight
         margin = (beta / 2 if loss == "simpo" else 0.0) if margin is None else margin
@@ -76,16 +76,16 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """True if the loss compares the policy with what it was."""
+        """True if the loss compares the policy with a reference."""
         return self.loss in WITH_REFERENCE
 
 
 def pair_losses(
     objective: Objective, logprobs: Tensor, references: Tensor, lengths: Tensor, ranks: Tensor, margins: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), a mean over pairs, rewards (N, K), and which pairs (N, K, K) are of a better and a worse answer.
+    """Return losses (N,), each a mean over pairs, rewards (N, K), and the mask (N, K, K) of pairs (better, worse).
 
-    logprobs, references, lengths, ranks (N, K) float32; margins (N,), of the data, by which rewards should differ, too
+    logprobs, references, lengths, ranks (N, K) float32; margins (N,): minimum differences of rewards, from the data
     """
     beta, smoothing = objective.beta, objective.label_smoothing
     per_token = logprobs / lengths.clamp(min=1)
@@ -115,8 +115,8 @@ def pair_losses(
 def kto_losses(
     objective: Objective, logprobs: Tensor, references: Tensor, ranks: Tensor
 ) -> tuple[Tensor, Tensor, float]:
-    """Losses and rewards (N, K), and the divergence in nats; ranks: 1 of a desirable answer, 2 of another, and
-    `MISMATCHED`, whose loss is 0. All processes call it together."""
+    """Return losses and rewards (N, K), and the KL in nats. `ranks` are 1 for a desirable answer, 2 for an undesirable
+    one, and `MISMATCHED`, whose loss is 0. Collective."""
     ratios = logprobs - references
     with torch.no_grad():
         mismatched = ratios[ranks == MISMATCHED]
@@ -132,7 +132,7 @@ def kto_losses(
 
 @torch.no_grad()
 def sums_of(rewards: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor, pairs: Tensor) -> dict[str, float]:
-    """Sums over the answers (N, K) of either side and pairs (N, K, K) of some comparisons, for `figures_of`."""
+    """Return sums over the chosen and the rejected answers (N, K) and the pairs (N, K, K), for `figures_of`."""
     differences = (rewards.unsqueeze(2) - rewards.unsqueeze(1))[pairs]
     sums = {"pairs": float(len(differences)), "right": float((differences > 0).sum() + 0.5 * (differences == 0).sum())}
     for name, side in (("chosen", chosen), ("rejected", rejected)):
@@ -142,13 +142,13 @@ def sums_of(rewards: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor, 
 
 
 def figures_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Figures of a step or an evaluation over all processes, which call this together.
+    """Return the figures of a step or an evaluation over all ranks. Collective.
 
-    parts: those of the loss for each micro-batch of this process
+    parts: the sums of the loss for each micro-batch of this rank
 
-    `reward_chosen`, `reward_rejected` and their difference `margin`; `accuracy`, the share of pairs in which the better
-    answer has the higher reward; `length_chosen` and `length_rejected` in tokens; `nll` of the best answers, in nats a
-    token, where that is trained; `kl` in nats an answer, with kto.
+    `reward_chosen`, `reward_rejected` and their difference `margin`; `accuracy`, the fraction of pairs in which the
+    better answer has the higher reward; `length_chosen` and `length_rejected` in tokens; `nll` of the best answers, in
+    nats per token, if it is trained; `kl` in nats per answer, for kto.
     """
     values = world().sum(*(sum(part.get(name, 0.0) for part in parts) for name in SUMS))
     sums = dict(zip(SUMS, values, strict=True))

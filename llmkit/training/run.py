@@ -1,22 +1,22 @@
 """The frame of every command that trains, from the check of --out to the finished folder; it works under torchrun.
 
-    run = Run("sft", config, "chat/")                        # --out is fit for it; nothing heavy is imported yet
+    run = Run("sft", config, "chat/")                        # checks --out; imports nothing heavy
     if results := run.finished():
         return Summary(**results)
     run.join()                                               # run.device, run.dtype, run.world
-    ...                                                      # load and read, bad records to run.bad
+    ...                                                      # load and read; bad records go to run.bad
     if config.dry_run:
         return None
-    run.begin({"the data": digests})                         # the same in all processes, and in a resumed run
+    run.begin({"the data": digests})                         # the same on all ranks and in a resumed run
     trainer = run.trainer(model, optimizer, schedule, loss, TrainerSettings(micro_batch_rows=8))
     with run.training(trainer):
         trainer.fit(batches.prefetch(trainer.step), total_steps=100, seconds=run.seconds_left(config.time_budget))
-    values = tuning.trained_values()                         # all processes gather them
+    values = tuning.trained_values()                         # collective
     if not run.world.leads:
         return None
     return Summary(**run.finish(trainer.results(), inputs=inputs, parents=[model], write=write))
 
-`write(folder)` puts the model and what belongs to it into the folder, the weights last.
+`write(folder)` writes the model and its files to the folder, the weights last.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ if TYPE_CHECKING:
     from llmkit.training.optimizer import Optimizer, Schedule
     from llmkit.training.trainer import Trainer, TrainerSettings
 
-LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile costs 20-50 s and a C++ compiler: worth it for hours
+LONG_RUN_FLOPS = 1e16  # on a CPU, torch.compile takes 20-50 s and a C++ compiler: worth it for hours
 
 
 class Run(RunFolder):
-    """See the module.
+    """A run of a training command; see the module.
 
-    stage    of the command, as the manifest names it
+    stage    name of the command in the manifest
     example  of an output folder, for messages
+    dry      write nothing; --out may be missing
 
-    `folder` is where it ends, `work` where it is made; `resume` is false where there is nothing to resume.
+    `folder` is the final folder, `work` the one until then; `resume` is False if there is nothing to resume.
     """
 
     device: torch.device
@@ -61,7 +62,7 @@ class Run(RunFolder):
     world: World
 
     def __init__(self, stage: str, config: TrainingConfig, example: str) -> None:
-        """Raises UserError for an --out that cannot be had."""
+        """Raise UserError if --out cannot be used."""
         self.started = time.monotonic()  # a time budget covers the start-up, too
         self.stage = stage
         super().__init__(config.out, example, resume=config.resume, force=config.force, dry_run=config.dry_run)
@@ -69,16 +70,16 @@ class Run(RunFolder):
         self.bad = BadRecords(config.max_bad, config.quiet)
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the results of the run that --resume finds finished, else None.
+        """Return the results of a run that --resume finds finished, else None.
 
-        Raises UserError for a folder from elsewhere, and for other options.
+        Raises UserError if the folder is not of this command, or has other options.
         """
         if not self.is_finished:
             return None
         return {"path": str(self.folder), **finished_results(self.folder, self.stage, self.config)}
 
     def join(self) -> None:
-        """Choose device and precision, and join the other processes of the job. Raises UserError where that fails."""
+        """Choose device and precision, and join the other ranks of the job. Raises UserError if that fails."""
         from llmkit.model.devices import choose_device, choose_dtype
         from llmkit.training.distributed import join
 
@@ -88,28 +89,28 @@ class Run(RunFolder):
 
     @property
     def seconds(self) -> float:
-        """Seconds since the run was begun, or resumed."""
+        """Seconds since the run was started or resumed."""
         return time.monotonic() - self.started
 
     def seconds_left(self, budget: float | None) -> float | None:
-        """Return what is left of a time budget; None where there is none."""
+        """Return the rest of a time budget; None without one."""
         return None if budget is None else budget - self.seconds
 
     def _identity(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return lasting_options(self.config) | dict(more)
 
     def notes(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the notes of `begin` for the run that is resumed; None for a new one.
+        """Return the notes that `begin` wrote if a run is resumed; None for a new one.
 
-        identity: beside the options, what all processes and a resumption must have in common; JSON values, by names
-        that the user knows. Raises UserError naming the first that differs.
+        identity: what must be the same on all ranks and in a resumed run, besides the options: JSON values, under names
+        that users know. Raises UserError naming the first that differs.
         """
         identity = self._identity(identity)
         self.world.check_same(identity)
         return super().notes(identity)
 
     def begin(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
-        """Make the folder, empty, or as it is for a resumed run; errors are those of `notes`."""
+        """Create an empty folder, or keep that of a resumed run. Raises UserError as `notes` does."""
         self.notes(identity)
         super().begin(self._identity(identity), notes)
 
@@ -123,10 +124,10 @@ class Run(RunFolder):
         *,
         flops: float | None = None,
     ) -> Trainer:
-        """The trainer of this run, as its options want it; with --resume, gone on from the last checkpoint.
+        """Build the trainer of this run from its options; with --resume, load the last checkpoint.
 
         model and optimizer are on their device and in their dtype
-        flops: of the whole training, about; None: torch.compile must be asked for, for it was never tried here
+        flops: approximate FLOPs of the training; None: compile only with --compile on, because it was never tried here
         """
         import torch
 
@@ -141,14 +142,14 @@ class Run(RunFolder):
         if model.config.backend != "llmkit":
             compiled = False
             if config.compile == "on":
-                say("--compile on: left out, for it is of families that llmkit computes itself", config.quiet)
+                say("--compile on is ignored: models that run through transformers are not compiled", config.quiet)
         elif config.compile != "auto" or flops is None or is_quantized(model):
             compiled = config.compile == "on"
         else:  # by default on a GPU, or for a long run on a CPU
             compiled = self.device.type == "cuda" or (flops > LONG_RUN_FLOPS and shutil.which("c++") is not None)
         if compiled:
-            say("torch.compile: the first step takes a minute or so (--compile off does without)", config.quiet)
-            if is_sharded(model.embed_tokens):  # FSDP puts a layer together outside of what is compiled
+            say("torch.compile: the first step takes about a minute (--compile off avoids it)", config.quiet)
+            if is_sharded(model.embed_tokens):  # FSDP gathers a layer outside of the compiled code
                 model.compile_layers()
             else:
                 loss = torch.compile(loss, dynamic=False)
@@ -183,11 +184,11 @@ class Run(RunFolder):
         curves: Mapping[str, Mapping[str, str]] | None = None,
         not_in: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Document the run, have `write` put the model beside that, and rename the folder. The first process calls it.
+        """Write manifest, model card and curves, have `write` add the model, and rename the folder. Only on rank 0.
 
-        `derived` stands beside the options in the manifest; `curves` are those of `write_curves`, `not_in` the
-        evaluations whose items were taken out of the inputs. Returns `path` and results, with the seconds of the run
-        and its bad records.
+        `derived` is added to the options in the manifest; `curves` are those of `write_curves`; `not_in` are the
+        evaluations whose items were removed from the inputs. Returns `path` and results, with the run's seconds and bad
+        records.
         """
         from llmkit.report.page import write_curves  # brings jinja2
 

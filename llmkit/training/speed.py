@@ -1,8 +1,8 @@
-"""Speed of this machine: its rate of matrix products, and the tokens a second of a model on it.
+"""Speed of this machine: FLOP/s of matrix products, and tokens/s of a model.
 
-Threads wait for each other hundreds of times a step. On cores that others use too, a second thread may cost more than
-it gains, so `StepThreads` times one and all of them on steps of the training itself: at its start, when steps slow
-down, and now and then. Results are the same on one thread and on several (tests/training/test_speed.py).
+Threads wait for each other hundreds of times per step. On shared cores, a second thread may cost more than it gains, so
+`StepThreads` times one thread and all threads on steps of the training itself: at its start, when steps slow down, and
+now and then. Results are the same on one thread and on several (tests/training/test_speed.py).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from llmkit.training.loss import Batch, Loss, next_token_loss, rows_of
 from llmkit.training.optimizer import build_optimizer
 from llmkit.training.plan import Recipe
 
-GAIN = 1.15  # more threads must be so much faster than one
-TRIAL_STEPS, TRIAL_SECONDS = 2, 0.1  # of each count, at least
-LONGEST_STEP = 10.0  # seconds on one thread, expected: beyond, a trial costs more than it can save
-SLOWER, RECENT = 1.3, 5  # a mean of so many steps, over that of the last trial, asks for another
-PAUSE, TRIAL_SHARE = 30.0, 0.02  # seconds between trials, and the share of the time that they may take
-LONGEST = 3.0  # seconds of timing before an estimate
-SHARE = 0.4  # of the rate of large products is about what steps reach
+GAIN = 1.15  # all threads must be this much faster than one
+TRIAL_STEPS, TRIAL_SECONDS = 2, 0.1  # minimum for each thread count
+LONGEST_STEP = 10.0  # expected seconds on one thread; above, a trial costs more than it can save
+SLOWER, RECENT = 1.3, 5  # a mean of RECENT steps this much above the last trial's starts a new trial
+PAUSE, TRIAL_SHARE = 30.0, 0.02  # seconds between trials, and their maximum share of the time
+LONGEST = 3.0  # maximum seconds of timing for an estimate
+SHARE = 0.4  # fraction of the rate of large products that steps reach, about
 
 
 class StepThreads:
-    """Sets torch's threads for each step.
+    """Sets the number of torch's threads for each step.
 
     with threads.step(size=batch.size):
         train(batch)
@@ -45,14 +45,14 @@ class StepThreads:
 
     def __init__(self, most: int) -> None:
         self.most = self.chosen = most
-        self._usual = math.inf  # seconds for a unit of work, at the last trial
+        self._usual = math.inf  # seconds per unit of work in the last trial
         self._recent: list[float] = []
         self._begin_trial()
         self._warm = False
 
     @contextmanager
     def step(self, size: int) -> Iterator[None]:
-        """Compute a step of `size` units of work, whose time counts for later ones."""
+        """Time a step of `size` units of work, to choose the threads of later steps."""
         count = self.count
         if self.most > 1:
             torch.set_num_threads(count)
@@ -68,13 +68,13 @@ class StepThreads:
         return min(self._trial, key=lambda count: (len(self._trial[count]), -count))
 
     def record(self, count: int, seconds: float, size: int) -> None:
-        """Take note of a step."""
+        """Record the time of a step; start or end a trial when due."""
         if self.most == 1:
             return
         if not self._warm:  # the first step allocates memory
             self._warm = True
             if seconds * self.most > LONGEST_STEP:
-                self._trial, self.most = {}, 1  # what torch has set stays
+                self._trial, self.most = {}, 1  # torch's setting stays
             return
         self._seconds += seconds
         if self._trial:
@@ -102,8 +102,8 @@ class StepThreads:
 def most_threads(device: torch.device, processes: int, compiled: bool) -> int:
     """Return the largest number of threads to try.
 
-    It is 1 on a GPU, beside processes of the same job, where the user set a number, and under torch.compile, which
-    compiles anew for another number.
+    It is 1 on a GPU, with several processes, if the user set a number, and with torch.compile, which recompiles for
+    another number.
     """
     if device.type != "cpu" or processes > 1 or compiled or "OMP_NUM_THREADS" in os.environ:
         return 1
@@ -116,7 +116,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The shortest of `repeats` runs of `work`, after one that does not count."""
+    """Return the shortest time of `repeats` runs of `work`, after a warm-up."""
     work()
     synchronize(device)
     best = float("inf")
@@ -129,7 +129,7 @@ def best_seconds(work: Callable[[], object], device: torch.device, repeats: int)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here: what MFU is measured against. Takes about 0.1 s on a CPU."""
+    """Measure the FLOP/s of a large matrix product, the reference for MFU. Takes about 0.1 s on a CPU."""
     size = 8192 if device.type == "cuda" else 1024
     left = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / best_seconds(lambda: left @ left, device, repeats=5)
@@ -138,7 +138,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def tokens_per_second(
     config: ModelConfig, recipe: Recipe, rows: int, sequence_length: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Training speed of a model of this shape: the best of 2 steps on random tokens, the update included."""
+    """Measure the training speed of a model of this shape: the best of 2 steps on random tokens, update included."""
     keep_freed_memory()  # as the trainer does
     model = Transformer(config, seed=0).to(device=device, dtype=dtype)
     optimizer = build_optimizer(model, recipe)
@@ -156,10 +156,11 @@ def tokens_per_second(
 def expected_tokens_per_second(
     config: ModelConfig, recipe: Recipe, rows: int, sequence_length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, str]:
-    """Training speed after `LONGEST` seconds of work at most, about, and what it rests on, in words.
+    """Estimate tokens/s of training in at most about `LONGEST` seconds; also return the basis of the estimate, in
+    words.
 
-    That is `tokens_per_second` of a small model. Of a larger one the passes of a single layer are timed, on as many
-    tokens as the time allows, and its FLOP/s are taken for those of the whole, the update included.
+    For a small model this is `tokens_per_second`. For a larger one the passes of a single layer are timed, on as many
+    tokens as the time allows, and its FLOP/s are assumed for the complete model, update included.
     """
     reachable = SHARE * peak_flops(device, dtype)
     step_flops = rows * sequence_length * config.flops_per_token(sequence_length) + update_flops(config, recipe)
@@ -183,8 +184,8 @@ def expected_tokens_per_second(
 
 
 def update_flops(config: ModelConfig, recipe: Recipe) -> float:
-    """FLOPs of an update: Muon's five iterations on the matrices of the layers (`orthogonalise`), two products of M x M
-    by M x N and one of M x M by M x M each. AdamW has none to speak of."""
+    """Return the FLOPs of an update: Muon's five iterations on the matrices of the layers (`orthogonalise`), each two
+    products of M x M by M x N and one of M x M by M x M. AdamW's are negligible."""
     if recipe.optimizer != "muon":
         return 0.0
     rows, hidden = config.stacked_rows, config.hidden_size
@@ -194,7 +195,7 @@ def update_flops(config: ModelConfig, recipe: Recipe) -> float:
 
 
 def batch_seconds(model: nn.Module, loss: Loss, batch: Batch, micro_batch_rows: int, device: torch.device) -> float:
-    """Seconds of the forward and backward pass of a batch, by one that comes after a first of a micro-batch."""
+    """Time the forward and backward pass of a batch, after a warm-up with one micro-batch."""
     keep_freed_memory()
     micro_batches = [
         rows_of(batch, start, start + micro_batch_rows) for start in range(0, len(batch[0]), micro_batch_rows)

@@ -1,14 +1,13 @@
 """The training loop under pretrain, sft, train-reward and rl: batches in, an updated model and metrics out.
 
 It knows a model, an optimizer, a loss and a folder for its state. It does not know what a document or a conversation
-is, nor what the loss means. In a job of several processes each takes its share of a batch's rows, and the first decides
-all that depends on a clock.
+is, nor what the loss means. Each rank takes its share of a batch's rows; rank 0 decides all that depends on a clock.
 
     trainer = Trainer(model, optimizer, schedule, next_token_loss, folder=work, settings=...)
     trainer.resume()
     trainer.fit(batches.prefetch(trainer.step), total_steps=1000, evaluate=bits_per_byte)
 
-A stage whose batches depend on the model as it is writes the loop itself:
+A stage whose batches depend on the current model writes the loop itself:
 
     with trainer.session(total_steps=1000, evaluate=evaluate):
         while trainer.goes_on:
@@ -47,12 +46,12 @@ from llmkit.training.loss import Batch, Loss, rows_of
 from llmkit.training.optimizer import Optimizer, Schedule
 from llmkit.training.speed import StepThreads
 
-LAST_UPDATE_SECONDS = 10.0  # to finish one that other processes have finished
-FIRST_SAVE_SECONDS = 60.0  # a run that has nothing on disk loses all of itself
-LARGEST_WEIGHT = 65504.0  # of float16; what training makes of a usable learning rate is a thousand times smaller
-FIRST_STEPS = 8  # whose mean loss is the beginning: one batch may be easier than all others
-ABSURD_NATS = 10.0  # above the beginning: worse than a guess among the tokens of any tokenizer
-GROWN_NATS = 0.5  # above the beginning, at the end: what a note is worth
+LAST_UPDATE_SECONDS = 10.0  # to finish an update that other ranks have finished
+FIRST_SAVE_SECONDS = 60.0  # a run without a checkpoint loses everything
+LARGEST_WEIGHT = 65504.0  # largest float16; with a usable learning rate, weights are a thousand times smaller
+FIRST_STEPS = 8  # their mean loss is the initial loss: a single batch may be easier than all others
+ABSURD_NATS = 10.0  # above the initial loss: worse than guessing with any tokenizer
+GROWN_NATS = 0.5  # above the initial loss at the end: worth a note
 RESTART = "start again with --force and a lower --learning-rate, or look at the data"
 
 Evaluate = Callable[[], Mapping[str, float]]
@@ -60,7 +59,7 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Numbers of the loop. Steps and seconds of None mean never."""
+    """Settings of the loop. Steps and seconds of None mean never."""
 
     micro_batch_rows: int
     max_grad_norm: float | None = 1.0
@@ -73,23 +72,25 @@ class TrainerSettings:
     spike_nats: float = 1.5  # infinite for a loss that does not measure progress
     spike_patience: int = 20
     updates_per_batch: int = 1
-    micro_batch_tokens: int | None = None  # fewer rows at a time where rows are so long that these are exceeded
+    micro_batch_tokens: int | None = None  # upper bound, with fewer rows at a time if rows are long
     memory_advice: str = "lower --sequence-length or --depth"
-    shown: str = "loss"  # the metric beside the progress bar
+    shown: str = "loss"  # the metric next to the progress bar
     flops_per_token: float | None = None  # with peak_flops, `mfu` is in the metrics
     peak_flops: float | None = None
-    mirrors: tuple[Callable[[], Any], ...] = ()  # of the metrics
-    most_threads: int = 1  # to choose from; 1 leaves what torch has
+    mirrors: tuple[Callable[[], Any], ...] = ()  # other loggers of the metrics
+    most_threads: int = 1  # upper bound of threads to try; 1 keeps torch's setting
     quiet: bool = False
 
 
 class Trainer:
-    """See the module. Raises UserError when the loss is not a number or stays far above its average or its beginning,
-    or a weight outgrows half precision, and Interrupted when SIGINT, SIGTERM or SIGHUP arrives: the step in which it
-    comes is given up. Whatever ends a run, the steps that it made are saved first, where their weights are fit for it.
+    """The training loop; see the module.
 
-    `figures` has those of the loss in the last step: a list for each update, of an item for each micro-batch of this
-    process. `stopping` is set by an evaluation that has seen enough.
+    Raises UserError if the loss is not finite or stays far above its average or its initial value, or if a weight
+    outgrows half precision, and Interrupted on SIGINT, SIGTERM or SIGHUP, which abandon the current step. Whatever ends
+    a run, its steps are saved first if their weights are usable.
+
+    `figures` are those of the loss in the last step: a list per update, with an item per micro-batch of this rank. An
+    evaluation sets `stopping` to end the training.
     """
 
     def __init__(
@@ -122,30 +123,30 @@ class Trainer:
         self._seconds: float | None = None
         self._evaluate: Evaluate | None = None
         self._sample: Callable[[], str] | None = None
-        self._writing = threading.RLock()  # writes in two threads would mix their messages to the other processes
-        self._updates = 0  # of the optimizer, when the last step was whole
+        self._writing = threading.RLock()  # writes in two threads would mix their collectives
+        self._updates = 0  # optimizer updates at the end of the last complete step
         self._signals = Signals()
 
     @property
     def has_begun(self) -> bool:
-        """True if there is anything that a resumption goes on with: a step, a checkpoint or an evaluation."""
+        """True if there is something to resume: a step, a checkpoint or an evaluation."""
         return self.step > 0 or self.saved_step >= 0 or self.evaluated_step >= 0
 
     # ---- one step
 
     @property
     def progress(self) -> float:
-        """The part of the horizon that is done, from 0 to 1, which the learning rate follows.
+        """Fraction of the training that is done, from 0 to 1, which the learning rate follows.
 
-        Under a time budget that is the clock: a machine that slows down half-way still ends in time with the rate at
-        its end, but no two runs are equal.
+        With a time budget it follows the clock: a machine that slows down half-way still ends in time, with the
+        schedule complete, but no two runs are equal.
         """
         if self._seconds is not None:
             return self.elapsed / max(self._seconds, 1e-9)
         return self.step / (self._total_steps or 1) if self._total_steps is not None else 0.0
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward and update on one batch, as often as the settings say; the metrics of the last update."""
+        """Run forward, backward and update on a batch, `updates_per_batch` times; return the last update's metrics."""
         metrics: dict[str, float] = {}
         self.figures, size = [], batch.tokens
         factor = self.schedule.factor(self.step, self.progress)
@@ -170,8 +171,8 @@ class Trainer:
         return metrics
 
     def _backward(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss and targets of this process's rows, gradients accumulated; halves the micro-batch when memory
-        runs out."""
+        """Accumulate the gradients of this rank's rows and return their summed loss and targets; halve the micro-batch
+        if memory runs out."""
         (first, stop), rows = world().share(len(batch[0])), -(-len(batch[0]) // world().size)  # of the largest share
         at_once = self.micro_batch_rows
         if self.settings.micro_batch_tokens is not None:
@@ -180,16 +181,16 @@ class Trainer:
             try:
                 totals, targets, figures = [], 0, []
                 for done in range(0, rows, at_once):
-                    # a step that has updated the weights is finished
+                    # a step that has already updated the weights is completed
                     if self.optimizer.count == self._updates and world().sum(float(self._signals.arrived))[0] > 0:
                         raise StepGivenUp
                     start, last = first + done, done + at_once >= rows
-                    part = rows_of(batch, start, min(start + at_once, stop))
-                    if not len(part[0]):  # FSDP wants all processes to compute as often
-                        part = batch.nothing()
+                    micro_batch = rows_of(batch, start, min(start + at_once, stop))
+                    if not len(micro_batch[0]):  # FSDP needs equally many passes on all ranks
+                        micro_batch = batch.nothing()
                     if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
-                        self.model.set_requires_gradient_sync(last)  # gradients are summed after the last micro-batch
-                    summed = self.loss(self.model, part)
+                        self.model.set_requires_gradient_sync(last)  # gradients are reduced after the last micro-batch
+                    summed = self.loss(self.model, micro_batch)
                     summed.total.backward()
                     self.optimizer.accumulate(last)
                     totals.append(summed.total.detach())
@@ -202,7 +203,7 @@ class Trainer:
                 if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
                     raise
                 self.optimizer.discard()
-                if world().size > 1:  # the others go on with more rows at a time
+                if world().size > 1:  # the other ranks keep more rows at a time
                     settings = self.settings
                     smaller = settings.memory_advice if settings.micro_batch_tokens else "lower --micro-batch-size"
                     raise UserError(
@@ -240,7 +241,7 @@ class Trainer:
         raise SavedError(f"{reason}; saved in {self.checkpoints.folder}; {RESTART}")
 
     def _check_weights(self, reason: str = "") -> None:
-        """Raise SavedError where the last update left weights that nothing can go on with: they are not saved."""
+        """Raise SavedError, without saving them, if the last update left unusable weights."""
         (largest,) = world().largest(self.optimizer.largest_weight())
         if largest <= LARGEST_WEIGHT:
             return
@@ -251,7 +252,7 @@ class Trainer:
         raise SavedError(f"{reason}{fault} after step {self.step}; {saved}; {RESTART}")
 
     def _check_growth(self) -> None:
-        """Stop at the end of a training whose loss is far above its beginning, and note one that is above it."""
+        """Stop at the end of a training if the loss is far above the initial loss; if less far, print a note."""
         if not self.recent_losses or not self.first_losses or math.isinf(self.settings.spike_nats):
             return
         first, final = (sum(some) / len(some) for some in (self.first_losses, self.recent_losses))
@@ -274,9 +275,9 @@ class Trainer:
         sample: Callable[[], str] | None = None,
         figures: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
-        """Train on the batches from `step` on, until the horizon of `session` or their end.
+        """Train on the batches from `step` on, until a limit of `session` or the last batch.
 
-        figures: to log beside the metrics of a step, by its number from 1
+        figures: more figures to log with the metrics of a step, by its number from 1
         """
         limits = {"total_steps": total_steps, "seconds": seconds}
         with self.session(**limits, evaluate=evaluate, evaluate_first=evaluate_first, sample=sample):
@@ -297,8 +298,8 @@ class Trainer:
         evaluate_first: bool = False,
         sample: Callable[[], str] | None = None,
     ) -> Iterator[None]:
-        """Note signals, log, evaluate, sample and save around the steps that are made inside: to `total_steps`, or
-        until `seconds` of this run have passed, after a step at least."""
+        """Record signals, log, evaluate, sample and save around the steps of the block: up to `total_steps`, or until
+        `seconds` of this run have passed, but at least one step."""
         self._total_steps, self._seconds = total_steps, world().broadcast(seconds)
         self._evaluate, self._sample = evaluate, sample
         self._started, self._before = time.monotonic(), self.elapsed
@@ -308,9 +309,9 @@ class Trainer:
         with self._log, self._signals.noted(), self._saving(), self._bar:
             self._bar.advance(self.progress)
             if evaluate_first if self.step == 0 else self._due(self.settings.eval_every):
-                self.evaluate()  # which a kill has prevented, or that of step 0
+                self.evaluate()  # missed because of a kill, or that of step 0
             if self.step > 0 and self._due(self.settings.sample_every):
-                self._look()
+                self._log_sample()
             yield
             self._check_growth()
             self.save(wait=True)
@@ -319,15 +320,15 @@ class Trainer:
 
     @property
     def goes_on(self) -> bool:
-        """True while there is a step to make."""
+        """True while steps remain."""
         return not self.stopping and self.progress < 1
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Let a signal end at once what is inside, which may take hours and changes no weights."""
+        """Let a signal end the block at once, which may take hours and changes no weights."""
         return self._signals.at_once()
 
     def end_step(self, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of the step just made, and save, evaluate and sample where it is time to."""
+        """Log the metrics of the last step; save, evaluate and sample when due."""
         now, settings, before = time.monotonic(), self.settings, self._bar.done
         limit = settings.save_seconds
         if limit is not None and self.saved_step < 0:
@@ -344,7 +345,7 @@ class Trainer:
         self._log.write(row)
         self._bar.advance(self.progress - before, step=self.step, **{settings.shown: row[settings.shown]})
         if signals > 0:
-            raise StepGivenUp  # the next one
+            raise StepGivenUp  # ends the next step
 
         evaluates = self._evaluate is not None and self._due(settings.eval_every)
         # a run that dies in its evaluation must not lose its training: save first (nanochat #446)
@@ -353,13 +354,13 @@ class Trainer:
         if evaluates:
             self.evaluate()
         if self._due(settings.sample_every):
-            self._look()
+            self._log_sample()
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
     def evaluate(self) -> None:
-        """Evaluate the model as it is and log the scores, unless that is done."""
+        """Evaluate the current model and log the scores, unless that is done."""
         if self._evaluate is None or self.evaluated_step == self.step:
             return
         with self.interruptible():
@@ -369,7 +370,7 @@ class Trainer:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         say(f"step {self.step}: {figures}", self.settings.quiet)
 
-    def _look(self) -> None:
+    def _log_sample(self) -> None:
         if self._sample is None or self.sampled_step == self.step:
             return
         with self.interruptible():
@@ -388,8 +389,8 @@ class Trainer:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Save the steps that were made where an error ends them, in one process or in all, and say so. Not in the
-        middle of an update."""
+        """Save the completed steps if an error ends the training, on one rank or all, but not in the middle of an
+        update."""
         self._updates = self.optimizer.count
         self.checkpoints.prepare(self.optimizer.state_dict())
         try:
@@ -407,13 +408,13 @@ class Trainer:
                 self.optimizer.discard()
                 try:
                     self.save(wait=True)
-                except SavedError:  # the weights, which explain what ended the run
+                except SavedError:  # unusable weights explain what ended the run
                     raise
-                except Exception:  # a full disk: what ended the run says more
+                except Exception:  # such as a full disk: the first error says more
                     raise error from None
             elif is_lost(error) or not world().watch.call_for_saving():
                 raise
-            saved = f"saved after step {self.step} in {self.checkpoints.folder}; go on with --resume"
+            saved = f"saved after step {self.step} in {self.checkpoints.folder}; --resume continues"
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted(f"stopped; {saved}") from None
             if isinstance(error, LlmkitError):
@@ -422,8 +423,8 @@ class Trainer:
             raise
 
     def _save_with_others(self, all_have: Callable[[Any], bool]) -> bool:
-        """Write this process's part of the steps, where each process has as many. Another thread may be in the middle
-        of the next step, which does not come to its update."""
+        """Write this rank's part of a checkpoint if all ranks are at the same step. Another thread may be inside the
+        next step, which never reaches its update."""
         deadline = time.monotonic() + LAST_UPDATE_SECONDS
         while self.optimizer.count != self._updates and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -431,13 +432,13 @@ class Trainer:
             all_have(None)
             return False
         device = next(self.model.parameters()).device
-        # what waits for the process that failed is in the way of all that follows it in its own stream
+        # its own stream: work after a wait for the failed rank would never run
         stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
         try:
             with stream:
                 sound = self.step > 0 and self.optimizer.largest_weight() <= LARGEST_WEIGHT
-                whole = sound and self.optimizer.count == self._updates
-                if not all_have([self.step, self.saved_step] if whole else None):
+                complete = sound and self.optimizer.count == self._updates
+                if not all_have([self.step, self.saved_step] if complete else None):
                     return False
                 self._write()
                 self.checkpoints.wait()
@@ -446,8 +447,7 @@ class Trainer:
             self._writing.release()
 
     def save(self, wait: bool = False) -> None:
-        """Write a checkpoint of the state after the last whole step, unless it stands already. Raises SavedError for
-        weights that nothing can go on with."""
+        """Write a checkpoint of the last complete step, unless it exists. Raises SavedError for unusable weights."""
         if self.saved_step != self.step:
             self._check_weights()
         self._write()
@@ -464,16 +464,16 @@ class Trainer:
                 "last_loss": self.last_loss,
                 "average_loss": self.average_loss,
                 "high_steps": self.high_steps,
-                "first_losses": list(self.first_losses),  # a thread writes it, later
+                "first_losses": list(self.first_losses),  # copied, because a thread writes it later
                 "recent_losses": list(self.recent_losses),
             }
             if world().leads and (self.folder / METRICS).exists():
-                sync(self.folder / METRICS)  # what a checkpoint goes on from tells of all the steps before it
+                sync(self.folder / METRICS)  # the metrics on disk must include all steps before the checkpoint
             self.checkpoints.save(self.step, self.optimizer.state_dict(), state)
             self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def resume(self) -> bool:
-        """Load the newest checkpoint, if any. Raises UserError when it is of another model."""
+        """Load the newest checkpoint; return False if there is none. Raises UserError if it is of another model."""
         loaded = self.checkpoints.load(self.optimizer.state_dict())
         if loaded is None:  # killed before the first one: begin again
             self._restore_evaluation(0)
@@ -484,7 +484,7 @@ class Trainer:
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{self.checkpoints.folder}: a checkpoint of another model ({error})") from error
         self.step, self.tokens, self.elapsed = state["step"], state["tokens"], state["elapsed"]
-        # JSON has no NaN, the average of no step
+        # JSON has no NaN, the average before the first step
         self.last_loss, self.average_loss = (
             math.nan if state[name] is None else state[name] for name in ("last_loss", "average_loss")
         )
@@ -495,7 +495,7 @@ class Trainer:
         return True
 
     def _restore_evaluation(self, step: int) -> None:
-        """Drop the metrics of later steps, and know the last evaluation and sample on disk, which stand already."""
+        """Drop the metrics of later steps, and restore the last evaluation and sample from those on disk."""
         path = self.folder / METRICS
         with world().in_turn():
             if world().leads:
@@ -508,11 +508,11 @@ class Trainer:
 
 
 class StepGivenUp(KeyboardInterrupt):
-    """Raised between two micro-batches, or two steps, in all processes of a job alike, where a signal has come."""
+    """Raised on all ranks, between two micro-batches or two steps, after a signal."""
 
 
 class Signals:
-    """Notes whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived."""
+    """Records whether SIGINT, SIGTERM or SIGHUP (a closed terminal) has arrived."""
 
     def __init__(self) -> None:
         self.arrived = self._acts = False
@@ -526,8 +526,7 @@ class Signals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note signals that come meanwhile; a second Ctrl-C acts at once. SIGHUP stays ignored where it is, as under
-        nohup."""
+        """Record signals during the block; a second Ctrl-C acts at once. SIGHUP stays ignored if it is (nohup)."""
         try:
             numbers = [signal.SIGINT, signal.SIGTERM]
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -544,8 +543,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal end what is inside, which may take hours and changes no weights, as Ctrl-C does. In a job of
-        several processes, which must agree, it waits."""
+        """Let a signal end the block at once, as Ctrl-C does. With several ranks, which must agree, it waits."""
         self._acts = world().size == 1
         try:
             if self._acts and self.arrived:

@@ -397,7 +397,7 @@ def test_a_reward_that_fails_in_the_second_step_leaves_the_first(coin, problems,
     body = "CALLS = []\ndef reward(record):\n    CALLS.append(1)\n    return (record['completion'] == 'heads')"
     score.write_text(f"{body} / (len(CALLS) <= 70)\n")
     more = {"reward": (f"py:{score}:reward",), "max_steps": 3}
-    told = r"ZeroDivisionError: division by zero for .*; saved after step [12] in .*; go on with --resume"
+    told = r"ZeroDivisionError: division by zero for .*; saved after step [12] in .*; --resume continues"
     with pytest.raises(UserError, match=told):
         train(coin, problems, tmp_path / "p", **more)
     assert next(row["step"] for row in lines(tmp_path / "p.partial" / "metrics.jsonl") if "reward" in row) == 1

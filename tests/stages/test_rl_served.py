@@ -123,7 +123,7 @@ def test_an_attempt_without_its_end_token_is_not_trained_on(problems, tmp_path):
 def test_a_server_that_dies_leaves_a_run_that_goes_on(base, problems, dies_after):
     with ModelServer(base) as server:
         server.dies_after = dies_after
-        with pytest.raises(UserError, match=r"cannot be reached.*saved after step \d in .*; go on with --resume"):
+        with pytest.raises(UserError, match=r"cannot be reached.*saved after step \d in .*; --resume continues"):
             train(base, problems, server)
     with ModelServer(base, "sglang") as server:  # another one, at another port, with weights of long ago
         summary = train(base, problems, server, resume=True)

@@ -196,7 +196,7 @@ def test_any_number_of_processes_resumes(data, tmp_path, whole, before, after):
     job = Running(before, tmp_path / "out", command)
     job.wait_for_step(5)
     job.process.send_signal(signal.SIGTERM)
-    assert len(said := job.end()) == 1 and "go on with --resume" in said[0]
+    assert len(said := job.end()) == 1 and "--resume continues" in said[0]
     assert len(list((tmp_path / "out.partial" / "state").glob("step-*/*.safetensors"))) == before
     done = run(after, *command, "--resume")
     assert done.returncode == 0, done.stderr
@@ -351,7 +351,7 @@ def test_a_folder_that_one_rank_does_not_see_is_refused(data, tmp_path):
     ended = by_hand(command, command, tmp_path / "here", tmp_path / "there")
     said = [line for _, lines, _ in ended for line in lines]
     assert [code for code, _, _ in ended] == [2, 2] and len(said) == 1
-    assert "rank 1: out.partial: not to be seen from here" in said[0]
+    assert "rank 1: out.partial: not visible from here" in said[0]
     assert not any((tmp_path / "here").iterdir())
 
 
@@ -359,7 +359,7 @@ def test_a_folder_that_one_rank_does_not_see_is_refused(data, tmp_path):
 def test_a_mistake_of_all_is_told_once_and_without_a_rank(data, tmp_path):
     done = run(2, *pretrain(data, tmp_path / "out", "--max-steps", 3, "--batch-tokens", 32))
     said = [line for line in done.stderr.splitlines() if line.startswith("llmkit: error")]
-    expected = "--batch-tokens: rows of 32 tokens: expected at least 2 in a batch, one a process, found 1"
+    expected = "--batch-tokens: rows of 32 tokens: expected at least 2 in a batch, one per process, found 1"
     assert done.returncode == 1 and done.stdout == "" and said == [f"llmkit: error: {expected}"]
     assert not Path(f"{tmp_path}/out.partial").exists()
 

@@ -88,8 +88,8 @@ def metrics(folder):
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (UserError("the reward failed"), "the reward failed; saved after step 3 in .*; go on with --resume"),
-        (KeyboardInterrupt(), "stopped; saved after step 3 in .*; go on with --resume"),
+        (UserError("the reward failed"), "the reward failed; saved after step 3 in .*; --resume continues"),
+        (KeyboardInterrupt(), "stopped; saved after step 3 in .*; --resume continues"),
         (ZeroDivisionError("division by zero"), "division by zero"),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_signal_gives_up_what_is_begun_and_keeps_the_steps_before(tmp_path, mo
         more["evaluate"] = signal_at(1, dict)
     else:
         more["sample"] = signal_at(1, str)
-    with pytest.raises(Interrupted, match=r"stopped; saved after step 6 in .*state; go on with --resume"):
+    with pytest.raises(Interrupted, match=r"stopped; saved after step 6 in .*state; --resume continues"):
         trainer.fit(total_steps=9, **more)
     resumed = make(tmp_path / "cut")
     assert resumed.resume() and resumed.step == 6
