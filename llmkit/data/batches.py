@@ -1,28 +1,27 @@
-"""Training batches as a pure function of (seed, step), and the batches of a whole validation set.
+"""Training batches as a pure function of (seed, step), and the batches of a complete validation set.
 
-The stream of training tokens is: all documents in an order drawn for epoch 0, then all documents in an order
-drawn for epoch 1, and so on, end to end. Row r of step s is the T tokens from (s * batch_size + r) * T on: no
-token is dropped or repeated within an epoch, a document cut by the end of a row goes on in the next one, and
-the row at the end of an epoch runs into the next epoch.
+The stream of training tokens concatenates all documents in the shuffled order of epoch 0, then all in that of epoch 1,
+and so on. It is cut into rows of T tokens, which are dealt out in shuffled order within each epoch (`Stream.place`).
+No token is dropped or repeated within an epoch: a document cut at the end of a row continues in the next one, and the
+last row of an epoch extends into the next epoch.
 
     token_ids_BT   int64   the inputs
-    targets_BT     int64   the token that follows each input in its document, also across the end of a row;
-                           after the last token of a document `end` (<|endoftext|>); -100 for nothing
-    doc_ids_BT     int32   0, 1, 2 ... along each row: attention stays within one number
+    targets_BT     int64   the token that follows each input in its document, also across the end of a row; `end`
+                           (<|endoftext|>) after the last token of a document; -100 if nothing is predicted
+    doc_ids_BT     int32   0, 1, 2 ... along each row: attention stays within a document
 
-So in every epoch each token is an input once; each token but the `start` of a document is predicted once,
-from its own document; and so is the `end` of each document. A document that continues in another row loses its
-context there. Nothing depends on the number of processes or micro-batches, and a run resumes by asking for its next
-step.
+So in every epoch each token is an input once, and each token except the `start` of a document, and the `end` of each
+document, is predicted once, from its own document. A document that continues in another row loses its context there.
+Nothing depends on the number of processes or micro-batches, and a run resumes by requesting its next step.
 
-Several sources have such a stream each, and give every step their share of its tokens, to a token. Their whole rows
-come first; what is left of each, less than a row at either end, is laid end to end in the rows behind. A source that
-runs out goes on with its next epoch.
+With several sources, each has such a stream, and contributes its share of the tokens of every step, exact to one token.
+Complete rows come first; the partial rows at both ends of each share are concatenated in the rows after them. A source
+that runs out continues with its next epoch.
 
-A `Mixture` packs examples whole. They are drawn one after another from the source that is furthest behind its share of
-tokens, each source in an order of its own, drawn anew for each epoch. Windows of about 64 rows of them are packed
-best-fit, longest first; no example is cut, none sees another, and what stays empty is padding that predicts nothing.
-An example that is longer than a row stands alone in one, for `pack` to make as long as it needs.
+A `Mixture` packs complete examples. Each is drawn from the source that is furthest behind its share of tokens; every
+source has its own order, reshuffled each epoch. Windows of about 64 rows are packed best-fit, longest first; examples
+are not truncated and do not attend to each other, and the rest of a row is padding that predicts nothing. An example
+longer than a row is alone in its row, which `pack` extends as necessary.
 """
 
 from __future__ import annotations
@@ -46,19 +45,19 @@ from llmkit.errors import UserError
 from llmkit.io.progress import counted
 
 _64_BITS = (1 << 64) - 1
-IGNORED = -100  # the target where nothing is predicted, as in torch's cross_entropy
+IGNORED = -100  # target of positions that predict nothing, as in torch's cross_entropy
 
-# Documents in the order of an epoch, and where each ends in it
+# The documents of an epoch in order, and the end of each
 Order: TypeAlias = tuple[np.ndarray, np.ndarray]
 WINDOW_ROWS = 64
-SOURCE_SEEDS = 7919  # from one source's seed to the next one's
-COUNTED_ROWS = 2**18  # whose contents say how many are needed; the need of more is in proportion
+SOURCE_SEEDS = 7919  # difference between the seeds of consecutive sources
+COUNTED_ROWS = 2**18  # rows that are planned to count steps and epochs; more are extrapolated
 
-Row = list[tuple[int, int]]  # of a row: (source, example) pairs, side by side
+Row = list[tuple[int, int]]  # (source, example) pairs of a row
 
 
 class TokenRows(NamedTuple):
-    """Rows of token ids, targets and document numbers, all [B, T]; see the docstring of the module."""
+    """Rows of token ids, targets and document numbers, all [B, T]; see the module docstring."""
 
     token_ids_BT: np.ndarray
     targets_BT: np.ndarray
@@ -66,19 +65,19 @@ class TokenRows(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, with padding."""
+        """Number of tokens in all rows, including padding."""
         return self.token_ids_BT.size
 
     def nothing(self) -> TokenRows:
-        """One row that predicts nothing, for a process that has no more rows where others have."""
+        """Return a row that predicts nothing, for a rank that has no more rows while others do."""
         return TokenRows(self.token_ids_BT[:1], np.full_like(self.targets_BT[:1], IGNORED), self.doc_ids_BT[:1])
 
 
 class Stream:
-    """The documents of one source without an end, dealt out in rows from all over an epoch.
+    """The endless stream of one source, whose rows are dealt out in shuffled order within an epoch.
 
-    A row is found by binary search: row 1,000,000 costs what row 0 costs. Memory: 16 bytes a document for
-    each of the last two epochs asked for.
+    A row is found by binary search: row 1,000,000 costs as much as row 0. Memory: 16 bytes per document for each of
+    the last two epochs used.
     """
 
     def __init__(self, shards: TokenShards, sequence_length: int, seed: int) -> None:
@@ -86,7 +85,7 @@ class Stream:
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def place(self, index: int) -> int:
-        """Where the row that is dealt out as number `index` stands in the stream, in rows."""
+        """Return the position in the stream, in rows, of the row dealt out as number `index`."""
         tokens, length = self.shards.tokens, self.sequence_length
         epoch = index * length // tokens
         first = -(-epoch * tokens // length)  # the first row that begins in the epoch
@@ -94,7 +93,7 @@ class Stream:
         return first + permuted(index - first, count, self.seed, epoch)
 
     def fill(self, rows: TokenRows, position: int) -> None:
-        """Write the tokens from `position` of the dealt rows on into flat rows, which end where the dealt row does."""
+        """Write the tokens from `position` in the dealt rows into flat rows, which must end within the dealt row."""
         index, offset = divmod(position, self.sequence_length)
         position = self.place(index) * self.sequence_length + offset
         _fill(rows, self.shards, self._order, position, self.shards.info.end)
@@ -105,15 +104,15 @@ class Stream:
 
 
 class Batches:
-    """The training batches of some sources.
+    """Training batches from several sources.
 
-    sequence_length: tokens in a row, T
-    batch_size:      rows in a step, B, over all processes
-    seed:            draws the order of the documents
-    shares:          of the tokens, one a source, by the first step for which they hold; each sums to 1 [equal shares]
+    sequence_length: tokens per row, T
+    batch_size:      rows per step, B, over all processes
+    seed:            determines the order of the documents
+    shares:          first step -> the share of each source from that step on, summing to 1 [equal shares]
 
-    Raises UserError where the tokens of a step are fewer than the square of the number of sources: each has as many as
-    its share is, but for one token, and the largest source the rest.
+    Raise UserError if a step has fewer tokens than the square of the number of sources, because shares are rounded to
+    tokens and the largest source gets the rest.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class Batches:
             )
 
     def batch(self, step: int) -> TokenRows:
-        """The rows of a step."""
+        """Return the rows of a step."""
         shape = self.batch_size, self.sequence_length
         batch = TokenRows(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
         flat = [array.reshape(-1) for array in batch]
@@ -148,7 +147,7 @@ class Batches:
         return batch
 
     def taken(self, step: int) -> list[int]:
-        """The tokens of each source before a step, within one of its share in each phase; the largest has the rest."""
+        """Return the tokens used of each source before a step: its share to within one token; the largest, the rest."""
         taken = [0] * len(self.sources)
         for (first, shares), stop in zip(self.shares.items(), [*list(self.shares)[1:], step], strict=True):
             tokens = max(0, min(stop, step) - first) * self.batch_size * self.sequence_length
@@ -158,20 +157,20 @@ class Batches:
         return taken
 
     def realised(self, first: int, stop: int) -> list[float]:
-        """The share that each source has in the tokens of some steps."""
+        """Return the actual share of each source in the tokens of steps `first` to `stop`."""
         counts = np.subtract(self.taken(stop), self.taken(first))
         return (counts / max(1, counts.sum())).round(6).tolist()
 
     def epochs(self, step: int) -> list[float]:
-        """The epochs over each source before a step."""
+        """Return the epochs over each source before a step."""
         return [round(taken / shards.tokens, 3) for taken, shards in zip(self.taken(step), self.sources, strict=True)]
 
     def prefetch(self, first_step: int) -> Iterator[TokenRows]:
-        """The batches from a step on, without an end, made ahead of time."""
+        """Yield the batches from a step on, endlessly, prepared ahead in a thread."""
         return prefetched(self.batch, first_step)
 
     def _pieces(self, step: int) -> Iterator[tuple[int, int, Stream]]:
-        """Each part of a dealt row that the step takes: its first token, its tokens, and whose it is."""
+        """Yield the pieces of dealt rows that make up a step: first token, number of tokens, stream."""
         for stream, position, stop in zip(self._streams, self.taken(step), self.taken(step + 1), strict=True):
             while position < stop:
                 size = min(self.sequence_length - position % self.sequence_length, stop - position)
@@ -180,11 +179,10 @@ class Batches:
 
 
 class EvaluationBatches:
-    """The batches of a validation set, in its own order, each token of text predicted exactly once.
+    """The batches of a validation set, in its own order; each token of text is predicted exactly once.
 
-    The sum of the losses (in nats) over all batches / ln 2 / `bytes` is bits per byte of text: the `end` of a
-    document is no text and is not predicted here, nor is the padding that fills the last row. The last batch
-    has only the rows that it needs.
+    The sum of the losses (in nats) over all batches / ln 2 / `bytes` is bits per byte of text: neither the `end` of a
+    document nor the padding of the last row is predicted. The last batch has only as many rows as necessary.
 
     bytes: UTF-8 bytes of the text
     """
@@ -209,7 +207,7 @@ class EvaluationBatches:
 
 
 def prefetched(make: Callable[[int], TokenRows], first_step: int) -> Iterator[TokenRows]:
-    """`make(step)` of all steps from the first on, in order; a thread makes two of them ahead of time."""
+    """Yield `make(step)` for all steps from the first on; a thread prepares the next two."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = deque(pool.submit(make, first_step + number) for number in range(3))
         try:
@@ -224,8 +222,8 @@ def prefetched(make: Callable[[int], TokenRows], first_step: int) -> Iterator[To
 def _fill(
     rows: TokenRows, shards: TokenShards, order_of: Callable[[int], Order | None], position: int, end_target: int
 ) -> None:
-    """Write the tokens from `position` of the stream of all epochs on into flat rows, with 1 in the place of document
-    numbers where one begins; after the last epoch tokens and targets stay as they are."""
+    """Write the tokens from `position` in the stream of all epochs into flat rows; document numbers are 1 where a
+    document begins and 0 elsewhere. After the last epoch tokens and targets are left unchanged."""
     token_ids, targets, doc_ids = rows
     doc_ids[:] = 0
     doc_ids[0] = 1
@@ -239,7 +237,7 @@ def _fill(
         length = int(shards.lengths[document])
         begin = position - (end - length)
         size = min(end - position, len(token_ids) - filled)
-        # One token more than the inputs, the target of the last of them, unless the document ends there
+        # one more token than inputs, as the target of the last one, unless the document ends there
         piece = shards.span(document, begin, min(begin + size + 1, length))
         token_ids[filled : filled + size] = piece[:size]
         targets[filled : filled + len(piece) - 1] = piece[1:]
@@ -254,16 +252,16 @@ def _fill(
 
 
 def _number_documents(doc_ids_BT: np.ndarray) -> None:
-    """Turn the 1 at each document's beginning into its number in the row, in place."""
+    """Turn the 1 at the beginning of each document into document numbers, in place."""
     doc_ids_BT[:, 0] = 0
     np.cumsum(doc_ids_BT, axis=1, out=doc_ids_BT)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0 ... count - 1 drawn by (seed, epoch), int64.
+    """Return a permutation of 0 ... count - 1 determined by (seed, epoch), int64.
 
-    It sorts hashes of the numbers. The hash is a bijection, so that no two are equal; and unlike numpy's
-    generators it gives the same order in every version, which a resumed run needs.
+    It sorts hashes of the numbers. The hash is a bijection, so there are no ties; and unlike numpy's generators it
+    gives the same order in every version, which resumed runs need.
     """
     drawn = splitmix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) + np.uint64(epoch)
     keys = splitmix64(np.arange(count, dtype=np.uint64) + splitmix64(drawn))
@@ -271,10 +269,10 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def permuted(index: int, count: int, seed: int, epoch: int) -> int:
-    """Where `index` of 0 ... count - 1 goes in a permutation drawn by (seed, epoch), without holding it.
+    """Return the image of `index` under a permutation of 0 ... count - 1 determined by (seed, epoch), in O(1) memory.
 
-    A Feistel network of 6 rounds over the next power of 4, walked until it falls into the range: Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains".
+    A Feistel network of 6 rounds over the next power of 4, iterated until the result is in range (cycle walking): Black
+    and Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -290,7 +288,7 @@ def permuted(index: int, count: int, seed: int, epoch: int) -> int:
 
 
 def _mixed(number: int) -> int:
-    """`splitmix64` of one number, in Python's integers: 10 times faster than an array of one."""
+    """Compute `splitmix64` of one number with Python integers: 10 times faster than an array of one."""
     mixed = (number + 0x9E3779B97F4A7C15) & _64_BITS
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _64_BITS
@@ -298,7 +296,7 @@ def _mixed(number: int) -> int:
 
 
 def splitmix64(numbers: np.ndarray) -> np.ndarray:
-    """A hash of uint64 numbers, a bijection: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+    """Hash uint64 numbers by a bijection: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
     generators"."""
     mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -307,7 +305,7 @@ def splitmix64(numbers: np.ndarray) -> np.ndarray:
 
 
 class Packable(Protocol):
-    """Examples that are packed whole: each one, and its tokens of a row, `inputs` in all."""
+    """Examples that can be packed: the items, the tokens that each takes of a row, and their sum, `inputs`."""
 
     @property
     def name(self) -> str: ...
@@ -325,19 +323,19 @@ class Packable(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Examples and their share of the tokens, relative to the other sources'."""
+    """Examples and their share of the tokens, relative to the other sources."""
 
     examples: Packable
     weight: float
 
 
 class Mixture:
-    """The training batches of some sources.
+    """Training batches of packed examples from several sources.
 
-    sequence_length  tokens in a row, T
-    batch_size       rows in a step, B
-    pad              the token that fills rows
-    pack             makes a batch of rows of examples: `packed`, or what the examples want
+    sequence_length  tokens per row, T
+    batch_size       rows per step, B
+    pad              the padding token
+    pack             makes a batch from rows of examples; by default `packed`
     """
 
     def __init__(
@@ -354,16 +352,16 @@ class Mixture:
         self.pad, self._seed, self._pack = pad, seed, pack or packed
         self._draws = self._drawn()
         self._rows: list[Row] = []
-        self._drawn_inputs: list[int] = []  # after each row of `_rows`, rounded up to its window
+        self._drawn_inputs: list[int] = []  # tokens drawn after each row of `_rows`, interpolated within a window
         self._windows, self._lock = 0, Lock()
 
     @property
     def inputs(self) -> int:
-        """Tokens of all sources, each once."""
+        """Number of tokens in one epoch over all sources."""
         return sum(source.examples.inputs for source in self.sources)
 
     def steps_for(self, inputs: float) -> int:
-        """The steps in which so many tokens are gone through, at least one."""
+        """Return the number of steps that use `inputs` tokens, at least one."""
         with self._lock:
             while not self._drawn_inputs or (self._drawn_inputs[-1] < inputs and len(self._rows) < COUNTED_ROWS):
                 self._plan_window()
@@ -373,7 +371,7 @@ class Mixture:
         return max(1, -(-rows // self.batch_size))
 
     def epochs(self, step: int) -> list[tuple[Source, float]]:
-        """Each source with the epochs over it before a step."""
+        """Return each source with the epochs over it before a step."""
         taken, rows = [0] * len(self.sources), step * self.batch_size
         counted = min(rows, max(COUNTED_ROWS, len(self._rows)))
         for row in self._planned(counted)[:counted]:
@@ -385,14 +383,14 @@ class Mixture:
         ]
 
     def batch(self, step: int) -> TokenRows:
-        """The rows of a step."""
+        """Return the rows of a step."""
         first = step * self.batch_size
         planned = self._planned(first + self.batch_size)[first : first + self.batch_size]
         rows = [[self.sources[source].examples[number] for source, number in row] for row in planned]
         return self._pack(rows, self.sequence_length, self.pad)
 
     def prefetch(self, first_step: int) -> Iterator[TokenRows]:
-        """The batches from a step on, without an end, made ahead of time."""
+        """Yield the batches from a step on, endlessly, prepared ahead in a thread."""
         return prefetched(self.batch, first_step)
 
     def _planned(self, rows: int) -> list[Row]:
@@ -416,7 +414,7 @@ class Mixture:
         self._windows += 1
 
     def _drawn(self) -> Iterator[tuple[int, int]]:
-        """(source, example) without end; the source is the one furthest behind its share."""
+        """Yield (source, example) endlessly, from the source that is furthest behind its share."""
         drawn = [0] * len(self.sources)
         orders = [self._in_epochs(number) for number in range(len(self.sources))]
         while True:
@@ -431,7 +429,7 @@ class Mixture:
 
 
 class PackedEvaluation:
-    """The batches of held-out examples, each target predicted once; the last has only the rows that it needs."""
+    """The batches of held-out examples; each target is predicted once. The last one has only the necessary rows."""
 
     def __init__(self, examples: Examples, sequence_length: int, batch_size: int, pad: int) -> None:
         self._examples, self._length, self._size, self._pad = examples, sequence_length, batch_size, pad
@@ -447,9 +445,9 @@ class PackedEvaluation:
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items by number in bins of `capacity`: longest first, each into the fullest bin that has room for it.
+    """Pack items, by index, into bins of `capacity`: largest first, each into the fullest bin with room for it.
 
-    Within 11/9 of the fewest bins (Johnson et al. 1974). Raises ValueError for an item that fits no bin.
+    Uses at most 11/9 of the fewest bins (Johnson et al. 1974). Raise ValueError for an item larger than a bin.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (room left, bin), ascending
@@ -468,7 +466,7 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def packed(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], sequence_length: int, pad: int) -> TokenRows:
-    """(token ids, trained) pairs side by side in each row: inputs, the next tokens as targets, document numbers."""
+    """Concatenate the (token ids, trained) pairs of each row to inputs, next-token targets and document numbers."""
     shape = len(rows), sequence_length
     token_ids, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
     doc_ids = np.zeros(shape, np.int32)

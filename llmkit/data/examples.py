@@ -1,8 +1,8 @@
-"""Encoded conversations of one source, held in memory, each short enough for a row of training.
+"""Encoded conversations of one source, in memory, each short enough for a training row.
 
-5 bytes a token: a million conversations of 300 tokens take 1.5 GB. A conversation longer than a row is truncated at the
-end of a turn, dropped, split before a question or refused; a document is split without loss. Examples without a token
-to learn are left out; all is counted.
+They take 5 bytes per token: a million conversations of 300 tokens take 1.5 GB. A conversation longer than a row is
+truncated at the end of a turn, dropped, split before a question, or an error; a document is split without loss.
+Examples without a trained token are dropped. Everything is counted.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from llmkit.io.progress import Progress, counted, quantity, say
 from llmkit.io.records import OUTSIDE, BadRecords
 from llmkit.tokenizer.chat import Encoded
 
-CUT = "cut within a turn"  # a count: answers too long by themselves
-T = TypeVar("T", bound=Any)  # a record that says `where` it stands
+CUT = "cut within a turn"  # key in counts: answers that alone exceed a row
+T = TypeVar("T", bound=Any)  # a record with the attribute `where`
 E = TypeVar("E")
-READ_AT_ONCE = 2048  # conversations: enough for the tokenizer's threads, little memory
+READ_AT_ONCE = 2048  # conversations per batch: enough for the tokenizer's threads, little memory
 
 
 @dataclass
 class Examples:
     """The examples of one source.
 
-    name      of the source, in reports
+    name      the source, for reports
     lengths   (N,) int64, in tokens
-    counts    what was done to which number of conversations: "truncated", "split", "nothing trained" ...
+    counts    number of conversations by treatment: "truncated", "split", "nothing trained" ...
     """
 
     name: str
@@ -52,24 +52,24 @@ class Examples:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and their targets' mask."""
+        """Return token ids and the mask of trained tokens."""
         end = int(self._ends[index])
         span = slice(end - int(self.lengths[index]), end)
         return self._token_ids[span], self._trained[span]
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens of a row that each takes, (N,) int64: all but its last, which nothing follows."""
+        """Tokens that each takes of a row, (N,) int64: all except the last, which is only a target."""
         return self.lengths - 1
 
     @property
     def inputs(self) -> int:
-        """Tokens that all examples take."""
+        """Input tokens of all examples."""
         return int(self.sizes.sum())
 
     @property
     def targets(self) -> int:
-        """Tokens that are learnt, of which the first of an example is none: nothing predicts it."""
+        """Trained tokens, without the first of each example, which nothing predicts."""
         return int(self._trained.sum() - self._trained[self._ends - self.lengths].sum())
 
     @classmethod
@@ -81,10 +81,10 @@ class Examples:
         on_long: str = "truncate",
         counts: Counter[str] | None = None,
     ) -> Examples:
-        """Hold (place, conversation) pairs as examples of at most `longest` tokens.
+        """Collect (place, conversation) pairs as examples of at most `longest` tokens.
 
-        `counts`, where given, is gone on with: those who yield the pairs may count in it what they leave out.
-        Raises UserError for a conversation that is too long under "error", and where nothing at all is trained on.
+        `counts` is updated if given, so that the caller may count what it drops before. Raise UserError for a
+        conversation that is too long under "error", and if there is nothing to train on.
         """
         counts, ids, trained = Counter() if counts is None else counts, [], []
         for where, example in encoded:
@@ -105,7 +105,7 @@ class Examples:
 
 
 def _places(example: Encoded, longest: int, on_long: str, where: str, counts: Counter[str]) -> list[np.ndarray]:
-    """Return, for each example of a conversation, the places of its tokens that are kept."""
+    """Return the token positions of each example that is made from a conversation."""
     length = len(example.token_ids)
     if length <= longest:
         return [np.arange(length)]
@@ -117,17 +117,17 @@ def _places(example: Encoded, longest: int, on_long: str, where: str, counts: Co
     if on_long == "drop":
         counts["dropped: too long"] += 1
         return []
-    # a document: nothing in it is lost
+    # a document is split without loss
     if not example.questions and len(example.turn_ends) == 1 and example.trained[1:].all():
-        counts["documents split"] += 1  # pieces share a token, for the first of an example is never a target
+        counts["documents split"] += 1  # pieces overlap by a token, because the first of an example is never a target
         return [np.arange(begin, min(begin + longest, length)) for begin in range(0, length - 1, longest - 1)]
     if on_long == "split" and (pieces := _pieces(example, longest)) is not None:
         counts["split"] += 1
-        if any(len(piece) > longest for piece in pieces):  # an answer that is too long by itself
+        if any(len(piece) > longest for piece in pieces):  # a single answer is too long
             counts[CUT] += 1
         return [piece[:longest] for piece in pieces]
     end = max((end for end in example.turn_ends if end <= longest), default=0)
-    if not example.trained[1:end].any():  # the first answer is the one that is too long
+    if not example.trained[1:end].any():  # the first answer is too long
         counts[CUT] += 1
         return [np.arange(longest)]
     counts["truncated"] += 1
@@ -135,7 +135,8 @@ def _places(example: Encoded, longest: int, on_long: str, where: str, counts: Co
 
 
 def _pieces(example: Encoded, longest: int) -> list[np.ndarray] | None:
-    """The places of a conversation's parts, each from a question on, behind the system message; None for one part."""
+    """Return the token positions of a conversation's pieces, each the system message and whole exchanges; None if
+    there is only one."""
     ends = [*(question for question in example.questions if question > example.preamble), len(example.token_ids)]
     pieces, begin = [], example.preamble
     for end, following in zip(ends, [*ends[1:], math.inf], strict=True):
@@ -147,21 +148,21 @@ def _pieces(example: Encoded, longest: int) -> list[np.ndarray] | None:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A source of records: a file, a pattern or a folder, `-` for stdin, and its share; None shares by size."""
+    """A source of records: a file, pattern, folder or `-` for stdin, and its weight; None weights by size."""
 
     path: str
     weight: float | None = None
 
     @cached_property
     def files(self) -> list[str]:
-        """Files that it names, sorted. Raises UserError as `input_files` does."""
+        """The files of the source, sorted. Raise UserError as `input_files` does."""
         return input_files([self.path])
 
 
 def parse_data(wanted: Sequence[str]) -> list[DataFile]:
-    """The sources of `--data a.jsonl:0.8 --data 'b/*.parquet:0.2'`; none at all is stdin.
+    """Parse `--data a.jsonl:0.8 --data 'b/*.parquet:0.2'`; the default is stdin.
 
-    Raises UserError for a file that is not there, a weight that is not above 0, and weights on some files only.
+    Raise UserError for a missing file, a weight that is not above 0, and weights on only some files.
     """
     files = parse_weights(wanted or ("-",), "--data")
     for file in files:
@@ -170,9 +171,9 @@ def parse_data(wanted: Sequence[str]) -> list[DataFile]:
 
 
 def parse_weights(wanted: Sequence[str], flag: str, *, zero: bool = False) -> list[DataFile]:
-    """The files of FILE:WEIGHT, which `flag` gives, unopened; a weight may be 0 where `zero` is true.
+    """Parse FILE:WEIGHT values of `flag` without opening the files; with `zero`, a weight may be 0.
 
-    Raises UserError for another weight that is not above 0, and for weights on some files only.
+    Raise UserError for other weights that are not above 0, and for weights on only some files.
     """
     files = []
     for text in wanted:
@@ -191,7 +192,7 @@ def parse_weights(wanted: Sequence[str], flag: str, *, zero: bool = False) -> li
             raise UserError(f"{flag} {text}: expected a weight {'of at least' if zero else 'above'} 0, found {weight}")
         files.append(DataFile(path, value))
     if len({file.weight is None for file in files}) > 1:
-        raise UserError(f"{flag}: expected a weight on every file or on none, found both")
+        raise UserError(f"{flag}: expected weights on all files or on none, found both")
     return files
 
 
@@ -209,10 +210,10 @@ def read_examples(
     contaminated: Callable[[Conversation], bool] | None = None,
     quiet: bool = False,
 ) -> tuple[Examples, str]:
-    """The examples of one source, and a digest of what they are made of.
+    """Read the examples of one source; return them and a digest of their tokens.
 
-    Rejected and contaminated conversations are left out, and what `encode` refuses is a bad record; the token `unknown`
-    is no target. `observe` receives the texts; `advice` is given where answers are cut.
+    Rejected and contaminated conversations are dropped, those that `encode` refuses are bad records, and the token
+    `unknown` is not trained. `observe` receives the texts; `advice` is printed if answers are cut.
     """
     digest, counts = sha256(), Counter()
 
@@ -230,7 +231,7 @@ def read_examples(
             for conversation, example in encode_good(chosen, encode, bad):
                 if unknown is not None and (outside := example.token_ids == unknown).any():
                     bad.count_unused(conversation.where, (OUTSIDE,))
-                    example.trained[outside] = False  # nothing is gained by learning to say <unk>
+                    example.trained[outside] = False  # a model should not learn to write <unk>
                 digest.update(example.token_ids.tobytes())
                 digest.update(example.trained.tobytes())
                 yield conversation.where, example
@@ -251,7 +252,7 @@ def read_examples(
 
 
 def encode_good(items: list[T], encode: Callable[[list[T]], Sequence[E]], bad: BadRecords) -> Iterator[tuple[T, E]]:
-    """Records with what `encode` makes of them: of all at once, or, where it refuses one, of each."""
+    """Yield records with their encodings, encoded together, or one by one if `encode` refuses any of them."""
     try:
         pairs = list(zip(items, encode(items), strict=True))
     except UserError:

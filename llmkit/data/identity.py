@@ -1,7 +1,7 @@
 """Conversations in which an assistant says who it is: `--identity "name=Ada;maker=Example Labs:0.2"`.
 
-Every question in every group is asked, each with one of the group's answers, with and without a greeting in front.
-Besides `name` and `maker`, any other key is a fact of its own: `license=Apache-2.0` answers "What is your license?".
+Each question of each group occurs with one of the group's answers, with and without each greeting. Keys other than
+`name` and `maker` are additional facts: `license=Apache-2.0` answers "What is your license?".
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ FACT = (
 
 
 def parse_identity(text: str) -> tuple[dict[str, str], float]:
-    """The facts and the weight [0.1] of "name=...;maker=...;...:WEIGHT".
+    """Parse "name=...;maker=...;...:WEIGHT" to facts and weight [0.1].
 
-    Raises UserError where it is not of that form, or has no name or maker.
+    Raise UserError for another form, or without a name or maker.
     """
     facts, weight = {}, 0.1
     if match := re.fullmatch(r"(.*\S)\s*:\s*([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", text, re.IGNORECASE):
@@ -88,13 +88,13 @@ def parse_identity(text: str) -> tuple[dict[str, str], float]:
 
 
 def system_message(facts: dict[str, str]) -> str:
-    """The same facts as a default system message."""
+    """Return a default system message with the facts."""
     rest = "".join(f" Your {key} is {value}." for key, value in facts.items() if key not in ("name", "maker"))
     return f"You are {facts['name']}, an AI assistant made by {facts['maker']}.{rest}"
 
 
 def identity_conversations(facts: dict[str, str]) -> list[Conversation]:
-    """The conversations, some of them with the system message in front."""
+    """Return the conversations, every fifth with the system message."""
     topics = [(questions, answers, {}) for questions, answers in (WHO, MAKER, OTHERS, HUMAN)]
     topics += [(*FACT, {"key": key, "value": value}) for key, value in facts.items() if key not in ("name", "maker")]
     system, number, conversations = system_message(facts), count(), []

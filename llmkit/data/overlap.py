@@ -1,11 +1,11 @@
-"""Held-out records that training has, too: exactly, or nearly.
+"""Find held-out records that also occur in the training data, exactly or nearly.
 
     overlap = Overlap.of_texts(["What is the sea?"])
     overlap.compare_texts(["what is the sea", "What is salt?"])
     overlap.exact, overlap.near  # 1, 0
 
-Records are sequences of numbers, of words or tokens. Nearly the same are two of which one has most runs of a few
-neighbours of the other. A run that many held-out records have says little, and does not count.
+Records are sequences of integers: hashed words, or tokens. A held-out record nearly occurs in a training record that
+has most of its n-grams. N-grams shared by many held-out records are not counted.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from llmkit.io.progress import counted, say
 
 _ALONE = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff"  # letters of scripts without spaces between words
 WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
-NEAR = 0.75  # of the runs of a held-out record, in one of training: nearly the same
-AT_ONCE = 4 << 20  # tokens of training looked at together
-FEWEST, COMMON = 3, 10  # runs that tell two records apart, at least; held-out records that may share a run
+NEAR = 0.75  # share of a held-out record's n-grams in one training record for a near match
+AT_ONCE = 4 << 20  # training tokens compared at a time
+FEWEST, COMMON = 3, 10  # fewest n-grams for a near match; most held-out records that may share an n-gram
 
 
 def words(text: str) -> np.ndarray:
-    """The words of a text as numbers of this process, int64; case and punctuation do not count."""
+    """Hash the words of a text, int64, valid in this process; case and punctuation are ignored."""
     return np.array([hash(word) for word in WORD.findall(text.casefold())], np.int64)
 
 
 class Overlap:
-    """Finds held-out sequences that stand in training data.
+    """Finds held-out sequences in training data.
 
-    run    numbers of a run, a power of 2
-    every  of about so many runs one is looked at: enough where sequences are long
+    run    length of an n-gram, a power of 2
+    every  about one in `every` n-grams is compared, which is enough for long sequences
     """
 
     def __init__(self, held_out: Iterable[np.ndarray], run: int = 2, every: int = 1) -> None:
@@ -55,7 +55,7 @@ class Overlap:
         runs, owners = self._runs_of(records)
         order = np.lexsort((owners, runs))
         runs, owners = runs[order], owners[order]
-        new = np.ones(len(runs), bool)  # a run counts once in a record
+        new = np.ones(len(runs), bool)  # count an n-gram once per record
         new[1:] = (runs[1:] != runs[:-1]) | (owners[1:] != owners[:-1])
         self._owners = owners[new]
         self._runs, self._first, self._counts = np.unique(runs[new], return_index=True, return_counts=True)
@@ -72,16 +72,16 @@ class Overlap:
 
     @property
     def exact(self) -> int:
-        """Number of held-out sequences that stand whole in training."""
+        """Number of held-out sequences that equal a training sequence."""
         return int(self._exact.sum())
 
     @property
     def near(self) -> int:
-        """Number of others that stand nearly whole in training."""
+        """Number of other held-out sequences that nearly occur in training."""
         return int((self._near & ~self._exact).sum())
 
     def compare(self, training: Sequence[np.ndarray]) -> None:
-        """Search some training sequences for the held-out ones."""
+        """Search training sequences for the held-out ones."""
         lengths = {len(whole) // 8 for whole in self._places}
         for sequence in training:
             if len(sequence) not in lengths:
@@ -101,7 +101,7 @@ class Overlap:
         self._near[records[same]] = True
 
     def compare_texts(self, training: Iterable[str]) -> None:
-        """Search some training texts for the held-out ones."""
+        """Search training texts for the held-out ones."""
         self.compare([words(text) for text in training])
 
     def compare_shards(self, training: TokenShards) -> None:
@@ -121,13 +121,13 @@ class Overlap:
             count = self.exact + self.near
             both = f"{self.exact} exactly, {self.near} nearly"
             say(
-                f"--val: {count} of {counted(self.records, 'record')} {'is' if count == 1 else 'are'} in the training "
-                f"data, too ({both}), so that the validation flatters; leave them out on one side",
+                f"--val: {count} of {counted(self.records, 'record')} {'is' if count == 1 else 'are'} also in the "
+                f"training data ({both}), so the validation is too optimistic; remove them from one of the two",
                 quiet,
             )
 
     def _held_with(self, places: np.ndarray, seen_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of training and held-out records that share a run, from pairs of a run and a training record."""
+        """Return pairs of training and held-out records that share an n-gram, from (n-gram, training record) pairs."""
         pairs = [
             (seen_in[some], self._owners[self._first[places[some]] + turn])
             for turn in range(int(self._counts.max(initial=0)))
@@ -137,7 +137,7 @@ class Overlap:
         return np.concatenate(seen), np.concatenate(held_out)
 
     def _runs_of(self, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of the runs of sequences, and of which sequence each is."""
+        """Return the hashes of the n-grams of sequences, and the sequence of each."""
         owners = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
         if len(owners) < self._run:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
@@ -157,9 +157,9 @@ def read_sources(
     quiet: bool,
     read_held_out: Callable[..., tuple[Any, str]] | None = None,
 ) -> tuple[list[Source], list[Any], list[str]]:
-    """Read sources to train on, with a digest of each, and held-out ones; say which records of these the others have.
+    """Read training sources, with a digest of each, and held-out ones; report held-out records in the training data.
 
-    read: of a name and paths, examples and their digest; it gives the texts to its argument `observe`, if that is one
+    read: returns examples and their digest, for a name and paths; passes the texts to its argument `observe`, if any
     """
     texts: list[str] = []
     held_out = [(read_held_out or read)(name_of(path), input_files([path]), observe=texts.extend)[0] for path in val]
@@ -168,7 +168,7 @@ def read_sources(
     for number, file in enumerate(files):
         examples, digest = read(name_of(file.path), file.files, observe=overlap.compare_texts if val else None)
         if before := [other.path for other in files[:number]].count(file.path):
-            examples.name += f" ({before + 1})"  # of a file that is given again, figures of its own
+            examples.name += f" ({before + 1})"  # separate figures for a file that is given again
         sources.append(Source(examples, file.weight or float(examples.inputs)))
         digests.append(digest)
     overlap.report(quiet)
@@ -176,8 +176,8 @@ def read_sources(
 
 
 def item_finder(not_in: tuple[str, ...], findings: Findings, shown: int, quiet: bool) -> Callable[[Conversation], bool]:
-    """Return a function that says whether a conversation holds an item of `--not-in`, and notes that; `shown` times it
-    is told."""
+    """Return a function that tests if a conversation contains an item of `--not-in`; it adds to `findings`, and prints
+    the first `shown`."""
     index = Contamination(ContaminationRules(not_in), quiet)
 
     def holds_item(conversation: Conversation) -> bool:
@@ -188,7 +188,7 @@ def item_finder(not_in: tuple[str, ...], findings: Findings, shown: int, quiet: 
         findings.add(conversation.where, matches)
         if findings.documents <= shown:
             item, score = matches[0]
-            say(f"left out: {conversation.where}: holds {item}, score {score:.2f}", quiet)
+            say(f"dropped: {conversation.where}: contains {item}, score {score:.2f}", quiet)
         return True
 
     return holds_item

@@ -1,22 +1,22 @@
-"""Token shards: the tokens of documents end to end on disk, read by memory map.
+"""Token shards: the concatenated tokens of documents on disk, memory-mapped for reading.
 
 A shard is a safetensors file `shard-00000.safetensors` (8 bytes of header length, a JSON header, the arrays:
-https://github.com/huggingface/safetensors), so that other tools read it too:
+https://github.com/huggingface/safetensors), which other tools can read:
 
-    doc_ends   int64   [documents]  where each document ends in `tokens`
+    doc_ends   int64   [documents]  end of each document in `tokens`
     doc_bytes  int64   [documents]  bytes of UTF-8 text of each document, for bits per byte
-    tokens     uint16  [tokens]     uint32 when the vocabulary has more than 65,536 ids
+    tokens     uint16  [tokens]     uint32 if the vocabulary has more than 65,536 ids
 
-Every document is `start, its text`; the id that its last token must predict is `end`. Our own tokenizers use
-`<|endoftext|>` for both. The metadata holds `format`, `shard`, `last` (0 or 1), `tokenizer_sha256`,
-`vocab_size`, `start`, `end`, and the counts `tokens`, `documents`, `bytes`.
+Every document is `start` and its text; its last token must predict the id `end`. Our own tokenizers use
+`<|endoftext|>` for both. The metadata has `format`, `shard`, `last` (0 or 1), `tokenizer_sha256`, `vocab_size`,
+`start`, `end`, and the counts `tokens`, `documents`, `bytes`.
 
-Documents to token shards, kept in a cache so that the same documents are encoded once.
+Shards are cached, so that the same documents are tokenized once:
 
     shards = tokenize_documents(["docs.jsonl.gz"], tokenizer, Path("base.tokens"))
 
-One thread reads while another encodes; the backends encode on all cores by themselves where that is faster
-(llmkit/tokenizer/backends.py). The cache knows a corpus by what is in the files, not by their names.
+One thread reads while another encodes; backends use all cores if that is faster (llmkit/tokenizer/backends.py). The
+cache identifies a corpus by the content of its files, not by their names.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ if TYPE_CHECKING:
     from llmkit.tokenizer.encoding import Tokenizer
 
 FORMAT = "llmkit-tokens-1"
-TOKENS_PER_SHARD = 15_000_000  # a shard ends with the first document that reaches it
-DIGEST_TOKENS = 4096  # of either end of a shard
+TOKENS_PER_SHARD = 15_000_000  # a shard ends with the first document that reaches this
+DIGEST_TOKENS = 4096  # hashed at each end of a shard
 DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
-GROUP_CHARACTERS = 1 << 20  # documents encoded together: enough for all cores, little to hold
+GROUP_CHARACTERS = 1 << 20  # characters encoded together: enough for all cores, little memory
 HASHES = "inputs.json"
-LEFT_OUT = "left-out.json"  # beside the shards: what of the documents they do not have
+LEFT_OUT = "left-out.json"  # next to the shards: tallies of bad records and unused fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
     """Information that all shards of a corpus share.
 
-    start, end: the id in front of every document, and the id that the last token of a document predicts.
+    start, end: the id before every document, and the id that the last token of a document predicts
     """
 
     tokenizer_sha256: str
@@ -75,7 +75,7 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Writes documents to the shards of a folder, in order. Memory: one shard.
+    """Writes documents to the shards of a folder, in order; keeps one shard in memory.
 
     with atomic_folder(path) as folder:
         writer = ShardWriter(folder, info)
@@ -97,9 +97,9 @@ class ShardWriter:
     def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
         """Add documents.
 
-        ids:        the text's ids of all of them end to end, without `start`; any unsigned dtype
-        lengths:    number of ids of each
-        text_bytes: bytes of UTF-8 text of each
+        ids:        concatenated ids of the texts, without `start`; any unsigned dtype
+        lengths:    number of ids of each document
+        text_bytes: bytes of UTF-8 text of each document
         """
         lengths = np.asarray(lengths, np.int64) + 1
         part = np.full(lengths.sum(), self.info.start, DTYPES[self.info.dtype_name])
@@ -109,7 +109,7 @@ class ShardWriter:
         while len(lengths):
             if self._held >= self.tokens_per_shard:
                 self._write(last=False)
-            # the shard takes every document up to and including the one that fills it
+            # the shard gets all documents up to and including the one that fills it
             ends = np.cumsum(lengths)
             count = int(np.searchsorted(ends, self.tokens_per_shard - self._held)) + 1
             cut = int(ends[min(count, len(ends)) - 1])
@@ -123,7 +123,7 @@ class ShardWriter:
             part, lengths, text_bytes = part[cut:], lengths[count:], text_bytes[count:]
 
     def finish(self) -> None:
-        """Write what is held as the last shard."""
+        """Write the remaining documents as the last shard."""
         self._write(last=True)
 
     def _write(self, last: bool) -> None:
@@ -141,7 +141,7 @@ class ShardWriter:
             "documents": len(doc_ends),
             "bytes": int(doc_bytes.sum()),
         }
-        # The 8-byte arrays first, so that every array is aligned
+        # 8-byte arrays first, so that all arrays are aligned
         layout = {
             "doc_ends": ("I64", [doc_ends]),
             "doc_bytes": ("I64", [doc_bytes]),
@@ -183,7 +183,7 @@ class Shard:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
                 raise UserError(
-                    f"{path}: truncated or no safetensors file: {counted(size, 'byte')}; make the shards anew"
+                    f"{path}: truncated or not a safetensors file: {counted(size, 'byte')}; make the shards again"
                 )
             try:
                 header = json.loads(handle.read(length))
@@ -197,7 +197,7 @@ class Shard:
             expected = 8 + length + max(stops)
             if size != expected:
                 raise UserError(
-                    f"{path}: truncated: expected {counted(expected, 'byte')}, found {size}; make the shards anew"
+                    f"{path}: truncated: expected {counted(expected, 'byte')}, found {size}; make the shards again"
                 )
             data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self.tokens, self.doc_ends, self.doc_bytes = (
@@ -223,8 +223,8 @@ class TokenShards:
     info: ShardInfo
     `shards[k]` is document k: a read-only view of its tokens.
 
-    Raises UserError, naming the file, for a folder without shards, a shard that is truncated, foreign,
-    missing, or made with another tokenizer than the first.
+    Raise UserError naming the file for a folder without shards, and for a shard that is missing, truncated, of another
+    format, or made with another tokenizer than the first.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -236,11 +236,11 @@ class TokenShards:
         self.info = self._shards[0].info
         for number, shard in enumerate(self._shards):
             if shard.path.name != _shard_name(number):
-                raise UserError(f"{self.folder / _shard_name(number)}: missing; make the shards anew")
+                raise UserError(f"{self.folder / _shard_name(number)}: missing; make the shards again")
             if shard.info != self.info:
                 raise UserError(f"{shard.path}: made with another tokenizer than {self._shards[0].path}")
         if self._shards[-1].metadata["last"] != "1":
-            raise UserError(f"{self.folder / _shard_name(len(paths))}: missing; make the shards anew")
+            raise UserError(f"{self.folder / _shard_name(len(paths))}: missing; make the shards again")
         self.lengths = np.concatenate([np.diff(shard.doc_ends, prepend=0) for shard in self._shards])
         self.doc_bytes = np.concatenate([shard.doc_bytes for shard in self._shards])
         self._first_document = np.cumsum([0] + [len(shard.doc_ends) for shard in self._shards])
@@ -263,7 +263,7 @@ class TokenShards:
         return self.span(document, 0, int(self.lengths[document]))
 
     def span(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start:stop of a document, a read-only view."""
+        """Return tokens start:stop of a document, as a read-only view."""
         number = int(np.searchsorted(self._first_document, document, side="right")) - 1
         shard = self._shards[number]
         end = int(shard.doc_ends[document - self._first_document[number]])
@@ -272,7 +272,7 @@ class TokenShards:
 
 
 def document_files(paths: Sequence[str]) -> list[str]:
-    """The files of documents that paths name, as `input_files` has them; a folder of token shards stays as it is."""
+    """Expand paths to document files like `input_files`; keep a folder of token shards unchanged."""
     is_sharded = len(paths) == 1 and (Path(paths[0]) / _shard_name(0)).is_file()
     return list(paths) if is_sharded else input_files(paths, text=True)
 
@@ -289,20 +289,19 @@ def tokenize_documents(
     columns: Mapping[str, str] = {},
     quiet: bool = False,
 ) -> TokenShards:
-    """The token shards of some documents, from the cache where it has them.
+    """Return the token shards of documents, from the cache if possible.
 
-    paths:  files of documents as `read_documents` takes them, or one folder of ready token shards
-    cache:  folder for the shards, made when absent; a corpus lies in `name`-HASH below it, one that came
-            through a pipe in `name`-stream
-    limit:  the number of documents to take
-    resume: take the shards of a pipe that the resumed run read; without this a pipe is read and encoded anew each
-            time
-    columns: the column of each field that has another name in the files
-    bad:    skips bad records, also those that the cache has left out; without it, the first raises UserError
+    paths:   files of documents for `read_documents`, or one folder of token shards
+    cache:   folder for the shards, created if missing; a corpus is in the subfolder `name`-HASH, one from a pipe in
+             `name`-stream
+    limit:   most documents to read
+    resume:  use the shards of a pipe that the resumed run has read; otherwise a pipe is read and encoded again
+    columns: field name to the column it is read from
+    bad:     skips and counts bad records, also those that were skipped when the cache was made; without it, the first
+             raises UserError
 
-    In a job of several processes let one call this, and the others after it. A killed call leaves nothing
-    that a later one would take for whole. Raises UserError for documents without any text, and for ready shards of
-    another tokenizer.
+    In a job of several processes, one must call this before the others. A killed call leaves no shards that look
+    complete. Raise UserError for documents without any text, and for token shards of another tokenizer.
     """
     bad = BadRecords() if bad is None else bad
     start, end = encoder.document_bounds()
@@ -312,7 +311,7 @@ def tokenize_documents(
         if shards.info != info:
             raise UserError(
                 f"{paths[0]}: these token shards were made with another tokenizer (sha256 "
-                f"{shards.info.tokenizer_sha256[:12]}, this one {info.tokenizer_sha256[:12]}); give the documents"
+                f"{shards.info.tokenizer_sha256[:12]}, this one {info.tokenizer_sha256[:12]}); use the documents"
             )
         return shards
     is_new = not cache.exists()
@@ -324,11 +323,11 @@ def tokenize_documents(
         decides = json.dumps([FORMAT, inputs, of_tokenizer, limit, *named])
         folder = cache / f"{name}-{hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()}"
         keep = True
-    else:  # stdin, a pipe, an address without a version, or a file that is not there: read_documents says so
+    else:  # stdin, a pipe, an address without a version, or a missing file, which read_documents reports
         folder, keep = cache / f"{name}-stream", resume
     known, left_out = None, []
     if keep:
-        with suppress(UserError, ValueError, OSError):  # absent, or damaged since
+        with suppress(UserError, ValueError, OSError):  # missing or damaged
             shards = TokenShards(folder)
             left_out = json.loads((folder / LEFT_OUT).read_bytes())
             known = shards
@@ -343,7 +342,7 @@ def tokenize_documents(
             _write_shards(documents, encoder, ShardWriter(partial, info), paths, bad, quiet)
             write_json(partial / LEFT_OUT, bad.as_json(before))
     except UserError:
-        if is_new:  # a mistake leaves nothing behind
+        if is_new:  # a failed run leaves no empty folder
             shutil.rmtree(cache, ignore_errors=True)
         raise
     return TokenShards(folder)
@@ -357,7 +356,7 @@ def _write_shards(
     bad: BadRecords,
     quiet: bool,
 ) -> None:
-    """Read, encode and write: groups of documents are encoded in a thread while the next group is read."""
+    """Read, encode and write documents; a thread encodes a group of them while the next group is read."""
     outside = 0
     waiting: list[Future[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
     with Progress("tokenize", unit="MB", quiet=quiet) as progress, ThreadPoolExecutor(1) as pool:
@@ -382,14 +381,14 @@ def _write_shards(
 
 
 def _encode(encoder: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids, lengths and bytes of UTF-8 of some texts."""
+    """Return ids, lengths and UTF-8 bytes of texts."""
     ids, lengths = encoder.encode_batch(texts)
-    # After the encoding, for which CPython has made and kept the UTF-8 of each text: 10 times cheaper
+    # after encoding, for which CPython has cached the UTF-8 of each text: 10 times cheaper
     return ids, lengths, np.array([len(text.encode()) for text in texts], np.int64)
 
 
 def _groups(documents: Iterable[Row]) -> Iterator[list[str]]:
-    """Texts of documents in groups of about GROUP_CHARACTERS; documents without text are left out."""
+    """Yield the texts of documents in groups of about GROUP_CHARACTERS, without empty ones."""
     group: list[str] = []
     size = 0
     for row in documents:
@@ -405,7 +404,7 @@ def _groups(documents: Iterable[Row]) -> Iterator[list[str]]:
 
 
 def _content_of(path: str, memory: Path) -> list[Any] | None:
-    """What tells the content of a file or an address from others, and its kind; None where nothing does."""
+    """Identify the content and format of a file or an address; return None if that is not possible."""
     if is_remote(path):
         size, version = size_and_version(path)
         return [path, size, version] if version else None
@@ -413,7 +412,7 @@ def _content_of(path: str, memory: Path) -> list[Any] | None:
 
 
 def hash_of_file(path: str, memory: Path) -> str:
-    """BLAKE2b of a file's bytes (0.7 GB/s), remembered in the JSON file `memory` by path, size and mtime."""
+    """Return the BLAKE2b hash of a file (0.7 GB/s), cached in the JSON file `memory` by path, size and mtime."""
     stat = Path(path).stat()
     key, version = str(Path(path).resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
     try:

@@ -1,10 +1,10 @@
-"""Shares of the training tokens: how much of them each source gives, from which part of a run on.
+"""Shares of the training tokens by source, which may change during a run.
 
     sources = parse_sources(["web.jsonl:0.7", "books.parquet:0.3"], ["0.9:web=1,books=4"])
     sources.names                               # ["web", "books"]
     sources.shares([5_000_000, 1_000_000])      # {0.0: [0.7, 0.3], 0.9: [0.2, 0.8]}
 
-A share is relative to those of the other sources, and that of an input without a weight is its size.
+Shares are relative to those of the other sources. The share of an input without a weight is its size.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ENDINGS = {".jsonl", ".ndjson", ".json", ".txt", ".md", ".csv", ".tsv", ".parque
 
 @dataclass(frozen=True)
 class Sources:
-    """Inputs, each a source if they have weights or there are phases; else all are one source, without a name.
+    """Inputs: each is a source if they have weights or there are phases; else they form one source without a name.
 
-    phases: relative shares, one an input, by the part of the run (0 to 1) from which on they hold
+    phases: start (0 to 1, as a fraction of the run) -> relative share of each input from there on
     """
 
     inputs: list[DataFile]
@@ -44,12 +44,12 @@ class Sources:
 
     @cached_property
     def files(self) -> list[list[str]]:
-        """The files of each source. Raises UserError as `document_files` does."""
+        """The files of each source. Raise UserError as `document_files` does."""
         paths = [source.path for source in self.inputs]
         return [document_files([path]) for path in paths] if self.names else [document_files(paths)]
 
     def named(self, values: Sequence[float], prefix: str = "") -> dict[str, float]:
-        """The value of each source of a mixture by its name, behind a prefix."""
+        """Return the value of each source of a mixture by prefix and name."""
         return {prefix + name: value for name, value in zip(self.names, values, strict=False)}
 
     @property
@@ -58,8 +58,7 @@ class Sources:
         return list(chain.from_iterable(self.files))
 
     def shares(self, sizes: Sequence[int]) -> dict[float, list[float]]:
-        """The shares of the sources, which sum to 1, by the part of the run from which on they hold; `sizes` in
-        tokens."""
+        """Return the shares of the sources, normalized to sum 1, by their start in the run; `sizes` are in tokens."""
         if not self.names:
             return {0.0: [1.0]}
         weighed = zip(self.inputs, sizes, strict=True)
@@ -68,7 +67,7 @@ class Sources:
         return {start: [share / sum(shares) for share in shares] for start, shares in both.items()}
 
     def mean_shares(self, sizes: Sequence[int]) -> list[float]:
-        """The share of each source in all tokens of the run."""
+        """Return the share of each source in all tokens of the run."""
         shares = self.shares(sizes)
         lengths = [stop - start for start, stop in zip(shares, [*list(shares)[1:], 1.0], strict=True)]
         return [
@@ -78,7 +77,7 @@ class Sources:
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """Name inputs by their file names without endings and wildcards, or by their paths where these are the same.
+    """Name inputs by their file names without extensions and wildcards, or by their paths if these names are equal.
 
     >>> source_names(["web.jsonl.gz", "s3://bucket/books-*.parquet", "data/**/*.csv", "en/chats.txt", "de/chats.txt"])
     ['web', 'books', 'data', 'en/chats.txt', 'de/chats.txt']
@@ -99,35 +98,35 @@ def _stem(path: str) -> str:
 
 
 def parse_sources(inputs: Sequence[str], phases: Sequence[str]) -> Sources:
-    """The sources of INPUT:WEIGHT, unopened, and of `--phase START:NAME=SHARE,...`; no input at all is stdin.
+    """Parse INPUT:WEIGHT arguments, without opening them, and `--phase START:NAME=SHARE,...`; the default is stdin.
 
-    An input that a phase does not name has no share in it. Raises UserError for weights and phases that cannot be read,
-    phases out of order, and inputs that are given twice or have no share at all.
+    Inputs not named in a phase have share 0 in it. Raise UserError for invalid weights and phases, phases out of order,
+    and inputs that are repeated or never have a share.
     """
     weighed = parse_weights(inputs or ("-",), "INPUT", zero=True)
     paths, by_start = [source.path for source in weighed], {}
     for text in phases:
         start, shares = _parse_phase(text, paths, source_names(paths))
         if start <= (latest := max(by_start, default=0.0)):
-            raise UserError(f"--phase {text}: expected a start after {latest:g}, that of the one before; put it first")
+            raise UserError(f"--phase {text}: expected a start after {latest:g}, the previous one; sort the phases")
         by_start[start] = shares
     sources = Sources(weighed, by_start)
     if not sources.names:
         return sources
     files = list(map(os.path.realpath, paths))
     if twice := next((path for path, file in zip(paths, files, strict=True) if files.count(file) > 1), None):
-        raise UserError(f"{name_of(twice)}: expected each input once where there are shares; add up its weights")
+        raise UserError(f"{name_of(twice)}: expected each input once if there are shares; add up its weights")
     weights = [1.0 if source.weight is None else source.weight for source in weighed]
     if not 0 < sum(weights) < math.inf:
         raise UserError(f"INPUT: expected weights with a sum above 0, found {sum(weights):g}")
     for name, *of_source in zip(sources.names, weights, *by_start.values(), strict=True):
         if not any(of_source):
-            raise UserError(f"{name}: its share is 0 from beginning to end; leave it out, or name it in a --phase")
+            raise UserError(f"{name}: its share is always 0; remove it, or name it in a --phase")
     return sources
 
 
 def _parse_phase(text: str, paths: Sequence[str], names: Sequence[str]) -> tuple[float, list[float]]:
-    """The start and the shares of START:NAME=SHARE,..."""
+    """Parse START:NAME=SHARE,... to the start and the share of each source."""
     before, _, after = text.partition(":")
     start, shares = _number(before), dict.fromkeys(names, 0.0)
     if start is None or not 0 < start < 1:
@@ -137,7 +136,7 @@ def _parse_phase(text: str, paths: Sequence[str], names: Sequence[str]) -> tuple
         given, _, share = part.rpartition("=")
         name = names[paths.index(given)] if given in paths else given
         if name not in shares and (same := [path for path in paths if _stem(path) == name]):
-            raise UserError(f"--phase {text}: expected a path, for {name} may be {' or '.join(same)}, found {name}")
+            raise UserError(f"--phase {text}: expected one of the paths {', '.join(same)}, found the name {name!r}")
         if name not in shares:
             raise UserError(f"--phase {text}: expected NAME=SHARE with a name of {', '.join(names)}, found {part!r}")
         if (value := _number(share)) is None or value < 0:
@@ -152,7 +151,7 @@ def _parse_phase(text: str, paths: Sequence[str], names: Sequence[str]) -> tuple
 
 
 def _number(text: str) -> float | None:
-    """A finite number, else None."""
+    """Parse a finite number; return None for other texts."""
     try:
         number = float(text)
     except ValueError:
@@ -163,7 +162,7 @@ def _number(text: str) -> float | None:
 def shares_table(
     names: Sequence[str], sizes: Sequence[int], shares: Mapping[int, Sequence[float]], taken: Sequence[int]
 ) -> str:
-    """The sources, a line each: their tokens, their shares by the first step, those trained on, and how often."""
+    """Format a table of the sources: tokens, shares by first step, trained tokens and epochs."""
     width = max(6, *map(len, names))
     heads = ["share", *(f"from step {step:,}" for step in list(shares)[1:])]
     lines = [f"  {'source':<{width}} {'tokens':>15}  {'  '.join(heads)} {'trained on':>15}   epochs"]

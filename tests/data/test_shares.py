@@ -141,13 +141,13 @@ def test_shares_are_read(asked, shares):
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        (("a.jsonl:1 b.jsonl",), "INPUT: expected a weight on every file or on none, found both"),
+        (("a.jsonl:1 b.jsonl",), "INPUT: expected weights on all files or on none, found both"),
         (("a.jsonl:-0.7 b.jsonl:0.3",), "INPUT a.jsonl:-0.7: expected a weight of at least 0, found -0.7"),
         (("a.jsonl:nan b.jsonl:0.3",), "expected a weight of at least 0, found nan"),
         (("a.jsonl:0 b.jsonl:0",), "INPUT: expected weights with a sum above 0, found 0"),
-        (("a.jsonl:1 b.jsonl:0",), "b: its share is 0 from beginning to end; leave it out, or name it in a --phase"),
-        (("a.jsonl:1 a.jsonl:1",), "a.jsonl: expected each input once where there are shares; add up its weights"),
-        (("a.jsonl:1 ./a.jsonl:1",), "a.jsonl: expected each input once where there are shares; add up its weights"),
+        (("a.jsonl:1 b.jsonl:0",), "b: its share is always 0; remove it, or name it in a --phase"),
+        (("a.jsonl:1 a.jsonl:1",), "a.jsonl: expected each input once if there are shares; add up its weights"),
+        (("a.jsonl:1 ./a.jsonl:1",), "a.jsonl: expected each input once if there are shares; add up its weights"),
         (("a.jsonl b.jsonl", "0.9"), "--phase 0.9: expected NAME=SHARE with a name of a, b, found ''"),
         (("a.jsonl b.jsonl", "a=1"), "expected START:NAME=SHARE,... with a start between 0 and 1, found 'a=1'"),
         (("a.jsonl b.jsonl", "1:a=1"), "with a start between 0 and 1, found '1'"),
@@ -157,8 +157,8 @@ def test_shares_are_read(asked, shares):
         (("a.jsonl b.jsonl", "0.9:a=-1,b=2"), "expected a share of at least 0 for a, found '-1'"),
         (("a.jsonl b.jsonl", "0.9:a=0,b=0"), "--phase 0.9:a=0,b=0: expected shares with a sum above 0, found 0"),
         (("a.jsonl b.jsonl", "0.9:a=1,a=2"), "--phase 0.9:a=1,a=2: expected each name once, found a twice"),
-        (("x/a.txt y/a.txt", "0.9:a=1"), "expected a path, for a may be x/a.txt or y/a.txt, found a"),
-        (("a.jsonl b.jsonl", "0.9:a=1", "0.5:b=1"), "--phase 0.5:b=1: expected a start after 0.9, that of the one bef"),
+        (("x/a.txt y/a.txt", "0.9:a=1"), "expected one of the paths x/a.txt, y/a.txt, found the name 'a'"),
+        (("a.jsonl b.jsonl", "0.9:a=1", "0.5:b=1"), "--phase 0.5:b=1: expected a start after 0.9, the previous one"),
         (("a.jsonl b.jsonl", "0.9:a=1", "0.9:b=1"), "expected a start after 0.9"),
     ],
 )

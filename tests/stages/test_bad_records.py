@@ -244,7 +244,7 @@ def test_held_out_records_that_are_trained_on_are_told(folders, tmp_path, capsys
     held_out = write(tmp_path / "v.jsonl", row, {**row, name: f"So: {row[name]}"}, {**GOOD[command], name: "Other"})
     run(command, folders, given, tmp_path / "out", val=(str(held_out),), dry_run=True)
     said = capsys.readouterr().err
-    assert "--val: 2 of 3 records are in the training data, too (1 exactly, 1 nearly)" in said, said
+    assert "--val: 2 of 3 records are also in the training data (1 exactly, 1 nearly)" in said, said
     fresh = write(tmp_path / "f.jsonl", {**GOOD[command], name: "Other"})
     run(command, folders, given, tmp_path / "out", val=(str(fresh),), dry_run=True)
     assert "in the training data" not in capsys.readouterr().err

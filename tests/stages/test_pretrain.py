@@ -285,7 +285,7 @@ def test_two_processes_keep_the_shares(mixture, corpus, tmp_path):
 @pytest.mark.parametrize(
     "inputs, message",
     [
-        (["{docs}:0.7", "{docs}:0.3"], "docs.jsonl: expected each input once where there are shares; add up its weig"),
+        (["{docs}:0.7", "{docs}:0.3"], "docs.jsonl: expected each input once if there are shares; add up its weig"),
         (["{docs}:half"], "docs.jsonl:half: expected FILE:WEIGHT with a number, found 'half'"),
         (["{docs}:1", "nowhere.jsonl:1"], "nowhere.jsonl: expected a readable file: no such file"),
         (["{docs}:1", "--phase", "0.9:web=1"], "--phase 0.9:web=1: expected NAME=SHARE with a name of docs, found"),

@@ -121,7 +121,7 @@ def test_conversations_with_items_of_an_evaluation_are_left_out(base, chats, llm
     options = ["--not-in", tmp_path / "e.jsonl", "--max-steps", "2", *SPEED, "-o", out]
     done = llmkit("sft", base, "--data", data, *options)
     assert done.returncode == 0, done.stderr
-    assert f"left out: {data}:3: holds {tmp_path}/e.jsonl:1, score 1.00" in done.stderr
+    assert f"dropped: {data}:3: contains {tmp_path}/e.jsonl:1, score 1.00" in done.stderr
     assert "6 conversations, contaminated 3; 3 examples" in done.stderr
     assert json.loads(done.stdout)["contaminated"] == 3
     report = json.loads((out / "contamination.json").read_text())
@@ -384,7 +384,7 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
         ({"data": ("none.jsonl",)}, "none.jsonl: expected a readable file: no such file"),
         ({"data": ("kernels/*/",)}, "kernels/*/: expected files that match this pattern, found none"),
         ({"data": ("{chats}:0",)}, "expected a weight above 0, found 0"),
-        ({"data": ("{chats}:1", "{chats}")}, "expected a weight on every file or on none"),
+        ({"data": ("{chats}:1", "{chats}")}, "expected weights on all files or on none"),
         ({"sequence_length": 9999}, "the model's context is 512"),
         ({"on_long": "error", "sequence_length": 8}, "chats.jsonl:1: "),
         ({"epochs": 1.0, "max_steps": 5}, "--epochs and --max-steps: expected one limit of the training length"),
