@@ -55,16 +55,16 @@ class Files:
 
 def files_of(paths: Iterable[str]) -> Iterator[Files]:
     """Split the input into tasks."""
-    some: list[Source] = []
+    group: list[Source] = []
     size = 0
     for source in sources(paths):
-        some.append(source)
+        group.append(source)
         size += os.path.getsize(source.path) if os.path.isfile(source.path) else 0
         if size >= TASK_BYTES or is_remote(source.path):
-            yield Files(tuple(some), size)
-            some, size = [], 0
-    if some:
-        yield Files(tuple(some), size)
+            yield Files(tuple(group), size)
+            group, size = [], 0
+    if group:
+        yield Files(tuple(group), size)
 
 
 class FilesWorker:

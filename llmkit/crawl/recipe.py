@@ -102,7 +102,7 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def check_steps(names: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-    """The names, each of a step; raises UserError with the nearest name otherwise."""
+    """Return the names. Raises UserError, with the nearest step, for a name that is not a step."""
     for name in names:
         if name not in STEPS:
             raise UserError(f"{prefix}: unknown step '{name}'; {_nearest(name, STEPS)}")
@@ -133,12 +133,12 @@ class Recipe:
     @property
     def taken(self) -> tuple[str, ...]:
         """The steps that have something to do."""
-        given = {
+        inputs = {
             "classifier": self.classifier.models,
             "own": self.own.filters,
             "contamination": self.contamination.files,
         }
-        return tuple(step for step in self.steps if given.get(step, True))
+        return tuple(step for step in self.steps if inputs.get(step, True))
 
     def files(self) -> list[str]:
         """Return the files that the steps read. Raises UserError if a filter's file does not exist."""
@@ -197,12 +197,12 @@ def _with_values(target: Any, content: dict[str, Any], prefix: str) -> Any:
             details = Option("", metavar="TEXT", choices=CHOICES.get(key), at_least=0, at_most=most)
             values[key] = _value(value, hints[key], details, where)
     with naming(prefix):
-        made = replace(target, **values)
+        result = replace(target, **values)
     for key in names:
-        low, high = getattr(made, key), getattr(made, key.replace("min_", "max_", 1), None)
+        low, high = getattr(result, key), getattr(result, key.replace("min_", "max_", 1), None)
         if key.startswith("min_") and None not in (low, high) and low > high:
             raise UserError(f"{prefix}: {key}: expected at most max_{key[4:]}, {high}, found {low}")
-    return made
+    return result
 
 
 def _value(value: Any, hint: Any, details: Option, where: str) -> Any:

@@ -322,9 +322,9 @@ class TaskScores:
         def evaluate() -> dict[str, float]:
             scores = {} if validate is None else dict(validate())
             with torch.no_grad():
-                whole = whole_model(model)
-            evaluated = model_here(whole, self._tokenizer, Settings(chat=self._chat))
-            with closing(evaluated), _eager(whole):
+                full_model = whole_model(model)
+            evaluated = model_here(full_model, self._tokenizer, Settings(chat=self._chat))
+            with closing(evaluated), _eager(full_model):
                 for loaded in self._loaded:
                     records = [row for chunk in chunks(loaded.items) for row in evaluated.evaluate(loaded.task, chunk)]
                     scores[f"task/{loaded.task.name}"] = round(summarise(loaded, records)["score"], 5)

@@ -87,13 +87,13 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     encoded: list[Tokens] = []
     for context, rest in split:
-        before, whole = (_with(begin, ids_of[context]) if context else []), ids_of[context + rest]
-        whole = _with(begin if context else [beginning(tokenizer)], whole)
+        before, full = (_with(begin, ids_of[context]) if context else []), ids_of[context + rest]
+        full = _with(begin if context else [beginning(tokenizer)], full)
         start = max(1, len(before))
-        if start < len(whole):  # the context's own tokens, even if its last one would merge with the continuation
-            encoded.append((before + whole[start:] if before else whole, start))
+        if start < len(full):  # the context's own tokens, even if its last one would merge with the continuation
+            encoded.append((before + full[start:] if before else full, start))
         else:  # the continuation merges completely into the context's last token; lm-evaluation-harness fails here
-            encoded.append((whole, len(whole) - 1))
+            encoded.append((full, len(full) - 1))
     return encoded
 
 
@@ -111,12 +111,12 @@ def encode_core(
         if contexts is not None:
             starts = [_common([begin, *tokenizer.encode(contexts[number])], ids[0])]
         elif is_schema:
-            backwards = [some[::-1] for some in ids]
+            backwards = [tokens[::-1] for tokens in ids]
             shared = min(_common(backwards[0], other) for other in backwards[1:])
-            starts = [len(some) - shared for some in ids]
+            starts = [len(tokens) - shared for tokens in ids]
         else:
             starts = [min(_common(ids[0], other) for other in ids[1:])] * len(ids)
-        encoded += [(some, max(1, min(start, len(some) - 1))) for some, start in zip(ids, starts, strict=True)]
+        encoded += [(tokens, max(1, min(start, len(tokens) - 1))) for tokens, start in zip(ids, starts, strict=True)]
     return encoded
 
 

@@ -244,7 +244,7 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
         "own_legend": any(line["label"] not in STYLES for line in lines),  # colours that are not in the stage's legend
         "above": sum(value > high for _, value in points),
         "bands": _bands(lines, [line["name"] for line in drawn], x_of, form),
-        "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, whole=True)],
+        "x_ticks": [(x_of(tick), text) for tick, text in ticks(first, last, 4, integers=True)],
         "y_ticks": [(y_of(tick), text) for tick, text in ticks(low, high, 5, form)],
         "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
     }
@@ -300,8 +300,8 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
-def ticks(low: float, high: float, most: int, form: str = "", whole: bool = False) -> list[tuple[float, str]]:
-    """Return at most about `most` round numbers from `low` to `high` with their text; only integers if `whole`.
+def ticks(low: float, high: float, most: int, form: str = "", integers: bool = False) -> list[tuple[float, str]]:
+    """Return at most about `most` round numbers from `low` to `high` with their text; without fractions if `integers`.
 
     >>> ticks(0, 97, 4)
     [(0, '0'), (50, '50')]
@@ -313,7 +313,7 @@ def ticks(low: float, high: float, most: int, form: str = "", whole: bool = Fals
         return [(low, f"{low:.4g}")]
     power = 10 ** math.floor(math.log10(span / most))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if span / (factor * power) <= most)
-    step = max(step, 1) if whole else step
+    step = max(step, 1) if integers else step
     multiples = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     values = [round(multiple * step, 12) for multiple in multiples]
     return [(value, figure_text(value, form) if abs(value) < 1e6 else quantity(value)) for value in values]

@@ -180,7 +180,7 @@ def _funnels(nodes: Sequence[Node]) -> Iterator[dict[str, Any]]:
 
 
 def _reports(
-    nodes: Sequence[Node], name: str, given: Mapping[str, dict[str, Any]], notes: list[str]
+    nodes: Sequence[Node], name: str, files: Mapping[str, dict[str, Any]], notes: list[str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield the reports with this name in run folders, and those given as files, each with its run and path."""
     for node in nodes:
@@ -188,14 +188,14 @@ def _reports(
         if path is not None and path.is_file():
             with noting(notes):
                 yield {"run": node.name, "path": node.path}, read_object(path)
-    for path, report in given.items():
+    for path, report in files.items():
         yield {"run": None, "path": path}, report
 
 
 def _tokenizers(
-    nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]
+    nodes: Sequence[Node], files: Mapping[str, dict[str, Any]], notes: list[str]
 ) -> Iterator[dict[str, Any]]:
-    for origin, report in _reports(nodes, "report.json", given, notes):
+    for origin, report in _reports(nodes, "report.json", files, notes):
         sample = as_object(report.get("sample"))
         if not is_number(sample.get("bytes_per_token")):
             continue
@@ -251,8 +251,8 @@ def _trainings(nodes: Sequence[Node], notes: list[str], limit: int | None) -> It
             yield {"stage": stage, "runs": runs, "charts": charts, "samples": samples}
 
 
-def _judges(nodes: Sequence[Node], given: Mapping[str, dict[str, Any]], notes: list[str]) -> Iterator[dict[str, Any]]:
-    for origin, report in _reports(nodes, "evaluation.json", given, notes):
+def _judges(nodes: Sequence[Node], files: Mapping[str, dict[str, Any]], notes: list[str]) -> Iterator[dict[str, Any]]:
+    for origin, report in _reports(nodes, "evaluation.json", files, notes):
         rows = {"held out": report.get("overall"), **as_object(report.get("by_source"))}
         if "baseline_length" in report:
             rows["baseline: length"] = report["baseline_length"]

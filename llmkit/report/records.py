@@ -192,16 +192,16 @@ def _excerpt(record: Mapping[str, Any], kind: str, line: int) -> dict[str, Any]:
     """Return the shown fields of a record, shortened; `input_cut` and `output_cut` count the omitted characters."""
     fields = KINDS[kind]
     output = record.get(fields.output)
-    given = record.get(fields.input, record.get("messages", record.get("id", "")))
+    prompt = record.get(fields.input, record.get("messages", record.get("id", "")))
     if kind == "conversations" and isinstance(output, list):
-        given, output = output[:-1], output[-1:]
+        prompt, output = output[:-1], output[-1:]
         output = output[0].get("content") if output and isinstance(output[0], dict) else output
     elif kind == "probed questions" and isinstance(output, list):
         output = "\n".join(f"{number}. {_text_of(answer)}" for number, answer in enumerate(output, 1))
     row: dict[str, Any] = {"line": line}
     if is_number(record.get("step")):
         row["step"] = record["step"]
-    for name, value in (("input", given), ("output", output)):
+    for name, value in (("input", prompt), ("output", output)):
         text = _text_of(value)
         row[name] = text[: LONGEST[name]]
         if len(text) > LONGEST[name]:

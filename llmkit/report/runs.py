@@ -130,8 +130,8 @@ class Gathered:
             parents: list[dict[str, Any]] = []  # in the format of manifests
             for parent in (str(options[name]) for name in ("MODEL", "--tokenizer") if options.get(name)):
                 candidates = (Path(parent), folder.parent / parent)
-                whole = next((path for path in candidates if (path / MANIFEST).is_file()), None)
-                parents.append({"path": parent, "manifest": whole and read_manifest(whole)})
+                existing = next((path for path in candidates if (path / MANIFEST).is_file()), None)
+                parents.append({"path": parent, "manifest": existing and read_manifest(existing)})
             described = {"stage": stage, "options": options, "parents": parents}
             self.runs.append(Run(path, described, "unfinished", folder, folder))
         elif (folder / "config.json").is_file():

@@ -37,8 +37,8 @@ class ThinkSplitter:
         self._rest += text
         while True:
             tag = "</think>" if self._thinking else "<think>"
-            before, found, after = self._rest.partition(tag)
-            if not found and not last:  # hold back a possible start of the tag
+            before, separator, after = self._rest.partition(tag)
+            if not separator and not last:  # hold back a possible start of the tag
                 cut = len(before) - max(size for size in range(len(tag)) if before.endswith(tag[:size]))
                 cut = len(before[:cut].rstrip("\n")) if self._thinking else cut
                 before, after = before[:cut], before[cut:]
@@ -49,7 +49,7 @@ class ThinkSplitter:
                 self._after_tag = not before
             split[self._thinking] += before
             self._rest = after
-            if not found:
+            if not separator:
                 return split[True], split[False]
             self._thinking, self._after_tag = not self._thinking, True
 
@@ -79,7 +79,7 @@ class Answer:
     def usage(self) -> dict[str, int]:
         """Token counts of prompts and completions."""
         prompt = sum(len(job.request.prompt) for job in self._jobs)
-        completion = sum(sum(one.sampled) for job in self._jobs for one in job.completions)
+        completion = sum(sum(sample.sampled) for job in self._jobs for sample in job.completions)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def whole(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Answer:
         return {**self._fields, "choices": choices, "usage": self.usage}
 
     def _message(self, index: int, job: Job, completion: Completion) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "", **self._said(index, completion.text, last=True)}
+        message: dict[str, Any] = {"role": "assistant", "content": "", **self._split(index, completion.text, last=True)}
         if completion.finish_reason == "tool_calls":
             message |= {"content": message["content"] or None, "tool_calls": tool_calls_of(completion.tool_calls)}
         elif completion.tool_calls and isinstance(tools := job.request.tools or self._model.generator.tools, ToolUse):
@@ -112,7 +112,7 @@ class Answer:
             message["content_parts"] = as_record([Message("assistant", parts)])[0]["content"]
         return message
 
-    def _said(self, index: int, text: str, last: bool = False) -> dict[str, str]:
+    def _split(self, index: int, text: str, last: bool = False) -> dict[str, str]:
         """Return the message fields that new text adds: reasoning, content."""
         reasoning, content = self._splitters[index].push(text, last)
         fields = {"reasoning_content": reasoning, "content": content}
@@ -143,7 +143,7 @@ class Answer:
                 yield self._chunk(first + delta.sample, delta={"content_parts": [part]})
         else:
             index = first + delta.sample
-            text = {"delta": self._said(index, delta.text)} if self._chat else {"text": delta.text}
+            text = {"delta": self._split(index, delta.text)} if self._chat else {"text": delta.text}
             tokens = {"token_ids": list(delta.token_ids)} if self._body.return_token_ids else {}
             yield self._chunk(index, logprobs=self._logprobs(index, [delta]), **text, **tokens)
 
@@ -152,7 +152,7 @@ class Answer:
         if not self._chat:
             yield self._chunk(index, text="", finish_reason=reason)
             return
-        if rest := self._said(index, "", last=True):
+        if rest := self._split(index, "", last=True):
             yield self._chunk(index, delta=rest)
         if reason == "tool_calls":
             calls = [{"index": number, **call} for number, call in enumerate(tool_calls_of(completion.tool_calls))]

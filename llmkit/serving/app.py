@@ -279,9 +279,9 @@ class Guard:
         if not self._keys or request.scope["path"] in {*PAGE, "/health"} or request.method == "OPTIONS":
             return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode() if scheme.lower() == "bearer" else b""
-        if not sum(hmac.compare_digest(given, known) for known in self._keys):  # all keys, in constant time
-            message = "Incorrect API key provided" if given else "expected a key: Authorization: Bearer KEY"
+        token = key.strip().encode() if scheme.lower() == "bearer" else b""
+        if not sum(hmac.compare_digest(token, known) for known in self._keys):  # all keys, in constant time
+            message = "Incorrect API key provided" if token else "expected a key: Authorization: Bearer KEY"
             return ApiError(message, status=401, code="invalid_api_key")
         return None
 

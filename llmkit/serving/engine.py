@@ -240,7 +240,7 @@ class Engine:
 
     def _work(self) -> None:
         while self._receive():
-            for worker in [one for one in self._workers.values() if one.waiting or not one.pool.idle]:
+            for worker in [worker for worker in self._workers.values() if worker.waiting or not worker.pool.idle]:
                 try:
                     worker.step()
                 except UserError as error:  # NaN in the weights, or a failed user function

@@ -132,13 +132,13 @@ class ServedModel:
             schema = wanted.json_schema.of_answer if wanted.json_schema else {"type": "object"}
             return [replace(prompt, constraint=self._schemas.compile(schema))]
 
-    def _check_size(self, given: Any, param: str) -> None:
+    def _check_size(self, content: Any, param: str) -> None:
         """Raise ApiError for input that cannot fit the model's context.
 
         Without tokenizing it: megabytes take seconds, during which no other client is served.
         """
         try:
-            size = len(orjson.dumps(given))
+            size = len(orjson.dumps(content))
         except TypeError as error:  # orjson reads deeper objects than it writes
             raise ApiError(f"{param!r}: {error}", param) from None
         if self._most_bytes is not None and size > self._most_bytes:

@@ -248,7 +248,7 @@ def drop_rights(root, alive, memory_bytes, cpu_seconds, file_bytes):
 
 
 def restrict_files(work):
-    """Landlock: allow reading below the root, writing only in the working folder; no TCP, no abstract sockets."""
+    """Set up Landlock: read below the root, write only in the working folder; no TCP, no abstract sockets."""
     version = call("landlock", None, 0, 1)
     if version < 1:
         raise Refused("Landlock: not available (needs kernel 5.13 or later, with landlock in lsm=)")

@@ -175,12 +175,12 @@ def minhash(hashes: np.ndarray) -> np.ndarray:
     return _short(_minima(hashes, BANDS * ROWS))
 
 
-def shared(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+def shared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Estimate the Jaccard similarity of sets from their `minhash`: (n, 112) and (n, 112) or (112,) -> (n,) float64.
 
     Unbiased, with standard deviation sqrt(s (1 - s) / 112), .047 at .5. May be negative for disjoint sets.
     """
-    equal = (some == others).sum(1, dtype=np.uint16) / some.shape[-1]
+    equal = (first == second).sum(1, dtype=np.uint16) / first.shape[-1]
     return (equal - CHANCE) / (1 - CHANCE)
 
 

@@ -244,8 +244,8 @@ def _parsed(html: str) -> LexborHTMLParser | None:
 
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
-    whole = _DISPLAY_STYLE.fullmatch(text)
-    return whole[1].strip() if whole else text
+    match = _DISPLAY_STYLE.fullmatch(text)
+    return match[1].strip() if match else text
 
 
 def _formula(math: LexborNode) -> str:

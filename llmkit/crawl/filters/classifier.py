@@ -58,7 +58,7 @@ def labels_of(path: str) -> set[str]:
 
     The layout is that of FastText::saveModel, version 12. Raises UserError for other and for truncated files.
     """
-    labels, is_model, whole = set(), False, False
+    labels, is_model, is_complete = set(), False, False
     try:
         with open(path, "rb") as handle, mmap(handle.fileno(), 0, access=ACCESS_READ) as data:
             is_model = data[:4] == MAGIC
@@ -84,13 +84,13 @@ def labels_of(path: str) -> set[str]:
                 for extra in (0, rows)[: 1 + has_norms]:  # the rows' quantizer; then the norms and theirs
                     (dimensions,) = unpack_from("<i", data, position + extra)
                     position += extra + 16 + 4 * 256 * dimensions
-            whole = position == len(data)
+            is_complete = position == len(data)
     except OSError as error:
         raise UserError(f"{path}: cannot read the classifier: {str(error.strerror).lower()}") from error
     except (ValueError, IndexError, StructError):  # an empty file, or a read past the end
         pass
     if not is_model:
         raise UserError(f"{path}: expected a fastText model (.bin or .ftz), found another file")
-    if not whole:
+    if not is_complete:
         raise UserError(f"{path}: damaged or truncated fastText model; download it again")
     return labels

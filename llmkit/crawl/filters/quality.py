@@ -156,8 +156,8 @@ def c4(split: Split, rules: C4) -> tuple[str, Verdict]:
     sentences = lost = 0
     for line in map(str.strip, split.text.split("\n")):
         if rules.remove_citations and "[" in line:
-            whole, line = line, CITATION.sub("", line).strip()
-            lost += len(split_words(whole)) - len(split_words(line))
+            original, line = line, CITATION.sub("", line).strip()
+            lost += len(split_words(original)) - len(split_words(line))
         rule = _c4_rule(line, rules, split.letters_per_word, is_suspect)
         if rule in ("lorem_ipsum", "curly_bracket"):
             return split.text, Verdict(rule, None, measures)

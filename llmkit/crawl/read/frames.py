@@ -461,8 +461,8 @@ class Reader:
                 records = _lines(window, self.max_bytes)
             elif kind == "html":
                 page = bytes(window.look(self.max_bytes + 1))
-                whole = "truncated" if window.cut else page if len(page) <= self.max_bytes else "too_large"
-                records = iter([(0, whole)] if page.strip() or window.cut else [])
+                content = "truncated" if window.cut else page if len(page) <= self.max_bytes else "too_large"
+                records = iter([(0, content)] if page.strip() or window.cut else [])
             else:
                 records = iter(Records(window, kind, self.max_bytes))
             kind = kind.removesuffix(".gz")

@@ -121,7 +121,7 @@ def _head_of(data: bytes) -> tuple[dict[str, str], memoryview]:
     """Return the WARC header fields by lower-case name, and the block. An ARC header is converted to WARC fields."""
     arc = not data.startswith(b"WARC/")
     header = header_of(data, arc)
-    assert header, "a frame begins with a whole header"
+    assert header, "a frame begins with a complete header"
     block = memoryview(data)[header[0] : sum(header)]
     if not arc:
         return fields_of(data[: header[0]]), block
