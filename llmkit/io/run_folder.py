@@ -129,7 +129,7 @@ def check_files(
     results = finished_results(out, stage, config, also)
     if path is not None and not os.path.exists(path):
         raise UserError(f"--{other} {path}: cannot be made from {out}, which is finished; --force makes both")
-    say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
+    say(f"{out}: already finished; to make it again, use --force without --resume", config.quiet)
     return results
 
 

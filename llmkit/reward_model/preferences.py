@@ -148,7 +148,7 @@ def policy_comparisons(source: Comparisons, loss: str, context: int, quiet: bool
     the others not, and each prompt gets an answer to another prompt, cut to the context, with rank `MISMATCHED`. Raises
     UserError if nothing is left, and for kto if all answers have the same prompt.
     """
-    kept: list[Candidates] = []
+    usable: list[Candidates] = []
     counts: Counter[str] = Counter()
     for candidates in source.candidates:
         ranks = candidates.ranks
@@ -164,15 +164,15 @@ def policy_comparisons(source: Comparisons, loss: str, context: int, quiet: bool
         elif loss == "orpo":
             prompt = np.arange(len(candidates.prompt)) > 0
             candidates = replace(candidates, trained=(prompt, *candidates.trained[1:]))
-        kept.append(candidates)
+        usable.append(candidates)
     if counts:
-        source = Comparisons(source.name, kept, source.counts + counts)
-        say(f"{source.name}: {source.reasons}; {counted(len(kept), 'comparison')} in use", quiet)
-    if not kept:
+        source = Comparisons(source.name, usable, source.counts + counts)
+        say(f"{source.name}: {source.reasons}; {counted(len(usable), 'comparison')} in use", quiet)
+    if not usable:
         raise UserError(f"{source.name}: nothing to learn from: no better and worse answers ({source.reasons})")
     if loss == "kto":
-        kept = _with_mismatched(kept, source.name, context)
-    numbered = [replace(candidates, number=number) for number, candidates in enumerate(kept)]
+        usable = _with_mismatched(usable, source.name, context)
+    numbered = [replace(candidates, number=number) for number, candidates in enumerate(usable)]
     return Comparisons(source.name, numbered, source.counts)
 
 
@@ -189,13 +189,13 @@ def _with_shared_header(candidates: Candidates) -> Candidates:
     )
 
 
-def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> list[Candidates]:
+def _with_mismatched(usable: Sequence[Candidates], name: str, context: int) -> list[Candidates]:
     """Add to each comparison the first answer of the next one, in shuffled order, with another prompt."""
-    order, given = shuffled(len(kept), 0, 0).tolist(), list(kept)
+    order, given = shuffled(len(usable), 0, 0).tolist(), list(usable)
     other: Candidates | None = None
     for place in reversed(range(2 * len(order))):  # in the first half `other` is known, unless there is only one prompt
-        number, following = order[place % len(order)], kept[order[(place + 1) % len(order)]]
-        own = kept[number].prompt
+        number, following = order[place % len(order)], usable[order[(place + 1) % len(order)]]
+        own = usable[number].prompt
         if not np.array_equal(own, following.prompt):
             other = following
         if place >= len(order):
@@ -204,10 +204,10 @@ def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> lis
             raise UserError(f"{name}: --loss kto: expected answers to at least two prompts, found one")
         room = max(1, context - len(own))
         given[number] = replace(
-            kept[number],
-            answers=(*kept[number].answers, other.answers[0][:room]),
-            ranks=(*kept[number].ranks, int(MISMATCHED)),
-            trained=(*kept[number].trained, other.trained[1][:room]),
+            usable[number],
+            answers=(*usable[number].answers, other.answers[0][:room]),
+            ranks=(*usable[number].ranks, int(MISMATCHED)),
+            trained=(*usable[number].trained, other.trained[1][:room]),
         )
     return given
 
@@ -215,9 +215,9 @@ def _with_mismatched(kept: Sequence[Candidates], name: str, context: int) -> lis
 def answers_of(source: Any, count: int) -> Examples:
     """Return the first answers, each after its prompt, to show them before training."""
     pairs = [
-        (np.concatenate([one.prompt, ids]), np.concatenate([one.trained[0], trained]))
-        for one in source.candidates[:count]
-        for ids, trained in zip(one.answers, one.trained[1:], strict=True)
+        (np.concatenate([candidates.prompt, ids]), np.concatenate([candidates.trained[0], trained]))
+        for candidates in source.candidates[:count]
+        for ids, trained in zip(candidates.answers, candidates.trained[1:], strict=True)
     ][:count]
     encoded = (("", Encoded(ids, trained, (len(ids),))) for ids, trained in pairs)
     return Examples.gather(source.name, encoded, 1 + max(len(ids) for ids, _ in pairs))

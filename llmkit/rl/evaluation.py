@@ -254,7 +254,7 @@ class HeldOutAnswers:
             )
         if not problems:
             return None
-        longest = min(LONGEST_ANSWER, tuning.context - max(len(one.prompt_ids) for one in problems))
+        longest = min(LONGEST_ANSWER, tuning.context - max(len(problem.prompt_ids) for problem in problems))
         for weighted in gold:
             if isinstance(weighted.reward, ModelReward):
                 longest = min(longest, weighted.reward.context // JUDGED_SHARE)

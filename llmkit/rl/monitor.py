@@ -77,8 +77,8 @@ class HackWatch:
     """
 
     # The highest of many values is also high by luck. With a rising reward and a constant gold reward, 2 errors stopped
-    # 48 to 84 of 100 runs within 60 evaluations, 3 errors 4 to 8, and 3.5 errors 1 or 2. With 200 problems, a fall of a
-    # point per evaluation was detected after 20 evaluations, of two points after 12.
+    # 48 to 84 of 100 runs within 60 evaluations, 3 errors 4 to 8, and 3.5 errors 1 or 2. With 200 problems, 3.5 errors
+    # detected a fall of a point per evaluation after 20 evaluations, 2 errors after 12.
     ERRORS = 3.5
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = (), proxy: str = "val_reward") -> None:

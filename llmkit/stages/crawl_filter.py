@@ -149,7 +149,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     started = time.monotonic()
     recipe, recipe_name = _recipe(config)
     if config.resume and (done := finished(config.out, recipe, as_options(config))):
-        say(f"{config.out}: finished, nothing to do; without --resume, --force makes it again", config.quiet)
+        say(f"{config.out}: already finished; to make it again, use --force without --resume", config.quiet)
         return Summary(str(config.out), config.rejects, **done, workers=0, seconds=0.0)
     inputs, out = _checked(config)
     paths = [source.path for source in sources(inputs)]

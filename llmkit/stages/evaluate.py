@@ -223,8 +223,8 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
             for one in generated:
                 check_problems(one.task, one.items, verifier)
                 if not one.task.form and first_of(dict(one.items[0].record), CHOICES):
-                    how = "answered in text; likelihoods score choices named query, choices and gold (docs/evaluate.md)"
-                    say(f"{one.task.name}: {how}", config.quiet)
+                    why = "answered in text; likelihoods score choices named query, choices and gold (docs/evaluate.md)"
+                    say(f"{one.task.name}: {why}", config.quiet)
     return loaded
 
 

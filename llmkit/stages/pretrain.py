@@ -48,7 +48,7 @@ FIXED_BY_MODEL = [
     "num_key_value_heads",
     "tie_word_embeddings",
 ]
-MANY = 20_000_000  # tokens; with more, every fourth run of tokens is compared with --val: half the time
+MANY = 20_000_000  # tokens; with more, one run of tokens in four is compared with --val: half the time
 
 
 @dataclass(frozen=True, kw_only=True)

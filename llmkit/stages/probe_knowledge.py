@@ -166,7 +166,7 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         sampler = stack.enter_context(_sampler(config, config.temperature))
         sampler.check()
         models = _models(config, stack, until_written)
-        _ = [asked.chat for asked in (sampler, *(model.sampler for model in models.values()))]  # refuses base models
+        _ = [each.chat for each in (sampler, *(model.sampler for model in models.values()))]  # refuses base models
         passages, questions, left_out = _read(config, bad)
         writer = models["writer"].sampler.name if "writer" in models else None
         most = len(passages) * config.per_passage if writer else len(questions)
@@ -193,10 +193,10 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
         state = Kept(state_path, identity, resume=config.resume)
         stack.enter_context(state.resumable())
         samples, length = config.samples, config.max_tokens
-        asked = ask_all(questions, state, sampler, judge, samples, length, config.seed, written_by, config.quiet)
+        answered = ask_all(questions, state, sampler, judge, samples, length, config.seed, written_by, config.quiet)
 
     # save and summarise
-    left_out += Counter({"longer than the context": len(questions) - asked})
+    left_out += Counter({"longer than the context": len(questions) - answered})
     names = {"written_by": written_by, "judged_by": judge.name, **bad.results}
     summary = _save(config, state, refusals, models, names, left_out, sampler.usage if config.is_served else None)
     state.remove()
@@ -248,8 +248,8 @@ def _save(
     with open_output(out, force) as write:
         taught = write_lessons(write, state.values, refusals, config.balance, config.seed)
     totals = sum(kinds.values(), Counter[str]())
-    asked = totals.total()
-    results: dict[str, Any] = {"questions": asked, "responses": asked * config.samples}
+    count = totals.total()
+    results: dict[str, Any] = {"questions": count, "responses": count * config.samples}
     results |= {name: totals[name] for name in NAMES.values()}
     results |= {"confirmations": taught["yes"], "refusals": taught["no"], **names}
     if Path(out).is_file():

@@ -131,7 +131,7 @@ def run(config: SampleConfig) -> Summary | None:
     out = config.out or "-"
     _check_options(config, out)
     if config.resume and Path(out).exists() and not Path(out + STATE).exists():
-        say(f"{out}: finished, so there is nothing to do; without --resume, --force makes it again", config.quiet)
+        say(f"{out}: already finished; to make it again, use --force without --resume", config.quiet)
         sizes = [len(row.value.get("token_ids", ())) for row in read_jsonl([out])]
         return Summary(out, len(sizes) // config.samples, len(sizes), sum(sizes), 0.0)
 

@@ -344,7 +344,7 @@ def _rehearse(
 
     if world().leads:
         every = [source.examples for source in mixture.sources]
-        shown = [answers_of(one, SHOWN) for one in every] if config.loss in PREFERENCE_LOSSES else every
+        shown = [answers_of(examples, SHOWN) for examples in every] if config.loss in PREFERENCE_LOSSES else every
         show_examples(shown, tuning.tokenizer, SHOWN)
     rows = min(micro_rows, mixture.batch_size)
     seconds = batch_seconds(tuning.model, lessons.loss, rows_of(mixture.batch(0), 0, rows), rows, tuning.device)
@@ -464,15 +464,15 @@ def _preferences(
 
     objective = Objective.of(config.loss, config.beta, config.label_smoothing, config.sft_weight, config.margin)
     read_record = read_verdict if config.loss == "kto" else read_comparison
-    asked, reference = HeldOutAnswers(read_record), None
+    answers, reference = HeldOutAnswers(read_record), None
     if objective.needs_reference and not config.dry_run:
-        precision, check = f"{run.dtype} {config.quantize}", partial(asked.check, tuning, gold)
+        precision, check = f"{run.dtype} {config.quantize}", partial(answers.check, tuning, gold)
         reference = Reference(tuning, precision, run.folder.parent, config.quiet, check)
     columns = parse_columns(config.columns)
 
     def read(name: str, paths: list[str], held_out: bool = False, **options: Any) -> tuple[Comparisons, str]:
         options |= {"on_long": config.on_long, "limit": config.limit, "columns": columns, "quiet": config.quiet}
-        options["read"] = asked.read if held_out else read_record
+        options["read"] = answers.read if held_out else read_record
         source, digest = read_comparisons(name, paths, tuning.chat, context, run.bad, **options)
         source = policy_comparisons(source, config.loss, context, config.quiet)
         return source if reference is None else reference.compare(source, held_out=held_out), digest
@@ -489,7 +489,7 @@ def _preferences(
         PreferenceLoss(objective),
         packed_comparisons,
         figures_of,
-        asked.open(tuning, before, gold, config.seed),
+        answers.open(tuning, before, gold, config.seed),
     )
 
 
@@ -529,7 +529,7 @@ def _conversations(
         partial(read, contaminated=contaminated), files, config.val, config.quiet, read
     )
     if facts:
-        stated = (with_system(one, system) for one in identity_conversations(facts))
+        stated = (with_system(chat, system) for chat in identity_conversations(facts))
         examples, digest = examples_of("--identity", stated, bad=BadRecords())
         sources.append(Source(examples, weight * sum(source.weight for source in sources)))
         digests.append(digest)

@@ -179,8 +179,8 @@ def run(config: WriteChatsConfig) -> Summary | None:
         _check_context(writer, shares)
         judge = _judge(config, guide, stack)
         if config.dry_run:
-            asked = writer.first_request(0).prompt
-            for line in [*sampler.plan(), *(f"{message.role}: {message.text}" for message in asked)]:
+            prompt = writer.first_request(0).prompt
+            for line in [*sampler.plan(), *(f"{message.role}: {message.text}" for message in prompt)]:
                 say(line, config.quiet)
             return None
         sampler.check()

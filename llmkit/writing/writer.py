@@ -180,8 +180,8 @@ class Writer:
 
         Raises Fault if the reply is empty or truncated.
         """
-        told = message("system" if seen else "user", TEXTS["guided"].format(guide=self.guide, task=task))
-        (completion,) = yield from self._ask(Request([told, *seen], 1, self.max_tokens, seed, tools=self._no_tools))
+        prompt = message("system" if seen else "user", TEXTS["guided"].format(guide=self.guide, task=task))
+        (completion,) = yield from self._ask(Request([prompt, *seen], 1, self.max_tokens, seed, tools=self._no_tools))
         text = split_thoughts(completion.text)[1].strip()
         if completion.finish_reason == REFUSED:
             raise Fault(ENDED[REFUSED])

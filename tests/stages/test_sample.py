@@ -376,7 +376,7 @@ def test_a_finished_run_has_nothing_to_resume(folder, prompts, tmp_path, llmkit)
     assert llmkit(*words, "--quiet").returncode == 0
     made = out.read_bytes()
     again = llmkit(*words)
-    assert again.returncode == 0 and "nothing to do" in again.stderr and out.read_bytes() == made
+    assert again.returncode == 0 and "already finished" in again.stderr and out.read_bytes() == made
     summary = json.loads(again.stdout)
     assert [summary[name] for name in ("prompts", "completions", "tokens")] == [8, 8, 24]
 
