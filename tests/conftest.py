@@ -1,4 +1,4 @@
-"""What the tests share: the shared data folder, where there is one, and the command line as a user runs it."""
+"""Fixtures of all tests: the shared data folder, if there is one, and the command line as a user runs it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# two threads, before torch is imported: a tiny model on many is slower, and slower still beside other processes
+# two threads, set before torch is imported: tiny models are slower on many, especially on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Triton reads it while it is imported, so that a session has one mode; compiling is tested in a process of its own
+# Triton reads this at import, so a session has one mode; compilation is tested in a separate process
 os.environ["TRITON_INTERPRET"] = "1"
-# float32 by default and rounded alike, also where the CPU could multiply bfloat16
+# float32 by default, with the same rounding on CPUs with bfloat16 arithmetic
 if platform.machine() in ("x86_64", "AMD64"):
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 import pytest
 
-with suppress(ImportError):  # of the extra `test`
+with suppress(ImportError):  # in the extra `test`
     from hypothesis import settings
 
-    settings.register_profile("llmkit", deadline=None)  # its 200 ms are too little beside other processes
+    settings.register_profile("llmkit", deadline=None)  # the default of 200 ms is too short on a busy machine
     settings.load_profile("llmkit")
 
-# a shell's background job ignores SIGINT, and what it starts inherits that: the tests that interrupt a stage would wait
+# background jobs of a shell ignore SIGINT, and children inherit that: tests that interrupt a stage would hang
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The system's Chromium, driven by playwright, whose event loop runs until the module's end."""
+    """The system's Chromium, driven by playwright; its event loop runs until the end of the module."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[browser]'")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -55,7 +55,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The project's shared data folder; its tests carry the mark `shared`."""
+    """The project's shared data folder; its tests have the mark `shared`."""
     folder = Path(os.environ.get("LLMKIT_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("no shared data: set LLMKIT_SHARED_DATA to its folder")
@@ -70,15 +70,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def one_retry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request to a server that failed is tried once more, and not six times."""
+    """Retry a failed request once instead of six times."""
     monkeypatch.setattr("llmkit.generation.served_models.RETRIES", 1)
 
 
 @pytest.fixture(scope="session")
 def llmkit() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own: `llmkit("sample", "base/", stdin="...")`.
+    """Run the command line in a new process: `llmkit("sample", "base/", stdin="...")`.
 
-    stdin is empty unless it is given; keywords beyond it are those of subprocess.run.
+    stdin is empty by default; other keywords go to subprocess.run.
     """
 
     def run(*arguments: str | Path, stdin: str = "", **details) -> subprocess.CompletedProcess[str]:
@@ -91,16 +91,16 @@ def llmkit() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def on_terminal() -> Callable[..., str]:
-    """Run a command on a terminal of its own, at which nobody types; what it shows there, without colours."""
+    """Run a command on a new terminal without input; return its output there, without colours."""
 
     def run(*command: str) -> str:
         leader, follower = pty.openpty()
         with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower) as process:
             os.close(follower)
-            impatient = threading.Timer(120, process.kill)  # it waits for input
+            impatient = threading.Timer(120, process.kill)  # if it waits for input
             impatient.start()
             shown = b""
-            with suppress(OSError):  # Linux's word for the end
+            with suppress(OSError):  # Linux's end of file
                 while block := os.read(leader, 4096):
                     shown += block
             process.wait()

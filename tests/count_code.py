@@ -1,8 +1,8 @@
-"""Count what makes code hard to read: `python tests/count_code.py [FOLDER]` prints the table of today.
+"""Count what makes code hard to read: `python tests/count_code.py [FOLDER]` prints the current figures.
 
 A body is the lines of a function without its signature and docstring. A private helper is a function or method whose
-name begins with one underscore; it is called once if its name occurs once beside its definition in the package. A vague
-binding is a parameter or variable with a name of VAGUE.
+name begins with one underscore; it counts as called once if the package has its name in one place besides the
+definition. A vague binding is a parameter or variable with a name from VAGUE.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 VAGUE = frozenset(["found", "one", "told", "said", "held", "asked", "how", "place", "parts", "made", "kept"])
-SHORT = 110  # lines of a file that may be half of another
+SHORT = 110  # lines; a shorter file may belong into another
 
 
 def sources(root: Path, *folders: str) -> dict[str, str]:
-    """Path to source, of all Python files of some folders."""
+    """Return the sources of all Python files in some folders, by path."""
     paths = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
     return {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in paths}
 
@@ -30,13 +30,13 @@ def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from the first statement after the docstring to the end."""
+    """Count the lines from the first statement after the docstring to the end."""
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
 
 
 def vague(tree: ast.Module) -> int:
-    """How many parameters and assigned variables have a name that says nothing."""
+    """Count the parameters and assigned variables with a vague name."""
     names = Counter(node.arg for node in ast.walk(tree) if isinstance(node, ast.arg))
     names += Counter(
         node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
@@ -45,7 +45,7 @@ def vague(tree: ast.Module) -> int:
 
 
 def called_once(trees: list[ast.Module]) -> int:
-    """How many private helpers are named at one place beside their definition."""
+    """Count the private helpers whose name occurs once besides their definition."""
     defined = {node.name for tree in trees for node in functions(tree)}
     private = {name for name in defined if name.startswith("_") and not name.startswith("__")}
     uses = Counter[str]()
@@ -59,7 +59,7 @@ def called_once(trees: list[ast.Module]) -> int:
 
 
 def options() -> tuple[int, int]:
-    """The options of all commands: their sum, and how many names there are."""
+    """Count the options of all commands: in total, and distinct names."""
     from llmkit.cli import COMMANDS
     from llmkit.config import option_fields
 
@@ -72,7 +72,7 @@ def options() -> tuple[int, int]:
 
 
 def table(root: Path = ROOT) -> dict[str, int | float]:
-    """Each figure by its name."""
+    """Return the figures by name."""
     package = sources(root, "llmkit", "kernels")
     trees = [ast.parse(source) for source in package.values()]
     every = [node for tree in trees for node in functions(tree)]

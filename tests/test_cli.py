@@ -1,6 +1,6 @@
-"""The command line's contract, as a user meets it: streams, exit codes, mistakes, options from three places.
+"""The command line's contract from a user's view: streams, exit codes, errors, options from flags, TOML and defaults.
 
-`toy` is a stage made for these tests (toy.py); what holds for every stage is tried on the real ones, too.
+`toy` is a stage for these tests (toy.py); rules for every stage are also tested on the real ones.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def toy(*arguments: str | Path, stdin: str | None = RECORD, **details) -> subpro
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A line of bash in which `toy` is the command."""
+    """Run a line of bash in which `toy` is the command."""
     script = f"set -o pipefail; toy() {{ '{TOY[0]}' '{TOY[1]}' toy \"$@\"; }}; {script}"
     return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 def mistake(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The message of a command that failed as it should: one line on stderr, nothing on stdout."""
+    """Check that a command failed with one line on stderr and nothing on stdout; return the message."""
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert re.fullmatch(r"llmkit: error: [^\n]+\n", done.stderr), done.stderr
     return done.stderr.removeprefix("llmkit: error: ").rstrip("\n")
@@ -52,7 +52,7 @@ def summary(done: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(done.stdout)
 
 
-# ---- what goes where
+# ---- streams
 
 
 def test_a_stage_that_writes_a_file_prints_one_line_with_its_path(tmp_path: Path) -> None:
@@ -102,11 +102,11 @@ def test_help_shows_brackets_as_they_are_off_and_on_a_terminal(on_terminal) -> N
         assert "--no-tie" in shown and "--no-force" not in shown
 
 
-# ---- endings
+# ---- exits
 
 
 def test_the_exit_codes(tmp_path: Path) -> None:
-    assert toy("-", "--act", "fork").stderr == ""  # processes of a pool end in silence
+    assert toy("-", "--act", "fork").stderr == ""  # pool processes end silently
     assert mistake(toy("-", "--act", "gate"), 3) == "accuracy 0.2 is under 0.5"
     assert "not enough memory" in mistake(toy("-", "--act", "memory"))
     for act, words in (("bug", "RuntimeError: oops"), ("eof", "EOFError: not an interrupt")):
@@ -190,7 +190,7 @@ def test_closed_streams_are_one_line(tmp_path: Path) -> None:
     assert shell("toy d.jsonl -o out.jsonl >&-", tmp_path).returncode == 0
 
 
-# ---- mistakes
+# ---- user errors
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_every_command_that_reads_documents_gives_help_at_a_terminal(monkeypatch
     assert f"Usage: llmkit {name}" in capsys.readouterr().err
 
 
-# ---- what is read stays
+# ---- inputs are not overwritten
 
 READING = [
     (name, item.name)

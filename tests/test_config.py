@@ -1,4 +1,4 @@
-"""Options: from flags, TOML and defaults to checked values, and back."""
+"""Options from flags, TOML and defaults to checked values, and back to TOML."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_is_no_quantity_is_refused_with_an_example(text: str | float, unit)
         parse_quantity(text, unit)
 
 
-# ---- where values come from
+# ---- sources of values
 
 
 def test_none_can_be_said_where_it_has_a_meaning(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_an_option_without_default_is_required() -> None:
 
 
 def _options_of_text() -> list[tuple[type, str]]:
-    """Each option of a command that takes names, paths or another form of text, as its metavar says."""
+    """Return the options of all commands that take text, such as names or paths."""
     found = []
     for module, config_name, _ in COMMANDS.values():
         config_class = getattr(importlib.import_module(module), config_name)
@@ -153,7 +153,7 @@ def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
         resolve(Config, {"dpeth": "4"})
 
 
-# ---- mistakes
+# ---- user errors
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_no_value_makes_anything_but_a_config_or_a_one_line_error(value: object)
             assert "expected" in str(error)
 
 
-# ---- back
+# ---- back to TOML
 
 
 @given(
@@ -236,7 +236,7 @@ def test_no_value_makes_anything_but_a_config_or_a_one_line_error(value: object)
 def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, config: Config) -> None:
     options = json.loads(json.dumps(as_options(config)))
     toml = tmp_path_factory.mktemp("toml") / "again.toml"
-    # TOML's strings escape as JSON's do, but for \x7f
+    # TOML strings have the escapes of JSON, except for \x7f
     lines = [
         f"{name} = {json.dumps('none' if value is None else value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
         for name, value in options.items()

@@ -1,4 +1,4 @@
-"""What a resumed run meets where its state was damaged or edited: never a traceback, and the damaged thing named."""
+"""Resuming from damaged or edited states: never a traceback, and the message names the damaged file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmkit.errors import UserError
 from llmkit.io.metrics import read_metrics, scan_metrics, trim_metrics
 from llmkit.io.resume import Kept, check_identity
 
-EVERY = 29  # of a thousand kinds of damage to each command's state
+EVERY = 29  # tests every 29th of about a thousand kinds of damage to each command's state
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(t
     rows = [{"step": 1, "loss": None, "sample": "The"}, {"loss": "low", "val_loss": [1], "step": 2}, {"reward": {}}]
     place.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, *others = read_metrics(place)
-    assert first["sample"] == "The" and first["loss"] != first["loss"]  # NaN, as it was in the run
+    assert first["sample"] == "The" and first["loss"] != first["loss"]  # NaN, as in the run
     assert others == [{"step": 2}, {}]
     for line, found in (
         ('{"step": "x"}', "a string"),

@@ -1,4 +1,4 @@
-"""What people are shown: no secret of the user's, no control character of others, and nothing where it is closed."""
+"""Output for people: no secrets, no control characters from foreign text, and nothing on closed streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "llmkit"]
 
 
 def everything_of(folder: Path) -> str:
-    """The text of all files below a folder."""
+    """Return the text of all files in a folder and its subfolders."""
     return "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
 
 
@@ -56,7 +56,7 @@ def test_a_key_that_no_header_holds_is_refused_by_its_name(monkeypatch, name, ke
     from llmkit.errors import UserError
     from llmkit.generation.served_models import parse_address
 
-    monkeypatch.setattr(os, "environ", {**os.environ, name: key})  # which refuses a NUL itself
+    monkeypatch.setattr(os, "environ", {**os.environ, name: key})  # os.environ itself refuses NUL
     with pytest.raises(UserError, match=f"^{name}: expected printable ASCII") as raised:
         parse_address("openai:http://localhost/v1#m", "--engine")
     assert "Marker" not in str(raised.value)
@@ -156,7 +156,7 @@ def test_messages_do_not_go_where_data_belong(tmp_path, closed):
     (tmp_path / "docs.jsonl").write_text('{"text": "Good text."}\n')
     line = f"{' '.join(COMMAND)} crawl-filter docs.jsonl --only pii -o out.jsonl 2>&- >&- <&-"
     assert subprocess.run(["bash", "-c", line], cwd=tmp_path, timeout=60).returncode == 0
-    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "Good text."  # not the number of stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "Good text."  # not stderr's descriptor
     for arguments in ("crawl-filter docs.jsonl --only pii", "sample none/ -p Hi", "sample"):
         line = f"{' '.join(COMMAND)} {arguments} {closed}"
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -1,6 +1,6 @@
-"""The documentation cannot lie: what is generated is as the code says, every command is understood, and run.
+"""The documentation is correct: generated parts match the code, and every command parses and runs.
 
-A command that is not run stands in NOT_RUN with a reason.
+Commands that are not run are listed in NOT_RUN with a reason.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def test_every_page_stands_in_the_navigation():
     assert [path.name for path in DOCS.glob("*.md") if f": {path.name}\n" not in navigation] == []
 
 
-# options of other programs, which pages name: torchrun's, servers', Ray's, llama.cpp's, nanochat's, those of our
-# benchmarks and of an example of a reward, pip's, and that of a script which makes a small world
+# options of other programs on the pages: torchrun, servers, Ray, llama.cpp, nanochat, our benchmarks, an example
+# reward, pip, and the script that makes a small world
 FOREIGN = """--config --help --install-completion --no- --index-url --quick
     --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --max-restarts --address --head --port
     --alias --enable-deterministic-inference --logprobs-mode --model --model-path --served-model-name
@@ -102,7 +102,7 @@ NOT_RUN = {
     r"hf://": "a network; tests/io/test_hub.py has a hub of its own",
     r"s3://": "a bucket; tests/io/test_upload.py has one of its own",
 }
-MAY_END = {"| head": 141, "--fail-under": 3}  # a reader that went away, a gate that a tiny judge does not meet
+MAY_END = {"| head": 141, "--fail-under": 3}  # a closed pipe; a gate that a tiny judge fails
 ALL = all_commands()
 
 
@@ -115,12 +115,12 @@ SERVER = "openai:http://localhost:8000/v1#"
 
 
 def shape(command: Command) -> object:
-    """What makes two commands alike: the stages and their options, whatever the values."""
+    """Return what similar commands have in common: the stages and their options, without the values."""
     return [(words[0], sorted(word for word in words if word.startswith("-"))) for words in command.stages]
 
 
 def each_that_runs() -> list[object]:
-    """The commands to run; of those that are alike the first alone is quick."""
+    """Return the commands to run; of similar ones only the first is a quick test."""
     found, seen = [], []
     for command in RUN.values():
         again = bool(command.stages) and shape(command) in seen
@@ -130,7 +130,7 @@ def each_that_runs() -> list[object]:
 
 
 def server_of(folder: Path):
-    """A server of the model in a folder, which writes a question or a judgement where it is asked for one."""
+    """Serve the model in a folder, with scripted questions and judgements for requests of those."""
     from chat_server import ChatServer
     from model_server import ModelServer
 
@@ -149,7 +149,7 @@ def server_of(folder: Path):
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """A function that runs a line of shell in a copy of the small world, where llmkit starts at once."""
+    """A function that runs a line of shell in a copy of the small world, with an llmkit that starts at once."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "bin").mkdir()
     (folder / "world").mkdir()
@@ -193,7 +193,7 @@ def test_a_command_runs(small_world, command: Command):
 
 
 def test_the_first_commands_of_the_readme_run_one_after_another(small_world):
-    """As far as the first assistant; those behind it run by themselves."""
+    """Up to the first assistant; later commands are tested separately."""
     first = commands_of(
         (ROOT / "README.md").read_text().split("\n## A first assistant\n")[1].split("\n## ")[0], "README.md"
     )

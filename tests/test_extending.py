@@ -1,4 +1,4 @@
-"""docs/extending.md cannot lie: its files are written as they stand there, and its commands are run."""
+"""docs/extending.md is correct: its files are written verbatim, and its commands run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def section(heading: str) -> str:
 
 
 def files_of(text: str) -> dict[str, str]:
-    """The fenced blocks that begin with their name in a comment."""
+    """Return the fenced blocks that start with a comment with a file name, by that name."""
     return {name: body for body, name in re.findall(r"```\w+\n(# ([\w.]+).*?\n)```", text, re.DOTALL)}
 
 

@@ -1,8 +1,8 @@
-"""The time of every function that reads text of models, servers or the web grows no faster than the text.
+"""Every function that parses text from models, servers or the web takes linear time.
 
-Each is given texts of three lengths that are made of repeated seeds, and its processor time is measured in a child with
-a limit of time and memory. Slow: `pytest -m slow tests/test_growth.py` takes all 392 seeds in 80 minutes or more, and
-prints what is slowest.
+Each gets texts of three lengths made of repeated seeds, and its CPU time is measured in a child process with limits on
+time and memory. Slow: `pytest -m slow tests/test_growth.py` runs all 392 seeds in 80 minutes or more, and prints the
+slowest.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from readers import EXEMPT, REFUSALS, readers
 
 from tests.test_house import modules
 
-EXPONENT = 1.2  # of time over length, from the shortest text to the longest
-# A word of a quarter of a million characters: the library's heap of merges is n log n, and leaves the caches (.45 us a
-# byte at 48 kB, .6 at 768 kB, 1.2 at 3 MB). Cut into pieces it would have other tokens.
+EXPONENT = 1.2  # largest allowed exponent of time over length, between the shortest and the longest text
+# A word of a quarter of a million characters: the library's heap of merges takes n log n and outgrows the caches (.45
+# us per byte at 48 kB, .6 at 768 kB, 1.2 at 3 MB). Cut into pieces, it would have other tokens.
 EXPONENTS = {"tokenizer of a chat": 1.4}
-FLOOR = 0.020  # seconds: shorter times count as this, they are noise
-SECONDS = 20  # of the processor, for one text of 256,000 characters, before the child is killed
-MEMORY = 2 << 30  # bytes that a reader may take beside what was there
-TRIES = 6  # of a measurement that is beyond the limit: other processes disturb even the processor's time
-PAUSE = 0.5  # seconds before another one, in which they may end
+FLOOR = 0.020  # seconds; shorter times are noise and count as this
+SECONDS = 20  # CPU seconds for a text of 256,000 characters, before the child is killed
+MEMORY = 2 << 30  # additional bytes that a reader may allocate
+TRIES = 6  # for a measurement beyond the limit: other processes disturb even CPU time
+PAUSE = 0.5  # seconds before the next try, in which they may end
 SHORT, LONG = (4_000, 16_000, 64_000), (16_000, 64_000, 256_000)
-FEW = 5  # seeds of a function in the quick tier; other functions take others
+FEW = 5  # seeds per function in the quick tests, different for each function
 
 PIECES = json.loads(Path(__file__).parent.joinpath("helpers", "fragments.json").read_text())
 PAIRS = [
@@ -45,7 +45,7 @@ Seed = tuple[str, str, str]  # before, repeated, after
 
 
 def seeds() -> list[Seed]:
-    """Pieces alone, with an end that they do not take, two, opened and closed."""
+    """Return single pieces, pieces with a tail that does not match, pairs, and opened and closed pieces."""
     rng = random.Random(0)
     chosen = [("", piece, "") for piece in PIECES]
     chosen += [("", piece, "\0!") for piece in rng.sample(PIECES, 20)]
@@ -58,7 +58,7 @@ SEEDS = seeds()
 
 
 def text_of(seed: Seed, size: int) -> str:
-    """A text of so many characters; one that opens has as many ends as beginnings."""
+    """Return a text of `size` characters; openings and closings are balanced."""
     before, piece, after = seed
     if before == "OPEN":
         count = size // (len(piece) + len(after))
@@ -68,7 +68,7 @@ def text_of(seed: Seed, size: int) -> str:
 
 
 def seconds(name: str, text: str) -> float:
-    """The processor's time that a reader takes for a text."""
+    """Return the CPU time that a reader takes for a text."""
     began = time.process_time()
     with suppress(*REFUSALS):
         readers()[name](text)
@@ -76,13 +76,13 @@ def seconds(name: str, text: str) -> float:
 
 
 def exponent(times: dict[int, float]) -> float:
-    """Of time over length: a straight line through the logarithms, in which the middle of three has no weight."""
+    """Fit the exponent of time over length: the slope in log-log space between the first and the last point."""
     shortest, longest = min(times), max(times)
     return math.log(max(times[longest], FLOOR) / max(times[shortest], FLOOR)) / math.log(longest / shortest)
 
 
 def measured(name: str, seed: Seed, sizes: tuple[int, ...]) -> dict[int, float]:
-    """The times by length, the least of several tries where they are beyond the limit."""
+    """Return the times by length; the minimum of several tries if they are beyond the limit."""
     times: dict[int, float] = {}
     limit = EXPONENTS.get(name, EXPONENT)
     for attempt in range(TRIES):
@@ -91,14 +91,14 @@ def measured(name: str, seed: Seed, sizes: tuple[int, ...]) -> dict[int, float]:
             times[size] = min(times.get(size, math.inf), seconds(name, text_of(seed, size)))
             tried = {length: found for length, found in times.items() if length <= size}
             if size > sizes[0] and exponent(tried) > 1.6:
-                break  # the next would take too long to be told by
+                break  # the next would exceed the limit
         if exponent(times) <= limit:
             break
     return times
 
 
 def in_child(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> Iterator[tuple[Seed, dict[int, float] | str]]:
-    """Each seed with its times, or why there are none, measured in a child that is killed in time."""
+    """Yield each seed with its times, or the reason why there are none, measured in a child with a time limit."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -108,9 +108,9 @@ def in_child(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> Iterator[
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            gc.disable()  # its time is that of all that is imported
+            gc.disable()  # it would scan all imported modules
             with suppress(Exception):
-                seconds(name, "a")  # what is loaded at first
+                seconds(name, "a")  # warm up lazy loading
             for seed in chosen:
                 used = math.ceil(time.process_time())
                 resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
@@ -134,7 +134,7 @@ def in_child(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> Iterator[
 
 
 def faults(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> list[str]:
-    """What is beyond the limit; prints the slowest."""
+    """Return the measurements beyond the limit, and print the slowest."""
     wrong, slowest, steepest = [], (0.0, ""), (0.0, "")
     for seed, result in in_child(name, chosen, sizes):
         if isinstance(result, str):

@@ -1,4 +1,4 @@
-"""The laws of the house: imports go up one list without circles, and rooms, files, functions and options stay few."""
+"""The laws of the source tree: layered imports without cycles, and limits for rooms, files, functions and options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmkit.config import option_fields
 from tests.count_code import options
 
 ROOT = Path(__file__).parent.parent
-# A room may import itself and the rooms above it; its ceiling in lines, and the lines of today where these are more
+# A room may import itself and the rooms above it; its ceiling in lines, and its present lines if it is above
 ROOMS = {
     "errors": (60, 0),
     "display": (90, 0),
@@ -55,14 +55,14 @@ AT_START = {
     "cli",
     "__main__",
 }  # `llmkit --help` imports these
-LATER = {"stages", "cli", "__main__"}  # import the other rooms when a command runs
+LATER = {"stages", "cli", "__main__"}  # import other rooms only when a command runs
 HEAVY = {"torch", "numpy", "triton", "transformers", "tokenizers", "safetensors"}
-MOST_LINES, MOST_FILES = 600, 14  # of a file; of a folder
+MOST_LINES, MOST_FILES = 600, 14  # per file; per folder
 LONGEST = 60  # lines of a function in stages/
-# What still breaks a law; each entry goes when its cause does
+# Exceptions to the laws; each entry is removed with its cause
 LONG = set[str]()
 SPLATS = set[str]()
-STARS = 55  # names and attributes unpacked into positional arguments; may only fall
+STARS = 55  # names and attributes unpacked into positional arguments; may only decrease
 OPTIONS = {
     "crawl-filter": 27,
     "train-bpe": 14,
@@ -82,7 +82,7 @@ DISTINCT = 151
 
 
 def modules() -> dict[str, str]:
-    """Module name to source, of everything that is installed."""
+    """Return the sources of all installed modules, by name."""
     found = {}
     for folder, package in ((ROOT / "llmkit", "llmkit"), (ROOT / "kernels", "llmkit.kernels")):
         for path in sorted(folder.rglob("*.py")):
@@ -93,7 +93,7 @@ def modules() -> dict[str, str]:
 
 
 def imported(name: str, node: ast.AST) -> list[str]:
-    """The full names of the modules that one import statement in module `name` asks for."""
+    """Return the full names of the modules that an import statement in module `name` may import."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -102,11 +102,11 @@ def imported(name: str, node: ast.AST) -> list[str]:
         base = ".".join(name.split(".")[: -node.level] + ([node.module] if node.module else []))
     else:
         base = node.module or ""
-    return [f"{base}.{alias.name}" for alias in node.names]  # `from llmkit import model` asks for llmkit.model
+    return [f"{base}.{alias.name}" for alias in node.names]  # `from llmkit import model` imports llmkit.model
 
 
 def at_start(tree: ast.Module) -> list[ast.AST]:
-    """The import statements that run when the module is imported: not those in functions or for type checkers."""
+    """Return the import statements that run at import time: not those in functions or for type checkers."""
     found: list[ast.AST] = []
     waiting: list[ast.AST] = list(tree.body)
     while waiting:
@@ -127,7 +127,7 @@ def room_of(name: str) -> str | None:
 
 
 def violations(sources: dict[str, str]) -> list[str]:
-    """What in these modules (name to source) breaks the rules of the house."""
+    """Return the violations of the laws in these modules (name to source)."""
     wrong = []
     for name, source in sources.items():
         tree, room = ast.parse(source), room_of(name)
@@ -208,7 +208,7 @@ def test_imports_make_no_circle() -> None:
         & (sources.keys() - {name})
         for name, source in sources.items()
     }
-    TopologicalSorter(asked).prepare()  # CycleError names the circle
+    TopologicalSorter(asked).prepare()  # CycleError names the cycle
 
 
 def test_rooms_stay_under_their_ceilings() -> None:
@@ -262,7 +262,7 @@ def test_no_option_is_handed_on_by_its_name_alone() -> None:
 
 
 def test_fewer_and_fewer_tuples_are_unpacked_into_calls() -> None:
-    """`f(*shape)` hides which argument is which. One that goes lowers the number in the same commit."""
+    """`f(*shape)` hides the order of the arguments. Removing one lowers the number in the same commit."""
     stars = Counter(
         name
         for name, source in modules().items()
@@ -275,7 +275,7 @@ def test_fewer_and_fewer_tuples_are_unpacked_into_calls() -> None:
 
 
 def test_the_options_of_a_command_are_counted() -> None:
-    """One more changes its number in the same commit, with the reason."""
+    """Adding an option changes its number in the same commit, with the reason."""
     names = {
         command: [item.name for item in option_fields(getattr(import_module(module), config))]
         for command, (module, config, _) in COMMANDS.items()

@@ -1,4 +1,4 @@
-"""Installed and started as the README says: not editable, in the clone's root and elsewhere."""
+"""Installation and start as in the README: not editable, in the clone's root and elsewhere."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from documented import commands_of, made_small
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("llmkit", "kernels", "pyproject.toml", "README.md", "LICENSE")
-# what the README's block asks of transformers: its probe for a package `kernels` takes place in generation
+# like the README's block: transformers probes for a package `kernels` during generation
 STOCK = "import transformers.modeling_utils, transformers.generation.utils, transformers.integrations.hub_kernels"
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone, without what git ignores."""
+    """A clone without ignored files."""
     folder = tmp_path_factory.mktemp("clone")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -33,7 +33,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(clone: Path, kind: str) -> Path:
-    """The path of a `wheel` or `sdist` of a clone."""
+    """Build a `wheel` or `sdist` of a clone and return its path."""
     code = f"import setuptools.build_meta as b; print(b.build_{kind}('dist'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ def build(clone: Path, kind: str) -> Path:
 
 @pytest.fixture(scope="module", params=["clone", "wheel", "sdist"])
 def site(request: pytest.FixtureRequest, clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that llmkit was installed into."""
+    """A folder with an installed llmkit."""
     folder = tmp_path_factory.mktemp("site")
     what = clone if request.param == "clone" else build(clone, request.param)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -52,7 +52,7 @@ def site(request: pytest.FixtureRequest, clone: Path, tmp_path_factory: pytest.T
 
 
 def start(site: Path, folder: Path, *words: str) -> str:
-    """What a Python with the installed llmkit prints when it is started in a folder."""
+    """Run Python with the installed llmkit in a folder and return its stdout."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
     details = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
@@ -84,17 +84,17 @@ def test_torchrun_starts_it_in_the_clone(site: Path, clone: Path) -> None:
 def test_the_first_commands_and_transformers_run_in_the_clone(
     site: Path, clone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's blocks at small sizes; test_readme.py has them as they stand."""
+    """The README's blocks at small sizes; test_readme.py runs them verbatim."""
     readme = (ROOT / "README.md").read_text()
     shutil.copytree(ROOT / "examples", clone / "examples")
     monkeypatch.chdir(clone)
     start(site, clone, "examples/tinyworld/make.py", "world/", "--quick")
     asked = [{"prompt": f"Say {n}", "answer": "any", "pattern": "(?s).*[aeiou].*"} for n in range(8)]
-    for name in ("problems", "problems-val"):  # which an untrained model solves now and then
+    for name in ("problems", "problems-val"):  # an untrained model solves them now and then
         (clone / f"world/{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     first = readme.split("\n## A first assistant\n")[1].split("\n## ")[0]
     for command in commands_of(first, "README.md")[1:]:
-        if len(command.stages) == 1:  # not in a pipe
+        if len(command.stages) == 1:  # no pipes
             words = [path for word in command.stages[0] for path in sorted(glob.glob(word)) or [word]]
             start(site, clone, "-m", "llmkit", *made_small(words))
     loading = re.search(r"```python\n(.*?)```", readme, re.DOTALL)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-MOMENTS = os.environ.get("LLMKIT_KILLS", "20")  # of each stage
-QUICK = ["pretrain", "sft", "train-reward", "rl", "probe-knowledge"]  # at one moment; others have tests of their own
+MOMENTS = os.environ.get("LLMKIT_KILLS", "20")  # kills per stage
+QUICK = ["pretrain", "sft", "train-reward", "rl", "probe-knowledge"]  # one kill each; other stages have separate tests
 SEED = os.environ.get("LLMKIT_KILLS_SEED", "0")
 
 

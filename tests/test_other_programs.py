@@ -1,4 +1,4 @@
-"""Other programs at home with our files: transformers, PEFT, Hugging Face datasets and TRL load what we write."""
+"""Interoperability: transformers, PEFT, Hugging Face datasets and TRL load our files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_transformers_has_our_logits(made: Path, kind: str) -> None:
     text = "The old ship's 12 birds, and\n\n \N{GRINNING FACE} so on."
     tokenizer = AutoTokenizer.from_pretrained(made / kind)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == load_tokenizer(made / kind).encode(text)
-    assert tokenizer(text)["input_ids"] == load_tokenizer(made / kind).encode_prompt(text)  # begun as in training
+    assert tokenizer(text)["input_ids"] == load_tokenizer(made / kind).encode_prompt(text)  # begins as in training
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_peft_puts_the_adapter_on_the_base(made: Path) -> None:
         adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made / "base"), place)
         assert (adapted(TOKENS).logits - expected).abs().max() < 1e-4
         assert (adapted.merge_and_unload()(TOKENS).logits - expected).abs().max() < 1e-4
-    alone = peft.AutoPeftModelForCausalLM.from_pretrained(made / "adapter")  # finds its base by itself
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(made / "adapter")  # finds its base
     assert (alone(TOKENS).logits - expected).abs().max() < 1e-4
 
 
@@ -120,7 +120,7 @@ def test_an_adapter_in_another_precision(made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_peft_loads_the_rows_of_tokens_that_a_base_lacks(made: Path, tmp_path: Path, tied: bool) -> None:
-    """A base of 257 tokens becomes an assistant of 268: the adapter brings their rows."""
+    """A base of 257 tokens becomes an assistant of 268: the adapter contains the new rows."""
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     from tiny import make_model, save_folder
     from transformers import AutoModelForCausalLM
@@ -213,14 +213,14 @@ def test_trl_trains_on_our_template_and_runs_its_calls(tmp_path: Path) -> None:
     ours = write_chat_tokenizer(load_tokenizer(folder), folder)
     special, (six, said) = ours.specials, ours.encode("6!")
     model = certain(load_model(folder), special["<|im_sep|>"], special["<|calc_start|>"], six, special["<|calc_end|>"])
-    with torch.no_grad():  # after the result it says "!" and ends
+    with torch.no_grad():  # after the result it generates "!" and ends
         for row, (token, following) in enumerate([(special["<|result_end|>"], said), (said, special["<|im_end|>"])], 9):
             model.embed_tokens[token, row], model.lm_head[following, row] = 1.0, 10.0
     save_model(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert checks.supports_tool_calling(tokenizer) and checks.is_chat_template_prefix_preserving(tokenizer)
     assert checks.is_chat_template_stop_token_trained(tokenizer)
-    assert checks.get_training_chat_template(tokenizer) is None  # TRL has nothing to mend
+    assert checks.get_training_chat_template(tokenizer) is None  # TRL does not need to patch it
     settings = {"output_dir": str(tmp_path / "out"), "max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False}
     rows = datasets.Dataset.from_list([{"messages": conversation("6?", "42")}] * 2)
     options = trl.SFTConfig(assistant_only_loss=True, **settings)

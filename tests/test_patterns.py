@@ -1,4 +1,4 @@
-"""No regular expression of the package takes for ever over a text that was made for it, or by accident."""
+"""No regular expression of the package backtracks catastrophically, on malicious or accidental text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError:  # Python 3.10
     import sre_constants as codes  # type: ignore[no-redef]
     import sre_parse as parser  # type: ignore[no-redef]
 
-SECONDS = 1.0  # of the processor: a pattern that parts a text in 2^n ways takes hours
+SECONDS = 1.0  # CPU seconds; a pattern that can split a text in 2^n ways takes hours
 LENGTHS = (60, 2000)
 FUNCTIONS = {f"re.{name}" for name in "compile match search fullmatch sub split findall finditer".split()}  # noqa: SIM905
 PLAIN = (codes.LITERAL, codes.RANGE)
@@ -32,7 +32,7 @@ SAMPLES = {"NOT_SPACE": "a", "SPACE": " ", "NOT_DIGIT": "a", "DIGIT": "1", "NOT_
 
 
 def patterns() -> dict[str, re.Pattern]:
-    """Every pattern of the package, by the place where it stands: those of modules, and those inside functions."""
+    """Return every pattern of the package by its location, in modules and in functions."""
     taken: dict[str, re.Pattern] = {}
 
     def take(where: str, value: Any, depth: int = 0) -> None:
@@ -58,7 +58,7 @@ def patterns() -> dict[str, re.Pattern]:
 
 
 def inner(code: Any, value: Any) -> list[Any]:
-    """The parsed patterns within one node of a parsed pattern."""
+    """Return the parsed patterns within one node of a parsed pattern."""
     if str(code) in REPEATS:
         return [value[2]]
     if code is codes.BRANCH:
@@ -69,7 +69,7 @@ def inner(code: Any, value: Any) -> list[Any]:
 
 
 def match_of(tree: Any, more: int = 0) -> str:
-    """A text that a parsed pattern may match, with `more` rounds in each of its loops."""
+    """Return a text that a parsed pattern may match, with `more` iterations in each loop."""
     text = ""
     for code, value in tree:
         if code in (codes.LITERAL, codes.NOT_LITERAL):
@@ -86,7 +86,7 @@ def match_of(tree: Any, more: int = 0) -> str:
 
 
 def member(choices: list) -> str:
-    """A character of a class such as [a-z]."""
+    """Return a character of a class such as [a-z]."""
     if choices[0][0] is codes.NEGATE:
         excluded = [value if code is codes.RANGE else (value, value) for code, value in choices[1:] if code in PLAIN]
         spared = [text for text in "a1 <-.\u00a1" if not any(low <= ord(text) <= high for low, high in excluded)]
@@ -98,7 +98,7 @@ def member(choices: list) -> str:
 
 
 def loops(tree: Any) -> Iterator[Any]:
-    """The insides of a parsed pattern's loops, outer ones first."""
+    """Yield the bodies of a parsed pattern's loops, outer ones first."""
     for code, value in tree:
         if str(code) in REPEATS and value[1] > 1:
             yield value[2]
@@ -107,7 +107,7 @@ def loops(tree: Any) -> Iterator[Any]:
 
 
 def branches(tree: Any) -> Iterator[str]:
-    """A text of each alternative in a loop, alone."""
+    """Yield a text for each alternative in a loop."""
     yield from (match_of(tree), match_of(tree, 1))
     for code, value in tree:
         for within in inner(code, value) if code in (codes.BRANCH, codes.SUBPATTERN) else ():
@@ -115,7 +115,7 @@ def branches(tree: Any) -> Iterator[str]:
 
 
 def seeds(pattern: re.Pattern) -> Iterator[str]:
-    """Texts over which a loop of the pattern can run in many ways, with an end that it does not take."""
+    """Yield texts that a loop of the pattern can match in many ways, with a tail that does not match."""
     is_bytes = isinstance(pattern.pattern, bytes)
     text = pattern.pattern.decode("latin-1") if is_bytes else pattern.pattern
     tree = parser.parse(text, pattern.flags & ~re.UNICODE if is_bytes else pattern.flags)
@@ -131,7 +131,7 @@ def seeds(pattern: re.Pattern) -> Iterator[str]:
 
 @pytest.fixture
 def clock() -> Iterator[None]:
-    """Raise TimeoutError when a match takes long; the engine of `re` asks for signals."""
+    """Raise TimeoutError if a match takes long; the engine of `re` checks for signals."""
 
     def late(signum: int, frame: Any) -> None:
         raise TimeoutError
@@ -143,7 +143,7 @@ def clock() -> Iterator[None]:
 
 
 def slowest(pattern: re.Pattern) -> tuple[float, str]:
-    """The seconds that the worst seed takes, and the seed."""
+    """Return the time of the worst seed, and the seed."""
     worst = (0.0, "")
     for seed in dict.fromkeys(seeds(pattern)):
         text: Any = seed.encode("latin-1", "replace") if isinstance(pattern.pattern, bytes) else seed

@@ -1,4 +1,4 @@
-"""What is finished outlives a power cut: shown by the order of the system calls, and on a disk that is cut."""
+"""Finished outputs survive a power cut: tested by the order of system calls, and on a disk that is shut down."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 
 from llmkit.training.checkpoint import Checkpoints
 
-# Runs commands with a watch over their renames: all that gets a lasting name must be on the disk as it is then, and
-# nothing is deleted while a new name is not. What breaks that goes to the file WATCH.
+# Runs commands and watches their renames: a file that gets its final name must be synced before, and nothing may be
+# deleted until the new name is synced. Violations go to the file WATCH.
 WATCHED = """
 import json, os, shutil, stat, sys
 from llmkit.io import files
@@ -72,7 +72,7 @@ TINY = ["--depth", "1", "--hidden-size", "64", "--sequence-length", "32", "--bat
 TRAIN_BPE = ["train-bpe", "docs.jsonl", "--vocab-size", "300", "-o", "tok"]
 PRETRAIN = ["pretrain", "docs.jsonl", "--tokenizer", "tok", *TINY, "--max-steps", "4", "--save-every", "1"]
 SFT = ["sft", "base", "--data", "chats.jsonl", "--max-steps", "2", "--save-every", "1"]
-EXIT = 0x8004587D  # EXT4_IOC_SHUTDOWN, with 2: nothing that waits is written any more
+EXIT = 0x8004587D  # EXT4_IOC_SHUTDOWN; with 2, pending writes are lost
 
 
 def write_inputs(folder: Path) -> None:
@@ -83,7 +83,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def run(folder: Path, *commands: list[str]) -> None:
-    """Run commands in one process, watched."""
+    """Run commands in one watched process."""
     environment = {**os.environ, "WATCH": str(folder / "watched"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WATCHED, json.dumps(commands)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
@@ -104,12 +104,12 @@ def test_what_gets_its_name_is_on_the_disk(tmp_path: Path) -> None:
     assert (tmp_path / "watched").read_text() == ""
     weights = [path for path in tmp_path.rglob("*.safetensors") if path.is_file()]
     modes = {path.stat().st_mode & 0o777 for path in [*weights, tmp_path / "base" / "config.json"]}
-    assert len(modes) == 1  # the umask's, where safetensors has one of its own
+    assert len(modes) == 1  # the umask's, although safetensors uses another
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small ext4 of its own, in a mount namespace that the kernel lets go with the test."""
+    """A small ext4 file system in a mount namespace that disappears with the test."""
     image, place = tmp_path / "disk.img", tmp_path / "disk"
     place.mkdir()
     with image.open("wb") as handle:
@@ -125,7 +125,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def cut(disk: Path) -> None:
-    """Take the power away, and give it back."""
+    """Simulate a power cut and a reboot."""
     handle = os.open(disk, os.O_RDONLY)
     fcntl.ioctl(handle, EXIT, struct.pack("I", 2))
     os.close(handle)
@@ -141,7 +141,7 @@ def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) ->
     run(disk, TRAIN_BPE, [*PRETRAIN, "-o", "base"])
     whole = {path.name: path.read_bytes() for path in sorted((disk / "base").iterdir()) if path.is_file()}
     tokenizer = (disk / "tok" / "tokenizer.json").read_bytes()
-    for name in ("docs.jsonl", "chats.jsonl"):  # ours, not llmkit's
+    for name in ("docs.jsonl", "chats.jsonl"):  # written by this test, not by llmkit
         with (disk / name).open("rb") as handle:
             os.fsync(handle.fileno())
     command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "100000", "-o", "long"]
@@ -164,9 +164,9 @@ def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) ->
 
 def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    run(tmp_path, [*TRAIN_BPE[:-1], "made/here/tok"])  # parents are made
+    run(tmp_path, [*TRAIN_BPE[:-1], "made/here/tok"])  # creates parent folders
     os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")
-    (tmp_path / "base").mkdir()  # an empty folder is taken
+    (tmp_path / "base").mkdir()  # an empty folder is accepted
     command = [sys.executable, "-m", "llmkit", *PRETRAIN, "--max-steps", "80", "--resume", "-o", "base"]
     details = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, **details)
@@ -174,7 +174,7 @@ def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
     while not list((tmp_path / "base.partial" / "state").glob("step-*[0-9]")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGHUP)  # the terminal is closed
+    process.send_signal(signal.SIGHUP)  # closing the terminal
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume continues" in said
     assert "--resume: nothing at base.partial yet: starting a new run" in said

@@ -1,6 +1,6 @@
-"""The README cannot lie: its first commands make an assistant, one after another, and what it names exists.
+"""The README is correct: its first commands make an assistant, and everything that it names exists.
 
-tests/test_docs.py has what holds for all pages, this one among them.
+tests/test_docs.py has the tests for all pages, the README included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PIPE = [command.text for command in commands_of(FIRST, "README.md")]
 
 @pytest.mark.slow
 def test_the_first_commands_make_an_assistant(tmp_path):
-    """At the size that stands there; test_docs.py runs them small."""
+    """At full size; test_docs.py runs them at small sizes."""
     assert len(PIPE) == 12
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -37,7 +37,7 @@ def test_the_first_commands_make_an_assistant(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     tried = [row["val_success"] for row in read_metrics(tmp_path / "policy" / METRICS) if "val_success" in row]
     assert tried[-1] > tried[0], "rl has learnt nothing"
-    assert "calc answers: 129886" in done.stderr  # another rounding may copy it wrongly
+    assert "calc answers: 129886" in done.stderr  # other rounding may lead to wrong copies
     python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert python is not None
     loaded = [sys.executable, "-c", python[1] + "print(tokenizer.decode(model.generate(max_new_tokens=2)[0]))"]

@@ -32,7 +32,7 @@ def test_help_imports_nothing_heavy_and_guides(arguments: list[str], columns: st
     command = [sys.executable, "-c", LIST_MODULES, *arguments, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns})
     assert (done.returncode, done.stderr.strip()) == (0, "")
-    assert "\x1b" not in done.stdout and "╭" not in done.stdout  # plain off a terminal
+    assert "\x1b" not in done.stdout and "╭" not in done.stdout  # plain without a terminal
     usage, example, options = (done.stdout.index(word) for word in ("Usage:", "Example", "Options:"))
     assert usage < example < options
     last = done.stdout.split("\n\n")[-1].strip()
@@ -54,7 +54,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
         for item in option_fields(config_class):
             details: Option = option_of(item)
             if not details.positional and item.name != "engine":  # Ray for a crawl, a server for a model
-                # what decodes or is exported may be narrower than what trains, and an answer cannot be split
+                # decoding and export allow lower precision than training, and an answer cannot be split
                 own = ("int8", "float16", "q8_0", "split")
                 choices = details.choices and tuple(name for name in details.choices if name not in own)
                 kind = value_type(get_type_hints(config_class)[item.name])[0], details.unit, choices
@@ -81,7 +81,7 @@ print(*(name for name in rare if name in sys.modules))
 
 
 def test_no_module_imports_what_few_runs_need() -> None:
-    """torch._dynamo alone is 1.2 s at the start of each command, and a decorator of torch.compiler imports it."""
+    """torch._dynamo alone adds 1.2 s to the start of each command, and a decorator of torch.compiler imports it."""
     names = [name for name in modules() if not name.endswith(("__main__", ".jail")) and ".kernels." not in name]
     done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

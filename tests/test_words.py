@@ -1,4 +1,4 @@
-"""The words of messages: counts agree with what they count, and commands that other programs have lead to ours."""
+"""The words of messages: plurals agree with their counts, and command names of other programs lead to ours."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llmkit.errors import UserError
 from llmkit.io.progress import counted
 
 ROOT = Path(__file__).parent.parent
-# never one: lengths of contexts and vocabularies, numbers that are tested to be more, and sentences about no count
+# never singular: context lengths and vocabularies, numbers checked to be above 1, and sentences without a count
 NEVER_ONE = re.compile(
     r"(?:\w+\.)*(?:[A-Z_]{4,}|_?context|sequence_length|row_tokens|max_tokens|prefix_tokens|batch_tokens|vocab_size)"
     r"|length|heads|model\.num_key_value_heads|known|tokens|sizes\[item\]|(?:quantity|counted)\(.*\)"
     r"|int\(NOBODY\)|RETRIES \+ 1|len\(folder\.SPECIALS\)|other\['vocab_size'\]|rows \* mixture\.sequence_length"
-    r"|config\.min_frequency"  # told where it is above 1
+    r"|config\.min_frequency"  # reported only above 1
 )
 NEVER_ONE_HERE = {
     "{len(text)} characters of ",
@@ -58,12 +58,12 @@ VERBS |= {"expects", "shows", "scores"}
 
 
 def bare_plurals(source: str) -> list[tuple[int, str]]:
-    """Line and text of each f-string in which a plain number stands before a plural: `f"{steps} steps"`."""
+    """Return line and text of each f-string with a plain number before a plural: `f"{steps} steps"`."""
     found = []
     tree = ast.parse(source)
     ours = {id(text) for one in ast.walk(tree) if isinstance(one, ast.Assert) and one.msg for text in ast.walk(one.msg)}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.JoinedStr) or id(node) in ours:  # what an assertion says is not for users
+        if not isinstance(node, ast.JoinedStr) or id(node) in ours:  # assertion messages are not for users
             continue
         for value, text in zip(node.values, node.values[1:], strict=False):
             if not (isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant)):
@@ -85,7 +85,7 @@ def test_a_count_of_one_is_singular():
     assert counted(6, "retry") == "6 retries" and counted(1234, "key") == "1,234 keys"
     assert bare_plurals('f"{steps} steps, {rate:.2f} nats, {done} is"') == [(1, "{steps} steps, ")]
     assert bare_plurals('f"{config.max_tokens} tokens"') == []
-    assert bare_plurals('f"{answers_in(sizes)} tokens"')  # a part of the expression exempts none
+    assert bare_plurals('f"{answers_in(sizes)} tokens"')  # a substring of the expression does not exempt it
     files = sorted((ROOT / "llmkit").rglob("*.py"))
     places = [f"{file}:{line}: {text}" for file in files for line, text in bare_plurals(file.read_text())]
     assert places == [], "use llmkit.io.progress.counted: " + "; ".join(places)

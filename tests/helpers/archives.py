@@ -1,4 +1,4 @@
-"""Archives made by hand, byte by byte, as crawlers write them."""
+"""WARC and ARC records, built byte by byte."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ HTML = b"<!doctype html><html><body><p>%s</p></body></html>"
 
 
 def http(body: bytes, status: str = "200 OK", **fields: str) -> bytes:
-    """An HTTP response; `Content_Type="..."` is a field, and text/html unless it is given."""
+    """Return an HTTP response; keywords such as `Content_Type` are header fields, by default text/html."""
     named = {"Content-Type": "text/html", **{name.replace("_", "-"): value for name, value in fields.items()}}
     lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in named.items() if value)]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def record(block: bytes, kind: str = "response", url: str = "http://a.example/", **fields: str) -> bytes:
-    """A WARC record; a response is one of HTTP unless `Content_Type` says otherwise."""
+    """Return a WARC record; a response is an HTTP response unless `Content_Type` differs."""
     media = {"response": "application/http; msgtype=response", "request": "application/http; msgtype=request"}
     named = {
         "WARC-Type": kind,
@@ -31,17 +31,17 @@ def record(block: bytes, kind: str = "response", url: str = "http://a.example/",
 
 
 def page(text: bytes, **fields: str) -> bytes:
-    """A WARC record of a page with this text."""
+    """Return a WARC record of a page with this text."""
     return record(http(HTML % text), **fields)
 
 
 def members(records: list[bytes], level: int = 6) -> bytes:
-    """Each record as a gzip member of its own."""
+    """Compress each record to a separate gzip member."""
     return b"".join(gzip.compress(one, level, mtime=0) for one in records)
 
 
 def arc(block: bytes, url: str = "http://a.example/", media: str = "text/html") -> bytes:
-    """An ARC record."""
+    """Return an ARC record."""
     return f"{url} 127.0.0.1 20140216050221 {media} {len(block)}\n".encode() + block + b"\n"
 
 

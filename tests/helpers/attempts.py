@@ -1,4 +1,4 @@
-"""Attempts made by hand, for tests of what is done with them."""
+"""Rollouts with chosen tokens, rewards and log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A server of OpenAI's chat completions on this machine, with the faults that real ones have.
+"""A local server of OpenAI's chat completions that can simulate the faults of real servers.
 
 with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
-    server.faults = ["429", "cut"]       # of the next requests
+    server.faults = ["429", "cut"]       # for the next requests
     ... server.spec ...                  # openai:http://127.0.0.1:40123/v1#tiny
 """
 
@@ -18,18 +18,18 @@ from typing import Any
 
 
 class ChatServer:
-    """`answer` makes the text of a reply, or, as an object, the whole body; `requests` has the bodies that came.
+    """Replies with `answer(prompt, seed)`: a text, or an object as the complete body; `requests` has all bodies.
 
-    faults      what becomes of the next requests: "429", "500", "400", "401", "404", "context", "cut", "cut stream",
-                "slow", "page"
-    dies_after  so many requests; the others are cut
-    slow        seconds that a slow one takes, and `pause` any
+    faults      faults of the next requests: "429", "500", "400", "401", "404", "context", "cut", "cut stream", "slow",
+                "page"
+    dies_after  number of requests after which all are cut
+    slow        seconds that a slow reply takes; `pause` is the delay of every reply
     """
 
     def __init__(self, answer: Callable[[str, int], Any]) -> None:
         self.answer, self.requests, self.faults = answer, [], []
         self.dies_after: int | None = None
-        self.about: dict[str, Any] = {}  # in the list of models
+        self.about: dict[str, Any] = {}  # more fields in the list of models
         self.refusal: Any = None  # the body of an error
         self.slow, self.pause, self.keys, self.open, self.most_open = 2.0, 0.0, set(), 0, 0
         self._counting = threading.Lock()
@@ -54,7 +54,7 @@ class ChatServer:
             return self.faults.pop(0) if self.faults else None
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """The status and the body of what is answered to a POST."""
+        """Return the status and the body of the answer to a POST."""
         said = self.answer(body["messages"][-1]["content"], body["seed"])
         if not isinstance(said, str):
             return 200, said
@@ -107,7 +107,7 @@ class ChatServer:
                         self.send(status, made, *(["text/plain"] if isinstance(made, bytes) else []))
 
             def stream(self, made: Any, fault: str | None) -> None:
-                """The text of a completion, a character at a time."""
+                """Stream the text of a completion, a character per event."""
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")
@@ -143,7 +143,7 @@ class ChatServer:
                 self.send_header("Content-Length", str(len(data)))
                 if again:
                     self.send_header("Retry-After", "0.01")
-                with suppress(ConnectionError):  # nobody waits for a slow answer
+                with suppress(ConnectionError):  # the client may have given up on a slow answer
                     self.end_headers()
                     self.wfile.write(data)
 

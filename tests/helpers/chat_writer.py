@@ -1,4 +1,4 @@
-"""What a model that writes conversations says, by a seed and what it is asked: plain English, other words each time."""
+"""The replies of a scripted model that writes conversations: plain English, different for each seed and prompt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PHRASES = (
 
 
 def sentence(chance: Random) -> str:
-    """A sentence of eight phrases, no two of them alike."""
+    """Return a sentence of eight different phrases."""
     words = {"noun": NOUNS, "verb": VERBS, "place": PLACES, "trait": TRAITS}
     phrases = chance.sample(PHRASES, 8)
     return "You should " + " ".join(
@@ -37,7 +37,7 @@ def sentence(chance: Random) -> str:
 
 
 def chat_writer(prompt: str, seed: int) -> str:
-    """A reply to a prompt of llmkit/writing/prompts.toml; anything else is answered."""
+    """Return a reply to a prompt of llmkit/writing/prompts.toml, or an answer to any other prompt."""
     chance = Random(f"{seed} {prompt}")
     if (count := re.search(r"List (\d+) (?:narrower topics|people)", prompt)) is not None:
         return "\n".join(f"{n}. {chance.choice(TRAITS)} {chance.choice(NOUNS)}s {n}" for n in range(int(count[1])))

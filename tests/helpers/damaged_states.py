@@ -1,10 +1,10 @@
-"""Resumes each command that leaves a state after many kinds of damage to it, and prints a line about each.
+"""Damages the state of each resumable command in many ways, resumes it, and prints a line about each.
 
     python damaged_states.py FOLDER [COMMAND [EVERY [FIRST]]]
 
-Prints `outcome command damage: last line of stderr`, the outcome `ok`, `UserError`, or what is wrong: a traceback,
-several lines, the damaged file not named, a hang, a signal. A file of its own, run as a program: it forks for each
-command, after torch has been imported and before it has threads.
+Prints `outcome command damage: last line of stderr`; the outcome is `ok`, `UserError`, or what is wrong: a traceback,
+several lines, the damaged file not named, a hang, a signal. Run as a program, because it forks for each command after
+torch is imported and before torch has threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMMANDS = {
     "probe-knowledge": "probe-knowledge chat --questions questions.jsonl -n 2 --max-tokens 8 --batch-size 2 --quiet "
     "--report OUT.report.jsonl -o OUT",
 }
-STATES = {  # where a command leaves its state, and how many bytes or checkpoints of it are enough
+STATES = {  # where a command leaves its state, and the bytes or the checkpoint after which it is killed
     "crawl-filter": ("OUT.state", 2500),
     "pretrain": ("OUT.partial", "state/step-00000004"),
     "sft": ("OUT.partial", "state/step-00000004"),
@@ -47,7 +47,7 @@ STATES = {  # where a command leaves its state, and how many bytes or checkpoint
     "sample": ("OUT.state", 2500),
     "probe-knowledge": ("OUT.state", 2500),
 }
-LIMIT = 40  # seconds for a command that takes one
+LIMIT = 40  # seconds; a command takes about one
 
 
 def write(path: str, rows: list[dict[str, Any]]) -> None:
@@ -74,7 +74,7 @@ def arguments(command: str, out: str, *more: str) -> list[str]:
 
 
 def leave_unfinished(command: str, out: str) -> None:
-    """Kill a command when it has a state that is worth to be resumed."""
+    """Kill a command when its state is worth resuming."""
     state, enough = STATES[command]
     place = Path(state.replace("OUT", out))
     process = forked(arguments(command, out), Path("."), f"{out}.log")
@@ -111,7 +111,7 @@ CONTENTS = {
 
 
 def damages(top: Path) -> Iterator[tuple[str, Path, Callable[[], object]]]:
-    """(name, damaged place, what does it) of a state, which is a file or a folder."""
+    """Yield (name, damaged path, function that damages it) for a state, which is a file or a folder."""
     places = [top, *sorted(top.rglob("*"))] if top.is_dir() else [top, *sorted(top.parent.glob(f"{top.name}.*"))]
     for place in places:
         if place.name.endswith((".log", ".lock")):
@@ -149,7 +149,7 @@ def remove(place: Path) -> None:
 
 
 def edited_json(whole: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, content) with one value edited: of the only object, or of the first, second and last of JSONL."""
+    """Yield (name, content) with one value edited: in the only object, or in the first, second and last of JSONL."""
     lines = whole.splitlines(keepends=True)
     try:
         first = json.loads(whole)
@@ -161,7 +161,7 @@ def edited_json(whole: bytes) -> Iterator[tuple[str, bytes]]:
     for number in sorted({0, min(1, len(lines) - 1), len(lines) - 1}):
         try:
             value = json.loads(lines[number])
-        except ValueError:  # of a crawl: bytes
+        except ValueError:  # a crawl's state is binary
             continue
         for content in (b"{}\n", b"[]\n", b"null\n", b"\xff{\n", b"\n"):
             yield f"line {number + 1} {content!r}", b"".join([*lines[:number], content, *lines[number + 1 :]])
@@ -172,7 +172,7 @@ def edited_json(whole: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def edits(value: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """(name, value) with one key gone or odd, at each of the upper levels."""
+    """Yield (name, value) with one key missing or odd, at each of the upper levels."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield f".{key} gone", {name: one for name, one in value.items() if name != key}

@@ -1,7 +1,7 @@
-"""The commands that the documentation shows, and how to make them small enough to be run.
+"""The commands in the documentation, and sizes small enough to run them.
 
-A command is a line of a code block (fenced as shell, or indented by four spaces) in which llmkit, torchrun or python
-is called, with the lines that a backslash joins to it. The examples that `llmkit STAGE --help` shows are commands, too.
+A command is a line of a code block (fenced as shell, or indented by four spaces) that calls llmkit, torchrun or python,
+with the lines that a backslash joins to it. The examples in `llmkit STAGE --help` are commands, too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llmkit.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 OURS = ("llmkit", "torchrun", "python", "python3")
 SHELLS = ("", "sh", "bash", "shell", "console")
-SETTING = re.compile(r"[A-Z_]+=")  # of an environment variable, before a command
+SETTING = re.compile(r"[A-Z_]+=")  # an environment variable before a command
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command as it stands on a page; `words` of each program in its pipe."""
+    """A command as on the page, and the words of each program in its pipe."""
 
     place: str
     text: str
@@ -38,12 +38,12 @@ class Command:
 
     @property
     def stages(self) -> list[list[str]]:
-        """The arguments of each call of llmkit in it: ["pretrain", "docs.jsonl", ...]."""
+        """The arguments of each llmkit call in it: ["pretrain", "docs.jsonl", ...]."""
         return [words for program in self.programs if (words := arguments_of(program)) is not None]
 
 
 def programs_of(text: str) -> Iterator[list[str]]:
-    """The words of each program that a line of shell calls, without redirections."""
+    """Yield the words of each program that a line of shell calls, without redirections."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split, lexer.commenters = True, ""
     words: list[str] = []
@@ -62,7 +62,7 @@ def programs_of(text: str) -> Iterator[list[str]]:
 
 
 def arguments_of(program: list[str]) -> list[str] | None:
-    """What follows `llmkit`, `python -m llmkit` or `torchrun ... -m llmkit`; None of other programs."""
+    """Return the words after `llmkit`, `python -m llmkit` or `torchrun ... -m llmkit`, None for other programs."""
     if program[:1] == ["llmkit"]:
         return program[1:]
     if program[:1] and program[0] in OURS and "-m" in program:
@@ -72,7 +72,7 @@ def arguments_of(program: list[str]) -> list[str] | None:
 
 
 def code_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines of code blocks that may be shell, with their numbers; without prompts, comments and indentation."""
+    """Yield numbered lines of code blocks that may be shell, without prompts, comments and indentation."""
     fence: str | None = None
     shell = False
     for number, line in enumerate(text.splitlines(), 1):
@@ -83,7 +83,7 @@ def code_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def commands_of(text: str, place: str) -> list[Command]:
-    """All commands of a page."""
+    """Return all commands of a page."""
     found: list[Command] = []
     begun, start = "", 0
     for number, line in code_lines(text):
@@ -100,7 +100,7 @@ def commands_of(text: str, place: str) -> list[Command]:
 
 
 def all_commands() -> list[Command]:
-    """Those of the README, of the pages in docs/, and of every `--help`."""
+    """Return the commands of the README, of the pages in docs/, and of every `--help`."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = [command for page in pages for command in commands_of(page.read_text(), str(page.relative_to(ROOT)))]
     for name, (module, config_name, _) in COMMANDS.items():
@@ -114,7 +114,7 @@ def all_commands() -> list[Command]:
 
 TINY_RUN = {"--max-steps": "2", "--sequence-length": "384", "--batch-tokens": "384"}
 OTHER_HORIZONS = ("--time-budget", "--tokens", "--flops", "--epochs")
-# options of a stage whose values are replaced, or added where a command has not got them
+# options of a stage whose values are replaced, or added if they are missing
 SIZES = {
     "crawl-filter": {"--workers": "1"},
     "train-bpe": {"--vocab-size": "512"},
@@ -129,7 +129,7 @@ SHORT = {"-n": "--samples", "-o": "--out"}
 
 
 def made_small(arguments: list[str]) -> list[str]:
-    """The arguments of a call of llmkit with the sizes of this module in place of their own."""
+    """Replace the sizes in the arguments of an llmkit call by those of this module."""
     stage, *rest = arguments
     sizes = dict(SIZES.get(stage, {}))
     if stage == "train-reward" and "--score" in rest:

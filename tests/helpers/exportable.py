@@ -1,4 +1,4 @@
-"""Model folders of every family with a tokenizer that `llmkit train-bpe` makes, and random weights."""
+"""Model folders of every family with random weights and a tokenizer of `llmkit train-bpe`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ FAMILIES = {
 
 
 def save_tokenizer(folder: Path, pattern: str = "qwen2") -> Path:
-    """The folder with a tokenizer that `llmkit train-bpe` makes of a few words."""
+    """Write a tokenizer that `llmkit train-bpe` trained on a few words; return the folder."""
     text = folder.parent / "words.txt"
     text.write_text(TEXT)
     train_bpe.run(
@@ -74,7 +74,7 @@ def save_tokenizer(folder: Path, pattern: str = "qwen2") -> Path:
 
 
 def save_assistant(folder: Path, pattern: str = "qwen2", assistant: bool = True, **details) -> Path:
-    """An assistant, or a base model, with random weights."""
+    """Write an assistant, or a base model, with random weights."""
     tokenizer = load_tokenizer(save_tokenizer(folder, pattern))
     ids = tokenizer.specials
     end = ids["<|endoftext|>"]

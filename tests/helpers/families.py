@@ -1,4 +1,4 @@
-"""Tiny random models of every family, saved by transformers: the folders that the model tests load."""
+"""Tiny random models of every family, saved by transformers, for the model tests."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ FAMILIES = {
 
 
 def make(name: str):
-    """A model with every parameter random, norm gains and biases too, so that none of them can be forgotten."""
+    """Make a model with every parameter random, norm gains and biases included, so that tests notice a missing one."""
     cls, options = FAMILIES[name]
     torch.manual_seed(0)
     config = getattr(transformers, cls + "Config")(**SMALL, **options)

@@ -1,6 +1,6 @@
-"""A web server that behaves as servers do: it has no ranges, is busy, cuts connections, and lies about lengths.
+"""A web server with the faults of real ones: no ranges, overload, cut connections, wrong lengths.
 
-python tests/helpers/file_server.py --ways cut FILE...    # prints its address, and serves
+python tests/helpers/file_server.py --ways cut FILE...    # prints its address, then serves
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 class FileServer(ThreadingHTTPServer):
     """Serves `files` (path to bytes) at `address`; `requests` and `paths` have the Range and the path of each GET.
 
-    `ways` say how it answers:
+    `ways` are its faults:
 
-    norange  sends all, whatever range is asked for
+    norange  ignores ranges and sends everything
     cut      every other answer ends after two thirds
     short    every answer ends after 700 kB
-    busy     of three requests two are answered by 503
-    down     every request is answered by 503
-    changes  every answer has an ETag of its own
-    lie      promises 1,000 bytes more than there are
+    busy     two of three requests get a 503
+    down     every request gets a 503
+    changes  every answer has a different ETag
+    lie      the stated length is 1,000 bytes too large
     """
 
     daemon_threads = True
@@ -42,7 +42,7 @@ class FileServer(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of connections that are cut on purpose."""
+        """Ignore connections that are cut on purpose."""
 
 
 class _Answer(BaseHTTPRequestHandler):

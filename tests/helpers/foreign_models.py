@@ -1,4 +1,4 @@
-"""Tiny random models of families that llmkit does not have, with a byte-level tokenizer, saved by transformers."""
+"""Tiny random models of families that llmkit does not implement, with a byte-level tokenizer, saved by transformers."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ MODELS = {
     "falcon": dict(COMMON, max_position_embeddings=128),
     "mamba": MAMBA,  # recurrent
     "mamba2": dict(MAMBA, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
-    "falcon_h1": dict(GROUPED, **HYBRID, lm_head_multiplier=0.5),  # recurrent beside attention, scaled logits
-    "lfm2": dict(GROUPED, layer_types=["conv", "full_attention"]),  # convolutions between
+    "falcon_h1": dict(GROUPED, **HYBRID, lm_head_multiplier=0.5),  # attention and recurrence, scaled logits
+    "lfm2": dict(GROUPED, layer_types=["conv", "full_attention"]),  # convolutions and attention
     "glm4": dict(GROUPED, head_dim=8),
     "starcoder2": dict(GROUPED, sliding_window=8),
     "cohere2": dict(GROUPED, sliding_window=8, logit_scale=0.25, layer_types=["sliding_attention", "full_attention"]),
@@ -34,7 +34,7 @@ MODELS = {
 
 
 def make(family: str, **options):
-    """A model whose distribution is sharp, every parameter random."""
+    """Make a model with random parameters and a sharp distribution."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **MODELS[family] | options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -45,7 +45,7 @@ def make(family: str, **options):
 
 
 def save(family: str, folder: Path, **options):
-    """Write the folder; the model."""
+    """Write the folder and return the model."""
     model = make(family, **options)
     model.save_pretrained(folder)
     save_tokenizer(folder)

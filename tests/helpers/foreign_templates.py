@@ -1,4 +1,4 @@
-"""Chat templates of other models, and tokenizers with one of them."""
+"""Chat templates of other models, and tokenizers with such a template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmkit.formats.conversations import Message
 from llmkit.generation.served_sampler import as_openai
 from llmkit.tokenizer.patterns import PATTERNS
 
-# as the models of these families have them, shortened
+# the templates of these families, shortened
 TEMPLATES = {
     "chatml": (
         "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{%- endif -%}"
@@ -32,7 +32,7 @@ TEMPLATES = {
         "{% for m in messages %}\n{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token }}\n"
         "{% if loop.last and add_generation_prompt %}\n{{ '<|im_start|>assistant' }}\n{% endif %}\n{% endfor %}"
     ),
-    "mistral": (  # the system's message goes into the user's last turn
+    "mistral": (  # the system message goes into the user's last turn
         "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set turns = messages[1:] %}"
         "{%- else %}{%- set turns = messages %}{%- endif %}{{- bos_token }}"
         "{%- for m in turns %}{%- if m.role == 'user' %}"
@@ -40,16 +40,16 @@ TEMPLATES = {
         "{%- else %}{{- '[INST]' + m.content + '[/INST]' }}{%- endif %}"
         "{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}"
     ),
-    "apertus": (  # the end of an answer stands between turns alone
+    "apertus": (  # an end-of-turn token only between turns
         "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
         "{% if not (loop.last and m.role == 'assistant') %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    "seed": (  # an empty answer has neither a new line nor an end
+    "seed": (  # an empty answer has no newline and no end token
         "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content %}{{ '\n' + m.content + '<|im_end|>' }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    "looks": (  # it asks how long a message is, and how it begins
+    "looks": (  # depends on a message's length and its beginning
         "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content | length) | string }}"
         "{{ ' ?' if m.content.startswith('What') else '\n' }}{{ m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
@@ -64,7 +64,7 @@ TEMPLATES = {
         "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     ),
 }
-# in the form of Qwen 3's: thoughts of the last answer alone, results in a turn of the user
+# like Qwen 3's: thoughts only in the last answer, results in a user turn
 QWEN3 = """
 {%- if tools %}
 {{- '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') }}
@@ -113,7 +113,7 @@ TEXT = "What is assistant user system Sure? Four. Yes, \n\n"
 
 
 def as_templates_take(messages: Sequence[Message]) -> list[dict]:
-    """Messages in OpenAI's form, with arguments of calls as objects, and without numbers of calls."""
+    """Return messages in OpenAI's format, with call arguments as objects and without call ids."""
     entries = [{name: entry[name] for name in entry if name != "tool_call_id"} for entry in as_openai(messages)]
     for call in (call for entry in entries for call in entry.get("tool_calls", ())):
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
@@ -122,7 +122,7 @@ def as_templates_take(messages: Sequence[Message]) -> list[dict]:
 
 
 def save(folder: Path, template: str | None, kind: str = "bytes", strips: bool = False, **config: object) -> Path:
-    """A folder with a tokenizer: of bytes, or in one of the forms that SentencePiece's take."""
+    """Write a folder with a tokenizer: byte-level, or in one of the formats of converted SentencePiece models."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []

@@ -1,4 +1,4 @@
-"""The reference of the BPE tests: Hugging Face's own trainer and splitter."""
+"""The reference of the BPE tests: Hugging Face's trainer and splitter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTE = {character: byte for character, byte in byte_alphabet()}
 def hf_merges(
     texts: Iterable[str], regex: str, vocab_size: int, min_frequency: int = 0
 ) -> tuple[list[bytes], list[tuple[int, int]]]:
-    """Tokens by id, and the merges as pairs of ids, as train_merges gives them."""
+    """Return tokens by id, and the merges as pairs of ids, like train_merges."""
     split = pre_tokenizers.Split(Regex(regex), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
@@ -36,6 +36,6 @@ def hf_merges(
 
 
 def hf_pieces(texts: Iterable[str], regex: str) -> Counter[bytes]:
-    """How often each piece occurs."""
+    """Count each piece."""
     split = pre_tokenizers.Split(Regex(regex), "isolated").pre_tokenize_str
     return Counter(piece.encode() for text in texts for piece, _ in split(text) if piece)

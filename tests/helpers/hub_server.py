@@ -1,7 +1,7 @@
-"""A stub of the Hugging Face Hub: what huggingface_hub and its file system ask of it, through HF_ENDPOINT.
+"""A stub of the Hugging Face Hub for huggingface_hub and its file system, selected with HF_ENDPOINT.
 
-The answers are those of https://huggingface.co/docs/hub/api and of its headers: a commit behind each revision, LFS
-files behind a redirection, pages of a listing, and the codes by which a client tells what is missing.
+It implements https://huggingface.co/docs/hub/api and its headers: a commit for each revision, LFS files after a
+redirect, paginated listings, and the error codes for missing repositories, revisions and files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS = (".safetensors", ".bin", ".parquet", ".gz")
-PAGE = 3  # entries of a listing in an answer; the hub has 1000
+PAGE = 3  # entries per page of a listing; 1000 on the hub
 
 
 @dataclass
 class Repo:
-    """The files of each revision; `terms` must be accepted by who has not `token`, `private` ones are not seen."""
+    """The files of each revision. Without the token, `terms` must be accepted first, and `private` repos are hidden."""
 
     revisions: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     terms: bool = False
@@ -42,7 +42,7 @@ class Repo:
         return self
 
     def commit(self, revision: str) -> str | None:
-        """The hash of the commit that a branch, a tag or such a hash names."""
+        """Return the commit hash of a branch, a tag or a hash."""
         for name, files in self.revisions.items():
             listing = json.dumps({path: hashlib.sha1(data).hexdigest() for path, data in sorted(files.items())})
             sha = hashlib.sha1(listing.encode()).hexdigest()
@@ -57,10 +57,10 @@ class Repo:
 class HubServer(ThreadingHTTPServer):
     """Serves `repos`, by names such as `models/org/name`, at `address`; `requests` has method, path and range of each.
 
-    busy   the first two requests of each file or listing are answered by 503
+    busy   the first two requests of each file or listing get a 503
     cut    every other file ends after two thirds
-    down   every request is answered by 503
-    stall  a file ends after two thirds, when the server does
+    down   every request gets a 503
+    stall  a file stops after two thirds until the server ends
     """
 
     daemon_threads = True
@@ -76,11 +76,11 @@ class HubServer(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of connections that are cut on purpose."""
+        """Ignore connections that are cut on purpose."""
 
 
 def entry(path: str, data: bytes) -> dict[str, object]:
-    """A file as a listing has it."""
+    """Return a file's entry in a listing."""
     values: dict[str, object] = {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": path}
     if path.endswith(LFS):
         values["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
@@ -88,7 +88,7 @@ def entry(path: str, data: bytes) -> dict[str, object]:
 
 
 def listing(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, object]]:
-    """The entries of a folder ("" for all of a repository)."""
+    """Return the entries of a folder ("" for the complete repository)."""
     start = f"{folder}/" if folder else ""
     entries: dict[str, dict[str, object]] = {}
     for path, data in sorted(files.items()):
@@ -177,7 +177,7 @@ class _Answer(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {self.server.token}"
 
     def _commit(self, repo: Repo | None, revision: str) -> str | None:
-        """The commit of a revision, or None after an answer that says what is missing."""
+        """Return the commit of a revision, or answer with the error and return None."""
         if repo is None or (repo.private and not self._has_token):
             self._refuse(401 if not self._has_token else 404, "RepoNotFound")
             return None

@@ -1,4 +1,4 @@
-"""JSONL that a test writes and reads, without the reader and the writer under test."""
+"""Writes and reads JSONL without the reader and writer under test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write(path: Path, *rows: Any) -> Path:
-    """A string is a line as it stands."""
+    """Write rows as JSONL; a string is a raw line."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 

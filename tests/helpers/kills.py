@@ -1,13 +1,13 @@
-"""Kills every stage at random moments, goes on with --resume, and compares what comes out with an uninterrupted run.
+"""Kills every stage at random moments, resumes it, and compares the output with an uninterrupted run.
 
-    python tests/helpers/kills.py 20              # moments of each stage: kill -9, then --resume
+    python tests/helpers/kills.py 20              # 20 kills per stage: kill -9, then --resume
     python tests/helpers/kills.py 20 pretrain rl --seed 7
 
-Two of them read from addresses and write to a bucket, of servers that run meanwhile.
+Two stages read from URLs and write to a bucket of local servers.
 
-Each run is a fork of a process that has imported everything, so that the moments lie in the work and not in the start.
-Compared are the bytes of all that a run leaves, but for seconds, rates, the time of day and that it was resumed. Exits
-with 1 where a trial differs, leaves something behind or ends with an error.
+Each run is forked from a process that has imported everything, so that the kills hit the work and not start-up. The
+bytes of all outputs are compared, except seconds, rates, the time of day and notes of resumption. Exits with 1 if a
+trial differs, leaves temporary files or fails.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ AT_ADDRESSES = {
 }
 REMOTE, PREFERENCES = "-at-addresses", "-preferences"
 STAGES |= {f"{stage}{REMOTE}": words for stage, words in AT_ADDRESSES.items()}
-STARTS_ANEW = ("train-bpe",)  # has no --resume: a killed run is begun again
+STARTS_ANEW = ("train-bpe",)  # has no --resume: starts from the beginning
 
 
 def make_inputs(folder: Path) -> None:
-    """What the stages read, a little more than tests/helpers/pipeline.py makes."""
+    """Write the stages' inputs: those of tests/helpers/pipeline.py and a few more."""
     from pipeline import WORDS, documents, make_models, page, write
     from web import Record, write_warc
 
@@ -87,7 +87,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def start(stage: str, place: Path, inputs: Path) -> int:
-    """The process of a stage in a folder of its own, which links to the inputs."""
+    """Start a stage in a new folder with links to the inputs; return its pid."""
     if REMOTE in stage and not place.exists():
         empty_bucket(os.environ["AWS_ENDPOINT_URL"])
     place.mkdir(exist_ok=True)
@@ -100,13 +100,13 @@ def start(stage: str, place: Path, inputs: Path) -> int:
 
 
 def forked(words: list[str], place: Path, log: str) -> int:
-    """The process of a command in a folder, what it prints at the end of a file there."""
+    """Start a command in a folder, appending its output to a log there; return its pid."""
     child = os.fork()
     if child:
         return child
     code = 70
     try:
-        os.setsid()  # none of the terminal's signals
+        os.setsid()  # detached from the terminal's signals
         os.chdir(place)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -126,7 +126,7 @@ def forked(words: list[str], place: Path, log: str) -> int:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """The exit code of a child within so many seconds, None where it is still running."""
+    """Return the exit code of a child, or None if it is still running after this many seconds."""
     until = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -138,7 +138,7 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def contents(place: Path) -> dict[str, bytes]:
-    """The files that a run left, without seconds."""
+    """Return the files of a run, without seconds."""
     for name, data in (bucket_of(os.environ["AWS_ENDPOINT_URL"]) if REMOTE in place.name else {}).items():
         (place / "out").mkdir(exist_ok=True)
         (place / "out" / name).write_bytes(data)
@@ -156,15 +156,15 @@ def contents(place: Path) -> dict[str, bytes]:
 
 
 def without_seconds(value: Any) -> Any:
-    """A JSON value without what a clock says."""
+    """Remove times and rates from a JSON value."""
     if isinstance(value, dict):
-        clock = ("created", "mfu", "elapsed", "seal", "resume")  # seal: of the state with its seconds
+        clock = ("created", "mfu", "elapsed", "seal", "resume")  # the seal covers the state's seconds
         return {k: without_seconds(v) for k, v in value.items() if "second" not in k and k not in clock}
     return [without_seconds(one) for one in value] if isinstance(value, list) else value
 
 
 def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str], object]) -> list[str]:
-    """What went wrong in killing a stage at so many moments."""
+    """Kill and resume a stage `moments` times; return the failures."""
     rng = random.Random(f"{seed} {stage}")
     inputs, faults = folder / "inputs", []
     whole = folder / f"{stage}-whole"
@@ -178,7 +178,7 @@ def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str
     while kills < moments:
         trial += 1
         place, told = folder / f"{stage}-{trial}", []
-        for again in (False, True):  # a run that is resumed is killed, too, now and then
+        for again in (False, True):  # resumed runs are sometimes killed, too
             moment = rng.uniform(0, length)
             if kills == moments or (again and rng.random() < 0.6):
                 break
@@ -190,10 +190,10 @@ def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str
             kills += 1
             told.append(f"{moment:.2f}")
         if not told:
-            shutil.rmtree(place)  # it was faster than the moment
+            shutil.rmtree(place)  # it ended before the kill
             continue
         code = ended(start(stage, place, inputs), 600)
-        stood = code == 2 and "already exists" in (place / "log").read_text()  # finished before it was killed
+        stood = code == 2 and "already exists" in (place / "log").read_text()  # it had finished before the kill
         if code != 0 and not stood:
             faults.append(f"{stage}: killed at {told} of {length:.2f} s, --resume ended with {code}")
             faults[-1] += f": {(place / 'log').read_text()[-1000:]}"
@@ -213,7 +213,7 @@ def trials(stage: str, moments: int, seed: int, folder: Path, say: Callable[[str
 
 @contextmanager
 def servers(folder: Path) -> Iterator[None]:
-    """Run an S3 and a web server, each a process of its own, that have the files of a folder."""
+    """Run an S3 server and a web server, in separate processes, with the files of a folder."""
     files = sorted(map(str, folder.iterdir()))
     commands = [["object_store.py", "inputs", *files], ["file_server.py", "--ways", "cut", *files]]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Run folders as stages leave them, written by what stages write them with, for tests of what reads them."""
+"""Run folders like those of the stages, written with the same functions, for tests of readers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmkit.io.metrics import MetricsLog
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> Path:
-    """JSONL; a string is a line as it stands."""
+    """Write JSONL; a string is a raw line."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def make_run(folder: Path, stage: str, *parents: Path, rows: Iterable[Mapping] = (), command="", **details) -> Path:
-    """The folder of a finished run with its manifest and metrics; inputs may be paths or stand as in the manifest."""
+    """Write the folder of a finished run with manifest and metrics; inputs are paths or manifest entries."""
     folder.mkdir()
     inputs = details.pop("inputs", ())
     details["inputs"] = [item for item in inputs if isinstance(item, str)]
@@ -36,7 +36,7 @@ def make_run(folder: Path, stage: str, *parents: Path, rows: Iterable[Mapping] =
 
 
 def make_file_run(out: Path, stage: str, rows: Iterable[Any], *, results: Mapping[str, Any], **details) -> Path:
-    """A file that a stage has written, with its manifest beside it."""
+    """Write an output file of a stage and its manifest."""
     write_lines(out, rows)
     with _as_command(f"{stage} in.jsonl -o {out.name}"):
         options = {"out": str(out), **details.pop("options", {})}
@@ -45,7 +45,7 @@ def make_file_run(out: Path, stage: str, rows: Iterable[Any], *, results: Mappin
 
 
 class _as_command:
-    """What sys.argv is while a stage runs."""
+    """Sets sys.argv while a stage runs."""
 
     def __init__(self, command: str) -> None:
         self.argv = ["llmkit", *shlex.split(command)]
@@ -58,14 +58,14 @@ class _as_command:
 
 
 def judged(accuracy: float = 0.8125) -> dict[str, Any]:
-    """One part of an evaluation.json."""
+    """Return one part of an evaluation.json."""
     interval = [round(accuracy - 0.1, 4), round(accuracy + 0.1, 4)]
     calibration = {"loss": 0.4321, "ece": 0.0657, "temperature": 3.311, "ece_at_temperature": 0.0602}
     return {"comparisons": 32, "accuracy": accuracy, "accuracy_95": interval, **calibration}
 
 
 def probed(question: str, known: str, kind: str = "who") -> dict[str, Any]:
-    """One line of a probe's report."""
+    """Return one line of a probe's report."""
     verdict = {"yes": "right", "no": "wrong", "mixed": "right", "evasive": "evasive"}[known]
     return {
         "question": question,
@@ -81,7 +81,7 @@ def probed(question: str, known: str, kind: str = "who") -> dict[str, Any]:
 
 
 def attempt(step: int, group: int, completion: str, reward: float) -> dict[str, Any]:
-    """One line of rollouts.jsonl."""
+    """Return one line of rollouts.jsonl."""
     return {
         "step": step,
         "group": group,
@@ -97,7 +97,7 @@ def attempt(step: int, group: int, completion: str, reward: float) -> dict[str, 
 
 
 def make_pipeline(place: Path) -> list[Path]:
-    """Every stage once, and what they write: crawl, tokenizer, base, assistant, two probes, judge, policy."""
+    """Write a run of every stage: crawl, tokenizer, base, assistant, two probes, judge, policy."""
     funnel = [
         {"step": "read", "in": 1361, "kept": 1357, "dropped": {"warcinfo": 4}, "seconds": 0.9},
         {

@@ -1,5 +1,5 @@
-"""`llmkit serve` behind a proxy that makes a vLLM or an SGLang of it, which load weights from a folder; with the faults
-of `ChatServer` and with lies.
+"""`llmkit serve` behind a proxy that imitates vLLM or SGLang, including loading weights from a folder, with the faults
+of `ChatServer` and wrong answers.
 
 with ModelServer(folder, kind="vllm") as server:
     server.lies = {"few logprobs"}
@@ -36,11 +36,11 @@ OPENAI = {
 class ModelServer(ChatServer):
     """Serves a model folder.
 
-    kind    "vllm" and "sglang" take token ids and load weights; "strict" takes the fields of OpenAI's alone and text
-    lies    "few logprobs", "no logprobs", "no ids", "ids as names" (as older vLLM has it), "no end" (leaves it out),
-            "no echo" (of the prompt), "no zero" (refuses max_tokens=0), "no begin" (token before an echoed text),
-            "stale" (says that it loaded weights, and did not), "refuses" (to load), "abort" (ends completions so)
-    loaded  the folders that it was asked to load; `resets` counts those of its cache
+    kind    "vllm" and "sglang" accept token ids and load weights; "strict" accepts only OpenAI's fields and text
+    lies    "few logprobs", "no logprobs", "no ids", "ids as names" (like older vLLM), "no end" (end token omitted), "no
+            echo" (prompt not echoed), "no zero" (max_tokens=0 refused), "no begin" (no beginning token in an echo),
+            "stale" (reports weights as loaded that were not), "refuses" (to load), "abort" (as finish reason)
+    loaded  the folders of all load requests; `resets` counts cache resets
     """
 
     def __init__(self, folder: Path, kind: str = "vllm") -> None:
@@ -59,7 +59,7 @@ class ModelServer(ChatServer):
     def _load(self, folder: Path) -> None:
         before, self._stack = self._stack, ExitStack()
         self._server_of_model = self._stack.enter_context(serving(folder))
-        before.close()  # not before the new one is there to ask
+        before.close()  # only after the new one is up
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         command = urlsplit(path).path
@@ -105,7 +105,7 @@ class ModelServer(ChatServer):
         return status, whole
 
     def _lie(self, choice: dict[str, Any]) -> None:
-        """Spoil the choice of an answer."""
+        """Corrupt the choice of an answer."""
         logprobs = choice.get("logprobs") or {}
         lists = [values for values in logprobs.values() if isinstance(values, list)]
         if "no begin" in self.lies:

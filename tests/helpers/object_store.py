@@ -1,6 +1,6 @@
-"""An S3 server on this machine, moto's, whose answers come late or not at all.
+"""A local S3 server (moto) that can delay or refuse answers.
 
-python tests/helpers/object_store.py --delay 0.02 bucket FILE...    # holds the files; prints its address, and serves
+python tests/helpers/object_store.py --delay 0.02 bucket FILE...    # prints its address, then serves the files
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_
 class ObjectStore:
     """Serves buckets at `address`; `requests` has method and path of each request.
 
-    delay: of each answer, in seconds. refuse: the status that a request gets in the place of an answer, or None.
+    delay   seconds before each answer
+    refuse  from method and path of a request to the status that it gets instead of an answer, or None
     """
 
     def __init__(self, delay: float = 0.0) -> None:
@@ -47,20 +48,20 @@ class ObjectStore:
         return self._answer(environ, start)
 
     def client(self) -> Any:
-        """A client of boto3."""
+        """Return a boto3 client."""
         return client_of(self.address)
 
     def objects(self) -> dict[str, bytes]:
-        """All that lies in the bucket `bucket`."""
+        """Return all objects of the bucket `bucket`."""
         return bucket_of(self.address)
 
     def environment(self) -> dict[str, str]:
-        """What s3fs finds the server and its credentials by."""
+        """Return the environment variables with the server's address and credentials for s3fs."""
         return environment(self.address)
 
 
 def client_of(address: str) -> Any:
-    """A client of boto3 for the server at an address."""
+    """Return a boto3 client for the server at an address."""
     import boto3
 
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
@@ -68,20 +69,20 @@ def client_of(address: str) -> Any:
 
 
 def bucket_of(address: str) -> dict[str, bytes]:
-    """All that lies in the bucket `bucket` of a server."""
+    """Return all objects of the bucket `bucket` of a server."""
     client = client_of(address)
     listed = client.list_objects_v2(Bucket="bucket").get("Contents", [])
     return {item["Key"]: client.get_object(Bucket="bucket", Key=item["Key"])["Body"].read() for item in listed}
 
 
 def empty_bucket(address: str) -> None:
-    """Delete all that lies in the bucket `bucket` of a server."""
+    """Delete all objects of the bucket `bucket` of a server."""
     for name in bucket_of(address):
         client_of(address).delete_object(Bucket="bucket", Key=name)
 
 
 def environment(address: str) -> dict[str, str]:
-    """What s3fs finds a server and its credentials by."""
+    """Return the environment variables with a server's address and credentials for s3fs."""
     return {"AWS_ENDPOINT_URL": address, **CREDENTIALS}
 
 

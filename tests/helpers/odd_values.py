@@ -1,9 +1,9 @@
 """Opens a model folder after each of many edits of its files, one at a time, under limits; prints a line about each.
 
-    python odd_values.py FOLDER FILE:EVERY...     # every so many-th edit of each file
+    python odd_values.py FOLDER FILE:EVERY...     # every EVERY-th edit of each file
 
-Prints `outcome seconds megabytes edit`, the outcome `ok`, `UserError` or the name of what escaped. A file of its own,
-run as a program: a library may end the process.
+Prints `outcome seconds megabytes edit`; the outcome is `ok`, `UserError` or the name of an unexpected exception. Run as
+a program, because a library may end the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from llmkit.errors import UserError
 
-MORE_MEMORY = 500 << 20  # bytes above what stands before the first edit
+MORE_MEMORY = 500 << 20  # bytes beyond those used before the first edit
 NESTED: Any = {"a": []}
 for _ in range(110):
     NESTED = {"a": [NESTED]}
@@ -44,7 +44,7 @@ MORE_KEYS = {
 
 
 def edits(value: Any, where: str, depth: int = 4) -> Iterator[tuple[str, Any]]:
-    """(name, edited value): every key and the first elements of every list, each with each of the odd values."""
+    """Yield (name, edited value): every key and the first elements of every list, with each of the odd values."""
     if isinstance(value, dict):
         keys = list(value)[:12] if depth < 3 else list(value)
         extra = MORE_KEYS.get(where, "").split()
@@ -65,7 +65,7 @@ def edits(value: Any, where: str, depth: int = 4) -> Iterator[tuple[str, Any]]:
 
 
 def open_all(folder: Path, name: str) -> None:
-    """Do with a folder what commands do first."""
+    """Open a folder the way commands do."""
     from llmkit.export.writers import open_adapter
     from llmkit.formats.conversations import message
     from llmkit.io.manifest import write_manifest

@@ -1,4 +1,4 @@
-"""Every kind of file and folder that the stages write, at the smallest size: what other programs are to load."""
+"""The smallest files and folders of every kind that the stages write, for other programs to load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def documents(count: int, seed: int) -> list[dict]:
 
 
 def page(number: int) -> dict:
-    """A web page that clean-up keeps: sentences, none like another."""
+    """Return a web page that crawl-filter keeps, made of distinct sentences."""
     sentences = [row["text"].capitalize() for row in documents(12, seed=100 + number)]
     body = "".join(
         f"<p>{first} And this is what we saw of it: {second}</p>"
@@ -36,7 +36,7 @@ def page(number: int) -> dict:
 
 
 def make_models(folder: Path, pretrain_steps: int = 2, sft_steps: int = 2) -> None:
-    """tok/, base/, chat/ and lora/ (with its adapter) in `folder`."""
+    """Write tok/, base/, chat/ and lora/ (with its adapter) to `folder`."""
     from llmkit.stages import pretrain, sft, train_bpe
 
     docs = write(folder / "docs.jsonl", documents(200, seed=0))
@@ -54,7 +54,7 @@ def make_models(folder: Path, pretrain_steps: int = 2, sft_steps: int = 2) -> No
 
 
 def make_others(folder: Path) -> None:
-    """judge/ and policy/ (with rollouts.jsonl), and every kind of JSONL, from `chat/` in `folder`."""
+    """Write judge/, policy/ (with rollouts.jsonl), and every kind of JSONL, from `chat/` in `folder`."""
     from llmkit.stages import crawl_filter, probe_knowledge, rl, sample, train_reward
 
     chat = str(folder / "chat")

@@ -1,7 +1,7 @@
-"""Every function of the package that reads text of models, servers or the web, by name, as a function of that text.
+"""Every function of the package that parses text from models, servers or the web, by name, as a function of that text.
 
-What is bounded before it is read (a URL, an expression, a query) is given all of the text, so that the bound is tested,
-too. EXEMPT names the modules that use regular expressions on nothing but what the user or llmkit wrote.
+Readers of bounded texts (a URL, an expression, a query) get the full text, so that the bound is tested, too. EXEMPT
+lists the modules that apply regular expressions only to text of the user or of llmkit.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ EXEMPT = {
     "llmkit.crawl.recipe",
     "llmkit.data.identity",  # an option
     "llmkit.data.overlap",  # words one by one
-    "llmkit.generation.chat",  # what is typed
+    "llmkit.generation.chat",  # typed input
     "llmkit.generation.terminal",  # the same
-    "llmkit.text.answer_spans",  # by way of matching
-    "llmkit.training.trainer",  # names of files
+    "llmkit.text.answer_spans",  # tested through matching
+    "llmkit.training.trainer",  # file names
     "llmkit.evaluation.evaluator",  # runs of white space
     "llmkit.evaluation.tasks",  # an option
     "llmkit.export.gguf_file",  # a name
-    "llmkit.io.files",  # addresses of the user's
+    "llmkit.io.files",  # the user's URLs
     "llmkit.io.hub",  # the same
     "llmkit.io.remote",  # the same
     "llmkit.io.run_folder",  # steps of checkpoints
-    "llmkit.model.folder",  # two words, of a model's config.json
-    "llmkit.serving.app",  # digits behind a colon, in a Host header
-    "llmkit.tools.user_code",  # a docstring of the user's
+    "llmkit.model.folder",  # two words of a model's config.json
+    "llmkit.serving.app",  # the port in a Host header
+    "llmkit.tools.user_code",  # the user's docstrings
 }
 
 
@@ -210,7 +210,7 @@ def reply_readers() -> dict[str, Reader]:
         with suppress(calc.CalculationError):
             calc.calculate(text)
 
-    folder = tempfile.TemporaryDirectory()  # there as long as the function that reads from it
+    folder = tempfile.TemporaryDirectory()  # lives as long as the reader that uses it
 
     @cache
     def index() -> search.SearchIndex:
@@ -219,7 +219,7 @@ def reply_readers() -> dict[str, Reader]:
         return search.SearchIndex(str(path))
 
     def searched(text: str) -> None:
-        """What an engine that answers with this text would give."""
+        """Search as if the engine had answered with this text."""
         body = json.dumps({"results": [{"title": text, "content": text}]}).encode()
 
         class Answer(io.BytesIO):
@@ -385,7 +385,7 @@ def suppressed(call: Callable[[], Any], *errors: type[BaseException]) -> None:
 
 
 PARTS = (crawl_readers, data_readers, reply_readers, writing_readers, reward_readers, schema_readers, tokenizer_readers)
-REFUSALS = (LlmkitError, ValueError)  # what a reader may answer; TypeError and the like are mistakes of ours
+REFUSALS = (LlmkitError, ValueError)  # exceptions that a reader may raise; TypeError and the like are bugs
 
 
 @cache

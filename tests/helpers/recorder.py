@@ -1,4 +1,4 @@
-"""What CUDA's graphs do, done on a CPU: operations recorded with their tensors, and done again in the same memory."""
+"""CUDA graphs simulated on a CPU: operations are recorded with their tensors and replayed in the same memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class _Elsewhere:
-    """A tensor that was there before: its place is known, and nothing keeps it, as nothing does for a graph."""
+    """A tensor allocated before recording: like a CUDA graph, this has its address but does not keep it alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._place, self._dtype = StorageWeakRef(tensor.untyped_storage()), tensor.dtype
@@ -22,15 +22,15 @@ class _Elsewhere:
 
 
 class Recorder(TorchDispatchMode):
-    """Records `compute` in place of `CudaGraph`: what Python computes meanwhile is as it was, whenever it is replayed.
+    """Records `compute` in place of `CudaGraph`: values that Python computes are frozen in the recording.
 
-    Reading a number out of a tensor is an error, as it is to CUDA.
+    Reading a number from a tensor is an error, as in CUDA.
     """
 
     def __init__(self, compute, beside) -> None:
         super().__init__()
         self._done, self._own = [], set()
-        compute()  # before it is recorded, as for CUDA
+        compute()  # warm-up before recording, as for CUDA
         with self:
             self.out = compute()
 
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
         if operation is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         given = args, kwargs or {}
-        with self:  # under inference mode what is made of several operations comes here whole
+        with self:  # under inference mode composite operations arrive undecomposed
             if (parts := operation.decompose(*args, **given[1])) is not NotImplemented:
                 return parts
         result = operation(*args, **given[1])
@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):
         writes = any(alias.is_write for alias in aliases)
         if not aliases:
             self._own |= {_place(tensor) for tensor in tree_leaves(result)}
-        if writes or not aliases:  # others are views, which stay what they are
+        if writes or not aliases:  # views stay valid
             self._done.append((operation, tree_map_only(Tensor, self._kept, given), None if writes else result))
         return result
 
@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Counting:
-    """Records, and counts recordings and replays."""
+    """A recorder that counts recordings and replays."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0

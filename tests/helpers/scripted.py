@@ -1,4 +1,4 @@
-"""A `Sampler` that says what a function makes of the prompt: the last message, or the text."""
+"""A `Sampler` whose completions are a function of the prompt: the text, or the last message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llmkit.generation.requests import Completion, Usage
 
 
 class ScriptedSampler:
-    """`reply` makes the text of a completion; `prompts` has those that came."""
+    """`reply` returns the text of a completion; `prompts` has all prompts so far."""
 
     name, identity, context, tokenizer, chat, tools, is_assistant = "scripted", {}, None, None, None, None, True
 

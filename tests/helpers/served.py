@@ -1,4 +1,4 @@
-"""`llmkit serve` in a process of its own, as a user starts it; or within this one, which takes 0.1 s and not 5.
+"""`llmkit serve` in a new process, as a user starts it, or in this process, which takes 0.1 s instead of 5.
 
 with served("chat/", "--queue", "4") as server:
     server.client.chat.completions.create(model="chat", ...)
@@ -26,7 +26,7 @@ from typing import Any
 
 @dataclass
 class Server:
-    """A server that runs: its `url`, the name of a `model`, its `process` if it has one of its own."""
+    """A running server: its `url`, the name of its `model`, and its `process` if it has a separate one."""
 
     url: str
     model: str = ""
@@ -34,18 +34,18 @@ class Server:
 
     @property
     def spec(self) -> str:
-        """The value of --engine."""
+        """The value for --engine."""
         return f"openai:{self.url}/v1#{self.model}"
 
     @property
     def client(self) -> Any:
-        """A client of `openai`."""
+        """An `openai` client."""
         from openai import OpenAI
 
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        """The status and the content of an answer; `body` is JSON, or bytes as they are; None is a GET."""
+        """Return status and content of the answer to `body`, as JSON or raw bytes; None sends a GET."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers or {})
         try:
@@ -68,7 +68,7 @@ def served(*arguments: Any) -> Iterator[Server]:
         said, address = "", None
         while address is None and (
             line := process.stderr.readline()
-        ):  # of families from elsewhere a notice comes first
+        ):  # models that run through transformers print a notice first
             said, address = said + line, re.fullmatch(r"llmkit: serving .* on (http://\S+)\n", line)
         try:
             assert address, said
@@ -83,7 +83,7 @@ def served(*arguments: Any) -> Iterator[Server]:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    """Serve a model in a thread, on a free port, as `llmkit serve FOLDER` does."""
+    """Serve a model in a thread on a free port, like `llmkit serve FOLDER`."""
     import uvicorn
 
     from llmkit.generation.generator import Generator

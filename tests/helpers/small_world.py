@@ -1,8 +1,8 @@
-"""A folder with everything that the commands of the documentation read, by the names that they give it, small.
+"""A folder with small versions of all inputs of the documented commands, with the same names.
 
-The crawl and the conversations are Tiny World's (examples/tinyworld), the problems such that an untrained model
-solves one now and then; models have one layer and two steps of training. Runs by commands that are on PATH: llmkit
-as `WarmPrograms` has it, and python.
+The crawl and the conversations are Tiny World's (examples/tinyworld); the problems are easy enough for an untrained
+model to solve one now and then; models have one layer and two steps of training. Needs python and llmkit (see
+`WarmPrograms`) on PATH.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def make_small_world(folder: Path, environment: dict[str, str]) -> None:
-    """Fill `folder`; raises CalledProcessError where a command fails."""
+    """Fill `folder`. Raises CalledProcessError if a command fails."""
     import pyarrow as pa
     import zstandard
     from pyarrow import parquet
@@ -57,7 +57,7 @@ def make_small_world(folder: Path, environment: dict[str, str]) -> None:
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     words = WORDS.split()
-    asked = [  # for sft, for train-reward and for rl alike
+    asked = [  # for sft, train-reward and rl
         {"prompt": f"Say {word}", "completion": word, "chosen": f"{word}!", "rejected": "a wall"}
         | {"answer": word, "pattern": "(?s).*[aeiou].*"}
         for word in words

@@ -1,4 +1,4 @@
-"""A model folder as small as one can be: random weights and one token for each byte, for tests of generation."""
+"""The smallest model folder, for tests of generation: random weights and one token per byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ END = 256
 
 
 def save_tokenizer(folder: Path, *more_specials: str) -> None:
-    """A byte-level tokenizer without merges: id 256 is <|endoftext|>, which begins and ends every text."""
+    """Write a byte-level tokenizer without merges: id 256 is <|endoftext|>, which begins and ends every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path, *more_specials: str) -> None:
 
 
 def make_model(*, context: int = 512, seed: int = 0, spread: float = 1.0, **sizes):
-    """A Transformer with every parameter random, gains too; a large `spread` makes its distribution sharp."""
+    """Make a Transformer with every parameter random, gains included; a large `spread` sharpens the distribution."""
     import torch
 
     from llmkit.model.config import ModelConfig
@@ -54,7 +54,7 @@ def make_model(*, context: int = 512, seed: int = 0, spread: float = 1.0, **size
 
 
 def certain(model, *chain):
-    """Make a model say the tokens of `chain`, one after the other, whatever the prompt."""
+    """Make a model always generate the tokens of `chain` in order, regardless of the prompt."""
     import itertools
 
     import torch
@@ -71,7 +71,7 @@ def certain(model, *chain):
 
 
 def save_folder(folder: Path, model=None) -> Path:
-    """A whole run folder; returns it."""
+    """Write a complete run folder and return it."""
     from llmkit.model.folder import save_model
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def save_folder(folder: Path, model=None) -> Path:
 
 
 def save_assistant(folder: Path, said: str | None = None, context: int = 256) -> Path:
-    """An assistant that says `said` to everything, or at random."""
+    """Write an assistant that answers everything with `said`, or at random."""
     from llmkit.model.folder import save_model
     from llmkit.tokenizer.chat import CHAT_SPECIALS
     from llmkit.tokenizer.encoding import load_tokenizer

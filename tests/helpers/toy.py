@@ -1,7 +1,7 @@
-"""A stage as small as one can be, on the real command line: `python tests/helpers/toy.py toy in.jsonl -o out.jsonl`.
+"""The smallest stage on the real command line: `python tests/helpers/toy.py toy in.jsonl -o out.jsonl`.
 
-Run as a program it registers itself as the only subcommand; test_cli.py uses it for the endings that a real stage
-reaches only with effort.
+Run as a program, it registers itself as the only subcommand; test_cli.py uses it for exits that are hard to reach with
+a real stage.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class ToyConfig(CommonConfig):
     tie: bool = option(True, "A switch that is on.")
 
     def reads_stdin(self) -> bool:
-        """Whether stdin is the input."""
+        """True if the input is stdin."""
         return not self.inputs or "-" in self.inputs
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the command line prints."""
+    """The summary that the command line prints."""
 
     path: str
     records: int
@@ -58,7 +58,7 @@ class Summary:
 
 
 def run(config: ToyConfig) -> Summary | None:
-    """Copy records, or end as `act` says."""
+    """Copy records, or end in the way of `act`."""
     out = config.out or "-"
     check_output(out, config.force)
     if config.dry_run:
@@ -74,7 +74,7 @@ def run(config: ToyConfig) -> Summary | None:
     if config.act == "fork":
         from multiprocessing import get_context
 
-        with get_context("fork").Pool(2) as pool:  # its end sends SIGTERM to the workers
+        with get_context("fork").Pool(2) as pool:  # closing it sends SIGTERM to the workers
             pool.map(time.sleep, [0.1, 0.1])
     count = 0
     if config.act == "folder":

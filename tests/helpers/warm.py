@@ -1,10 +1,10 @@
-"""The command line without its start: a process that has torch imported already forks for each command.
+"""The command line without start-up: a process that has already imported torch forks for each command.
 
-with WarmPrograms(folder) as programs:     # folder/llmkit, to be put on PATH
+with WarmPrograms(folder) as programs:     # folder/llmkit, for PATH
     subprocess.run(["bash", "-c", "llmkit sample base/ | head -1"], env={**os.environ, "PATH": programs.path})
 
-A start costs a tenth of a second in place of two or three, and models and runs are made small by
-`documented.made_small`, so that a test can run all commands of the documentation. The rest is as it would be otherwise.
+A start takes a tenth of a second instead of two or three, and `documented.made_small` reduces models and runs, so that
+a test can run all commands of the documentation. Everything else is unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ os._exit(code[0] if code else 70)
 
 
 class WarmPrograms:
-    """A folder with an `llmkit` that starts at once, while it is entered; `path` is the PATH with it in front."""
+    """A context with a folder for an `llmkit` that starts at once; `path` is PATH with the folder prepended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._address = folder, str(folder / "socket")
@@ -48,7 +48,7 @@ class WarmPrograms:
         client.write_text(CLIENT.format(python=sys.executable, address=self._address))
         client.chmod(0o755)
         command = [sys.executable, __file__, self._address]
-        # one thread: a pool of threads does not survive a fork
+        # one thread, because thread pools do not survive a fork
         self._server = subprocess.Popen(
             command, stdout=subprocess.PIPE, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -71,7 +71,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 def answer(caller: socket.socket) -> None:
-    """Be the command that is asked for; never returns."""
+    """Run the requested command in this process; never returns."""
     code = 70
     try:
         size, files, _, _ = socket.recv_fds(caller, 8, 3)
@@ -102,7 +102,7 @@ def answer(caller: socket.socket) -> None:
 
 
 def warm_up() -> None:
-    """Import what commands import when they run, and measure this machine once in place of in every training."""
+    """Import what commands import lazily, and benchmark this machine once instead of in every training."""
     import torch
 
     from llmkit.training import speed
@@ -112,7 +112,7 @@ def warm_up() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         speed.peak_flops(torch.device("cpu"), dtype)
     for place in sorted((ROOT / "llmkit").rglob("[!_]*.py")):
-        with suppress(ImportError):  # of packages that are not installed
+        with suppress(ImportError):  # optional packages
             import_module(".".join(place.relative_to(ROOT).with_suffix("").parts))
     for name in ("fasttext", "gigatoken", "openai", "pycld2", "tokenizers"):
         with suppress(ImportError):

@@ -1,4 +1,4 @@
-"""Web pages and archives for tests: prose that a filter keeps, pages that each step drops, WARC files of them."""
+"""Web pages and WARC files for tests: prose that the filters keep, and pages that each step drops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ The last speaker of the dialect was a woman who talked to her hens in it.
 
 
 def prose(seed: int, sentences: int = 16) -> list[str]:
-    """Paragraphs of English, four sentences each, of which no two seeds share much."""
+    """Return English paragraphs of four sentences each; different seeds have little in common."""
     chosen = random.Random(seed).sample(SENTENCES, sentences)
     chosen = [sentence.replace(" a ", f" a {WORDS[(seed + at) % len(WORDS)]} ") for at, sentence in enumerate(chosen)]
     return [" ".join(chosen[start : start + 4]) for start in range(0, sentences, 4)]
@@ -66,7 +66,7 @@ WORDS = tuple("small grey quiet famous second old distant broken silver cheerful
 
 
 def html(title: str, paragraphs: Iterable[str], extra: str = "") -> str:
-    """A page as sites make them: menu, article, footer."""
+    """Return a typical page: menu, article, footer."""
     menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name in ("Home", "News", "Archive", "About us"))
     body = "".join(f"<p>{paragraph}</p>\n" for paragraph in paragraphs)
     return (
@@ -78,7 +78,7 @@ def html(title: str, paragraphs: Iterable[str], extra: str = "") -> str:
 
 @dataclass
 class Record:
-    """What goes into an archive."""
+    """A record for an archive."""
 
     url: str
     body: str | bytes
@@ -88,7 +88,7 @@ class Record:
 
 
 def write_warc(path: Path, records: Iterable[Record]) -> Path:
-    """A packed archive with a warcinfo record before the others; ids and dates depend on the position alone."""
+    """Write a compressed archive that starts with a warcinfo record; ids and dates depend only on the position."""
     with open(path, "wb") as handle:
         writer = WARCWriter(handle, gzip=True)
         writer.write_record(writer.create_warcinfo_record(path.name, {"software": "tests"}))
@@ -117,7 +117,7 @@ GERMAN = [
 
 
 def mixed_pages() -> list[Record]:
-    """Pages of which each step drops one or two; named by what should become of them, in the path of the URL."""
+    """Return pages of which each step drops one or two; the path of the URL names the expected outcome."""
     first = prose(1)
     edited = [first[0].replace("the ", "that ", 1), *first[1:]]
     site = "https://pages.example"

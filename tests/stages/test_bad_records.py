@@ -1,5 +1,5 @@
-"""What every command says of its records: the bad ones are skipped, told and counted up to `--max-bad`; what is lost of
-the others, and what a run cannot learn from them, is told."""
+"""Every command skips, reports and counts bad records up to `--max-bad`, and reports what it drops from good ones and
+what a run cannot learn from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.jsonl import write
 
 SURROGATE = '{"text": "a\\ud800", "prompt": "a\\ud800"}'
 QUICK = {"max_steps": 1, "sequence_length": 32, "batch_tokens": 64}
-# what each command reads, and what is bad there
+# input and a bad record for each command
 GOOD = {
     "train-bpe": {"text": "The lighthouse of Port Ellis was opened in 1889."},
     "pretrain": {"text": "The lighthouse of Port Ellis was opened in 1889."},
@@ -55,7 +55,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def run(command: str, folders: dict[str, Path], given: Path, out: Path, **options):
-    """Run a command on a file of records, as small as it can be."""
+    """Run a command on a file of records with the smallest settings."""
     data, base, chat = (str(given),), str(folders["base"]), str(folders["chat"])
     options |= {"out": str(out)}
     if command == "train-bpe":
@@ -110,7 +110,7 @@ def test_beyond_the_bound_or_with_all_records_bad_a_run_ends_in_one_line(folders
     with pytest.raises(UserError, match=r"all\.jsonl:1: .*; all 2 records"):
         run(command, folders, all_bad, tmp_path / "out3", max_bad="100%", quiet=True)
     assert "skipped" not in capsys.readouterr().err
-    if command != "sample":  # what it has written can be gone on with
+    if command != "sample":  # it can resume from its output
         assert not list(tmp_path.glob("out*"))
 
 
@@ -118,7 +118,7 @@ def test_a_sample_beyond_its_bound_is_resumed(folders, tmp_path, capsys):
     given = write(tmp_path / "p.jsonl", *[{"prompt": f"{n}"} for n in range(30)], *["{"] * 4)
     with pytest.raises(UserError, match=r"4 of 34 records .*--resume continues"):
         run("sample", folders, given, tmp_path / "out.jsonl", batch_size=1)
-    kept = (tmp_path / "out.jsonl.state").read_bytes().count(b"\n") // 3  # of a record, its key and its end
+    kept = (tmp_path / "out.jsonl.state").read_bytes().count(b"\n") // 3  # record, key and end
     assert kept > 20
     summary = run("sample", folders, given, tmp_path / "out.jsonl", batch_size=1, max_bad="4", resume=True)
     assert f"kept the completions of {kept} prompts" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_a_bound_that_is_none_is_refused(given):
         sft.SftConfig(max_bad=given)
 
 
-# ---- what is told
+# ---- reports
 
 
 TEMPLATE = (
@@ -152,7 +152,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
-    """A model with a template of its own, which knows no system message."""
+    """A model with its own chat template, which has no system message."""
     folder = tmp_path_factory.mktemp("foreign") / "model"
     folder.mkdir()
     save_tokenizer(folder, "<|turn|>", "<|end|>")
@@ -195,7 +195,7 @@ def test_a_foreign_template_can_be_inspected_and_characters_are_whole(foreign, f
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory) -> Path:
-    """A model whose tokenizer knows small letters and digits alone."""
+    """A model whose tokenizer has only lower-case letters and digits."""
     from tokenizers import Tokenizer, models
 
     folder = save_folder(tmp_path_factory.mktemp("letters") / "base")
@@ -261,7 +261,7 @@ def test_a_limit_bounds_the_held_out_records_too(folders, tmp_path, capsys, comm
 
 @pytest.mark.parametrize("command", GOOD)
 def test_patterns_and_folders_stand_for_their_files(folders, tmp_path, capsys, command):
-    """Both kinds of files are read, in each the bad record is counted, and the manifest names each file."""
+    """Both kinds of files are read, the bad record of each is counted, and the manifest lists each file."""
     (tmp_path / "d").mkdir()
     rows = [GOOD[command]] * 20
     write(tmp_path / "d" / "b.jsonl", *rows, BAD[command])
@@ -298,7 +298,7 @@ def test_fields_of_other_names_are_read_by_columns(folders, tmp_path, command):
 
 @pytest.mark.parametrize("command", ["sample", "score", "probe-knowledge", "recite"])
 def test_records_are_written_as_parquet_by_name(folders, tmp_path, command):
-    """The same records as in JSONL, but for fields that a record does not have, which are null."""
+    """The same records as in JSONL, except that missing fields are null."""
     rows = [
         {"prompt": "2 + 2?", "completion": "4", "big": 2**70},
         {"prompt": "1 + 1?", "completion": "2", "mixed": [1]},

@@ -1,4 +1,4 @@
-"""`llmkit crawl-filter` as a user runs it: what comes out and why, kills and resumptions, pipes, and bad input."""
+"""`llmkit crawl-filter` as a user runs it: output and reasons, kills and resumes, pipes, and bad input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def crawl(tmp_path_factory) -> Path:
     write_warc(folder / "mixed.warc.gz", mixed_pages())
     (folder / "blocked").mkdir()
     (folder / "blocked" / "domains").write_text("casino.blocked.example\n")
-    # what does not compress makes batches of few pages
+    # incompressible pages make small batches
     pages = [
         Record(f"https://many.example/{n}", html(f"Page {n}", prose(n % 45), f"<!-- {os.urandom(75_000).hex()} -->"))
         for n in range(60)
@@ -39,7 +39,7 @@ def crawl(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def filtered(crawl, llmkit) -> Path:
-    """What becomes of mixed.warc.gz: docs.jsonl with its manifest, rejects.jsonl."""
+    """A folder with the output from mixed.warc.gz: docs.jsonl with its manifest, rejects.jsonl."""
     out = crawl / "filtered"
     out.mkdir()
     done = llmkit(
@@ -194,7 +194,7 @@ def test_a_folder_that_is_read_takes_no_output(llmkit, tmp_path, flag):
 
 
 def test_warc_and_jsonl_together_are_one_input(crawl, filtered, llmkit, tmp_path):
-    """Duplicates are found across files, and the earlier file's document stays."""
+    """Duplicates are found across files; the document of the earlier file is kept."""
     with gzip.open(tmp_path / "more.jsonl.gz", "wt") as handle:
         first = lines(filtered / "docs.jsonl")[0]
         handle.write(json.dumps({"text": first["text"], "source": "books"}) + "\n")
@@ -464,7 +464,7 @@ def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
 
 
 def test_a_run_killed_before_its_manifest_is_an_unfinished_one(llmkit, tmp_path, monkeypatch):
-    """The output stands in its place already, and is not what is told of."""
+    """The output is already in place, but the run counts as unfinished."""
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "one"}\n')
     command = ("crawl-filter", "a.jsonl", "--only", "pii", "-o", "docs/")
@@ -509,7 +509,7 @@ def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
 
 
 def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
-    """It is read as a folder by the next command, whose manifest has that of this one as an ancestor."""
+    """The next command reads the folder, and its manifest has this one's as an ancestor."""
     write_warc(tmp_path / "a.warc.gz", mixed_pages())
     docs, text = tmp_path / "docs", (tmp_path / "*.warc.gz")
     command = ("crawl-filter", text, "--skip", "gopher_quality,fineweb", "-o", f"{docs}/")
@@ -517,7 +517,7 @@ def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
     assert done.returncode == 0, done.stderr
     assert os.listdir(docs) == ["part-00000.parquet"]
     assert sorted(os.listdir(tmp_path)) == ["a.warc.gz", "docs", "docs.manifest.json"]
-    rows = parquet.read_table(docs).to_pylist()  # which takes all files of a folder for Parquet
+    rows = parquet.read_table(docs).to_pylist()  # reads all files of a folder as Parquet
     assert len(rows) == json.loads(done.stdout)["documents"] > 0
     manifest = json.loads((tmp_path / "docs.manifest.json").read_bytes())
     assert [entry["path"] for entry in manifest["inputs"]] == [str(tmp_path / "a.warc.gz")]

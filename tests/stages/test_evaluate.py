@@ -84,7 +84,7 @@ def test_choices_are_scored_by_their_likelihoods(models, tmp_path, llmkit):
         assert item["logprobs"] == pytest.approx([likelihood.logprob for likelihood in found], abs=1e-4)
         lengths = {
             "acc": [1] * 3,
-            "acc_norm": [len(choice) for choice in row["choices"]],  # characters, as lm-evaluation-harness has it
+            "acc_norm": [len(choice) for choice in row["choices"]],  # in characters, as in lm-evaluation-harness
             "acc_bytes": [len(choice.encode()) for choice in row["choices"]],
             "acc_tokens": [likelihood.tokens for likelihood in found],
         }
@@ -117,7 +117,7 @@ def test_schemas_language_modelling_and_texts(models, tmp_path):
     total = sum(len(row["text"].encode()) for row in TEXTS)
     bits = -sum(item["logprobs"][0] for item in texts) / math.log(2) / total
     assert tasks["texts"]["score"] == pytest.approx(bits)
-    assert [item["tokens"] for item in texts] == [[len(row["text"])] for row in TEXTS]  # a token for each byte
+    assert [item["tokens"] for item in texts] == [[len(row["text"])] for row in TEXTS]  # one token per byte
 
 
 @pytest.mark.parametrize(("folder", "lie"), [(True, None), (False, None), (True, "no zero"), (False, "no zero")])
@@ -369,7 +369,7 @@ def test_the_manifest_of_a_model_names_what_it_was_trained_on(models, tmp_path, 
     base, policy = save_folder(tmp_path / "base", make_model()), save_folder(tmp_path / "policy", make_model())
     write_manifest(base, "pretrain", {}, inputs=[docs])
     options = {"model": str(base), "val": [str(tmp_path / "v*.jsonl")]}
-    # items that sft --not-in took out are no training text
+    # items that sft --not-in removed are not training text
     write_manifest(policy, "rl", options, inputs=[chats, val, file], parents=[str(base)], not_in=[file])
     report, out = tmp_path / "report.jsonl", tmp_path / "scores.json"
 
@@ -454,7 +454,7 @@ def test_a_finished_run_has_nothing_to_resume(models, tmp_path, monkeypatch, llm
     assert (done.returncode, done.stdout) == (2, "") and "--report: expected a file" in done.stderr
 
 
-# ---- mistakes
+# ---- user errors
 
 
 def test_choices_that_are_answered_in_text_are_told_of(models, tmp_path, llmkit):

@@ -1,6 +1,6 @@
-"""`llmkit export` as a user runs it: files that gguf and transformers read back, and what is refused in one line.
+"""`llmkit export` as a user runs it: files that gguf and transformers read back, and refusals in one line.
 
-What llama.cpp itself makes of a file is in test_export_llama_cpp.py.
+test_export_llama_cpp.py runs the files with llama.cpp.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def chat(tmp_path_factory) -> Path:
 
 
 def written(model: Path, out: Path, **options):
-    """The reader of a GGUF file that was made of a folder."""
+    """Export a folder to GGUF and return its reader."""
     assert export.run(ExportConfig(model=str(model), format="gguf", out=str(out), quiet=True, **options)) is not None
     return gguf.GGUFReader(out)
 
@@ -51,7 +51,7 @@ def values(reader) -> dict[str, torch.Tensor]:
 
 
 def refused(model: Path, out: Path, **options) -> str:
-    """The message of an export that fails, and leaves nothing."""
+    """Check that an export fails without leaving anything; return the message."""
     before = sorted(os.listdir(out.parent))
     with pytest.raises(UserError) as raised:
         export.run(ExportConfig(model=str(model), out=str(out), quiet=True, **{"format": "gguf", **options}))
@@ -113,7 +113,7 @@ def test_matrices_are_narrowed_and_vectors_are_not(
     exact = load_file(chat / "model.safetensors")["model.embed_tokens.weight"]
     near = values(reader)["token_embd.weight"]
     assert 0 < (near - exact).abs().max() <= off * exact.abs().max()
-    folder = save_assistant(tmp_path / "odd", intermediate_size=168)  # rows that q8_0 cannot cut become float16
+    folder = save_assistant(tmp_path / "odd", intermediate_size=168)  # rows that q8_0 cannot divide become float16
     save_model(load_model(folder), folder, dtype=torch.bfloat16)
     kinds = {one.name: one.tensor_type.name for one in written(folder, tmp_path / "odd.gguf", dtype=dtype).tensors}
     assert (
@@ -154,11 +154,11 @@ def test_the_vocabulary_says_what_every_token_is(chat: Path, tmp_path: Path) -> 
     ids = {name: stated[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "padding")}
     end, turn = tokenizer.specials["<|endoftext|>"], tokenizer.specials["<|im_end|>"]
     assert ids == {"bos": end, "eos": end, "eot": turn, "padding": end}
-    assert not stated["tokenizer.ggml.add_bos_token"]  # conversations begin without it
+    assert not stated["tokenizer.ggml.add_bos_token"]  # conversations do not begin with it
     base = keys(written(save_assistant(tmp_path / "base", "llama3", assistant=False), tmp_path / "base.gguf"))
     assert base["tokenizer.ggml.add_bos_token"] is True and base["tokenizer.ggml.pre"] == "smaug-bpe"
     assert "tokenizer.chat_template" not in base and "tokenizer.ggml.eot_token_id" not in base
-    folder = save_assistant(tmp_path / "ends", "gpt2")  # an end that the tokenizer's configuration alone names
+    folder = save_assistant(tmp_path / "ends", "gpt2")  # an end token named only in the tokenizer's configuration
     end, turn = (load_tokenizer(folder).specials[name] for name in ("<|endoftext|>", "<|im_end|>"))
     for name, value in (("config.json", end), ("tokenizer_config.json", "<|im_end|>")):
         key = "eos_token_id" if name == "config.json" else "eos_token"
@@ -173,7 +173,7 @@ def test_the_vocabulary_says_what_every_token_is(chat: Path, tmp_path: Path) -> 
 def test_conversations_of_a_template_from_elsewhere_begin_as_in_training(
     tmp_path: Path, chat: Path, writes: bool
 ) -> None:
-    """llama.cpp puts the beginning token before a conversation whose template writes none."""
+    """llama.cpp prepends the beginning token to a conversation if its template does not write it."""
     from llmkit.formats.conversations import message
     from llmkit.tokenizer.templates import chat_format
 
@@ -351,7 +351,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, 
     (tmp_path / "out").mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for most in (10, 1000, 9000, size // 2, size - 100, size - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # what a full disk does, without one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # simulates a full disk
         try:
             said = refused(chat, tmp_path / "out" / "chat.gguf", dtype=dtype)
         finally:

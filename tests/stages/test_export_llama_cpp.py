@@ -1,4 +1,4 @@
-"""llama.cpp runs what `llmkit export --format gguf` writes: the same tokens of text, logits and greedy answers.
+"""llama.cpp runs the files of `llmkit export --format gguf` with the same tokens, logits and greedy answers.
 
 pip install llama-cpp-python     # builds llama.cpp
 """
@@ -41,7 +41,7 @@ ENGLISH = (
 
 
 def odd_texts() -> list[str]:
-    """Every character up to U+02FF alone and in company, contractions, digits, spaces, and texts drawn of them all."""
+    """Return every character up to U+02FF alone and in context, contractions, digits, spaces, and random mixtures."""
     rng = random.Random(0)
     letters = [chr(code) for code in range(0x300)]
     parts = [*letters, *ENGLISH, " ", "  ", "\n", "\n\n", "'s", "'LL", "9", "日本", "🙂"]
@@ -79,7 +79,7 @@ def their_greedy(llama, ids: list[int], count: int, ends: tuple[int, ...]) -> li
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """base/ and chat/, trained until they say something."""
+    """base/ and chat/, trained until they generate text."""
     folder = tmp_path_factory.mktemp("made")
     pipeline.make_models(folder, pretrain_steps=60, sft_steps=120)
     return folder
@@ -101,7 +101,7 @@ def our_greedy(folder: Path, asked: list[list[int]], count: int) -> list[list[in
     ]
 
 
-# ---- what it says
+# ---- generation
 
 
 @pytest.mark.parametrize("kind", ["base", "chat"])
@@ -145,7 +145,7 @@ def test_every_family_has_our_logits(tmp_path: Path, name: str) -> None:
     assert (their_logits(exported(folder), ids) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-# ---- what it reads
+# ---- tokenization
 
 
 @pytest.mark.parametrize("pattern", ["qwen2", "gpt2", "llama3"])
@@ -169,7 +169,7 @@ def test_documents_begin_as_ours_and_conversations_do(made: Path) -> None:
     expected = ChatFormat(load_tokenizer(made / "chat")).encode(asked, prompt=True).token_ids.tolist()
     text = "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>2+2?<|im_end|>"
     text += "<|im_start|>assistant<|im_sep|>"
-    # as llama.cpp's own programs do it: what the file says of the beginning, and special tokens parsed
+    # like llama.cpp's programs: the beginning as the file specifies, and special tokens parsed
     assert chat.tokenize(text.encode(), add_bos=True, special=True) == expected
 
 

@@ -1,4 +1,4 @@
-"""Folders that transformers wrote enter every stage: any family, sharded or not, tied or not, in half precision."""
+"""Every stage accepts folders written by transformers: any family, sharded or not, tied or not, in half precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 319, "eos_token_id": 319,
     "pad_token_id": 319, "query_pre_attn_scalar": 16,
 }  # fmt: skip
-# name: (family, tied, precision, size of a shard, under which name a tied matrix is stored)
+# name: (family, tied, precision, shard size, stored name of the tied matrix)
 FOLDERS = {
     "llama, tied, bfloat16, shards": ("Llama", True, torch.bfloat16, "40KB", None),
     "mistral, float16": ("Mistral", False, torch.float16, None, None),
@@ -47,7 +47,7 @@ RUN = {"quiet": True, "force": True}
 
 
 def save_foreign(folder: Path, name: str) -> Path:
-    """A random model and a byte-level tokenizer, as transformers saves them."""
+    """Save a random model and a byte-level tokenizer with transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     family, tied, dtype, shard, stored = FOLDERS[name]
@@ -83,7 +83,7 @@ def foreign(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(foreign) -> Path:
-    """What sft makes of it."""
+    """The folder after sft."""
     data = pipeline.write(foreign.parent / "chats.jsonl", [{"prompt": "Who?", "completion": "Ada."}] * 4)
     out = foreign.parent / "chat"
     sft.run(sft.SftConfig(model=str(foreign), data=(data,), out=str(out), max_steps=1, batch_tokens=128, **RUN))
@@ -112,13 +112,13 @@ def test_sft_trains_it_and_keeps_its_family(foreign: Path, chat: Path) -> None:
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (foreign, chat))
     assert after["model_type"] == before["model_type"]
     assert after["tie_word_embeddings"] == before["tie_word_embeddings"]
-    assert after["vocab_size"] == 384  # the tokens of conversations, and up to a multiple of 64
+    assert after["vocab_size"] == 384  # with the chat tokens, padded to a multiple of 64
     transformers.AutoModelForCausalLM.from_pretrained(chat)
 
 
 @pytest.mark.parametrize("ends_turns", [False, True])
 def test_an_adapter_has_the_rows_that_a_template_needs_where_the_base_ends_no_turns(tmp_path, ends_turns):
-    """As the stock bases that bring a chat template: <|im_end|> is in the tokenizer, and the base ends at <|end|>."""
+    """Like stock base models with a chat template: <|im_end|> is in the tokenizer, but the base ends with <|end|>."""
     base = save_with_template(tmp_path / "base", TEMPLATES["chatml"])
     tokenizer = load_tokenizer(base)
     start, end, text = (tokenizer.specials[name] for name in ("<|im_start|>", "<|im_end|>", "<|end|>"))
@@ -142,7 +142,7 @@ def test_train_reward_and_rl_train_it(foreign: Path) -> None:
         inputs=(str(foreign),), data=(prefs,), max_steps=1, batch_size=4, out=str(place / "judge"), **RUN
     )
     assert train_reward.run(train) is not None
-    if "granite" not in json.loads((place / "judge/config.json").read_text())["model_type"]:  # it has no such class
+    if "granite" not in json.loads((place / "judge/config.json").read_text())["model_type"]:  # no such class
         transformers.AutoModelForSequenceClassification.from_pretrained(place / "judge")
     problems = pipeline.write(place / "problems.jsonl", [{"prompt": f"The {i}", "answer": "1"} for i in range(4)])
     config = rl.RlConfig(
@@ -153,7 +153,7 @@ def test_train_reward_and_rl_train_it(foreign: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(place / "policy")
 
 
-# ---- folders with a chat template of their own: every stage speaks it, in the tokens of `apply_chat_template`
+# ---- folders with a chat template: every stage uses it, with the same tokens as `apply_chat_template`
 
 
 @pytest.fixture(params=("chatml", "llama2", "llama3"))
@@ -185,7 +185,7 @@ def test_probe_knowledge_asks_by_its_template(templated: Path) -> None:
     with serving(templated) as server:
         probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(engine=server.spec, **options))
     assert json.loads(report.read_text())["responses"] == [expected]
-    with pytest.raises(UserError, match=r"no verdict of .* could be read"):  # it is asked, and babbles
+    with pytest.raises(UserError, match=r"no verdict of .* could be read"):  # it answers at random
         probe_knowledge.run(probe_knowledge.ProbeKnowledgeConfig(judge=str(templated), **options))
 
 
@@ -263,7 +263,7 @@ def test_the_way_to_convert_pickles_works(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_an_adapter_is_told_in_every_command(tmp_path):
-    """Beside the model that it is merged into, and alone, as `export --format adapter` and PEFT write it."""
+    """Next to the model that it is merged into, and alone, as written by `export --format adapter` and PEFT."""
     chat = save_assistant(tmp_path / "chat", "4")
     data = str(tmp_path / "d.jsonl")
     Path(data).write_text('{"prompt": "2 + 2?", "answer": "4", "completion": "4", "text": "Four."}\n')

@@ -71,7 +71,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def base(corpus, llmkit, tmp_path_factory) -> Path:
-    """A model after 40 steps, in one go."""
+    """A model after 40 uninterrupted steps."""
     out = tmp_path_factory.mktemp("runs") / "base"
     done = llmkit(*arguments(corpus, out, "--max-steps", "40", "--val", f"{corpus}/val.jsonl"))
     assert done.returncode == 0, done.stderr
@@ -98,7 +98,7 @@ def test_the_folder_is_what_it_should_be(base, corpus):
 
 
 def test_sigterm_in_a_long_step_gives_it_up_and_the_resumed_run_is_equal(corpus, llmkit, tmp_path):
-    """It waited for the end of the step, which a batch of millions of tokens made endless."""
+    """Regression: it waited for the end of the step, which is very long with a batch of millions of tokens."""
     long = ["--max-steps", "2", "--batch-tokens", "40k", "--micro-batch-size", "8"]
     assert llmkit(*arguments(corpus, tmp_path / "whole", *long)).returncode == 0
     out = tmp_path / "base"
@@ -145,7 +145,7 @@ def test_a_time_budget_chooses_for_itself_and_keeps_to_it(corpus, llmkit, tmp_pa
     done = llmkit(*command, "--time-budget", "20s", "--sequence-length", "32")
     assert done.returncode == 0, done.stderr
     assert "promises the lowest loss in 20 s" in done.stderr
-    assert json.loads(done.stdout)["steps"] > 0  # few where others keep the machine busy
+    assert json.loads(done.stdout)["steps"] > 0  # few on a busy machine
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_second_run_and_a_resume_with_other_options_are_refused(corpus, llmkit
     (tmp_path / "base.tokens").rename(tmp_path / "kept.tokens")
     done = llmkit(*arguments(corpus, out, "--max-steps", "100000"))
     assert done.returncode == 2 and f"{out}.partial: an unfinished run; --resume continues it" in done.stderr
-    assert not (tmp_path / "base.tokens").exists()  # it was said before the documents were read
+    assert not (tmp_path / "base.tokens").exists()  # the error came before the documents were read
     more = ["--max-steps", "100000", "--resume", "--dry-run", "--save-every", "9"]
     done = llmkit(*arguments(corpus, out, *more))
     assert done.returncode == 0 and "100,000, 50 warm-up" in done.stderr, done.stderr
@@ -249,7 +249,7 @@ def mixed(corpus: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def mixture(corpus, llmkit, tmp_path_factory) -> Path:
-    """A model of two sources after 20 steps, in one go."""
+    """A model of two sources after 20 uninterrupted steps."""
     out = tmp_path_factory.mktemp("runs") / "mixture"
     done = llmkit(*mixed(corpus, out))
     assert done.returncode == 0, done.stderr
@@ -302,7 +302,7 @@ def test_a_mistake_in_the_shares_is_one_line(corpus, llmkit, tmp_path, inputs, m
 
 
 def test_streams_patterns_and_folders_may_be_sources(corpus, llmkit, tmp_path):
-    """The tokens of each stream are kept apart."""
+    """The tokens of each stream are cached separately."""
     (tmp_path / "more").mkdir()
     for name in "ab":
         (tmp_path / "more" / f"{name}.jsonl").write_bytes((corpus / "val.jsonl").read_bytes())
@@ -316,11 +316,11 @@ def test_streams_patterns_and_folders_may_be_sources(corpus, llmkit, tmp_path):
     summary, more = json.loads(done.stdout), f"{tmp_path}/more"
     assert summary["shares"] == {more: 0.125, f"{more}/*.jsonl": 0.125, "docs": 0.5, "stdin": 0.25}
     assert summary["epochs"]["docs"] < summary["epochs"]["stdin"]
-    assert summary["epochs"]["stdin"] == pytest.approx(4 * summary["epochs"][more], abs=0.01)  # of half the tokens
+    assert summary["epochs"]["stdin"] == pytest.approx(4 * summary["epochs"][more], abs=0.01)  # it has half the tokens
 
 
 def test_other_documents_at_an_address_end_a_resumption(corpus, llmkit, tmp_path):
-    """Also such of as many tokens: the same ones in another order."""
+    """Even documents with the same number of tokens: the same ones in another order."""
     with file_server() as server:
         server.files["docs.jsonl"] = data = (corpus / "docs.jsonl").read_bytes()
         out = tmp_path / "base"
@@ -374,7 +374,7 @@ def test_transformers_gives_held_out_documents_the_same_bits_per_byte(base, corp
     assert type(model).__name__ == "Qwen3ForCausalLM"
     texts = ["the old ship sailed past", "small birds sang over warm grey stones", "deep blue water"]
     write(tmp_path / "val.jsonl", *({"text": text} for text in texts))
-    # none is cut by the end of a row of 32 tokens
+    # no document is cut by the end of a row of 32 tokens
     assert sum(len(tokenizer.encode(text)) for text in texts) <= 32
     total = 0.0
     for text in texts:
@@ -422,7 +422,7 @@ def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, fa
         (tmp_path / "theirs" / name).write_bytes((corpus / "tok" / name).read_bytes())
     done = llmkit(*further(corpus, tmp_path / "theirs", tmp_path / "ours", "--max-steps", "3"))
     assert done.returncode == 0, done.stderr
-    assert "context         2048 tokens" in done.stderr  # of a row, where the model's is longer
+    assert "context         2048 tokens" in done.stderr  # length of a row; the model's context is longer
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert written["model_type"] == family and written["max_position_embeddings"] == 4096
     assert written["vocab_size"] == 384 and written["tie_word_embeddings"]
@@ -474,4 +474,4 @@ def test_a_model_in_the_place_of_documents_says_what_it_is_for(base, corpus, llm
 def test_a_size_that_no_memory_holds_is_refused_by_its_option(corpus, llmkit, tmp_path, change, message):
     done = llmkit(*arguments(corpus, tmp_path / "base", *change))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not (tmp_path / "base.partial").exists()  # the corrected command is not refused
+    assert not (tmp_path / "base.partial").exists()  # so that the corrected command runs

@@ -42,7 +42,7 @@ def documents(tmp_path) -> Path:
 
 
 def clever(prompt: str, seed: int) -> str:
-    """Writes two good questions and a bad one about a passage; judges by the length of the answer."""
+    """Write two good questions and a bad one about a passage, or judge by the length of the answer."""
     if prompt.startswith("Judge"):
         answer = prompt.split("<answer>\n")[1].split("\n</answer>")[0]
         return f"Let me see.\nVERDICT: {('right', 'wrong', 'wrong')[len(answer) % 3]}"
@@ -95,7 +95,7 @@ def test_a_server_writes_the_questions_and_judges_the_answers(babbler, documents
 
 @pytest.mark.parametrize("dies_after", [4, 19])
 def test_a_server_that_dies_in_the_middle_is_resumed_to_the_same_bytes(babbler, documents, tmp_path, dies_after):
-    """It writes in the first 12 requests and judges in the others."""
+    """The first 12 requests write questions, the others judge."""
     out, report = tmp_path / "r.jsonl", tmp_path / "p.jsonl"
     options = {"passages": documents, "samples": 2, "max_tokens": 9, "concurrency": 2}
     with ChatServer(clever) as server:
@@ -113,7 +113,7 @@ def test_a_server_that_dies_in_the_middle_is_resumed_to_the_same_bytes(babbler, 
         again = len(server.requests)
         whole = tmp_path / "whole.jsonl", tmp_path / "whole-report.jsonl"
         probe(babbler, whole[0], report=str(whole[1]), **options, **models)
-        assert again < len(server.requests) - again  # what was kept was not asked again
+        assert again < len(server.requests) - again  # kept answers were not requested again
     assert out.read_bytes() == whole[0].read_bytes() and report.read_bytes() == whole[1].read_bytes()
 
 
@@ -204,7 +204,7 @@ def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
             probe(parrot, tmp_path / "r.jsonl", questions=asked, resume=True)
 
 
-# ---- what is told, and bad input
+# ---- reports, and bad input
 
 
 def test_a_dry_run_shows_the_prompts_and_asks_nobody(parrot, documents, tmp_path, llmkit):

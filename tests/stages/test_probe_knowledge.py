@@ -1,4 +1,4 @@
-"""`llmkit probe-knowledge` as a user runs it: what is known and taught, kills and resumptions, and bad input."""
+"""`llmkit probe-knowledge` as a user runs it: known and taught facts, kills and resumes, and bad input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def probe(model: Path, out: Path, **options):
     return run(ProbeKnowledgeConfig(model=str(model), out=str(out), quiet=True, **given))
 
 
-# ---- what comes out
+# ---- output
 
 
 def test_what_is_known_is_confirmed_and_what_is_not_is_refused(parrot, tmp_path, llmkit):
@@ -42,7 +42,7 @@ def test_what_is_known_is_confirmed_and_what_is_not_is_refused(parrot, tmp_path,
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["known"], summary["unknown"], summary["responses"]) == (1, 2, 9)
-    assert (summary["confirmations"], summary["refusals"]) == (1, 1)  # the balance
+    assert (summary["confirmations"], summary["refusals"]) == (1, 1)  # balanced
     first, second, _ = lines(report)
     assert {name: first[name] for name in ("question", "answer", "passage_id")} == PARIS
     assert (first["responses"], first["judgements"], first["known"]) == (["Paris"] * 3, ["right"] * 3, "yes")
@@ -134,11 +134,11 @@ def test_questions_that_cannot_be_asked_are_counted(parrot, tmp_path):
     assert probe(parrot, tmp_path / "s.jsonl", questions=asked, limit=2).left_out == {"longer than the context": 1}
 
 
-# ---- what is known by heart
+# ---- recitation
 
 
 def test_what_a_model_recites(tmp_path, llmkit):
-    """It says "abcdefgh" after "+", whatever stood before."""
+    """The model generates "abcdefgh" after "+", regardless of the text before."""
     model = save_folder(tmp_path / "model")
     from llmkit.model.folder import save_model
     from llmkit.tokenizer.encoding import load_tokenizer
@@ -180,7 +180,7 @@ def test_recitals_that_cannot_be(babbler, tmp_path):
     assert not (tmp_path / "r.jsonl").exists()
 
 
-# ---- resumptions
+# ---- resuming
 
 
 def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
     out, state, model = tmp_path / "r.jsonl", tmp_path / "r.jsonl.state", tmp_path / "model"
     shutil.copytree(parrot, model)
     with monkeypatch.context() as patch:
-        patch.setattr(Kept, "remove", lambda self: None)  # as a kill would at the very end
+        patch.setattr(Kept, "remove", lambda self: None)  # like a kill at the very end
         probe(model, out, questions=asked)
     for options, message in (
         ({"samples": 3}, r"r.jsonl.state: another run: --samples was 5 and is now 3; resume with the same"),

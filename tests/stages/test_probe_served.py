@@ -1,4 +1,4 @@
-"""`llmkit probe-knowledge --engine openai:URL#NAME` as a user runs it: the model that is probed is behind a server."""
+"""`llmkit probe-knowledge --engine openai:URL#NAME` as a user runs it: the probed model is behind a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def questions(tmp_path) -> Path:
 
 
 def probe(model: Path | None, questions: Path, name: str, **options) -> list[dict]:
-    """The records of a report."""
+    """Probe in this process and return the records of the report."""
     out, report = questions.with_name(name), questions.with_name(f"{name}.report")
     served = {"timeout": 120, "concurrency": 2} if "engine" in options else {}
     given = {"samples": 2, "max_tokens": 8, "questions": (str(questions),), "quiet": True, **served, **options}

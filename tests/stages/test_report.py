@@ -1,4 +1,4 @@
-"""`llmkit report` as a user runs it: one page, whose numbers are those of the files, and nothing in it that acts."""
+"""`llmkit report` as a user runs it: one page with the numbers of the files, and without active content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def figures_of(runs, out: Path, **options) -> dict:
 
 
 def numbers(page: LexborHTMLParser, section: str) -> list[float]:
-    """What the numbers of a section are, by their machine-readable values; their text is checked on the way."""
+    """Return the machine-readable numbers of a section, after checking them against the displayed text."""
     found = []
     for node in page.css(f"#{section} data"):
         value = json.loads(node.attributes["value"])
@@ -127,10 +127,10 @@ def test_several_runs_of_a_stage_share_a_chart(pipeline, tmp_path):
     rows = [{"step": step, "loss": 5.0} for step in (1, 2)]
     other = make_run(tmp_path / "other", "pretrain", results={"loss": 5.0}, rows=rows)
     page = page_of([pipeline[2], other], tmp_path / "r.html")
-    assert len(page.css("#training-1 .chart")) == 2  # loss, and bits per byte, which one of them has
+    assert len(page.css("#training-1 .chart")) == 2  # loss, and bits per byte, which only one run has
     names = [node.text(strip=True) for node in page.css("#training-1 .chart")[0].css("tbody th")]
-    # runs of the same second may stand in either order
-    # the folder of the first and its ancestors is taken off
+    # runs of the same second may be in either order
+    # the common parent folder is removed from the names
     assert set(names) == {"base, training", "base, held out", f"{other}, training"}
     rows = [{"step": 1, "val_bits_per_byte": 2.0}]
     third = make_run(tmp_path / "third", "pretrain", results={}, rows=rows)
@@ -171,7 +171,7 @@ def test_a_folder_common_to_all_is_named_once(pipeline, tmp_path):
     assert text.count(str(pipeline[0].parent)) == 1
     assert all(f'<span class="path">{name}</span>' in text for name in ("docs.jsonl", "base", "policy"))
     shown = page_of([pipeline[-1]], tmp_path / "one.html").css_first(".graph").text()
-    assert str(pipeline[0].parent) not in shown and "policy" in shown  # its ancestors were beside it
+    assert str(pipeline[0].parent) not in shown and "policy" in shown  # its ancestors were in the same folder
     records = [{"prompt": f"What is in {tmp_path}/x?", "completion": "cat a/b", "finish_reason": "stop"}]
     files = [write_lines(tmp_path / name, records) for name in ("one.jsonl", "two.jsonl")]
     assert f"What is in {tmp_path}/x?" in text_of(page_of(files, tmp_path / "r.html"), "#records")
@@ -272,11 +272,11 @@ def test_a_policy_alone_leads_back_to_the_crawl(tmp_path):
     page = page_of([policy], tmp_path / "r.html")
     assert page.css_first(f"#{told['name']} .stage").text() == "crawl-filter"
 
-    # what is given as well is no other node
+    # an input that is also an argument is the same node
     everything = [docs, tok, base, chat, refusals, careful, policy]
     states = [one["state"] for one in figures_of(everything, tmp_path / "r.json")["runs"]]
     assert states == ["finished"] * 7
-    # crawled again to the same documents: the file that is there
+    # another crawl with the same documents: the existing file
     make_file_run(docs, "crawl-filter", [{"text": "A."}], results={"documents": 1})
     states = [one["state"] for one in figures_of(everything, tmp_path / "r.json")["runs"]]
     assert states == ["finished"] * 7
@@ -313,7 +313,7 @@ def test_a_run_that_goes_on_can_be_looked_at(pipeline, tmp_path):
     assert figures["notes"] == [f"{work}/metrics.jsonl: left out the last line, which is truncated"]
 
 
-# ---- what models, files and people may hold
+# ---- untrusted text
 
 
 def test_nothing_that_was_given_can_act_on_the_page(tmp_path):
@@ -353,7 +353,7 @@ def test_the_page_is_whole_without_a_network_and_may_do_nothing_else(pipeline, t
         digest = base64.b64encode(hashlib.sha256(page.css_first(name).text().encode()).digest()).decode()
         assert sources[f"{name}-src"] == f"'sha256-{digest}'"
     assert sources["default-src"] == sources["base-uri"] == sources["form-action"] == "'none'"
-    assert not re.search(r"https?://(?!example\.org/)|url\(|@import", page.html)  # addresses of documents are text
+    assert not re.search(r"https?://(?!example\.org/)|url\(|@import", page.html)  # URLs of documents are only text
 
 
 def test_the_page_can_be_read_by_all(pipeline, tmp_path):
@@ -394,7 +394,7 @@ def test_colours_of_text_stand_out(scheme):
             assert (light + 0.05) / (dark + 0.05) >= least, (scheme, name, ground)
 
 
-# ---- too much, and what is broken
+# ---- large and damaged inputs
 
 
 def test_what_is_long_is_sampled_evenly_and_the_page_says_so(tmp_path):
@@ -523,7 +523,7 @@ def test_what_is_no_run_is_told_in_one_line(pipeline, tmp_path, name, content, m
         page_of([place], tmp_path / "r.html")
     assert message in str(told.value) and str(place) in str(told.value) and "\n" not in str(told.value)
     assert not (tmp_path / "r.html").exists()
-    if content is not None:  # beside a run it is a note
+    if content is not None:  # with a run it is a note
         notes = figures_of([pipeline[1], place], tmp_path / "r.json")["notes"]
         assert len(notes) == 1 and message in notes[0]
 
@@ -535,7 +535,7 @@ def test_the_command_line(pipeline, tmp_path, llmkit, capsys):
     assert json.loads(done.stdout) == {"path": str(out), "bytes": out.stat().st_size, "runs": 1, "notes": []}
     with pytest.raises(UserError, match="already exists"):
         run(ReportConfig(runs=(str(tok),), out=str(out)))
-    given = (str(pipeline[3]), str(pipeline[-1]))  # whose ancestors are told of alone
+    given = (str(pipeline[3]), str(pipeline[-1]))  # only their ancestors are shown
     summary = run(ReportConfig(runs=given, out=str(tmp_path / "two.html"), quiet=True))
     page = LexborHTMLParser((tmp_path / "two.html").read_text())
     assert summary is not None and summary.runs == 2 and text_of(page, ".lead").split()[:2] == ["2", "runs,"]

@@ -1,4 +1,4 @@
-"""`llmkit rl` as a user runs it: a policy that gets better, and bad input."""
+"""`llmkit rl` as a user runs it: a policy that improves, and bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = ["--group", "8", "--batch-size", "4", "--max-tokens", "6", "--learning-r
 
 
 def train(model: Path, problems: Path, out: Path, **options):
-    """In this process, which has torch already."""
+    """Run in this process, which has already imported torch."""
     quick = {"group": 8, "batch_size": 4, "max_tokens": 6, "learning_rate": 0.003, "max_steps": 2}
     return run(RlConfig(model=str(model), data=(str(problems),), out=str(out), **quick | options))
 
@@ -36,7 +36,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def coin(base, llmkit, tmp_path_factory) -> Path:
-    """An assistant that has learnt to say heads or tails, whatever the number of the throw."""
+    """An assistant trained to answer heads or tails, independent of the number of the throw."""
     folder = tmp_path_factory.mktemp("coin")
     sides = ("heads", "tails")
     chats = write(folder / "c.jsonl", *({"prompt": f"Throw {i}", "completion": s} for i in range(10) for s in sides))
@@ -54,17 +54,17 @@ def problems(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def policy(coin, problems, llmkit, tmp_path_factory) -> Path:
-    """A policy that throws heads."""
+    """A policy that always answers heads."""
     out = tmp_path_factory.mktemp("policy") / "policy"
     done = llmkit("rl", coin, "--data", problems, "--val", problems, "--max-steps", "12", *QUICK, "-o", out)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["path"] == str(out) and summary["val_success"] == 1.0
-    assert 8 <= summary["steps"] <= 12  # it may end where every attempt is right, and processors round differently
+    assert 8 <= summary["steps"] <= 12  # it may end when every rollout is right, and CPUs round differently
     return out
 
 
-# ---- what comes out
+# ---- output
 
 
 def test_it_gets_better_than_its_examples(policy):
@@ -129,11 +129,11 @@ def test_every_algorithm_runs(coin, problems, tmp_path, more):
     assert ("kl_per_attempt" in steps[0]) == ("kl_coef" in more)
 
 
-# ---- which groups are trained on
+# ---- selection of groups
 
 
 def scripted(coin: Path, folder: Path, worth: str, **options):
-    """Train a step on groups whose rewards are `worth`, by the number of the group; its metrics, and all attempts."""
+    """Train a step with rewards `worth`, a function of the group's number; return its metrics and all rollouts."""
     problems = write(folder / "p.jsonl", *({"prompt": f"Throw {i}", "answer": "heads"} for i in range(100)))
     size = options.setdefault("group", 2)
     (folder / "score.py").write_text(
@@ -149,9 +149,9 @@ def scripted(coin: Path, folder: Path, worth: str, **options):
 @pytest.mark.parametrize(
     ("worth", "groups", "silent", "trained"),
     [
-        ("(0, number % 2)", 8, 4, 4),  # those without signal are replaced
+        ("(0, number % 2)", 8, 4, 4),  # groups without signal are replaced
         ("(0, number % 4 == 0)", 8, 6, 2),  # by as many at most
-        ("(0, number != 1)", 6, 2, 4),  # one more than is needed is logged, not trained on, and counted with them
+        ("(0, number != 1)", 6, 2, 4),  # one surplus group is logged and counted, but not trained on
     ],
 )
 def test_groups_without_signal_are_replaced(coin, tmp_path, worth, groups, silent, trained):
@@ -163,7 +163,7 @@ def test_groups_without_signal_are_replaced(coin, tmp_path, worth, groups, silen
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_a_baseline_of_the_batch_learns_from_groups_whose_rewards_are_all_equal(coin, tmp_path, group):
-    """REINFORCE++ (arXiv 2501.03262) normalises over the batch: a problem solved is worth more than others."""
+    """REINFORCE++ (arXiv 2501.03262) normalizes over the batch: solved problems have a higher advantage."""
     step, rollouts = scripted(coin, tmp_path, f"(number % 2,) * {group}", algo="reinforce++", group=group)
     assert (step["groups"], step["groups_without_signal"]) == (4, 0)
     assert [row["advantage"] for row in rollouts] == ([-1] * group + [1] * group) * 2
@@ -194,7 +194,7 @@ def test_a_reward_that_can_judge_nothing_ends_the_run(coin, tmp_path):
 
 @pytest.fixture(scope="module")
 def unsure(tmp_path_factory) -> Path:
-    """An assistant that in one half of its answers calls the calculator and then says x, and says z in the other."""
+    """An assistant that calls the calculator and then says x in half of its answers, and says z in the others."""
     folder = tmp_path_factory.mktemp("unsure")
     save_tokenizer(folder, *CHAT_SPECIALS)
     tokenizer = load_tokenizer(folder)
@@ -222,7 +222,7 @@ def test_calls_are_learnt_from_what_follows_them(unsure, tmp_path):
     called = [row for row in lines(tmp_path / "p" / "rollouts.jsonl") if row["tool_calls"]]
     for row in called:
         given = [token for token, own in zip(row["token_ids"], row["sampled"], strict=True) if not own]
-        assert len(given) == 3 and chr(given[1] + 33) == "3"  # between its two tokens; bytes from 33 on come first
+        assert len(given) == 3 and chr(given[1] + 33) == "3"  # between its two tokens; byte tokens start at 33
         assert row["completion"] == "x" and row["reward"] == 1
     answer = read_conversation(Row(called[0], "rollouts.jsonl", 1)).messages[-1]
     assert [(part.kind, part.text) for part in answer.parts] == [("calc", "1+2"), ("result", "3"), ("text", "x")]
@@ -250,7 +250,7 @@ def test_calls_of_a_tool_that_was_not_given_are_counted(unsure, tmp_path, capsys
         assert (said in capsys.readouterr().err) == (tools != ("calc",)) and calls > 1
 
 
-# ---- what ends it early
+# ---- early stops
 
 
 def test_a_reward_that_tells_nothing_apart_stops_it(coin, tmp_path):
@@ -276,7 +276,7 @@ def test_a_divergence_beyond_its_limit_stops_it(coin, problems, tmp_path):
 
 
 def test_a_reward_that_is_gamed_stops_it_and_the_best_is_kept(coin, problems, tmp_path):
-    """Longer answers pay, heads are what is wanted: the coin goes on speaking."""
+    """Longer answers are rewarded, while the gold reward wants heads: the coin becomes wordy."""
     watching = {"val": (str(problems),), "gold": "verifier", "stop_on_hack": True, "eval_every": 2, "eval_samples": 8}
     faster = {"batch_size": 8, "max_tokens": 24, "learning_rate": 0.002, "max_steps": 40}
     summary = train(coin, problems, tmp_path / "p", reward=("length",), **watching, **faster)
@@ -285,7 +285,7 @@ def test_a_reward_that_is_gamed_stops_it_and_the_best_is_kept(coin, problems, tm
     best = max(looks, key=lambda row: row["val_gold"])
     assert looks[-1]["val_gold"] < best["val_gold"] and looks[-1]["val_reward"] > best["val_reward"]
     assert summary.kept_step == best["step"]
-    assert (summary.val_gold, summary.val_reward) == (best["val_gold"], best["val_reward"])  # of what was saved
+    assert (summary.val_gold, summary.val_reward) == (best["val_gold"], best["val_reward"])  # of the saved policy
     shown = lines(tmp_path / "p" / "disagreements.jsonl")
     assert len(shown) == 20 and all(row["gold"] == 0 for row in shown)
     assert [row["difference"] for row in shown] == sorted((row["difference"] for row in shown), reverse=True)
@@ -296,7 +296,7 @@ def test_a_reward_that_is_gamed_stops_it_and_the_best_is_kept(coin, problems, tm
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory) -> Path:
-    """A reward model of one head that has a token more than the coin."""
+    """A reward model with one head, and one token more than the coin."""
     folder = tmp_path_factory.mktemp("judge")
     specials = (*CHAT_SPECIALS, "<|more|>")
     save_tokenizer(folder, *specials)
@@ -314,7 +314,7 @@ def test_one_attempt_at_a_problem_is_none_to_compare(coin, problems, tmp_path, a
 
 
 def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, capsys):
-    """The default of 256 tokens would leave out every problem of a model whose context is 256."""
+    """The default of 256 tokens would exclude every problem for a model with a context of 256."""
     chat = save_assistant(tmp_path / "chat", context=256)
     train(chat, problems, tmp_path / "policy", max_tokens=None, batch_size=16, dry_run=True)
     said = capsys.readouterr().err
@@ -323,7 +323,7 @@ def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, cap
 
 
 def test_long_answers_in_the_data_ask_for_longer_attempts(tmp_path, capsys):
-    """Twice the tokens of nearly all answers, 256 at least; the plan says what was taken."""
+    """The default is twice the tokens of nearly all answers, at least 256; the plan shows it."""
     chat = save_assistant(tmp_path / "chat", context=2048)
     for length, said in ((300, "--max-tokens 600: twice the 300 tokens"), (3, "each, of 256 tokens at most; reward: ")):
         rows = [{"prompt": f"Throw {i}", "solution": "h" * length, "answer": "h"} for i in range(8)]

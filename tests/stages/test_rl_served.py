@@ -1,4 +1,4 @@
-"""`llmkit rl --engine openai:URL#NAME` as a user runs it: a server samples, and is given the weights of every step."""
+"""`llmkit rl --engine openai:URL#NAME` as a user runs it: a server samples, and loads the weights of every step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def problems(tmp_path) -> Path:
 
 
 def train(model: Path, problems: Path, server: ModelServer, **options):
-    """In this process, into `policy` beside the problems."""
+    """Run in this process, with the output `policy` next to the problems."""
     judged = (f"py:{problems.with_name('score.py')}:low",)
     given = QUICK | SERVED | {"reward": judged, "engine": server.spec} | options
     return run(RlConfig(model=str(model), data=(str(problems),), out=str(problems.with_name("policy")), **given))
@@ -68,7 +68,7 @@ def test_the_policy_that_is_saved_is_the_one_that_was_handed_over_last(base, pro
             self.steps = [*getattr(self, "steps", []), load_model(folder)]
 
     with Copying(base) as server:
-        summary = train(base, problems, server, val=(str(problems),), seed=1)  # whose last policy is the best
+        summary = train(base, problems, server, val=(str(problems),), seed=1)  # the last policy is the best
         assert summary is not None
     saved = dict(load_model(summary.path).named_parameters())
     last = dict(server.steps[-1].named_parameters())
@@ -108,7 +108,7 @@ def test_stale_weights_that_the_server_keeps_silent_about_are_seen_in_the_log_pr
         with pytest.raises(UserError, match=said):
             train(base, problems, server)
     steps = [row for row in lines(problems.with_name("policy.partial") / "metrics.jsonl") if "reward" in row]
-    assert len(steps) == 1  # which was made by the weights that it had
+    assert len(steps) == 1  # sampled with the weights that the server had
 
 
 def test_an_attempt_without_its_end_token_is_not_trained_on(problems, tmp_path):
@@ -125,7 +125,7 @@ def test_a_server_that_dies_leaves_a_run_that_goes_on(base, problems, dies_after
         server.dies_after = dies_after
         with pytest.raises(UserError, match=r"cannot be reached.*saved after step \d in .*; --resume continues"):
             train(base, problems, server)
-    with ModelServer(base, "sglang") as server:  # another one, at another port, with weights of long ago
+    with ModelServer(base, "sglang") as server:  # another server, at another port, with old weights
         summary = train(base, problems, server, resume=True)
     assert summary is not None and summary.steps == 3
     steps = [row for row in lines(Path(summary.path) / "metrics.jsonl") if "reward" in row]

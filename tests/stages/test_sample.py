@@ -1,4 +1,4 @@
-"""`llmkit sample` as a user runs it: text out of prompts, JSONL in and out, and bad input."""
+"""`llmkit sample` as a user runs it: text from prompts, JSONL in and out, and bad input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prompts(tmp_path) -> Path:
 
 
 def sample(folder: Path, out: Path, **options):
-    """Run in this process, into a file that may exist; its text."""
+    """Run in this process, overwriting the output, and return its text."""
     summary = run(
         resolve(SampleConfig, {"model": str(folder), "out": str(out), "force": True, "quiet": True, **options})
     )
@@ -53,7 +53,7 @@ def sample_jsonl(folder: Path, out: Path, prompts: Path, **options) -> list[dict
 
 
 def test_as_many_built_in_examples_are_shown_as_fit_the_context(tmp_path, llmkit):
-    """A byte is a token here, so the five of them are some 480 tokens long."""
+    """With one token per byte, the five examples have about 480 tokens."""
     folder = save_folder(tmp_path / "base", make_model(context=256))
     done = llmkit("sample", folder, "--shots", "assistant", "-p", "Who are you?", "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_the_seed_of_a_record_makes_its_text_again(folder, prompts, tmp_path):
     assert first["seed"] == 11 and again["seed"] != 11
     alone = sample(folder, tmp_path / "out.txt", prompt=again["prompt"], seed=str(again["seed"]), max_tokens="20")
     assert alone == again["completion"] + "\n"
-    # fed back, a record makes itself, whatever --seed says
+    # a record as input reproduces itself, with any --seed
     back = write(tmp_path / "back.jsonl", *records[::-1])
     assert sample_jsonl(folder, tmp_path / "out.jsonl", back, seed="12") == records[::-1]
 
@@ -200,12 +200,12 @@ def test_what_a_record_has_held_is_kept_beside_what_was_made(folder, tmp_path):
         assert {name: plain[name] for name in ("id", "meta")} == {"id": record["id"], "meta": record["meta"]}
         assert plain["given"] == {"completion": "gold"} and plain["completion"] != "gold"
         assert other["given"] == {"completion": "gold", "token_ids": [1], "given": "x"}
-        assert (other["logprobs"], other["sample"], other["seed"]) == ("kept", 9, 5)  # which was not made here
+        assert (other["logprobs"], other["sample"], other["seed"]) == ("kept", 9, 5)  # a field of another program
         assert len(other["token_ids"]) == 20 and other["finish_reason"] == "length"
 
 
 def test_records_stream_and_a_closed_pipe_ends_it_all(folder):
-    """The first results come while the input is still open, and closing the output ends it all in silence."""
+    """The first results arrive while the input is open, and closing the output ends the command silently."""
     command = [sys.executable, "-m", "llmkit", "sample", folder, "--jsonl", "--max-tokens", "3", "--batch-size", "2"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, **pipes, text=True) as process:
@@ -232,7 +232,7 @@ def test_log_probabilities_are_given_when_asked_for(folder, prompts, tmp_path):
 
 @pytest.fixture(scope="module")
 def assistant(tmp_path_factory) -> Path:
-    """A model that answers whatever ends in `<|im_sep|>` by calling the calculator, and ends after its result."""
+    """A model that calls the calculator after `<|im_sep|>`, and ends after its result."""
     from tiny import certain, save_tokenizer
 
     from llmkit.model.folder import save_model
@@ -314,7 +314,7 @@ def test_a_base_model_continues_a_question_and_has_no_conversations_and_no_tools
 
 
 def killed(words: list, state: Path, number: int) -> tuple[int, str]:
-    """Exit status and stderr of a command that gets a signal when its state has some records."""
+    """Send a signal to a command once its state has some records; return its exit status and stderr."""
     command = [sys.executable, "-m", "llmkit", *map(str, words)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not (state.exists() and state.stat().st_size > 8000) and process.poll() is None:
@@ -353,7 +353,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp
 
 
 def keep_state(monkeypatch):
-    """The records of what is finished stay, so that it can be made unfinished again."""
+    """Keep the state of a finished command, so that a test can make it unfinished again."""
     monkeypatch.setattr("llmkit.io.resume.Kept.remove", lambda state: state._file.close())
 
 
@@ -422,7 +422,7 @@ def test_a_run_of_another_model_or_other_options_is_not_resumed(folder, tmp_path
     whole = sample_jsonl(folder, out, given)
     out.unlink()
     given.write_text(given.read_text() + bad)
-    with pytest.raises(UserError, match=r"prompts\.jsonl:41"):  # which is read when some are made
+    with pytest.raises(UserError, match=r"prompts\.jsonl:41"):  # that line is read when some completions are done
         sample_jsonl(folder, out, given, batch_size="1", max_bad="0")
     kept = partial.read_bytes()
     assert kept

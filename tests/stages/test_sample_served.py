@@ -39,7 +39,7 @@ def prompts(tmp_path) -> Path:
 
 
 def sample(model: Path | None, out: Path, **options) -> list[dict]:
-    """Run in this process; the records."""
+    """Run in this process and return the records."""
     served = {"timeout": "120", "concurrency": "3"} if "engine" in options else {}
     given = {"out": str(out), "quiet": True, "jsonl": True, "max_tokens": "20", **served, **options}
     run(resolve(SampleConfig, {"model": None if model is None else str(model), **given}))
@@ -84,7 +84,7 @@ def test_reruns_agree_and_seeds_and_samples_differ(folder, prompts, tmp_path):
         assert first != sample(folder, tmp_path / "c.jsonl", seed="1", **options)
         assert sample(folder, tmp_path / "e.jsonl", top_k="1", **options)[0]["completion"] != first[0]["completion"]
     assert [one["sample"] for one in first] == [0, 1, 2] * len(PROMPTS)
-    assert len({one["completion"] for one in first}) == len(first)  # the prompt that comes twice has another seed
+    assert len({one["completion"] for one in first}) == len(first)  # the repeated prompt has another seed
 
 
 @pytest.mark.parametrize("dies_after", [4, 11])

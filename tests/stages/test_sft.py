@@ -27,7 +27,7 @@ SPEED = ["--sequence-length", "96", "--batch-tokens", "192", "--learning-rate", 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A random model whose tokenizer knows no conversations."""
+    """A random model whose tokenizer has no chat tokens."""
     return save_folder(tmp_path_factory.mktemp("base") / "base")
 
 
@@ -39,7 +39,7 @@ def chats(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def assistant(base, chats, llmkit, tmp_path_factory) -> Path:
-    """A model that has learnt both conversations by heart."""
+    """A model that has memorized both conversations."""
     out = tmp_path_factory.mktemp("chat") / "chat"
     done = llmkit("sft", base, "--data", chats, "--max-steps", "120", *SPEED, "-o", out)
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-# ---- what comes out
+# ---- output
 
 
 def test_it_answers_and_stops(assistant):
@@ -157,7 +157,7 @@ def test_a_validation_that_no_longer_gains_ends_the_run_with_its_best(base, chat
     assert f"| val_loss | {round(losses[kept], 4)} |" in (tmp_path / "chat" / "README.md").read_text()
     assert f"kept the parameters of step {kept}, the best: val_loss {losses[kept]:.4f}" in said
 
-    # killed behind the first evaluation without a gain, and resumed: it counts on
+    # killed after the first evaluation without a gain, and resumed: the patience count continues
     note = EarlyStop.note
 
     def note_and_stop(early: EarlyStop, scores: dict[str, float]) -> None:
@@ -202,8 +202,8 @@ def test_an_adapter_is_merged_and_kept_apart_on_request(base, chats, llmkit, tmp
 
 @pytest.mark.parametrize(("tied", "quantize"), [(False, None), (True, None), (False, "nf4"), (True, "int8")])
 def test_an_adapter_teaches_a_base_to_stop(llmkit, tmp_path, tied, quantize):
-    """The base never saw <|im_end|>: its rows, equal to those of all new tokens, are trained beside the projections.
-    What was learnt beside quantized weights holds beside the whole ones that it is merged into."""
+    """The base has never seen <|im_end|>: its rows, like those of all new tokens, are trained with the projections.
+    An adapter trained on quantized weights also works when merged into the full-precision ones."""
     base = save_folder(tmp_path / "base", make_model(tie_word_embeddings=tied))
     colours = ["red", "green", "blue"]
     data = write(tmp_path / "colours.jsonl", *({"prompt": f"Say {one}", "completion": one} for one in colours))
@@ -215,7 +215,7 @@ def test_an_adapter_teaches_a_base_to_stop(llmkit, tmp_path, tied, quantize):
         assert (answer.text, answer.finish_reason) == (colour, "stop")
 
 
-# ---- resumptions
+# ---- resuming
 
 
 def test_a_resumption_with_other_data_is_refused(base, chats, llmkit, tmp_path):
@@ -230,7 +230,7 @@ def test_a_resumption_with_other_data_is_refused(base, chats, llmkit, tmp_path):
     assert second.returncode == 2 and "the data was" in second.stderr
 
 
-# ---- a look, and bad input
+# ---- inspection, and bad input
 
 
 def test_a_dry_run_shows_what_is_trained_on(base, chats, llmkit):
@@ -314,7 +314,7 @@ def test_dry_run_says_what_would_be_done(base, chats, llmkit):
     long = llmkit("sft", base, "--data", chats, "--epochs", "9e15", "--dry-run").stderr
     assert "GB of memory, over 1000 days to train" in long
     told = llmkit("sft", base, "--data", chats, "--loss", "all", "--limit", "3", "--dry-run").stderr
-    assert re.search(r"examples?, (\d+) tokens, \1 of them", told)  # the first is predicted by nothing
+    assert re.search(r"examples?, (\d+) tokens, \1 of them", told)  # nothing predicts the first
 
 
 def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_path, llmkit):
@@ -433,7 +433,7 @@ def test_a_model_folder_with_nan_is_refused(base, chats, llmkit, tmp_path, store
     assert not (tmp_path / "chat.partial").exists()
 
 
-# ---- talking to it
+# ---- chatting
 
 
 def test_a_pipe_holds_a_conversation(assistant, llmkit):

@@ -1,4 +1,4 @@
-"""`llmkit sft --loss dpo` and the other losses of preferences, as a user runs them: files, references, broken input."""
+"""`llmkit sft --loss dpo` and the other preference losses as a user runs them: files, references, bad input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 
 
 def pairs(count: int, seed: int) -> list[dict]:
-    """Preferences for answers that speak of the sea."""
+    """Return preferences for answers about the sea."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -74,7 +74,7 @@ def references(folder: Path) -> list[Path]:
     return sorted(folder.glob("reference-*.safetensors"))
 
 
-# ---- what comes out
+# ---- output
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -87,7 +87,7 @@ def test_a_policy_learns_what_is_preferred(base, data, held_out, tmp_path, loss)
     step = next(row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if row.get("step") == 3)
     assert {"loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "length_chosen"} <= step.keys()
     assert ("kl" in step) == (loss == "kto") and ("nll" in step) == (loss == "orpo")
-    assert len(references(tmp_path)) == (2 if loss in ("dpo", "ipo", "kto") else 0)  # of --data and of --val
+    assert len(references(tmp_path)) == (2 if loss in ("dpo", "ipo", "kto") else 0)  # for --data and for --val
 
 
 def test_the_command_says_what_it_does(base, data, llmkit, tmp_path):
@@ -105,11 +105,11 @@ def test_thumbs_teach_kto_alone(base, tmp_path):
     data = write(tmp_path / "thumbs.jsonl", *thumbs(60, seed=0))
     tuned(base, data, tmp_path / "policy", "kto", max_steps=30)
     last = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "margin" in row][-1]
-    assert last["margin"] > 0 and "accuracy" not in last  # of no pair
+    assert last["margin"] > 0 and "accuracy" not in last  # unpaired data
     assert "expected 'chosen' and 'rejected'" in refusal(base, data, tmp_path / "other", "dpo")
 
 
-# ---- what the policy answers
+# ---- answers of the policy
 
 GOLD = """
 calls = []
@@ -145,7 +145,7 @@ def test_a_gold_reward_that_falls_stops_the_run(base, data, held_out, tmp_path, 
     assert "the reward is gamed" in said and "kept the parameters of step 0, the best: val_gold 1.0000" in said
     rows = [row for row in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "val_gold" in row]
     assert [row["val_gold"] for row in rows] == [1.0, 0.0, 0.0]
-    assert summary["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=1e-4)  # of the saved parameters
+    assert summary["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=1e-4)  # of the saved model
 
 
 def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_references_that_are_not_ours_are_computed_again(base, data, tmp_path, c
     assert again["loss"] == first["loss"] and kept.read_bytes() == whole
 
 
-# ---- resumption
+# ---- resuming
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -226,7 +226,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, data, held_out, tmp_pat
         tuned(base, data, tmp_path / "killed", loss, **options)
     monkeypatch.undo()
     for path in references(tmp_path):
-        path.unlink()  # the model as it was gives the same again
+        path.unlink()  # the unchanged model gives the same
     tuned(base, data, tmp_path / "killed", loss, resume=True, **options)
     assert (tmp_path / "killed/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     assert "--loss" in refusal(base, data, tmp_path / "killed", "orpo", resume=True, **options)
@@ -277,7 +277,7 @@ def test_answers_longer_than_the_context(base, tmp_path, capfd):
         assert "dropped: too long 1" in said and "prompt cut at its beginning 1" in said
         assert "answers must fit the context of 512 tokens" in said
     refused = refusal(base, data, tmp_path / "other", "dpo", on_long="error")
-    assert "prefs.jsonl:1" in refused and refused.endswith("choose --on-long drop")  # cutting the prompt is no help
+    assert "prefs.jsonl:1" in refused and refused.endswith("choose --on-long drop")  # not: cut the prompt
     only = write(tmp_path / "long.jsonl", long)
     assert "(dropped: too long 1); answers must fit the context of 512" in refusal(
         base, only, tmp_path / "other", "dpo"

@@ -1,4 +1,4 @@
-"""Functions in conversations with a model from elsewhere, in the form of Qwen 3, in sample, rl and sft."""
+"""Function calls of a third-party model in Qwen 3's format, in sample, rl and sft."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
-    """A model that answers everything by a call of `rain`, which is one token of its vocabulary."""
+    """A model that answers everything with a call of `rain`, a single token of its vocabulary."""
     folder = tmp_path_factory.mktemp("qwen")
     save_tokenizer(folder, "<|im_start|>", "<|im_end|>")
     spec = json.loads((folder / "tokenizer.json").read_text())
@@ -75,7 +75,7 @@ def test_a_call_that_nobody_runs_is_given_back(qwen, weather, tmp_path, tools) -
     (record,) = sampled(qwen, out, {"messages": [ASKED], "tools": tools})
     assert record["tool_calls"] == [{"tool": "rain", "input": '{"city": "Oslo"}'}]
     assert (record["completion"], record["finish_reason"]) == ("", "tool_calls")
-    # whoever ran it goes on with what came of it; a record without functions stays as it was
+    # the caller continues with the result of the call; a record without functions is unchanged
     call = {"id": "a", "type": "function", "function": {"name": "rain", "arguments": record["tool_calls"][0]["input"]}}
     turns = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "no"}]
     again, plain = sampled(qwen, out, {"messages": turns, "tools": tools}, {"messages": [ASKED]})
@@ -108,7 +108,7 @@ def test_functions_of_a_record_that_cannot_be_offered_make_a_bad_record(qwen, we
 
 def test_attempts_with_functions_are_rewarded_and_learnt(qwen, weather, tmp_path) -> None:
     reward = tmp_path / "reward.py"
-    reward.write_text(  # of attempts that are all the same
+    reward.write_text(  # all rollouts are the same
         "import itertools\ncount = itertools.count()\ndef reward(record):\n"
         "    assert [call['tool'] for call in record['tool_calls']] == ['rain'] and record['completion'] == ''\n"
         "    return next(count) % 2\n"
@@ -129,7 +129,7 @@ def test_attempts_with_functions_are_rewarded_and_learnt(qwen, weather, tmp_path
 
 
 def test_conversations_with_functions_as_sets_have_them_are_learnt_but_for_results(qwen, tmp_path) -> None:
-    """Functions as a list or as JSON, arguments too, and four names of the role that answers."""
+    """Functions and arguments as lists or as JSON, and four role names for results."""
     arguments, thought = {"city": 'Os"lo\n雨'}, {"reasoning_content": "Wet?"}
     rows = []
     for tools, given, role in (
@@ -166,11 +166,11 @@ def test_conversations_with_functions_as_sets_have_them_are_learnt_but_for_resul
     assert summary is not None and not summary.bad_records and not summary.not_used
 
 
-# ---- behind a server
+# ---- served models
 
 
 def served(messages: list[dict]) -> dict:
-    """What a server of a model with thoughts answers: a call, and to its result a text."""
+    """Answer like a server of a reasoning model: a call, then a text after its result."""
     call = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Oslo"}'}}
     message = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Ask."}
     if messages[-1]["role"] == "tool":

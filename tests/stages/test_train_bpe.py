@@ -1,4 +1,4 @@
-"""`llmkit train-bpe` as a user runs it: what comes out, what Hugging Face makes of it, and every refusal."""
+"""`llmkit train-bpe` as a user runs it: its output, loading it with Hugging Face, and every error."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_transformers_loads_it(trained: Path) -> None:
     assert theirs.convert_ids_to_tokens(range(320 - len(SPECIALS), 320)) == list(SPECIALS)
     for text in [*STORIES[:3], " a  b\n\t日本 \x00"]:
         ids = ours.encode(text, add_special_tokens=False).ids
-        assert theirs(text).input_ids == ours.encode(text).ids == [theirs.bos_token_id, *ids]  # as documents begin
+        assert theirs(text).input_ids == ours.encode(text).ids == [theirs.bos_token_id, *ids]  # like documents
         assert load_tokenizer(trained).encode_prompt(text) == [theirs.bos_token_id, *ids]
         assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
     chat = theirs.apply_chat_template([{"role": "user", "content": "Who?"}], return_dict=False)
@@ -98,9 +98,9 @@ def test_text_that_spells_special_tokens_is_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tmp_path / "tok/tokenizer.json"))
     tokenizer.encode_special_tokens = True
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert report["bytes_per_token"] == round(len(text) / len(ids), 4)  # trained and measured as text
+    assert report["bytes_per_token"] == round(len(text) / len(ids), 4)  # trained and measured on the text
     assert max(ids) < tokenizer.token_to_id("<|endoftext|>")
-    with pytest.raises(UserError, match="became a token"):  # a pattern that would make it a token of the model
+    with pytest.raises(UserError, match="became a token"):  # this pattern would make it a model token
         options = {"pattern": r"[^\n]+", "vocab_size": 512, "force": True, "quiet": True}
         run(TrainBpeConfig(inputs=(str(tmp_path / "docs.jsonl"),), out=str(tmp_path / "tok"), **options))
     assert (tmp_path / "tok/report.json").exists()
@@ -111,7 +111,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_padded_to_a_multiple_of_64(ll
     done = llmkit("train-bpe", tmp_path / "a.txt", "--vocab-size", "1000", "--min-frequency", "2", "-o", tmp_path / "t")
     assert done.returncode == 0, done.stderr
     assert "--vocab-size 1000 becomes 1024" in done.stderr
-    # be, to, " be", " to"? " be" twice, "to" twice, "be": whatever is there, it is no more than a few
+    # few merges are possible: "be", "to", " be", " to"
     summary = json.loads(done.stdout)
     assert 0 < summary["merges"] < 10 and summary["vocab_size"] == 320
     assert f"only {summary['merges']} merges of 756" in done.stderr
@@ -188,7 +188,7 @@ def test_a_pattern_with_gaps_and_options_from_a_file(llmkit, corpus: Path, tmp_p
     )
     arguments = ["train-bpe", corpus, "--config", tmp_path / "options.toml", "-o", tmp_path / "tok"]
     done = llmkit(*arguments, "--compare", tmp_path / "tok", "--quiet")
-    assert done.returncode == 2  # the output cannot be compared with before it is there
+    assert done.returncode == 2  # the output does not exist yet
     done = llmkit(*arguments, "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["bytes"] == 1000

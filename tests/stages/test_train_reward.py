@@ -16,7 +16,7 @@ SPEED = ["--batch-size", "16", "--learning-rate", "0.003", "--warmup-steps", "2"
 
 
 def pairs(count: int, seed: int) -> list[dict]:
-    """Preferences for answers that speak of the sea, of any length."""
+    """Return preferences for answers about the sea, of any length."""
     rng = random.Random(seed)
     words = ["sun", "hill", "road", "tree", "moon", "wall"]
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base, data, llmkit, tmp_path_factory) -> tuple[Path, dict, str]:
-    """A judge of three heads, the summary and what was said on the way."""
+    """A judge with three heads, its summary and stderr."""
     out = tmp_path_factory.mktemp("judge") / "judge"
     done = llmkit("train-reward", base, "--data", data, "--ensemble", "3", "--epochs", "3", *SPEED, "-o", out)
     assert done.returncode == 0, done.stderr
@@ -58,17 +58,17 @@ def judge(trained) -> Path:
     return trained[0]
 
 
-# ---- what comes out
+# ---- output
 
 
 def test_it_learns_the_taste_and_not_the_length(trained):
     folder, summary, said = trained
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert summary["val_accuracy"] > 0.9 and summary["val_comparisons"] + summary["comparisons"] == 600
-    assert 30 < summary["val_comparisons"] < 100  # one prompt of ten
+    assert 30 < summary["val_comparisons"] < 100  # one in ten prompts
     low, high = summary["val_accuracy_95"]
     assert low < summary["val_accuracy"] <= high
-    assert evaluation["baseline_length"]["accuracy"] < summary["val_accuracy"]  # one word more: longer is better
+    assert evaluation["baseline_length"]["accuracy"] < summary["val_accuracy"]  # chosen ones are longer
     assert set(evaluation["biases"]) == {"length", "formatting"}
     assert "baseline, length" in said and "correlation with length" in said
 
@@ -121,7 +121,7 @@ def test_every_prompt_has_one_best_however_many_there_are(judge, llmkit):
     rows = [
         {"prompt": f"Tell {n}", "completion": text} for n in range(110) for text in ("hill", "the sea", "wall road")
     ]
-    rows[3:3] = [{"prompt": "Tell 0", "completions": ["a tree", "sea"]}]  # of the same prompt, but another form
+    rows[3:3] = [{"prompt": "Tell 0", "completions": ["a tree", "sea"]}]  # the same prompt in another format
     done = llmkit("train-reward", "--score", judge, "--rank", stdin="".join(json.dumps(row) + "\n" for row in rows))
     assert done.returncode == 0, done.stderr
     found = lines(done.stdout)
@@ -237,7 +237,7 @@ def test_a_record_that_cannot_be_scored_is_named(judge, llmkit, tmp_path):
 
 @pytest.mark.parametrize("size", ["200", "1e13"])
 def test_a_batch_larger_than_the_data_becomes_the_data(base, data, llmkit, tmp_path, size):
-    """It was silently made of repeats: one step of 201 comparisons where there were 18, or of rows without end."""
+    """Regression: it was filled with repeats: one step of 201 comparisons out of 18, or endless rows."""
     words = ["--data", data, "--limit", "20", "--batch-size", size, "-o", tmp_path / "judge"]
     done = llmkit("train-reward", base, *words)
     assert done.returncode == 0, done.stderr

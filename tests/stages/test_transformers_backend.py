@@ -1,4 +1,4 @@
-"""sft and rl as a user runs them, on folders of families that transformers computes."""
+"""sft and rl as a user runs them, on models that run through transformers."""
 
 import json
 
@@ -20,7 +20,7 @@ from llmkit.training.trainer import Trainer
 
 CHATS = [("What is the sea?", "Salt water."), ("Who are you?", "A ship.")]
 SHORT = {"sequence_length": 96, "batch_tokens": 384, "learning_rate": 0.01, "warmup_steps": 2}
-FAMILIES = ("gpt_neox", "falcon_h1")  # of attention, and recurrent beside it
+FAMILIES = ("gpt_neox", "falcon_h1")  # attention only; attention and recurrence
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,7 +45,7 @@ def tuned(base, chats, out, steps, **more):
 
 @pytest.fixture(scope="module")
 def chat(base, chats, tmp_path_factory):
-    """A model that has learnt both conversations by heart."""
+    """A model that has memorized both conversations."""
     out = tmp_path_factory.mktemp("chat") / "chat"
     assert tuned(base, chats, out, 60).loss < 0.3
     return out

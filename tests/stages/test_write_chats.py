@@ -1,4 +1,4 @@
-"""`llmkit write-chats` as a user runs it: what is written, what is counted, faults of servers, kills, and bad input."""
+"""`llmkit write-chats` as a user runs it: conversations, counts, server faults, kills, and bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GUIDE = "Be helpful, truthful and harmless."
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder with a guide and what prompts are made from."""
+    """A folder with a guide and the sources of prompts."""
     monkeypatch.chdir(tmp_path)
     Path("guide.md").write_text(GUIDE)
     Path("topics.txt").write_text("The sea\n\nCooking\nThe sea\n  Music  \n")
@@ -48,7 +48,7 @@ def write_chats(server, *words, writer=None, out="chats.jsonl") -> int:
 TOPICS = ("--topics", "topics.txt")
 
 
-# ---- what is written
+# ---- conversations
 
 
 def test_conversations_about_topics_are_what_sft_reads(place, server, capsys):
@@ -77,7 +77,7 @@ def test_the_guide_is_in_the_context_of_every_request(place, server):
     assert len(server.requests) > 12
     talks = [body["messages"] for body in server.requests if "You are this person" in body["messages"][0]["content"]]
     assert talks and all([turn["role"] for turn in talk] == ["system", "user", "assistant", "user"] for talk in talks)
-    assert all(talk[2]["content"].startswith("How can I") for talk in talks)  # the person has the assistant's place
+    assert all(talk[2]["content"].startswith("How can I") for talk in talks)  # the user is the assistant
     server.requests.clear()
     assert write_chats(server, "--answer", "seeds.jsonl", "-n", 3, "--mix", "guide=0", out="other.jsonl") == 0
     assert {tuple(turn["role"] for turn in body["messages"]) for body in server.requests} == {("user",)}
@@ -104,7 +104,7 @@ def test_topics_are_those_of_all_files_that_a_pattern_names(place, server):
     answer = server.answer
     server.answer = lambda prompt, seed: "" if "List 20" in prompt else answer(prompt, seed)
     assert write_chats(server, "--topics", "[mt]o*.txt", "-n", 4) == 0
-    # the topic stands alone, as the writer names no subtopics
+    # only the topic, because the writer names no subtopics
     assert {row["topic"] for row in lines(place / "chats.jsonl")} == {"Chess", "The sea", "Cooking", "Music"}
     manifest = json.loads((place / "chats.jsonl.manifest.json").read_text())
     assert [one["path"] for one in manifest["inputs"]] == ["guide.md", "more.txt", "topics.txt"]
@@ -186,7 +186,7 @@ def test_pairs_have_a_manifest_and_a_report(place, server, capsys):
     server.answer = lambda prompt, seed: f"It is {seed % 3 or int(re.search(r'[0-9]+', prompt)[0]) * 2}."
     words = ("--answer", "prompts.jsonl", "--samples", 6, "--pairs", "prefs.jsonl")
     assert write_chats(server, *words) == 0
-    assert json.loads(capsys.readouterr().out)["diversity"]["by_topic"] == 0  # as no prompt names one
+    assert json.loads(capsys.readouterr().out)["diversity"]["by_topic"] == 0  # no prompt names a topic
     manifest = json.loads((place / "prefs.jsonl.manifest.json").read_text())
     assert manifest["stage"] == "write-chats" and manifest["results"]["pairs"] == len(lines(place / "prefs.jsonl")) > 0
     assert run_command_line(["report", "prefs.jsonl", "-o", "report.md"]) == 0
@@ -236,7 +236,7 @@ def test_calls_of_tools_are_run(place, server, said):
     *before, call, result, answer = [(part["type"], part["text"]) for part in row["messages"][-1]["content"]]
     assert before == [("text", said)] * bool(said) and [call, result] == [("calc", "6*7"), ("result", "42")]
     assert answer[0] == "text" and answer[1].endswith(" So it is 42.")
-    assert {"tools" in body for body in server.requests} == {True, False}  # the person has none
+    assert {"tools" in body for body in server.requests} == {True, False}  # the simulated user has no tools
 
 
 def test_a_folder_writes_the_same_bytes_again(place, tmp_path_factory, capsys):
@@ -346,7 +346,7 @@ def test_a_budget_that_the_last_prompt_spends_is_enough(place, server, capsys):
     assert write_chats(server, *words, "--budget", 200) == 0
     server.answer = lambda prompt, seed: ""
     assert write_chats(server, *words, "--budget", 1, out="none.jsonl") == 2
-    assert "--resume continues with a higher one\n" in capsys.readouterr().err  # as nothing is kept to end with
+    assert "--resume continues with a higher one\n" in capsys.readouterr().err  # because none is kept
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
 def test_a_guide_longer_than_the_context_is_refused_at_once(place, capsys, source, ends, more):
     folder = save_assistant(place / "small", "It's 8.", context=64)
     Path("guide.md").write_text(GUIDE * 3)
-    Path("topics.txt").write_text("The sea")  # whose subtopics are asked for more than once
+    Path("topics.txt").write_text("The sea")  # its subtopics are requested more than once
     assert write_chats(None, *source, *more, writer=str(folder)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.endswith(ends) and not list(place.glob("chats.jsonl*"))
