@@ -1,6 +1,6 @@
-"""Configuration of a model, in the names of a Hugging Face `config.json`.
+"""Model configuration, with the field names of a Hugging Face `config.json`.
 
-Knows nothing of files or tensors: `from_hf` takes the parsed dictionary, `to_hf` returns one.
+It is independent of files and tensors: `from_hf` takes the parsed dictionary, `to_hf` returns one.
 """
 
 import math
@@ -14,36 +14,35 @@ from llmkit.model.families import FAMILIES, Family
 from llmkit.model.rope import Rope, RopeScaling, rope_to_hf, ropes_from_hf, scaling_from_dict
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}  # and their names there
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}  # names in config.json
 
 
 def _choice(usual: Any) -> Any:
-    """Declare a field in which families differ, with the choice of most."""
+    """Declare a field in which families differ, with its most common value."""
     return field(default=usual, metadata={"usual": usual})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder, by its sizes and by the choices in which families differ. The defaults are those of one trained from
-    scratch, a Qwen3.
+    """Sizes of a decoder, and choices in which families differ. Defaults are for training from scratch, a Qwen3.
 
-    layer_windows  sliding window of each layer; None is none at all
-    rotary_dim     channels of a head that are rotated, the first ones; None is all
-    sliding_rope   rotation of the layers with a window, where it is not that of the others
+    layer_windows  sliding window of each layer; None: no layer has one
+    rotary_dim     number of rotated channels of a head, from the first; None: all
+    sliding_rope   rotation of the layers with a window, if it differs from that of the others
     no_rope_layers layers without a rotation
-    pre_norms      norms of what attention and feed-forward read
-    post_norms     norms of what they add to the residual stream
-    layer_norm     norms take the mean away and have biases
-    qk_norm_whole  queries and keys are normed over all heads at once
-    query_pre_attn_scalar  whose root divides attention's scores, in place of the head size
+    pre_norms      norms of the inputs of attention and feed-forward
+    post_norms     norms of their outputs
+    layer_norm     norms subtract the mean and have biases
+    qk_norm_whole  queries and keys are normalized over all heads at once
+    query_pre_attn_scalar  attention scores are divided by its square root, not by that of the head size
 
-    The last four fields exist while we train and fold away on export (`Transformer.export_state_dict`):
-    `normalize_embedding` feeds the first layer RMSNorm(E[token]); `residual_scales` learns one factor for each
-    branch that joins the residual stream; `norm_gains=False` trains without the gains of the hidden norms (saved
-    as ones); `qk_gain` multiplies the normed queries (saved in q_norm).
+    The last four fields exist only in training and are folded away on export (`Transformer.export_state_dict`):
+    `normalize_embedding` feeds the first layer RMSNorm(E[token]); `residual_scales` learns one factor for each branch
+    that joins the residual stream; `norm_gains=False` trains without the gains of the hidden norms (saved as ones);
+    `qk_gain` multiplies the normalized queries (saved in q_norm).
     """
 
-    backend: ClassVar[str] = "llmkit"  # what computes it
+    backend: ClassVar[str] = "llmkit"  # the code that computes it
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -71,7 +70,7 @@ class ModelConfig:
     qk_norm: bool = _choice(True)
     qk_norm_whole: bool = _choice(False)
     layer_windows: tuple[int | None, ...] | None = None
-    scale_embedding: bool = _choice(False)  # by the root of the hidden size
+    scale_embedding: bool = _choice(False)  # by the square root of the hidden size
     embedding_multiplier: float = _choice(1.0)
     residual_multiplier: float = _choice(1.0)
     attention_multiplier: float | None = _choice(None)
@@ -100,7 +99,7 @@ class ModelConfig:
         family = FAMILIES[self.model_type]
         for name in PLAIN.keys() - family.options.keys():
             if getattr(self, name) != (expected := family.choices.get(name, PLAIN[name])):
-                raise UserError(f"{name}: expected {expected} of {self.model_type}, found {getattr(self, name)}")
+                raise UserError(f"{name}: expected {expected} for {self.model_type}, found {getattr(self, name)}")
         if self.qk_gain != 1.0 and not self.qk_norm:
             raise UserError("qk_gain: needs qk_norm")
         if self.layer_windows is not None and len(self.layer_windows) != self.num_hidden_layers:
@@ -110,7 +109,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a generation, of which a config names none, one or several."""
+        """The ids that end a generation: none, one or several."""
         ends = self.eos_token_id
         return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
@@ -127,19 +126,19 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """The factor of queries times keys, once they are rotated; yarn's and longrope's stands in both of them."""
+        """Factor of rotated queries times keys, including that of yarn and longrope, which multiplies both."""
         turned = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
         scale = self.attention_multiplier or (self.query_pre_attn_scalar or self.head_dim) ** -0.5
         return self.qk_gain * turned**2 * scale
 
     @property
     def embedding_scale(self) -> float:
-        """The factor of what is looked up in the embedding."""
+        """Factor of the embedding's output."""
         return self.embedding_multiplier * (self.hidden_size**0.5 if self.scale_embedding else 1.0)
 
     @property
     def stacked_rows(self) -> dict[str, tuple[int, ...]]:
-        """The rows of each of the matrices that a layer's matrix stacks: queries, keys, values; gate, up."""
+        """Rows of each matrix in a layer's stacked matrices: queries, keys, values; gate, up."""
         query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
             "qkv": (query, key, key),
@@ -149,7 +148,7 @@ class ModelConfig:
         }
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter of a layer, in the saved model."""
+        """Return name and shape of every parameter of a layer, in the saved model."""
         hidden, query = self.hidden_size, self.num_attention_heads * self.head_dim
         key = self.num_key_value_heads * self.head_dim
         rows = {name: sum(sizes) for name, sizes in self.stacked_rows.items()}
@@ -176,7 +175,7 @@ class ModelConfig:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters of the saved model."""
+        """Number of parameters of the saved model."""
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
         tables = self.vocab_size * (1 if self.tied_on_disk else 2)
         tables += self.max_position_embeddings * self.learned_positions + 1 + self.layer_norm
@@ -184,18 +183,18 @@ class ModelConfig:
 
     @property
     def tied_on_disk(self) -> bool:
-        """True if the saved model shares its embedding: a normalised one can only be saved beside the head's."""
+        """True if the saved model ties its embedding: a normalized one has to be saved separately from the head."""
         return self.tie_word_embeddings and not self.normalize_embedding
 
     def flops_per_token(self, context: int) -> float:
-        """Training FLOPs (forward and backward) a token: 6 a matrix weight, 12 H D T for causal-free attention."""
+        """Return the training FLOPs (forward, backward) per token: 6 per matrix weight, 6 H D T per causal layer."""
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)
         weights = self.num_hidden_layers * layer + self.vocab_size * self.hidden_size
         query = self.num_attention_heads * self.head_dim
         return 6 * weights + 12 * self.num_hidden_layers * query * context / 2
 
     def folded(self) -> "ModelConfig":
-        """The configuration of the exported model, with nothing left that stock code does not know."""
+        """Return the configuration of the exported model, without fields unknown to stock code."""
         return replace(
             self,
             tie_word_embeddings=self.tied_on_disk,
@@ -207,7 +206,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Read back what `dataclasses.asdict` made of a configuration, and JSON of that."""
+        """Restore a configuration from `dataclasses.asdict`, directly or through JSON."""
         values = dict(values)
         if values.get("rope_scaling"):
             values["rope_scaling"] = scaling_from_dict(values["rope_scaling"])
@@ -222,7 +221,7 @@ class ModelConfig:
         return cls(**values)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The `config.json` of the exported model, as transformers writes it, readable by releases 4 and 5."""
+        """Return the `config.json` of the exported model in transformers' format, readable by releases 4 and 5."""
         config, family, ends = self.folded(), FAMILIES[self.model_type], self.eos_token_id
         main = Rope(self.rope_theta, self.rope_scaling, self.rotary_dim)
         activation = family.key("activation")
@@ -244,10 +243,10 @@ class ModelConfig:
         }
         for name, key in family.options.items():
             value = getattr(config, name)
-            if value != PLAIN[name] or key == "attention_bias":  # the others are a silent file's
-                # transformers wants this one whole, and softcaps as floats
+            if value != PLAIN[name] or key == "attention_bias":  # other plain values are the defaults
+                # transformers expects an integer here, and floats for softcaps
                 out[key] = int(value) if name == "query_pre_attn_scalar" and value.is_integer() else value
-        if "pad_token_id" in family.defaults:  # an id of its own vocabulary, whose row transformers would not train
+        if "pad_token_id" in family.defaults:  # else transformers would not train the default's row
             out["pad_token_id"] = None
         return out | _windows_to_hf(config, family)
 
@@ -258,8 +257,8 @@ class ModelConfig:
         where: str = "config.json",
         otherwise: str = "choose a model of one of these families",
     ) -> "ModelConfig":
-        """From a parsed `config.json`; `where` names it in errors, and `otherwise` says what to do about a family that
-        is none of ours. Refuses what the model would not reproduce."""
+        """Convert a parsed `config.json`; `where` names it in errors, and `otherwise` is the advice for an unknown
+        family. Raises UserError for settings that the model would not reproduce."""
         model_type = values.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None or not isinstance(model_type, str):
@@ -281,12 +280,11 @@ class ModelConfig:
         key = family.key("activation")
         if values.get(key, ACTIVATIONS[activation][0]) not in ACTIVATIONS[activation]:
             raise UserError(
-                f"{where}: expected {key} {ACTIVATIONS[activation][0]!r}, which {model_type} has, "
-                f"found {shown(values[key])}"
+                f"{where}: expected {key} {ACTIVATIONS[activation][0]!r} for {model_type}, found {shown(values[key])}"
             )
         for key, value in family.refused.items():
             if values.get(key, value) not in (value, None):
-                raise UserError(f"{where}: expected {key} {value}, which alone is computed, found {shown(values[key])}")
+                raise UserError(f"{where}: only {key} {value} is supported, found {shown(values[key])}")
         values = {name: value for name, value in values.items() if family.key(name)}
         own_width = family.defaults.get("head_dim") or max(1, sizes["hidden_size"] // heads)
         head_dim = integer(values, "head_dim", where, own_width, at_most=_WIDEST)
@@ -314,7 +312,7 @@ class ModelConfig:
 
 PLAIN = {item.name: item.metadata["usual"] for item in fields(ModelConfig) if item.metadata} | {"qk_norm": False}
 _WIDEST = 2**24
-# the sizes that every config.json has, and the most of each: what is larger is a mistake, and would be built first
+# the sizes in every config.json, and their upper bounds: a larger one is a mistake, and would be allocated first
 SIZES = {
     "vocab_size": _WIDEST,
     "hidden_size": _WIDEST,
@@ -325,11 +323,11 @@ SIZES = {
 
 
 def _token_id(values: dict[str, Any], name: str, where: str) -> int | None:
-    return integer(values, name, where, at_least=-1)  # -1 is what some write for none
+    return integer(values, name, where, at_least=-1)  # some write -1 for none
 
 
 def token_ids(values: dict[str, Any], name: str, where: str) -> int | tuple[int, ...] | None:
-    """A field of one token id or several. Raises UserError."""
+    """Read a field of one token id or several. Raises UserError."""
     value = values.get(name)
     if not isinstance(value, list):
         return _token_id(values, name, where)
@@ -379,7 +377,7 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
 def _no_rope_from_hf(values: dict[str, Any], family: Family, layers: int, where: str) -> tuple[int, ...]:
     if not family.rope_every:
         return ()
-    rotated = values.get("no_rope_layers")  # 1 where a layer is rotated, in spite of its name
+    rotated = values.get("no_rope_layers")  # 1 for a rotated layer, despite its name
     if rotated is None:
         every = integer(values, "no_rope_layer_interval", where, family.rope_every)
         rotated = [int((i + 1) % every != 0) for i in range(layers)]

@@ -1,8 +1,8 @@
-"""The families of decoders that we load, train and save, as transformers has them: a row of names and choices each.
+"""The families of decoders that llmkit loads, trains and saves, with transformers' names and choices.
 
-One decoder computes them all (model/transformer.py). A row says which of its choices every member of a family makes,
-which ones a member's config.json makes and under which names, what holds where config.json is silent, and what the
-tensors are called. Checked against transformers 5.24.
+One decoder computes them all (model/transformer.py). An entry has the choices that all members of a family share, those
+that a member's config.json makes and under which names, the defaults of config.json, and the names of the tensors.
+Checked against transformers 5.24.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ GEMMA_DEFAULTS = {
     "pad_token_id": 0,
 }
 GEMMA_LAYER = {**LLAMA_LAYER, **POST_NORMS, "mlp_norm": ("pre_feedforward_layernorm",)}
-OLMO_LAYER = {**LLAMA_LAYER, **POST_NORMS}  # which has no norms before
+OLMO_LAYER = {**LLAMA_LAYER, **POST_NORMS}  # without pre-norms
 LLAMA_TABLES = {"embed_tokens": "embed_tokens", "norm": "norm"}
 BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How transformers spells a family.
+    """A family as transformers defines it.
 
-    architecture  of its classes, such as "Llama" of LlamaForCausalLM
-    head          what ends the name of the class that writes
-    scorer        what begins the name of the class that scores, where it is not `architecture`
-    choices       fields of ModelConfig that every member has, where they are not the plain ones
+    architecture  prefix of its classes, such as "Llama" of LlamaForCausalLM
+    head          suffix of its language model's class
+    scorer        prefix of its classifier's class, if it is not `architecture`
+    choices       fields of ModelConfig that are not plain in every member
     options       fields of ModelConfig in which members differ, and their names in config.json
-    refused       what a config.json may ask for and we do not compute: name, and the value that we do
-    names         names in config.json of fields that are called otherwise there; "" for those that it lacks
-    defaults      values where config.json is silent, by its names
+    refused       names in config.json of settings with one supported value, and that value
+    names         names in config.json that differ from ours; "" for fields that it lacks
+    defaults      defaults of config.json, by its names
     windows       which layers have `sliding_window`: none, "all", by `layer_types`, or by these if `use_sliding_window`
-    window_every  where config.json has no `layer_types`, every such layer sees everything
-    layer_ropes   True if layers with a window may have a rotation of their own
-    rope_every    where config.json has no `no_rope_layers`, every such layer is not rotated
-    partial_rotary  True if `partial_rotary_factor` counts
-    mlp_ratio     intermediate size over hidden size where config.json is silent
+    window_every  without `layer_types`, each layer of this multiple has full attention
+    layer_ropes   True if layers with a window may have their own rotation
+    rope_every    without `no_rope_layers`, each layer of this multiple is not rotated
+    partial_rotary  True if `partial_rotary_factor` applies
+    mlp_ratio     default ratio of intermediate size to hidden size
     dropouts      names of its dropouts in config.json, which are written as 0: none is applied
     prefix        of the tensors of the model without its head
-    tables        names of what stands outside of the layers
+    tables        names of the tensors outside of the layers
     layers        name of the list of layers
     layer         modules of a layer
-    transposed    True if matrices are stored as (in, out), as gpt2's Conv1D has them
-    gain_offset   what the arithmetic adds to a stored gain of a norm
+    transposed    True if matrices are stored as (in, out), as by gpt2's Conv1D
+    gain_offset   added to the stored gain of a norm
     """
 
     architecture: str
@@ -92,7 +92,7 @@ class Family:
     gain_offset: float = 0.0
 
     def key(self, name: str) -> str:
-        """The name in config.json of a field of ModelConfig; "" where there is none."""
+        """Return the name in config.json of a field of ModelConfig; "" if it has none."""
         return self.names.get(name, "hidden_act" if name == "activation" else name)
 
 

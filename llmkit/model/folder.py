@@ -1,7 +1,7 @@
-"""Model folders in Hugging Face's form: load ours and foreign ones, save ours for stock transformers.
+"""Model folders in Hugging Face's format: load ours and foreign ones, save ours for stock transformers.
 
-A folder is refused by name and reason where the model would not be the one that was saved: another family, a tensor
-missing, unknown or of another shape, a cut file, a pickle.
+A folder is refused, with its name and a reason, if the loaded model would not be the saved one: another family, a
+tensor that is missing, unknown or of another shape, a truncated file, a pickle.
 """
 
 import math
@@ -35,9 +35,9 @@ from llmkit.model.weights import HEAD, embedding_name, export_tensor, import_sta
 CONFIG = "config.json"
 SCORE = "score.weight"  # of a reward model
 GENERATION = "generation_config.json"
-# Buffers that old checkpoints carry and nobody reads.
+# Unused buffers of old checkpoints.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# ends of names in folders of gptq, awq, fp8, compressed-tensors, bitsandbytes and mxfp4
+# suffixes of tensor names in folders of gptq, awq, fp8, compressed-tensors, bitsandbytes and mxfp4
 _QUANTIZED = (
     ".qweight",
     ".qzeros",
@@ -48,8 +48,8 @@ _QUANTIZED = (
     ".absmax",
     "_blocks",
 )
-ORIGINAL = "take the model's folder that is not quantized"
-# of a model that reads pictures as well: what its parts have in common, where its text model is, and what is left out
+ORIGINAL = "use the model's unquantized folder"
+# of a multimodal model: fields that its parts share, prefixes of its text model, and prefixes of what is left out
 _SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "auto_map")
 _TEXT_MODEL = {
     "model.language_model.": "model.",
@@ -58,7 +58,7 @@ _TEXT_MODEL = {
 }
 _PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 LARGEST_INDEX = 64 << 20  # bytes
-_NO_JSON = re.compile(rb"(?<=[\[,:\s])(-?Infinity|NaN)(?=[\s,\]}])")  # which Python writes: time_step_limit of mamba2
+_NO_JSON = re.compile(rb"(?<=[\[,:\s])(-?Infinity|NaN)(?=[\s,\]}])")  # written by Python: time_step_limit of mamba2
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NARROW = ("F8", "F4", "F6")
 
@@ -66,7 +66,7 @@ _NARROW = ("F8", "F4", "F6")
 def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> ModelConfig:
     """Read the configuration of a model folder, or of a model at an address.
 
-    backend: "llmkit"; "transformers"; or "auto", transformers where it is installed and the family is not native
+    backend: "llmkit"; "transformers"; or "auto", which is transformers if it is installed and the family is not native
     """
     folder = local_folder(folder)
     path = folder / CONFIG
@@ -79,19 +79,17 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
         raise UserError(f"{path}: not found; expected a model folder with {CONFIG}") from None
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            f"{path}: expected weights as they were trained, found quantization {shown(method)}; {ORIGINAL}"
-        )
+        raise UserError(f"{path}: expected unquantized weights, found quantization {shown(method)}; {ORIGINAL}")
     text, ours = values.get("text_config"), values
-    if isinstance(text, dict) and values.get("model_type") not in (*FAMILIES,):  # that of a model with pictures
+    if isinstance(text, dict) and values.get("model_type") not in (*FAMILIES,):  # a multimodal model's
         ours = {name: values[name] for name in _SHARED if name in values} | text
     native, advice = ours.get("model_type") in (*FAMILIES,), "choose a model of one of these families"
     if backend == "auto" and not native:
         if find_spec("transformers") is not None:
             backend = "transformers"
-        advice += f", or pip install '{PACKAGE}', which computes others"
+        advice += f", or pip install '{PACKAGE}', which supports others"
     elif backend == "llmkit":
-        advice += "; transformers computes others, but not for --backend llmkit, pretrain and the weights of export"
+        advice += "; transformers supports others, but not with --backend llmkit, in pretrain or for weights of export"
     if backend == "transformers":
         config = read_config(values, str(path))
     else:
@@ -99,7 +97,7 @@ def load_config(folder: str | os.PathLike[str], backend: str = "llmkit") -> Mode
     generation = path.with_name(GENERATION)
     if not generation.exists():
         return config
-    ends = token_ids(read_object(generation), "eos_token_id", str(generation))  # transformers asks it first
+    ends = token_ids(read_object(generation), "eos_token_id", str(generation))  # it takes precedence in transformers
     return config if ends is None else replace(config, eos_token_id=ends)
 
 
@@ -111,12 +109,12 @@ def load_model(
     quantize: str | None = None,
     backend: str = "llmkit",
 ) -> Transformer:
-    """Load a folder of a family in model/families.py, of one safetensors file or several with an index.
+    """Load a model folder, with one safetensors file or several and an index.
 
-    dtype     None is bfloat16 where all tensors are, else float32
-    quantize  "nf4" or "int8", of the matrices of layers (model/quantized.py), layer by layer: the whole model is never
-              in memory unquantized
-    backend   as of `load_config`
+    dtype     None is bfloat16 if all tensors are, else float32
+    quantize  "nf4" or "int8" for the matrices of layers (model/quantized.py), layer by layer: the complete model is
+              never in memory unquantized
+    backend   as in `load_config`
     """
     config = load_config(folder, backend)
     tensors = SavedTensors(folder)
@@ -150,10 +148,10 @@ def save_model(
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write config.json, generation_config.json and, last, the weights; each appears whole or not at all.
+    """Write config.json, generation_config.json and, last, the weights, each atomically.
 
     A model trained from scratch becomes a stock `Qwen3ForCausalLM`; a loaded one keeps its family. Above
-    `max_shard_size` bytes the weights are split into several files and an index, which then is written last.
+    `max_shard_size` bytes the weights are split into several files with an index, which is then written last.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +176,7 @@ def save_tensors(
     """Write `config` as config.json and, last, the weights, in one file or in several with an index.
 
     sizes      bytes of each tensor, by name
-    tensor_of  called with the name of each in turn; those of one file are held at a time
+    tensor_of  returns a tensor by name; only those of one file are in memory at a time
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config)
@@ -204,20 +202,20 @@ def save_tensors(
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all, with the usual permissions of a new file."""
+    """Write a safetensors file atomically, with the usual permissions of a new file."""
     with atomic_file(path) as handle:
         save_file(tensors, handle.name, metadata={"format": "pt"})
 
 
 class SavedTensors:
-    """The tensors of a folder by name, wherever they lie; only headers are read before `read`."""
+    """The tensors of a folder by name, in whichever file; only headers are read before `read`."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.name = os.fspath(folder)  # in errors
         self.folder = folder = local_folder(folder, weights=True)
         self._open_files: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
-        self.stored_as: dict[str, str] = {}  # for a tensor that is asked for by another name than its own
+        self.stored_as: dict[str, str] = {}  # name in the file of tensors that have another name here
         if (folder / WEIGHTS).exists():
             self._open(folder / WEIGHTS)
         elif (folder / INDEX).exists():
@@ -233,12 +231,12 @@ class SavedTensors:
                 self._open(folder / name)
             for name, file in weight_map.items():
                 if self.where.get(name) != folder / file:
-                    raise UserError(f"{folder / file}: expected tensor {name}, which {INDEX} promises, found none")
+                    raise UserError(f"{folder / file}: expected tensor {name}, which {INDEX} lists, found none")
         else:
             raise UserError(_no_weights(folder))
 
     def _open(self, path: Path) -> None:
-        check_file(path)  # a pipe would be waited for, for ever
+        check_file(path)  # opening a pipe would wait forever
         try:
             file = safe_open(path, framework="pt")
             names = list(file.keys())
@@ -257,7 +255,7 @@ class SavedTensors:
         return self._slice(name).get_dtype()
 
     def rows(self, name: str, what: str) -> int:
-        """The first dimension of a tensor. Raises UserError, which names what has it, where there is none."""
+        """Return the first dimension of a tensor. Raises UserError, naming `what` is expected, if it is missing."""
         if name not in self.where:
             raise UserError(f"{self.name}: expected {what}, found no tensor {name}")
         return self.shape(name)[0]
@@ -272,11 +270,11 @@ class SavedTensors:
         return {name: self.read(name) for name in self.where}
 
     def check(self, config: ModelConfig, others: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Raise UserError unless the tensors are those of the model and the `others`, in their shapes, and no more.
+        """Raise UserError unless the tensors are exactly those of the model and `others`, with their shapes.
 
         A tied embedding may have either of its names.
         """
-        if self.where and config.num_hidden_layers > len(self.where):  # before names are made for all of them
+        if self.where and config.num_hidden_layers > len(self.where):  # before names are generated for all of them
             raise UserError(
                 f"{self.name}: expected the tensors of num_hidden_layers {config.num_hidden_layers}, "
                 f"found {counted(len(self.where), 'tensor')} in all"
@@ -307,10 +305,10 @@ class SavedTensors:
             self._check_shape(name, shape)
 
     def check_kind(self, scores: bool = False) -> None:
-        """Raise UserError for quantized tensors, and for those of a reward model, unless it is to be one."""
+        """Raise UserError for quantized tensors, and for a reward model unless `scores`."""
         if SCORE in self.where and not scores:
             raise UserError(
-                f"{self.name}: expected a model that writes, found a reward model, which scores; "
+                f"{self.name}: expected a language model, found a reward model; score texts with "
                 f"llmkit train-reward --score {self.name}"
             )
         for name, where in self.where.items():
@@ -320,8 +318,8 @@ class SavedTensors:
                 self._check_float(name)
 
     def _name_as_ours(self, config: ModelConfig) -> None:
-        """Give tensors the names of a text model with its head: to those of the text model within one that reads
-        pictures, and to those of a model without its head, as gpt2's own folder has them."""
+        """Rename tensors to those of a text model with its head: from the text model of a multimodal one, or from a
+        model without its head, such as gpt2's own folder."""
         prefix, names = FAMILIES[config.model_type].prefix, {name: name for name in self.where}
         for theirs, ours in _TEXT_MODEL.items():
             names |= {name: ours + name.removeprefix(theirs) for name in self.where if name.startswith(theirs)}
@@ -360,14 +358,14 @@ def _no_weights(folder: Path) -> str:
             return f"{message}, but {others[0]}, which is llama.cpp's; download the model's safetensors files"
         if (folder / "adapter_config.json").exists():
             return f"{message}, but an adapter, {others[0]}; merge it into its base: peft's merge_and_unload"
-        return f"{message}, but {others[0]}; rename it to {WEIGHTS} where that is what it is"
+        return f"{message}, but {others[0]}; rename it to {WEIGHTS} if that is what it is"
     convert = (
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"[kind.from_pretrained({str(folder)!r}).save_pretrained('NEW_FOLDER') for kind in (M, T)]"
     )
     return (
         f"{folder / pickles[0]}: a pickle can run code, so it is not read; "
-        f'convert it where you trust it: python -c "{convert}"'
+        f'convert it if you trust it: python -c "{convert}"'
     )
 
 

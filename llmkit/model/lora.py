@@ -2,12 +2,12 @@
 
     adapter = LoraAdapter(model, rank=16, alpha=32, targets=("q", "v"), seed=0)
     train(adapter.parameters())
-    save_model(model, "chat/")                       # whose matrices are the sums
+    save_model(model, "chat/")                       # with the sums as matrices
 
-The sum is made for a whole matrix, once in the forward pass and once in the backward pass: rank times fewer products
-than the batch's, and the layer runs the kernels that it always runs. What is saved is the optimizer's state and the
-masters, not the gradient of W, which lives for a moment in each layer. W may be held quantized (model/quantized.py).
-Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: A is drawn, B is zero.
+The sum is computed for the complete matrix, once in the forward and once in the backward pass: this takes rank products
+per weight, while a batch takes one per token, and the layer runs its usual kernels. It saves the optimizer's state and
+the masters, but not the gradient of W, which exists for one layer at a time. W may be quantized (model/quantized.py).
+Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1: A starts random, B at zero.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from llmkit.model.transformer import MATRICES, Transformer
 from llmkit.model.transformers_backend import TransformersModel
 from llmkit.model.weights import embedding_name, pairs_apart, stacked_modules
 
-# the names of the matrices that a layer's matrices stack
+# names of the matrices in each stacked matrix of a layer
 PROJECTIONS = {"qkv": ("q", "k", "v"), "out": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 _PEFT_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
 TARGETS = tuple(name for names in PROJECTIONS.values() for name in names)
 
 
 def projections(config: ModelConfig) -> dict[str, dict[str, tuple[str, int]]]:
-    """The module in a Hugging Face model, and its rows, by parameter of a layer and name of a target.
+    """Return, by parameter of a layer and name of a target, the module in a Hugging Face model and its rows.
 
-    Where the checkpoint has one module for several, as phi3's qkv_proj, that is one target, "qkv".
+    If the checkpoint has one module for several, such as phi3's qkv_proj, they are one target, "qkv".
     """
     out = {}
     for stacked, names in PROJECTIONS.items():
@@ -54,7 +54,7 @@ def projections(config: ModelConfig) -> dict[str, dict[str, tuple[str, int]]]:
 
 
 class _AddProduct(torch.autograd.Function):
-    """Adds scale * up @ down in place to rows of a matrix, from `first` on: no temporary of its size in either pass."""
+    """Adds scale * up @ down in place to rows of a matrix, from `first` on, without a temporary of its size."""
 
     @staticmethod
     def forward(ctx, weight, up, down, first, scale):
@@ -73,7 +73,7 @@ class _AddProduct(torch.autograd.Function):
 
 
 class _LowRankSum(nn.Module):
-    """Adds to a stacked parameter a low-rank product for each adapted matrix of it."""
+    """Adds a low-rank product to each adapted matrix of a stacked parameter."""
 
     def __init__(self, inputs: int, rows: dict[str, int], adapted: Sequence[str], rank: int, scale: float, draw):
         super().__init__()
@@ -83,7 +83,7 @@ class _LowRankSum(nn.Module):
         self.up = nn.ParameterDict({name: down[name].new_zeros(rows[name], rank) for name in adapted})
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not isinstance(weight, nn.Parameter):  # just made of codes, and nobody else's
+        if not isinstance(weight, nn.Parameter):  # just dequantized and not shared: add in place
             first = 0
             for name, rows in self.rows.items():
                 if name in self.down:
@@ -98,7 +98,7 @@ class _LowRankSum(nn.Module):
 
 
 class _Rows(nn.Module):
-    """An embedding or a head in which some rows are trained and replace its own."""
+    """An embedding or a head with some rows replaced by trained ones."""
 
     def __init__(self, weight: Tensor, token_ids: Sequence[int], dtype: torch.dtype):
         super().__init__()
@@ -111,7 +111,7 @@ class _Rows(nn.Module):
 
 
 class _Matrix(NamedTuple):
-    """A parameter that gets adapters: its inputs, the rows of the matrices that it stacks, and who of these is adapted.
+    """A parameter that gets adapters: its input size, the rows of its stacked matrices, and which of these are adapted.
 
     adapted  path of the adapter by name of the matrix
     """
@@ -124,12 +124,12 @@ class _Matrix(NamedTuple):
 
 
 class LoraAdapter:
-    """Adapters on a model, whose own parameters are frozen.
+    """Adapters on a model with frozen parameters.
 
     rank, alpha  of every adapter
-    targets      the projections that get one, in every layer, by the names in `projections`; None is all
-    token_ids    tokens whose rows of the embedding, and of a head of its own, are trained as well; ascending
-    dtype        of the adapters, and of the sums where the model's is not wider; None is the model's
+    targets      projections that get an adapter in every layer, by the names in `projections`; None: all
+    token_ids    tokens whose rows of the embedding, and of an untied head, are trained as well; ascending
+    dtype        of the adapters, and of the sums unless the model's is wider; None: the model's
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class LoraAdapter:
         sides = [min(matrix.rows[name], matrix.inputs) for matrix in matrices for name in matrix.adapted]
         if rank > max(sides, default=0):
             raise UserError(
-                f"--lora-rank: expected at most {max(sides, default=0)}, the smaller side of the matrices that get an "
-                f"adapter, found {rank}; --lora-rank none trains all parameters"
+                f"--lora-rank: expected at most {max(sides, default=0)}, the smaller side of the adapted matrices, "
+                f"found {rank}; --lora-rank none trains all parameters"
             )
         device, dtype = model.embed_tokens.device, dtype or model.embed_tokens.dtype
         generator = torch.Generator().manual_seed(seed)
@@ -166,7 +166,7 @@ class LoraAdapter:
             self._low_rank |= {matrix.adapted[name]: (low_rank, name) for name in low_rank.down}
         self._rows: dict[str, _Rows] = {}
         tables = [(*table, getattr(*table[1:])) for table in self._tables() if token_ids]
-        trained: dict[int, nn.Parameter] = {}  # by the identity of the weight: tied tables have the same rows
+        trained: dict[int, nn.Parameter] = {}  # by the weight's id: tied tables share their rows
         for path, module, attribute, weight in tables:
             rows = _Rows(weight, token_ids, dtype)
             if id(weight) in trained:
@@ -188,14 +188,14 @@ class LoraAdapter:
                     yield _Matrix(layer, stacked, shapes[stacked][1], rows, adapted)
 
     def _tables(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Path, module and parameter of the embedding, and of a head of its own."""
+        """Yield path, module and parameter of the embedding, and of an untied head."""
         yield "embed_tokens", self.model, "embed_tokens"
         if self.model.lm_head is not None:
             yield "lm_head", self.model, "lm_head"
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of every A, (rank, in), `PATH.down`, and B, (out, rank), `PATH.up`, such as
-        `layers.0.q.down`; and of the rows of tokens, `PATH.rows`."""
+        """Yield (name, parameter) of every A, (rank, in), `PATH.down`, and B, (out, rank), `PATH.up`, such as
+        `layers.0.q.down`, and of the rows of tokens, `PATH.rows`."""
         for path, (low_rank, name) in self._low_rank.items():
             yield f"{path}.down", low_rank.down[name]
             yield f"{path}.up", low_rank.up[name]
@@ -209,9 +209,9 @@ class LoraAdapter:
             parameter.copy_(values[name])
 
     def save(self, folder: Path, base: str, tokens: int | None = None) -> None:
-        """Write adapter_config.json and adapter_model.safetensors as PEFT reads them, beside the path of the base.
+        """Write adapter_config.json, which names the base, and adapter_model.safetensors in PEFT's format.
 
-        Rows of ids from `tokens` on, which PEFT's model has not, are left out.
+        Rows of ids from `tokens` on, which PEFT's model does not have, are left out.
         """
         saved_ids = [token for token in self.token_ids if tokens is None or token < tokens]
         tensors: dict[str, Tensor] = {}
@@ -239,7 +239,7 @@ class LoraAdapter:
         write_tensors(folder / "adapter_model.safetensors", tensors)
 
     def _module(self, path: str) -> str:
-        """The module in a Hugging Face model."""
+        """Return the name of the module in a Hugging Face model."""
         config = self.model.config
         if path == "lm_head":
             return path
@@ -251,7 +251,7 @@ class LoraAdapter:
         return f"{family.prefix}{family.layers}.{index}.{module}"
 
     def _as_stored(self, path: str, kind: str, value: Tensor) -> Tensor:
-        """Put the rotated rows of B in the order of the checkpoint."""
+        """Reorder the rotated rows of B as in the checkpoint."""
         config, target = self.model.config, path.split(".")[-1]
         if kind == "down" or target not in ("q", "k", "qkv") or config.learned_positions:
             return value
@@ -264,8 +264,8 @@ class LoraAdapter:
 
 
 class LinearAdapter(LoraAdapter):
-    """Adapters on the linear modules of a model that transformers computes, but for its head; not on experts that are
-    one tensor. Parameters as those of `LoraAdapter`, but for the targets, which are paths of modules."""
+    """Adapters on the linear modules of a model that transformers computes, except its head and experts in one tensor.
+    Parameters as in `LoraAdapter`, but targets are paths of modules."""
 
     model: TransformersModel
 

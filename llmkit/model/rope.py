@@ -1,4 +1,4 @@
-"""Rotary positions: what turns in which layer, how fast, and how a config.json says it.
+"""Rotary positions: what is rotated in each layer, by which frequencies, and their form in config.json.
 
 transformers 5 writes `rope_parameters`, one object or one for each kind of layer; 4 wrote `rope_theta` and
 `rope_scaling`. Both are read.
@@ -19,16 +19,16 @@ from llmkit.io.progress import counted
 if TYPE_CHECKING:
     from llmkit.model.families import Family
 
-LEAST_TURNS = 1e-6  # of yarn's; a context divided by much less is beyond all numbers
+LEAST_TURNS = 1e-6  # of yarn's; a context divided by much less overflows
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretched rotary frequencies: "linear" divides all by `factor`, "llama3" and "yarn" those of long wavelengths,
-    "longrope" each by its own of `short_factor`, or of `long_factor` in a sequence beyond the first context.
+    """Scaled rotary frequencies: "linear" divides all by `factor`, "llama3" and "yarn" those of long wavelengths,
+    "longrope" each by its own `short_factor`, or `long_factor` in a sequence longer than the original context.
 
-    "dynamic" divides only beyond `max_position_embeddings`, where no sequence of ours goes: it is kept for who reads
-    what we save. `attention_factor` multiplies cosines and sines.
+    "dynamic" divides only beyond `max_position_embeddings`, which our sequences never exceed: it is kept for readers of
+    saved models. `attention_factor` multiplies cosines and sines.
     """
 
     rope_type: str
@@ -46,14 +46,14 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotation of a layer's queries and keys: the first `channels` of a head turn, all where it is None, or none: 0."""
+    """Rotation of a layer's queries and keys: of the first `channels` of a head, of all if None, of none if 0."""
 
     theta: float
     scaling: RopeScaling | None = None
     channels: int | None = None
 
 
-# What each kind of scaling has in a config.json beside its name.
+# Fields of each kind of scaling in config.json, besides its name.
 _SCALING_FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -66,15 +66,15 @@ _SCALING_FIELDS = {
 
 
 def scaling_from_dict(values: dict[str, Any]) -> RopeScaling:
-    """Read back what `dataclasses.asdict` made of a scaling, and JSON of that."""
+    """Restore a scaling from `dataclasses.asdict`, directly or through JSON."""
     read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return RopeScaling(**read)
 
 
 def ropes_from_hf(values: dict[str, Any], family: Family, head_dim: int, where: str) -> dict[str, Any]:
-    """Fields of ModelConfig: `rope_theta`, `rope_scaling`, `rotary_dim`, `sliding_rope`.
+    """Read the fields `rope_theta`, `rope_scaling`, `rotary_dim` and `sliding_rope` of ModelConfig.
 
-    Where a file has `rope_scaling` and `rope_parameters`, version 5 lets the former win.
+    If a file has both `rope_scaling` and `rope_parameters`, the former wins, as in transformers 5.
     """
     if not family.key("rope_theta"):
         return {}
@@ -117,7 +117,7 @@ def _rope_from_hf(
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type == "default":
         return theta, None
-    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in parameters):  # phi3 before it had its name
+    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in parameters):  # phi3, before the name existed
         rope_type = "longrope"
     if not isinstance(rope_type, str) or rope_type not in _SCALING_FIELDS:
         known = ", ".join(("default", *_SCALING_FIELDS))
@@ -179,7 +179,7 @@ def _longrope_from_hf(
 
 
 def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[str, Any]:
-    """Fields of `config.json`: the spelling of version 4 beside that of 5, unless only 5 can say it.
+    """Return the fields of `config.json` in the forms of transformers 4 and 5, or of 5 alone if 4 has none.
 
     `local` is the rotation of the layers with a window.
     """
@@ -198,7 +198,7 @@ def rope_to_hf(main: Rope, local: Rope, head_dim: int, family: Family) -> dict[s
         return out
     if local.scaling is None and "rope_local_base_freq" in family.defaults:
         return out | {"rope_local_base_freq": local.theta}
-    usual = family.defaults["rope_theta"]  # what transformers takes for the layers with a window
+    usual = family.defaults["rope_theta"]  # transformers' default for the layers with a window
     if local.scaling is None and local.theta == main.theta == usual:
         return out
     del out["rope_scaling"]

@@ -1,13 +1,13 @@
-"""The decoder that every stage trains and samples, of any family in model/families.py: its configuration describes it.
+"""The decoder that every stage trains and samples, of any family in model/families.py, as its configuration says.
 
-Token ids come in, hidden states go out; `logits` and `loss` finish them. RMSNorm or LayerNorm, before or after
-attention and feed-forward or both; rotary positions of every kind, by layer, or learned ones; grouped queries, norms
-of queries and keys, sliding windows by layer; a gated feed-forward or a plain one; biases; scales of embedding,
-residual stream, attention and logits; tied or untied embeddings. `grow_vocabulary` adds tokens to a trained model.
-The model computes in the dtype of its parameters; float32 masters are kept by the trainer.
+Token ids go in, hidden states come out; `logits` and `loss` complete them. It has RMSNorm or LayerNorm, before or after
+attention and feed-forward or both; rotary positions of every kind, per layer, or learned ones; grouped queries, norms
+of queries and keys, sliding windows per layer; a gated or a plain feed-forward; biases; scales of embedding, residual
+stream, attention and logits; tied or untied embeddings. `grow_vocabulary` adds tokens to a trained model. The model
+computes in the dtype of its parameters; the trainer keeps float32 masters.
 
-Query, key and value projections are one matrix, so are gate and up: one product each. `export_state_dict` takes them
-apart into a stock Hugging Face model's tensors.
+Query, key and value projections are one matrix, and so are gate and up: one product each. `export_state_dict` splits
+them into the tensors of a stock Hugging Face model.
 
 B batch, T tokens, H query heads, K key-value heads, D head size, V vocabulary.
 """
@@ -35,14 +35,14 @@ from llmkit.kernels.rowwise import add_rms_norm, rms_norm
 from llmkit.model.config import ModelConfig, Rope, RopeScaling
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a layer
-MULTIPLE = 64  # of rows, where the base kept it: 16-byte loads of the output matrix
+MULTIPLE = 64  # of rows, if the base's are one: for 16-byte loads of the output matrix
 
 
 def rotary_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None = None, *, long: bool = False
 ) -> Tensor:
-    """Radians per position of each of the head_dim / 2 pairs, float64. Scaling as transformers defines it; `long` in
-    a sequence beyond the first context of longrope."""
+    """Return the radians per position of each of the head_dim / 2 pairs, float64, scaled as in transformers. `long`:
+    for a sequence longer than longrope's original context."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
@@ -53,7 +53,7 @@ def rotary_frequencies(
         return frequencies / scaling.factor
     # long wavelengths are stretched, short ones kept, and those between interpolated
     context = scaling.original_max_position_embeddings
-    if scaling.rope_type == "yarn":  # between the pairs that turn beta_fast and beta_slow times in the first context
+    if scaling.rope_type == "yarn":  # between the pairs with beta_fast and beta_slow turns in that context
         low, high = (
             head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
             for times in (scaling.beta_fast, scaling.beta_slow)
@@ -71,10 +71,10 @@ def rotary_frequencies(
 
 
 class RotaryTable:
-    """Cosines and sines of positions 0 ... length - 1, grown on demand and kept on each device asked for.
+    """Cosines and sines of positions 0 ... length - 1, grown on demand and cached per device.
 
-    Channels of a head that are not rotated turn by nothing. `ModelConfig.attention_scale` has the factor of the main
-    rotation's scaling, squared: what is rotated otherwise, or not at all, is divided by it here.
+    Channels that are not rotated have angle zero. `ModelConfig.attention_scale` includes the squared factor of the main
+    rotation's scaling, so channels that are rotated differently, or not at all, are divided by it here.
 
     Float32 whatever the model computes in: bfloat16 would round every cosine by up to 0.4%.
     """
@@ -94,10 +94,10 @@ class RotaryTable:
     def __call__(
         self, length: int, device: torch.device, dtype: torch.dtype = torch.float32, *, decoding: bool = False
     ) -> Tensor:
-        """(length, head_dim / 2, 2): cosine and sine side by side.
+        """Return (length, head_dim / 2, 2): cosine and sine.
 
-        Longrope turns a sequence beyond its first context otherwise, from its first position on; `decoding`: but the
-        table is of sequences that are each as long as the position.
+        Longrope rotates a sequence longer than its original context differently, from the first position on. With
+        `decoding`, each row is for a sequence that ends at its position.
         """
         first = self._long_from
         if first is None or length <= first:
@@ -120,13 +120,13 @@ class RotaryTable:
 
 
 def rotary_tables(config: ModelConfig) -> tuple[list[RotaryTable], list[int]]:
-    """The tables of a model's rotations, and for each layer which of them is its own."""
+    """Return the tables of a model's rotations, and the index of each layer's table."""
     ropes = list(dict.fromkeys(config.layer_ropes))
     return [RotaryTable(config, rope) for rope in ropes], [ropes.index(rope) for rope in config.layer_ropes]
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each added to the residual stream, and normed before, after or both."""
+    """Attention and feed-forward, each added to the residual stream, and normalized before, after or both."""
 
     input_norm: Tensor | None
     input_norm_bias: Tensor | None
@@ -156,9 +156,9 @@ class Layer(nn.Module):
         self.residual_scale = new(2) if config.residual_scales else None
 
     def forward(self, x_BTC: Tensor, cos_sin: Tensor, doc_ids, rows: Tensor | None = None) -> Tensor:
-        """Hidden states behind the layer (B, T, C); with `rows` (N,), of these tokens of the flat batch, (N, C)."""
+        """Return the hidden states after the layer (B, T, C), or only those of `rows` (N,) of the flat batch (N, C)."""
         config, eps, out, down = self.config, self.config.rms_norm_eps, self.out, self.down
-        if self.residual_scale is not None:  # a product of the weight's size costs less than one of the batch's
+        if self.residual_scale is not None:  # scaling the weight costs less than scaling the batch
             out, down = out * self.residual_scale[0], down * self.residual_scale[1]
         normed = normalize(x_BTC, self.input_norm, self.input_norm_bias, config) if config.pre_norms else x_BTC
         branch = self._attend(normed, cos_sin, doc_ids)
@@ -179,7 +179,7 @@ class Layer(nn.Module):
         return x_BTC + self._finish(branch, self.mlp_post_norm)
 
     def _finish(self, branch_BTC: Tensor, post_norm: Tensor | None) -> Tensor:
-        """What a branch gives to the residual stream."""
+        """Normalize and scale the output of a branch for the residual stream."""
         config = self.config
         if config.post_norms:
             branch_BTC = rms_norm(branch_BTC, post_norm, config.rms_norm_eps)
@@ -202,7 +202,7 @@ class Layer(nn.Module):
 
 
 def normalize(x: Tensor, gain: Tensor | None, bias: Tensor | None, config: ModelConfig) -> Tensor:
-    """The configuration's norm over the last dimension: x (..., hidden), gain and bias (hidden,)."""
+    """Apply the configuration's norm over the last dimension: x (..., hidden), gain and bias (hidden,)."""
     if config.layer_norm:
         return F.layer_norm(x, x.shape[-1:], gain, bias, config.rms_norm_eps)
     return rms_norm(x, gain, config.rms_norm_eps)
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        """With a seed the parameters are initialised for training; without one they are left unset, at no cost."""
+        """Initialize the parameters for training with `seed`; without one, leave them unset, at no cost."""
         super().__init__()
         self.config = config
 
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
         self.norm_bias = new(config.hidden_size) if config.layer_norm else None
         self.lm_head = None if config.tie_word_embeddings else new(config.vocab_size, config.hidden_size)
         self._tables, self._table_of = rotary_tables(config)
-        # as transformers has it, in the precision of the model: 34 for the root of 1152 in bfloat16
+        # as in transformers, in the precision of the model: the square root of 1152 is 34 in bfloat16
         kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         self.embedding_scales = {dtype: torch.tensor(config.embedding_scale, dtype=dtype).item() for dtype in kinds}
         self.checkpoint_layers = False  # recompute each layer in backward: less memory, a third more time
@@ -253,9 +253,9 @@ class Transformer(nn.Module):
     def initialize(self, seed: int) -> None:
         """Set every parameter from one generator, for Muon on matrices and AdamW on the rest.
 
-        What writes to the residual stream starts at zero, so that every layer starts as the identity (Muon's
-        first steps have the same size whatever it starts from). Other matrices are uniform with variance
-        1 / fan-in. The head starts small: the first loss is log(V), whatever the embedding's scale.
+        Matrices that write to the residual stream start at zero, so that every layer starts as the identity (Muon's
+        first steps have the same size from any start). Other matrices are uniform with variance 1 / fan-in. The head
+        starts small: the first loss is log(V), whatever the embedding's scale.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
 
         hidden = self.config.hidden_size
         if self.lm_head is None:
-            # One matrix is both: small enough for the head; the first norm restores the embedding's scale.
+            # Tied: small enough for the head; the first norm restores the embedding's scale.
             normal(self.embed_tokens, 0.02)
         else:
             normal(self.embed_tokens, 1.0)
@@ -290,18 +290,18 @@ class Transformer(nn.Module):
             normal(self.embed_positions, 0.02)
 
     def compile_layers(self) -> None:
-        """Run every layer through torch.compile, each by itself: where the whole cannot be one graph."""
+        """Compile every layer separately, for models that cannot be one graph."""
         self._compiled_layers = True
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, hidden), the embedding where they are tied."""
+        """Weight of the head (V, hidden); the embedding if they are tied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
-        """The matrices for Muon: (name, parameter, rows of each of the matrices that it stacks)."""
+        """Yield the matrices for Muon: (name, parameter, rows of each matrix that it stacks)."""
         rows = self.config.stacked_rows
         for i, layer in enumerate(self.layers):
             for name in MATRICES:
@@ -314,13 +314,13 @@ class Transformer(nn.Module):
         doc_ids: Tensor | Packing | Branching | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, hidden), normed, ready for the head.
+        """Return hidden states (B, T, hidden), normalized, ready for the head.
 
-        With `rows` (N,) only those of these tokens of the flat batch, (N, hidden): the last layer leaves the others.
+        With `rows` (N,), return only these rows of the flat batch (N, hidden): the last layer skips the others.
 
         `doc_ids` (B, T): equal neighbours are one document, and attention stays within it; a `Branching` of them lets
-        several answers share a prompt. Rotary positions do not restart at documents, for rotary attention depends on
-        differences alone; learned ones do.
+        several answers share a prompt. Rotary positions do not restart at documents, because rotary attention depends
+        on differences alone; learned ones do.
         """
         config = self.config
         eager = not (self._compiled_layers or torch.compiler.is_compiling())
@@ -337,7 +337,7 @@ class Transformer(nn.Module):
             turns = [table(x_BTC.shape[1], x_BTC.device, x_BTC.dtype) for table in self._tables]
             if isinstance(doc_ids, Tensor) and not torch.compiler.is_compiling():
                 doc_ids = Packing(doc_ids)
-                # a graph of one layer would compute them in each; torch's attention asks for none
+                # otherwise each layer's graph would compute them; torch's attention needs none
                 if self._compiled_layers and backend(x_BTC.device.type) != "torch":
                     for window in set(config.layer_windows or [None]):
                         doc_ids.bounds(window)
@@ -349,14 +349,14 @@ class Transformer(nn.Module):
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, turn, doc_ids, some, use_reentrant=False, preserve_rng_state=False)
             elif eager and torch.is_grad_enabled() and parametrize.is_parametrized(layer):
-                x_BTC = _with_passing_weights(layer, x_BTC, turn, doc_ids, some)
+                x_BTC = _recomputing_weights(layer, x_BTC, turn, doc_ids, some)
             else:
                 x_BTC = layer(x_BTC, turn, doc_ids, some)
         x_BTC = normalize(x_BTC, self.norm, self.norm_bias, config)
         return x_BTC if config.logits_scaling == 1.0 else x_BTC / config.logits_scaling
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., V)."""
+        """Map hidden states (..., hidden) to logits (..., V)."""
         logits, cap = linear(hidden, self.head_weight), self.config.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -370,7 +370,7 @@ class Transformer(nn.Module):
         ignore_index: int = -100,
         chunk_tokens: int | str = "auto",
     ) -> Tensor:
-        """Cross-entropy of the targets, which the caller has shifted: targets[b, t] follows token_ids[b, t]."""
+        """Return the cross-entropy of the targets, which are already shifted: targets[b, t] follows token_ids[b, t]."""
         return linear_cross_entropy(
             self(token_ids_BT, doc_ids=doc_ids), self.head_weight, targets_BT,
             reduction=reduction, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
@@ -378,11 +378,11 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
     def target_logprobs(self, hidden_NC: Tensor, target_N: Tensor) -> Tensor:
-        """Log-probability of each target in the softmax of logits: (N,) float32."""
+        """Return the log-probability of each target under softmax(logits): (N,) float32."""
         return linear_logprobs(hidden_NC, self.head_weight, target_N, softcap=self.config.logits_softcap)  # type: ignore[return-value]
 
     def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each target in the softmax of logits / temperature: (N,) float32."""
+        """Return each target's log-probability, and the entropy, under softmax(logits / temperature): (N,) float32."""
         logprob_N, entropy_N = linear_logprobs(
             hidden_NC, self.head_weight, target_N, temperature=temperature, return_entropy=True,
             softcap=self.config.logits_softcap,
@@ -391,7 +391,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow(self, rows: int) -> None:
-        """Have `rows` rows in embedding and head, the new ones unset."""
+        """Resize embedding and head to `rows` rows; new ones are unset."""
         self.config = replace(self.config, vocab_size=rows)
         for name in ("embed_tokens",) if self.lm_head is None else ("embed_tokens", "lm_head"):
             table = getattr(self, name)
@@ -402,7 +402,7 @@ class Transformer(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; behind it, also behind an error, the mode from before."""
+    """Set evaluation mode in the block, and restore the previous mode after it, even after an error."""
     training = model.training
     model.eval()
     try:
@@ -411,10 +411,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids, rows: Tensor | None) -> Tensor:
-    """Run a layer whose matrices are computed, of adapters or of codes, and let backward compute them again.
+def _recomputing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids, rows: Tensor | None) -> Tensor:
+    """Run a layer whose matrices are computed, from adapters or codes, and recompute them in backward.
 
-    Kept until then they would be the whole model once more. Forward holds those of this layer, backward of one product.
+    Keeping them would take the memory of another model. Forward has those of one layer, backward those of one product.
     """
     with parametrize.cached():
         names = {getattr(layer, name).untyped_storage().data_ptr(): name for name in MATRICES}
@@ -435,7 +435,7 @@ def _with_passing_weights(layer: Layer, x_BTC: Tensor, cos_sin: Tensor, doc_ids,
 
 
 def _positions(token_ids_BT: Tensor, doc_ids: Tensor | Packing | Branching | None) -> Tensor:
-    """The position of each token in its document, (T,) or (B, T)."""
+    """Return the position of each token in its document, (T,) or (B, T)."""
     if isinstance(doc_ids, Branching):
         return doc_ids.position_ids
     position = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
@@ -446,11 +446,11 @@ def _positions(token_ids_BT: Tensor, doc_ids: Tensor | Packing | Branching | Non
 
 @torch.no_grad()
 def grow_vocabulary(model: Transformer, known: int, wanted: int) -> Transformer:
-    """Let ids `known` to `wanted` - 1 of a model, which is returned, start from the mean of the ids below.
+    """Set the rows of ids `known` to `wanted` - 1 to the mean of the rows before them, in place; return the model.
 
-    A base may have rows for them already, that no token has used: they start from the mean as well. The mean makes a
-    new token about as likely as an average one, whatever the context (Hewitt 2021, "Initializing new word embeddings
-    for pretrained language models"). The embedding and an untied head grow in step.
+    The embedding and an untied head grow together if rows are missing; rows that a base has already, but no token used,
+    are set too. The mean makes a new token about as likely as an average one, whatever the context (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models").
     """
     if wanted <= known:
         return model

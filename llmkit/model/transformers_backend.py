@@ -1,10 +1,10 @@
 """Models of families that are not in model/families.py, computed by the package transformers.
 
-A `TransformersModel` has the interface of `Transformer`: token ids come in, hidden states go out, `logits` and `loss`
-finish them. Documents that are packed into a row, and answers that share a prompt, become rows of their own, padded on
-the right, so that no causal architecture, recurrent ones included, sees one document from another.
+A `TransformersModel` has the interface of `Transformer`: token ids go in, hidden states come out, `logits` and `loss`
+complete them. Documents packed into a row, and answers that share a prompt, become separate rows, padded on the right,
+so that no causal architecture, recurrent ones included, sees across documents.
 
-Code of a folder is never run. llmkit reads the weights, so that transformers opens no file and no address.
+Code of a folder is never run. llmkit reads the weights, so transformers opens no file and no address.
 
 B batch, T tokens, N documents, L tokens of the longest of them, C hidden, V vocabulary.
 """
@@ -34,15 +34,15 @@ from llmkit.model.families import FAMILIES
 from llmkit.model.transformer import Transformer
 
 PACKAGE = "transformers>=5"
-CONTEXT = 2048  # tokens, where a configuration names no limit: the default of lm-evaluation-harness
-_CACHES = ("cache", "past_key_values", "cache_params")  # names of the argument: of releases from 5.2x on, then before
+CONTEXT = 2048  # tokens, if a configuration has no limit: the default of lm-evaluation-harness
+_CACHES = ("cache", "past_key_values", "cache_params")  # names of the argument: from release 5.2x on, then before
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersConfig(ModelConfig):
     """Sizes of a model that transformers computes.
 
-    parameters  of the saved model
+    parameters  number of parameters of the saved model
     stock       transformers' own configuration
     """
 
@@ -55,11 +55,11 @@ class TransformersConfig(ModelConfig):
 
     @property
     def parameter_count(self) -> int:
-        """Parameters of the saved model."""
+        """Number of parameters of the saved model."""
         return self.parameters
 
     def flops_per_token(self, context: int) -> float:
-        """Estimate the training FLOPs of a token: 6 a parameter, all experts of a mixture included, and attention."""
+        """Estimate the training FLOPs per token: 6 per parameter, including all experts of a mixture, and attention."""
         return 6.0 * self.parameters + 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * context
 
 
@@ -83,7 +83,7 @@ def load_package() -> Any:
 
 @cache
 def announce(folder: str, family: str) -> None:
-    """Say once that transformers computes this family, and what that costs."""
+    """Print once that transformers computes this family, and the cost."""
     say(
         f"{folder}: family {family!r} is not native; running it through transformers (about 2x slower sampling on a "
         "CPU, and packed documents are padded: docs/models.md)"
@@ -91,7 +91,7 @@ def announce(folder: str, family: str) -> None:
 
 
 def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
-    """Read a parsed `config.json`. Raises UserError unless it is of a causal language model of transformers."""
+    """Convert a parsed `config.json`. Raises UserError unless transformers has a causal language model for it."""
     package, family = load_package(), values.get("model_type")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -106,10 +106,8 @@ def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
         stock = CONFIG_MAPPING[family].from_dict(_with_floats(values))
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(stock), None)
         if kind is None or stock.is_encoder_decoder:
-            raise UserError(
-                f"{where}: expected a language model with a decoder alone, found {family!r}; choose another model"
-            )
-        for name, most in SIZES.items():  # before memory is taken for them
+            raise UserError(f"{where}: expected a decoder-only language model, found {family!r}; choose another model")
+        for name, most in SIZES.items():  # before memory is allocated for them
             integer({name: getattr(stock.get_text_config(), name, None)}, name, where, at_most=most)
         for config in (stock, stock.get_text_config()):
             for name, value in vars(config).items():
@@ -149,7 +147,7 @@ def read_config(values: Mapping[str, Any], where: str) -> TransformersConfig:
 
 
 def _with_floats(value: Any) -> Any:
-    """Replace each `{"__float__": "Infinity"}`, a number that JSON does not know, by the float."""
+    """Replace each `{"__float__": "Infinity"}`, a number that JSON cannot express, by the float."""
     if isinstance(value, list):
         return [_with_floats(item) for item in value]
     if not isinstance(value, Mapping):
@@ -164,16 +162,16 @@ def _first_line(error: Exception) -> str:
 
 
 class TransformersModel(Transformer):
-    """A language model of transformers behind the interface of `Transformer`.
+    """A language model of transformers with the interface of `Transformer`.
 
-    module  transformers' own model; its parameters are this one's
+    module  transformers' own model, with the same parameters
     """
 
     config: TransformersConfig
-    layers = ()  # nothing is compiled, or divided among processes, by layer
+    layers = ()  # nothing is compiled or sharded by layer
 
     def __init__(self, config: TransformersConfig, module: Any) -> None:
-        nn.Module.__init__(self)  # in place of the decoder
+        nn.Module.__init__(self)  # without building a decoder
         self.config, self.module, self._checkpoint_layers = config, module, False
         accepted = inspect.signature(module.base_model.forward).parameters
         self.cache_name = next((name for name in _CACHES if name in accepted), None)
@@ -182,12 +180,12 @@ class TransformersModel(Transformer):
 
     @property
     def head(self) -> nn.Linear:
-        """The module that makes logits of hidden states."""
+        """The module that maps hidden states to logits."""
         return self.module.get_output_embeddings()
 
     @property
     def tables(self) -> list[nn.Embedding | nn.Linear]:
-        """Modules with a row for each token."""
+        """Modules with a row per token."""
         return [self.module.get_input_embeddings(), self.head]
 
     @classmethod
@@ -199,7 +197,7 @@ class TransformersModel(Transformer):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> TransformersModel:
-        """Build the model of a folder's tensors. Raises UserError for those that are missing, unknown or misshapen."""
+        """Build the model from a folder's tensors. Raises UserError if any is missing, unexpected or misshapen."""
         if launch().size > 1:
             raise UserError(
                 f"--backend transformers: expected one process, found {launch().size}; start without torchrun"
@@ -227,17 +225,17 @@ class TransformersModel(Transformer):
 
     @property
     def embed_tokens(self) -> Tensor:  # type: ignore[override]
-        """(V, hidden)."""
+        """Weight of the embedding (V, hidden)."""
         return self.module.get_input_embeddings().weight
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, hidden), the embedding where they are tied."""
+        """Weight of the head (V, hidden); the embedding if they are tied."""
         return self.head.weight  # type: ignore[return-value]
 
     @property
     def checkpoint_layers(self) -> bool:  # type: ignore[override]
-        """True if backward computes the activations of each layer again, where the family can."""
+        """True if backward recomputes the activations of each layer, in families that support it."""
         return self._checkpoint_layers
 
     @checkpoint_layers.setter
@@ -248,7 +246,7 @@ class TransformersModel(Transformer):
             (enable or self.module.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def run(self, token_ids_NL: Tensor, cache: Any = None, **options: Any) -> Tensor:
-        """Compute hidden states (N, L, C), ready for the head, or logits (N, L, V) where that is more than a matrix.
+        """Return hidden states (N, L, C), ready for the head, or logits (N, L, V) if the head is more than a matrix.
 
         cache  of transformers: the tokens follow those in it, and are added to it
         """
@@ -258,22 +256,22 @@ class TransformersModel(Transformer):
         if self._scale is None:
             return self.module(token_ids_NL, **options).logits
         hidden_NLC = self.module.base_model(token_ids_NL, **options)[0]
-        # mamba2's are float32; of a table with adapters, `weight` would be computed here
+        # mamba2's are float32; `weight` of a table with adapters would be computed here
         hidden_NLC = hidden_NLC.to(next(self.module.get_input_embeddings().parameters()).dtype)
         return hidden_NLC if self._scale == 1.0 else hidden_NLC * self._scale
 
     @torch.no_grad()
     def _head_scale(self) -> float | None:
-        """Measure the scale s of logits = s * hidden @ head.T; None where the head is more than that.
+        """Measure the scale s of logits = s * hidden @ head.T; return None if the head is more than that.
 
-        Raises UserError for a model in which a token sees later ones.
+        Raises UserError if a token sees later ones.
         """
         head = self.head
         ids_2L = torch.arange(8, device=self.embed_tokens.device).repeat(2, 1) % self.config.vocab_size
         ids_2L[1, -1] = 0
         self._scale = None
         logits_2LV = self.run(ids_2L).float()
-        near = 1e-3 if logits_2LV.dtype == self.embed_tokens.dtype else 0.1  # of the largest logit; 0.1 for bfloat16
+        near = 1e-3 if logits_2LV.dtype == self.embed_tokens.dtype else 0.1  # tolerance relative to the largest logit
         if not _close(logits_2LV[0, :-1], logits_2LV[1, :-1], near):
             raise UserError(
                 f"model_type {self.config.model_type!r}: expected causal layers, found tokens that see later ones"
@@ -297,7 +295,7 @@ class TransformersModel(Transformer):
         doc_ids: Tensor | Packing | Branching | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Compute what `logits` and `logprobs` take: hidden states as `Transformer.forward`, or logits themselves."""
+        """Return the input of `logits` and `logprobs`: hidden states as `Transformer.forward`, or logits."""
         training = self.training and torch.is_grad_enabled()
         if self.module.training != training:
             self.module.train(training)
@@ -317,11 +315,11 @@ class TransformersModel(Transformer):
         return torch.cat(states)[first[rows]]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., V)."""
+        """Map hidden states (..., hidden) to logits (..., V)."""
         return hidden if self._scale is None else F.linear(hidden, self.head_weight)
 
     def loss(self, token_ids_BT: Tensor, targets_BT: Tensor, doc_ids: Any = None, **options: Any) -> Tensor:
-        """Cross-entropy of the targets, as `Transformer.loss`."""
+        """Return the cross-entropy of the targets, as `Transformer.loss`."""
         if self._scale is not None:
             return super().loss(token_ids_BT, targets_BT, doc_ids, **options)
         options.pop("chunk_tokens", None)
@@ -329,11 +327,11 @@ class TransformersModel(Transformer):
         return F.cross_entropy(logits_NV, targets_BT.flatten(), **options)
 
     def target_logprobs(self, hidden_NC: Tensor, target_N: Tensor) -> Tensor:
-        """Log-probability of each target, as `Transformer.target_logprobs`."""
+        """Return the log-probability of each target, as `Transformer.target_logprobs`."""
         return self.logprobs(hidden_NC, target_N, 1.0)[0]
 
     def logprobs(self, hidden_NC: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each target, as `Transformer.logprobs`."""
+        """Return the log-probability of each target and the entropy, as `Transformer.logprobs`."""
         if self._scale is not None:
             return super().logprobs(hidden_NC, target_N, temperature)
         logprobs_NV = torch.log_softmax(hidden_NC.float() / temperature, -1)
@@ -347,7 +345,7 @@ class TransformersModel(Transformer):
 
     @classmethod
     def kind(cls, config: TransformersConfig) -> Any:
-        """The class of transformers."""
+        """Return the model class of transformers."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.stock)]
@@ -363,7 +361,7 @@ class TransformersModel(Transformer):
 
     @torch.no_grad()
     def save(self, folder: Path, dtype: torch.dtype, max_shard_size: int = 5 * 10**9) -> None:
-        """Write configuration and weights as transformers has them. Adapters are merged into these: train no more."""
+        """Write configuration and weights in transformers' format. Adapters are merged in place: stop training."""
         _merge_adapters(self.module)
         self.module.tie_weights()
         module = self.module if self.embed_tokens.dtype == dtype else self.module.to(dtype)
@@ -372,16 +370,16 @@ class TransformersModel(Transformer):
         tokens = {"bos_token_id": self.config.bos_token_id, "eos_token_id": module.config.eos_token_id}
         module.generation_config = load_package().GenerationConfig(**tokens)
         module.save_pretrained(folder, max_shard_size=max_shard_size)
-        for path in folder.glob("*.safetensors"):  # save_file makes them readable for the owner alone
+        for path in folder.glob("*.safetensors"):  # save_file makes them readable by the owner only
             path.chmod((folder / "config.json").stat().st_mode)
 
 
 class TransformersReward(TransformersModel):
-    """A decoder of transformers whose head gives `heads` scores in place of words: its sequence classifier."""
+    """A decoder of transformers whose head returns `heads` scores instead of logits: its sequence classifier."""
 
     @classmethod
     def kind(cls, config: TransformersConfig) -> Any:
-        """The class of transformers. Raises UserError where the family has none with a matrix of scores."""
+        """Return the model class of transformers. Raises UserError if the family has none with a matrix of scores."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
         kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config.stock), None)
@@ -389,15 +387,15 @@ class TransformersReward(TransformersModel):
             head = getattr(kind and kind._from_config(config.stock), "score", None)
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise UserError(
-                f"model_type {config.model_type!r}: expected a family of which transformers has a reward model, whose "
-                "head is a matrix named score; choose another model"
+                f"model_type {config.model_type!r}: expected a family with a reward model in transformers whose head "
+                "is a matrix named score; choose another model"
             )
         return kind
 
     @classmethod
     def of(cls, model: TransformersModel, heads: int, draw: Callable[[int, int], Tensor]) -> TransformersReward:
-        """The layers of a language model, and a head drawn as (heads, hidden)."""
-        stock = copy.deepcopy(model.module.config)  # unlike model.config.stock, with rows that were added
+        """Build a reward model from the layers of a language model, with the head `draw(heads, hidden)`."""
+        stock = copy.deepcopy(model.module.config)  # unlike model.config.stock, with added rows
         stock.num_labels = heads
         config = replace(model.config, stock=stock)
         kind = cls.kind(config)
@@ -409,29 +407,29 @@ class TransformersReward(TransformersModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The module that makes scores of hidden states."""
+        """The module that maps hidden states to scores."""
         return self.module.score
 
     @property
     def tables(self) -> list[nn.Embedding | nn.Linear]:
-        """Modules with a row for each token."""
+        """Modules with a row per token."""
         return [self.module.get_input_embeddings()]
 
     @property
     def score(self) -> Tensor:
-        """(heads, hidden)."""
+        """Weight of the head (heads, hidden)."""
         return self.module.score.weight
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., heads), in float32."""
+        """Map hidden states (..., hidden) to scores (..., heads), in float32."""
         return F.linear(hidden.float(), self.score.float())
 
     def _head_scale(self) -> float:
-        return 1.0  # hidden states are taken as they are
+        return 1.0  # hidden states are not scaled
 
 
 def _merge_adapters(module: nn.Module) -> None:
-    """Put sums in place of parameters with adapters; torch's own way would write into tensors that a copy shares."""
+    """Replace parameters with adapters by their sums; torch's own removal would write into shared tensors."""
     for owner in list(module.modules()):
         if parametrize.is_parametrized(owner):
             values = {name: getattr(owner, name) for name in owner.parametrizations}  # type: ignore[union-attr]
@@ -446,11 +444,10 @@ def _close(actual: Tensor, expected: Tensor, near: float) -> bool:
 
 
 def _document_rows(doc_ids: Tensor | Packing | Branching) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of documents, the longest first: positions of their tokens in the flat batch (N, L), right-padded,
-    and which are tokens (N, L).
+    """Yield documents in batches, longest first: token positions in the flat batch (N, L), right-padded, and a mask.
 
-    A token that only itself sees ends a document, or one of the answers that share a prompt: all that it sees is the
-    row. A batch has documents of more than half the length of its longest, so that less than half is padding.
+    A token that only itself sees ends a document, or one of the answers that share a prompt: all tokens that it sees
+    are the row. A batch has documents of more than half the length of its longest, so that less than half is padding.
     """
     if isinstance(doc_ids, Branching):
         visible_BTT = doc_ids.mask().squeeze(1)  # the keys that each query sees

@@ -1,9 +1,8 @@
-"""Between our parameters and the tensors of a stock Hugging Face checkpoint: names, shapes, order, folding.
+"""Conversion between our parameters and the tensors of a stock Hugging Face checkpoint: names, shapes, order, folding.
 
-Projections that read the same input are one matrix here and in some families two or three there. The rotated pairs of
-a head are neighbours here, (2i, 2i + 1), and half of what is rotated apart there, (i, i + D/2). gpt2 stores matrices as
-(in, out), gemma gains of norms less one. And what exists only while we train (`ModelConfig`) is folded into stock
-tensors on the way out, exactly.
+Projections of the same input are one matrix here, and two or three there in some families. The rotated pairs of a head
+are adjacent here, (2i, 2i + 1), and half of the rotated channels apart there, (i, i + D/2). gpt2 stores matrices as
+(in, out), gemma gains of norms minus one. Parameters for training only (`ModelConfig`) are folded exactly on export.
 """
 
 import math
@@ -26,15 +25,15 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class StockTensor:
-    """A tensor of the checkpoint, and where it stands in our model.
+    """A tensor of the checkpoint, and its place in our model.
 
     shape       in the checkpoint
-    layer       None for one of the model itself
+    layer       index; None for a tensor of the model itself
     attribute   the parameter
-    first       row of the parameter where it begins
-    pairs       how many of its rows are rotated, the first ones
+    first       its first row in the parameter
+    pairs       number of its rows that are rotated, from the first
     transposed  True if it is stored as (in, out)
-    offset      what is added to it
+    offset      added to it on import
     """
 
     name: str
@@ -48,12 +47,12 @@ class StockTensor:
 
     @property
     def rows(self) -> slice:
-        """Where it stands in the parameter."""
+        """Its rows in the parameter."""
         return slice(self.first, self.first + self.shape[-1 if self.transposed else 0])
 
 
 def stock_tensors(config: ModelConfig) -> list[StockTensor]:
-    """List every tensor of the checkpoint, in the order of the layers; the head of a tied one is absent."""
+    """List every tensor of the checkpoint, in the order of the layers; a tied head is absent."""
     family = FAMILIES[config.model_type]
     prefix, hidden, offset = family.prefix, config.hidden_size, family.gain_offset
 
@@ -77,12 +76,12 @@ def stock_tensors(config: ModelConfig) -> list[StockTensor]:
 
 
 def _layer_tensors(config: ModelConfig) -> list[StockTensor]:
-    """The tensors of a layer, by their names within it; each bias behind its matrix."""
+    """List the tensors of a layer, by their names within it; each bias follows its matrix."""
     family, shapes = FAMILIES[config.model_type], config.layer_shapes()
     rotated = 0 if config.learned_positions else sum(config.stacked_rows["qkv"][:2])
     tensors = []
     for attribute, modules in stacked_modules(config).items():
-        inputs = shapes[attribute][1:]  # none of a norm
+        inputs = shapes[attribute][1:]  # none for a norm
         transposed = family.transposed and bool(inputs)
         offset = family.gain_offset if attribute.endswith("_norm") else 0.0
         turned = {"qkv": rotated, "q_norm": math.inf, "k_norm": math.inf}.get(attribute, 0)
@@ -99,7 +98,7 @@ def _layer_tensors(config: ModelConfig) -> list[StockTensor]:
 
 
 def stacked_modules(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
-    """The modules of a layer and their rows, by the parameter that stacks them."""
+    """Return the modules of a layer and their rows, by the parameter that stacks them."""
     family, shapes, stacked = FAMILIES[config.model_type], config.layer_shapes(), config.stacked_rows
     out = {}
     for attribute, modules in family.layer.items():
@@ -110,7 +109,7 @@ def stacked_modules(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 
 
 def embedding_name(config: ModelConfig) -> str:
-    """The tensor of the checkpoint that is the embedding."""
+    """Return the name of the embedding in the checkpoint."""
     family = FAMILIES[config.model_type]
     return f"{family.prefix}{family.tables['embed_tokens']}.weight"
 
@@ -121,7 +120,7 @@ def stock_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def pairs_apart(rows: Tensor, config: ModelConfig, count: int, *, back: bool = False) -> Tensor:
-    """The first `count` of rows (H * D, ...) from neighbouring pairs to Hugging Face's order, or `back`; the others."""
+    """Reorder the first `count` of rows (H * D, ...) from adjacent pairs to Hugging Face's order, or `back`."""
     heads = rows[:count].unflatten(0, (-1, config.head_dim))
     turned = config.rotary_dim or config.head_dim
     apart = heads[:, :turned].unflatten(1, (2, -1) if back else (-1, 2)).transpose(1, 2).flatten(1, 2)
@@ -155,7 +154,7 @@ def export_tensor(model: Transformer, tensor: StockTensor, dtype: torch.dtype) -
         value = value - tensor.offset
     if tensor.transposed:
         value = value.T
-    # a copy where nothing was computed: the file must not share storage with the model, nor tensors with others
+    # a copy even if nothing was computed: the file must not share storage with the model, nor tensors with others
     return value.to(dtype, copy=True).contiguous()
 
 
@@ -163,9 +162,9 @@ def export_tensor(model: Transformer, tensor: StockTensor, dtype: torch.dtype) -
 def import_state_dict(
     model: Transformer, read: Callable[[str], Tensor], around: Callable[[Layer], AbstractContextManager] = nullcontext
 ) -> None:
-    """Fill a model whose configuration has no training extras from stock tensors, read by name.
+    """Fill a model without training extras from stock tensors, read by name.
 
-    around: a context in which a layer is filled
+    around: context manager in which each layer is filled
     """
     if model.config != model.config.folded():
         raise UserError("stock tensors can only be loaded into a model without training extras")

@@ -220,7 +220,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
     refused(r"or one of llama, .*, found \['bloom'\]; choose another model", model_type=["bloom"])
     refused("found 'mine'; its own code", model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Model"})
     refused(
-        "config.json: .*'gptq'; take the model's folder that is not quantized",
+        "config.json: .*'gptq'; use the model's unquantized folder",
         quantization_config={"quant_method": "gptq"},
     )
     refused(r"expected shape \[64\], found \[32\]; are config.json and weights", hidden_size=64)
@@ -228,7 +228,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
     refused("unexpected tensor transformer.h.1", n_layer=1)
     refused("1 to 4096 for num_hidden_layers, found 100000000", n_layer=10**8)
     refused("refuses this 'bloom'", hidden_size="wide")
-    refused("with a decoder alone, found 't5'", model_type="t5")
+    refused("decoder-only language model, found 't5'", model_type="t5")
 
     config = transformers.BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
@@ -256,7 +256,7 @@ def test_a_family_with_a_cache_of_its_own_is_trained_but_not_sampled(family, tmp
 
 def test_without_transformers_the_line_names_the_families_and_the_package(tmp_path, monkeypatch):
     save("bloom", tmp_path)
-    with pytest.raises(UserError, match=r"'bloom'; choose .*; transformers computes others, but not for"):
+    with pytest.raises(UserError, match=r"'bloom'; choose .*; transformers supports others, but not"):
         load_config(tmp_path)  # as pretrain and export ask
     monkeypatch.setattr("llmkit.model.folder.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"one of llama, .*, found 'bloom'; .* pip install 'transformers>=5'"):
@@ -269,8 +269,8 @@ def test_weights_of_another_shape_or_kind_are_refused(tmp_path, monkeypatch):
     name = "model.layers.0.mlp.experts.0.down_proj.weight"
     for tensor, message in (
         (tensors[name][1:], "are config.json and weights"),
-        (tensors[name].to(torch.float8_e4m3fn), r"quantized tensor model.layers.0.*; take the model's folder"),
-        (tensors[name].int(), r"down_proj.weight: expected dtype F64, .*, found I32; take the model's folder"),
+        (tensors[name].to(torch.float8_e4m3fn), r"quantized tensor model.layers.0.*; use the model's"),
+        (tensors[name].int(), r"down_proj.weight: expected dtype F64, .*, found I32; use the model's"),
     ):
         if not tensor.is_floating_point():  # its header says so
             monkeypatch.setattr(SavedTensors, "read", None)

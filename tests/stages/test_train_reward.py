@@ -263,5 +263,5 @@ def test_a_judge_in_the_place_of_a_model_that_writes_says_what_it_is(judge, llmk
     (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "Ada", "text": "Ada"}\n')
     done = llmkit(*(judge if word == "JUDGE" else word for word in command.split()), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert f"found a reward model, which scores; llmkit train-reward --score {judge}" in done.stderr
+    assert f"found a reward model; score texts with llmkit train-reward --score {judge}" in done.stderr
     assert done.stderr.count("\n") == 1
