@@ -31,7 +31,7 @@ from llmkit.io.resume import STATE, Kept, check_identity
 BAD = ("bad_json", "no_text", "bad_file", "truncated", "damaged")  # reasons that mean damaged input
 
 Write = Callable[[bytes], object]
-Versions = dict[str, tuple[int | None, str]]  # size and version of files at addresses
+Versions = dict[str, tuple[int | None, str]]  # size and version of remote files, by URL
 Parts = Generator[tuple[Any, Part], None, None]  # (work item with a `size` in bytes, its part), in input order
 
 

@@ -52,7 +52,7 @@ class Language:
     """Languages to keep."""
 
     languages: tuple[str, ...] = ("en",)  # ISO 639 codes as in lid.176; empty: keep all
-    min_score: float | None = 0.65  # of lid.176 on the first 4,000 characters
+    min_score: float | None = 0.65  # lid.176's probability, for the first 4,000 characters
 
 
 @dataclass(frozen=True, slots=True)

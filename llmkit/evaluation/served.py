@@ -92,7 +92,7 @@ class ServedScorer:
             start -= 1
             text = "".join(names[start].split()) + text
         if text != letters:
-            raise self._fault(f"a token that starts {rest[:40]!r}", f"{text[:40]!r}; {WITH_FOLDER}")
+            raise self._fault(f"a token boundary before {rest[:40]!r}", f"{text[:40]!r}; {WITH_FOLDER}")
         while start > 1 and not names[start - 1].strip():
             start -= 1
         return self._likelihood(echo, start)

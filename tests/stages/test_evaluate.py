@@ -156,7 +156,7 @@ def test_likelihoods_from_a_server_are_those_of_its_model(models, tmp_path, fold
             {},
             "expected log-probabilities of a continuation's tokens, found none for the first",
         ),
-        (CHOICES, set(), {}, "expected a token that starts ' öd', found .*; give MODEL with --engine"),
+        (CHOICES, set(), {}, "expected a token boundary before ' öd', found .*; give MODEL with --engine"),
         (CHOICES, set(), {"chat": True}, "a: --chat needs the tokens of prompts; give MODEL with --engine"),
     ],
 )
