@@ -140,7 +140,9 @@ class ResponseFormat(Schema):
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ApiError("'response_format': expected 'json_schema' with type json_schema, and only then", "response_format")
+            raise ApiError(
+                "'response_format': expected 'json_schema' exactly if type is json_schema", "response_format"
+            )
         return self
 
 
