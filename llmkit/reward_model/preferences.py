@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -232,11 +232,9 @@ class Reference:
     precision  of its computation
     folder     cache of its log-probabilities, in files named by a hash of the model's files, the comparisons and the
                precision
-    check      called before they are computed, to raise UserError early
     """
 
-    def __init__(self, tuning: Tuning, precision: str, folder: Path, quiet: bool, check: Callable[[], object]) -> None:
-        self._check = check
+    def __init__(self, tuning: Tuning, precision: str, folder: Path, quiet: bool) -> None:
         self._model, self._pad, self._folder, self._quiet = tuning.model, tuning.pad_id, folder, quiet
         self._digest = sha256(f"{precision} {tuning.model.config.backend}".encode())
         for path in sorted(local_folder(tuning.folder, weights=True).iterdir()):
@@ -246,7 +244,6 @@ class Reference:
     def compare(self, source: Comparisons, *, held_out: bool = False) -> Comparisons:
         """Return the comparisons with the log-probabilities of their answers, from the cache or computed and cached;
         each rank computes its share."""
-        self._check()
         path = self._path(source, held_out)
         count = sum(len(candidates.answers) for candidates in source.candidates)
         values = world().broadcast(_read_references(path, count) if world().leads else None)

@@ -224,13 +224,6 @@ class HeldOutAnswers:
             self._problems.setdefault(said_in(messages), problem)
         return comparison
 
-    def check(self, tuning: Tuning, gold: Sequence[Weighted]) -> None:
-        """Raise UserError if a reward cannot judge the policy or a prompt."""
-        for weighted in gold:
-            weighted.reward.check_policy(tuning.tokenizer)
-            for problem in self._problems.values():
-                weighted.reward.check(problem)
-
     def open(
         self, tuning: Tuning, reference: Transformer | None, gold: Sequence[Weighted], seed: int
     ) -> Callable[[], dict[str, float]] | None:
@@ -241,7 +234,10 @@ class HeldOutAnswers:
         cannot judge a prompt, or has none.
         """
         problems = []
-        self.check(tuning, gold)
+        for weighted in gold:
+            weighted.reward.check_policy(tuning.tokenizer)
+            for problem in self._problems.values():
+                weighted.reward.check(problem)
         for problem in self._problems.values():
             messages = problem.messages or (message("user", problem.prompt),)
             ids = tuning.chat.encode(messages, prompt=True).token_ids.tolist()

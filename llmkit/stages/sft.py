@@ -466,21 +466,23 @@ def _preferences(
     read_record = read_verdict if config.loss == "kto" else read_comparison
     answers, reference = HeldOutAnswers(read_record), None
     if objective.needs_reference and not config.dry_run:
-        precision, check = f"{run.dtype} {config.quantize}", partial(answers.check, tuning, gold)
-        reference = Reference(tuning, precision, run.folder.parent, config.quiet, check)
+        reference = Reference(tuning, f"{run.dtype} {config.quantize}", run.folder.parent, config.quiet)
     columns = parse_columns(config.columns)
 
     def read(name: str, paths: list[str], held_out: bool = False, **options: Any) -> tuple[Comparisons, str]:
         options |= {"on_long": config.on_long, "limit": config.limit, "columns": columns, "quiet": config.quiet}
         options["read"] = answers.read if held_out else read_record
         source, digest = read_comparisons(name, paths, tuning.chat, context, run.bad, **options)
-        source = policy_comparisons(source, config.loss, context, config.quiet)
-        return source if reference is None else reference.compare(source, held_out=held_out), digest
+        return policy_comparisons(source, config.loss, context, config.quiet), digest
 
     sources, held_out, digests = read_sources(read, files, config.val, config.quiet, partial(read, held_out=True))
     if config.loss == "kto":
         objective = balanced(objective, [source.examples for source in sources])
     before = reference_of(tuning.model, config.lora_rank is not None) if reference and config.val else None
+    own_figures = answers.open(tuning, before, gold, config.seed)
+    if reference is not None:  # when nothing is left to be refused
+        held_out = [reference.compare(source, held_out=True) for source in held_out]
+        sources = [replace(source, examples=reference.compare(source.examples)) for source in sources]
     return Lessons(
         sources,
         held_out,
@@ -489,7 +491,7 @@ def _preferences(
         PreferenceLoss(objective),
         packed_comparisons,
         figures_of,
-        answers.open(tuning, before, gold, config.seed),
+        own_figures,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -163,7 +163,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
     bad = BadRecords(config.max_bad, config.quiet)
     source, inputs_hash = _source(config, bad)
     with ExitStack() as stack:
-        sampler = stack.enter_context(_sampler(config, "--writer", config.writer, config.temperature))
+        sampler = _sampler(config, stack, "--writer", config.writer, config.temperature)
         _ = sampler.chat  # refuses base models
         writer = Writer(
             sampler,
@@ -178,12 +178,13 @@ def run(config: WriteChatsConfig) -> Summary | None:
         )
         _check_context(writer, shares)
         judge = _judge(config, guide, stack)
+        keeper = Keeper(config.not_in, config.fail_below, sandbox=config.sandbox != "none", quiet=config.quiet)
+        stack.callback(keeper.close)
         if config.dry_run:
             prompt = writer.first_request(0).prompt
             for line in [*sampler.plan(), *(f"{message.role}: {message.text}" for message in prompt)]:
                 say(line, config.quiet)
             return None
-        sampler.check()
 
         # write
         names = {"guide": _hash(guide), "writer": sampler.name, **({"judge": judge.name} if judge else {})}
@@ -193,8 +194,6 @@ def run(config: WriteChatsConfig) -> Summary | None:
             Path(out + STATE) if out != "-" else None, {**lasting_options(config), **identity}, resume=config.resume
         )
         stack.enter_context(state.resumable())
-        keeper = Keeper(config.not_in, config.fail_below, sandbox=config.sandbox != "none", quiet=config.quiet)
-        stack.callback(keeper.close)
         wanted = config.conversations or (None if config.answer else DEFAULT)
         selection = Selection(writer, keeper, judge, state, wanted=wanted, budget=budget, quiet=config.quiet)
         selection.write()
@@ -378,14 +377,12 @@ def _first_message(row: Row) -> str:
     return text
 
 
-def _sampler(
-    config: WriteChatsConfig, flag: str, source: str | None, temperature: float
-) -> AbstractContextManager[Sampler]:
-    """Open the writer, with the tools, or the judge."""
+def _sampler(config: WriteChatsConfig, stack: ExitStack, flag: str, source: str | None, temperature: float) -> Sampler:
+    """Open the writer, with the tools, or the judge, and see that it answers unless the run is dry."""
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler
 
-    return open_sampler(
+    opened = open_sampler(
         str(source),
         Sampling(temperature),
         flag=flag,
@@ -398,6 +395,10 @@ def _sampler(
         timeout=config.timeout,
         skip_refused=flag == "--writer",
     )
+    sampler = stack.enter_context(opened)
+    if not config.dry_run:
+        sampler.check()
+    return sampler
 
 
 def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | None:
@@ -410,8 +411,7 @@ def _judge(config: WriteChatsConfig, guide: str, stack: ExitStack) -> Judge | No
     described = Path(config.judge, "config.json")
     if described.is_file() and "ForSequenceClassification" in described.read_text(errors="replace"):
         return RewardJudge(config.judge, config.device, config.dtype)
-    sampler = stack.enter_context(_sampler(config, "--judge", config.judge, TEMPERATURE))
-    return Judge(ChatModel(sampler, config.seed), guide)
+    return Judge(ChatModel(_sampler(config, stack, "--judge", config.judge, TEMPERATURE), config.seed), guide)
 
 
 def _check_context(writer: Writer, shares: Mapping[str, float]) -> None:

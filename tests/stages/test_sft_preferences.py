@@ -158,8 +158,12 @@ def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path, monkeyp
 
 
 def test_prompts_that_gold_cannot_judge_are_refused_before_the_reference_is_asked(base, data, held_out, tmp_path):
-    options = {"val": (str(held_out),), "gold": "verifier"}
+    answered = write(tmp_path / "val.jsonl", *({**row, "answer": "x"} for row in pairs(5, seed=2)))
+    options = {"val": (str(answered), str(held_out)), "gold": "verifier"}
     assert "expected field 'answer' for the verifier" in refusal(base, data, tmp_path / "policy", "dpo", **options)
+    long = write(tmp_path / "long.jsonl", *({**row, "prompt": "Tell " * 90} for row in pairs(5, seed=2)))
+    options = {"val": (str(long),), "gold": "length"}
+    assert "less than half the context" in refusal(base, data, tmp_path / "policy", "dpo", **options)
     assert not references(tmp_path)
 
 

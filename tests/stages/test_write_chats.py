@@ -458,3 +458,18 @@ def test_the_plan_shows_what_would_be_asked(place, server, capsys):
     assert run_command_line(command) == 0
     said = capsys.readouterr().err
     assert GUIDE in said and "Topic: The sea" in said and server.requests == []
+
+
+def test_a_server_that_is_down_is_told_before_anything_is_loaded_or_asked(place, server, capsys, one_retry):
+    down = "openai:http://127.0.0.1:9/v1#none"
+    save_folder(place / "base")  # no judge; a writer that answers would have it refused
+    assert write_chats(server, *TOPICS, "--judge", "base/", writer=down) == 2
+    assert "http://127.0.0.1:9/v1" in capsys.readouterr().err
+    assert write_chats(server, *TOPICS, "--judge", down) == 2
+    assert "http://127.0.0.1:9/v1" in capsys.readouterr().err and server.requests == []
+
+
+def test_the_plan_reads_evaluations(place, server, capsys):
+    Path("bad.jsonl").write_text("nothing\n")
+    assert write_chats(server, *TOPICS, "--not-in", "bad.jsonl", "--dry-run") == 2
+    assert "bad.jsonl:1" in capsys.readouterr().err
