@@ -373,7 +373,7 @@ def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
     server.answer = lambda prompt, seed: "It is 5."
     assert write_chats(server, "--answer", "prompts.jsonl", "--samples", 2, "--pairs", "prefs.jsonl") == 2
     said = capsys.readouterr()
-    assert "--writer: none of 9 drafts of openai:#tiny is kept: wrong: answer 9; take another" in said.err
+    assert "--writer: none of 9 drafts of openai:#tiny is kept: wrong: answer 9; use another" in said.err
     assert said.err.count("\n") == 1 and said.out == "" and not list(place.glob("*.jsonl.*"))
     assert not (place / "chats.jsonl").exists() and not (place / "prefs.jsonl").exists()
 
