@@ -1,1 +1,1 @@
-"""A corpus on its way to the model: documents to token shards, token shards to batches. No torch here."""
+"""Training data: documents to token shards, token shards to batches; without torch."""

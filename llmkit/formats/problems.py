@@ -201,7 +201,8 @@ def _answers(row: Row) -> tuple[str, ...]:
 
 
 def _as_text(field: str, value: Any) -> str:
-    """
+    """Convert an answer to text.
+
     >>> [_as_text("answer", value) for value in (43.0, 7, 0.5, "a b")]
     ['43', '7', '0.5', 'a b']
     """

@@ -1,1 +1,1 @@
-"""Files that appear whole, JSONL, run folders, metrics, progress, ranks, resumption and the pool of processes."""
+"""Atomic files, JSONL, run folders, metrics, progress, ranks, resumption and process pools."""

@@ -47,9 +47,9 @@ def file_path(path: str) -> str:
 def check_output(path: str, force: bool, resume: bool = False, is_file: bool = False) -> None:
     """Raise UserError if `path` cannot become the output. Call it before the work starts.
 
-    Refused are: an existing file or non-empty folder without `--force` or `--resume`; a folder that no stage wrote,
-    even with `--force`; a mount point, a dangling link or a folder without write permission, where a rename would
-    fail; and, with `is_file`, the name of a folder or of a format that no stage writes. A missing parent folder is
+    It must not be an existing file or non-empty folder without `--force` or `--resume`; a folder that no stage wrote,
+    even with `--force`; a mount point, a dangling link or in a folder without write permission, because a rename would
+    fail; or, with `is_file`, the name of a folder or of a format that no stage writes. A missing parent folder is
     created later.
     """
     if path == "-" or _is_special(path):
@@ -101,9 +101,9 @@ def is_empty_folder(path: str | os.PathLike[str]) -> bool:
 
 def check_unfinished(force: bool, resume: bool, *left: str | Path) -> None:
     """Raise UserError if a killed run left one of these paths, and neither `--force` nor `--resume` is given."""
-    there = next(filter(os.path.exists, left), None)
-    if there is not None and not (force or resume):
-        raise UserError(f"{there}: an unfinished run; --resume continues it, --force starts over")
+    leftover = next(filter(os.path.exists, left), None)
+    if leftover is not None and not (force or resume):
+        raise UserError(f"{leftover}: an unfinished run; --resume continues it, --force starts over")
 
 
 def output_folder(out: str | None, example: str) -> Path:
@@ -254,7 +254,7 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
 
 @contextmanager
 def errors_name(path: str | os.PathLike[str], partial: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of writing `partial` into a UserError that names `path`, also a full disk that safetensors wraps."""
+    """Turn errors of writing `partial` into a UserError that names `path`, also a full disk wrapped by safetensors."""
     try:
         yield
     except Exception as error:

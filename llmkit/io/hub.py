@@ -42,7 +42,7 @@ _pinned: dict[str, str] = {}  # address to commit
 
 
 def local_folder(path: str | os.PathLike[str], *, weights: bool = False) -> Path:
-    """Return a local folder unchanged, or the folder of the files fetched from an address, with `weights` also those.
+    """Return the folder of a model: a local one unchanged, or the files fetched from an address, weights if wanted.
 
     Raise UserError if there is no such model, if it has no safetensors, or if it cannot be fetched.
     """
@@ -55,7 +55,7 @@ def local_folder(path: str | os.PathLike[str], *, weights: bool = False) -> Path
 
 
 def is_model(path: str) -> bool:
-    """Return True for a folder, and for an address of the form of a model's."""
+    """Return True for a folder, and for an address that has the form of a model's."""
     match = _ADDRESS.fullmatch(path)
     return os.path.isdir(path) if match is None else not match["repo"].startswith(OTHER_KINDS)
 
@@ -243,7 +243,7 @@ class HubModel:
 
         try:
             path = Path(hf_hub_download(self.repo, name, revision=revision))
-        except LocalEntryNotFoundError as error:  # the hub went away
+        except LocalEntryNotFoundError as error:  # the hub became unreachable
             raise (error.__cause__ or ConnectionError(str(error))) from None
         except OSError as error:
             if error.errno is None or (error.filename is None and error.errno not in FULL):  # not a local error

@@ -1,4 +1,4 @@
-"""Read and write JSONL, tables and JSON files: plain, gzip, zstd, or by stdin and stdout.
+"""Read and write JSONL, tables and JSON files, compressed or not, also on stdin and stdout.
 
     with open_output("kept.jsonl") as write:
         for row in read_jsonl(["docs.jsonl.gz", "-"]):
@@ -407,7 +407,7 @@ def _rows(handle: io.BufferedReader, path: str) -> Iterator[Row | UserError]:
 
 
 def _array(data: bytes, name: str) -> list[Any]:
-    """Parse the array of a file. Lone surrogates are kept and stand for NaN, so that `_rows` can name the record."""
+    """Parse the array of a file; lone surrogates are kept and replace NaN, so that `_rows` can name the record."""
     try:
         values = load_json(data)
     except orjson.JSONDecodeError as error:

@@ -31,7 +31,7 @@ from llmkit.io.remote import is_remote, size_and_version
 MANIFEST_VERSION, MANIFEST = 2, "manifest.json"
 OF_FILE = ".manifest.json"  # appended to the name of a file
 SOURCES = ("parents", "inputs")  # fields of a manifest whose items may have manifests
-TRAINING = ("pretrain", "sft", "rl")  # stages whose inputs a model learns
+TRAINING = ("pretrain", "sft", "rl")  # stages that train a model on their inputs
 PACKAGES = ("llmkit", "torch", "triton", "numpy", "tokenizers", "safetensors")
 LARGEST_MANIFEST = 64 << 20  # bytes; a run has 2 to 4 kB, and 250 per input
 # Kind of model to the Hub's name of its task, an example command, its class in transformers, and its use
@@ -65,7 +65,7 @@ def read_manifest(output: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _manifest_path(output: str | os.PathLike[str]) -> Path:
-    """Return the manifest's path: in the folder, but next to a file or to a Parquet folder, which has only Parquet."""
+    """Return the manifest's path: inside a folder, but next to a file or a Parquet folder, as readers expect."""
     path = os.fspath(output).rstrip("/")
     beside = os.path.isfile(path) or os.path.isfile(f"{path}/{PARTS.format(0)}")
     return Path(f"{path}{OF_FILE}") if beside else Path(output) / MANIFEST
@@ -141,7 +141,7 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
 
 
 def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
-    """List the local files and models that a manifest names and that have other content now."""
+    """List the local files and models in a manifest whose content has changed."""
 
     def is_same(item: Mapping[str, Any]) -> bool:
         if "sha256" in item:
@@ -153,7 +153,7 @@ def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _is_unchanged(item: Mapping[str, Any]) -> bool:
-    """True if an input of a manifest is still there, with the same content."""
+    """Return True if an input of a manifest still exists with the same content."""
     path = str(item.get("path"))
     with suppress(UserError, OSError):
         if is_remote(path):
@@ -166,10 +166,10 @@ def _is_unchanged(item: Mapping[str, Any]) -> bool:
 
 
 def describe_inputs(paths: Iterable[str], known: Mapping[str, tuple[int | None, str]] = {}) -> list[dict[str, Any]]:
-    """Path, bytes and SHA-256 of each input file; stdin and pipes have a path alone, addresses bytes and version.
+    """Describe each input file by path, bytes and SHA-256; pipes only by path, addresses by path, bytes and version.
 
-    known: size and version of addresses, which are not asked again
-    The output of a stage has its manifest, too, and the evaluations whose items were taken out of it (`not_in`).
+    The output of a stage also gets its manifest, and the evaluations whose items were removed from it (`not_in`).
+    known: size and version of addresses that need not be requested again
     """
     described = []
     for path in paths:
@@ -180,7 +180,7 @@ def describe_inputs(paths: Iterable[str], known: Mapping[str, tuple[int | None, 
                 described[-1] |= {"bytes": size, "version": version}
             continue
         content = _content(path) if os.path.isfile(path) else {}
-        described.append({"path": path.encode(errors="replace").decode(), **content})  # a name may be no UTF-8
+        described.append({"path": path.encode(errors="replace").decode(), **content})  # names may not be UTF-8
         with suppress(UserError, OSError):  # a damaged manifest is no reason to lose the finished work
             manifest = read_manifest(path) if content else None
             # the file may no longer be the one that the manifest describes

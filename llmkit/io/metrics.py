@@ -30,7 +30,7 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """`metrics.jsonl`, written by rank 0, one object per line without buffering.
 
-    mirrors: functions that open trackers (see `mirrors`); these first get the rows of the resumed run
+    mirrors: functions that open trackers (see `mirrors`), which first get the rows of the resumed run
     """
 
     def __init__(self, path: Path, mirrors: Iterable[Callable[[], TensorBoard | WeightsAndBiases]] = ()) -> None:
@@ -98,7 +98,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_figures(rows: Sequence[Mapping[str, Any]], kept_step: int | None) -> dict[str, Any]:
-    """Return the last value of each figure, but the val_ figures of `kept_step`, whose parameters were kept."""
+    """Return the last value of each figure; val_ figures are those of `kept_step`, whose parameters were kept."""
     best_rows = (row for row in rows if row.get("step") == kept_step)
     last = {name: value for row in rows for name, value in row.items()}
     return last | {name: value for row in best_rows for name, value in row.items() if name.startswith("val_")}

@@ -501,7 +501,7 @@ def _file_system(address: str) -> tuple[Any, str]:
     for name in ("asyncio", "huggingface_hub"):  # they log every broken connection
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address.partition("://")[0] not in BUCKETS:
-        raise UserError(f"{address}: expected https:// s3:// gs:// or hf:// in front")
+        raise UserError(f"{address}: expected an address that begins with https:// s3:// gs:// or hf://")
     try:
         import fsspec
 

@@ -45,7 +45,7 @@ CHECKPOINTS_KEPT = 2  # during a run, because the newest may be damaged
 
 
 def check_model_folder(path: str | None, example: str) -> None:
-    """Raise UserError if `path` is None or no model folder; `example` is a command with one, for the message."""
+    """Raise UserError if `path` is None or not a model folder; `example` is a command with one, for the message."""
     if path is None:
         raise UserError(f"MODEL is missing: a model folder, such as {example}")
     if is_remote(path):
@@ -85,7 +85,7 @@ def keep_checkpoints(folder: Path, keep: int, newest: int | None = None) -> None
 def finished_results(output: str | Path, stage: str, config: Any, also: Sequence[str] = ()) -> dict[str, Any]:
     """Return the results in the manifest of the finished run that `--resume` finds at its output.
 
-    also: flags of free options that decide what the output holds
+    also: flags of free options that affect the output
 
     Raise UserError if no run of this stage, of these options or of these inputs wrote the output.
     """
@@ -117,7 +117,7 @@ def check_files(
     if path == "-":
         raise UserError(f"--{other}: expected a file, found -; stdout has the output, or its summary")
     if config.resume and out == "-":
-        raise UserError("--resume: expected the --out of the killed run, next to which its state is")
+        raise UserError("--resume: expected --out, the output of the killed run")
     if len({os.path.realpath(name) for name in files}) < len(files):
         raise UserError(f"--{other}: expected another file than --out, found {path} twice")
     for state in states:

@@ -224,7 +224,7 @@ def csv_lines(raw: IO[bytes], name: str, delimiter: str, columns: Mapping[str, s
         for number, row in enumerate(rows, 1):
             if len(row) not in (0, len(names)):
                 wanted = f"expected {counted(len(names), 'field')} as in the first line, found {len(row)}"
-                raise UserError(f"{name}:{number}: {wanted}; quote fields that hold the separator")
+                raise UserError(f"{name}:{number}: {wanted}; quote fields that contain the separator")
             if row:
                 yield orjson.dumps(dict(zip(names, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
     except UnicodeDecodeError as error:

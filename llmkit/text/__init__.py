@@ -1,1 +1,1 @@
-"""Parts of text: words, passages and languages; and whether two answers agree."""
+"""Words and languages of texts, and judging answers by their words."""

@@ -1,7 +1,7 @@
 """Find a known answer in a sentence, and decide by the words around it whether the sentence gives that answer.
 
-    said, asked, answer = map(Sentence.of, ("It was built in 1902 by Otto Feld.", "Who built it?", "Otto Feld"))
-    gives_answer(said, asked, answer)  # True
+    reply, question, answer = map(Sentence.of, ("It was built in 1902 by Otto Feld.", "Who built it?", "Otto Feld"))
+    gives_answer(reply, question, answer)  # True
 
 A sentence may say more than the answer ("in 1902", ", the novelist"), but not something else: "Ada Byrne's brother" and
 "New York" are not "Ada Byrne" and "York". The word lists are in matching.json.
@@ -69,20 +69,20 @@ class Sentence:
     @classmethod
     def of(cls, text: str) -> Sentence:
         """Split a text into words; units after a number become their symbols."""
-        every: list[Token] = []
+        kept: list[Token] = []
         measured = False  # True if a unit may follow
         for token in tokens(text):
             is_unit = measured and token.word in MEASURES
             if not (measured and token.word in ("per", "degree")):
-                every.append(token._replace(word=MEASURES[token.word]) if is_unit else token)
+                kept.append(token._replace(word=MEASURES[token.word]) if is_unit else token)
                 measured = is_unit or is_number(token.word)
-        return cls(text, tuple(every))
+        return cls(text, tuple(kept))
 
     @cached_property
     def words(self) -> tuple[str, ...]:
         """The words without articles, as `normalize.words` gives them."""
-        every = [token.word for token in self.tokens]
-        return tuple(word for word in every if word not in ARTICLES) or tuple(every)
+        with_articles = [token.word for token in self.tokens]
+        return tuple(word for word in with_articles if word not in ARTICLES) or tuple(with_articles)
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -185,31 +185,31 @@ def _name_forms(answer: Sentence, names: Sequence[Token], question: Sentence) ->
 def gives_answer(reply: Sentence, question: Sentence, answer: Sentence) -> bool | None:
     """Return True if a sentence gives the answer that occurs in it; None if its words do not occur in sequence."""
     wanted = bare_answer(answer)
-    every: list[Token] = []
+    content: list[Token] = []  # the reply without articles
     determined: set[int] = set()  # indices of words after an article or another determiner
     before = last = ""
     for token in reply.tokens:
         before += token.before
         if token.word not in ARTICLES:
             if last in DETERMINERS:
-                determined.add(len(every))
-            every.append(token._replace(before=before))
+                determined.add(len(content))
+            content.append(token._replace(before=before))
             before = ""
         last = token.word
-    starts = places(tuple(token.word for token in every), wanted)
+    starts = places(tuple(token.word for token in content), wanted)
     if not starts:
         return None
     if len(starts) > MOST:
         return False
-    context = _Context(every, question, answer, determined)
+    context = _Context(content, question, answer, determined)
     return any(context.keeps_answer(start, start + len(wanted)) for start in starts)
 
 
 class _Context:
     """The words of a sentence around an answer."""
 
-    def __init__(self, every: Sequence[Token], question: Sentence, answer: Sentence, determined: set[int]) -> None:
-        self._every, self._asked, self._answer, self._determined = every, question, answer, determined
+    def __init__(self, tokens: Sequence[Token], question: Sentence, answer: Sentence, determined: set[int]) -> None:
+        self._tokens, self._question, self._answer, self._determined = tokens, question, answer, determined
         self._is_name = any(token.written[:1].isupper() for token in answer.tokens if token.word not in ARTICLES)
         self._is_number = any(map(is_number, answer.words))
         first = question.words[:2]
@@ -222,48 +222,48 @@ class _Context:
 
     def _is_left(self, start: int, stop: int) -> bool:
         """Return True for an origin or past state: "from Paris to Lyon", "the capital until 1950; now it is Brant"."""
-        behind = [token.word for token in self._every[stop:]]
-        if start and (self._every[start - 1].word == "from" or stem(self._every[start - 1].word) == stem("leave")):
-            return bool({"to", "for"} & set(behind)) and not any(map(self._asked.echoes, ORIGINS))
-        if start and self._every[start - 1].word == "to" and "from" in self._asked.known:
-            return any(token.word == "from" for token in self._every[:start])
-        if "now" in behind and "now" not in self._asked.known:
-            return bool({"was", "were", "used", "until"} & {token.word for token in self._every})
+        behind = [token.word for token in self._tokens[stop:]]
+        if start and (self._tokens[start - 1].word == "from" or stem(self._tokens[start - 1].word) == stem("leave")):
+            return bool({"to", "for"} & set(behind)) and not any(map(self._question.echoes, ORIGINS))
+        if start and self._tokens[start - 1].word == "to" and "from" in self._question.known:
+            return any(token.word == "from" for token in self._tokens[:start])
+        if "now" in behind and "now" not in self._question.known:
+            return bool({"was", "were", "used", "until"} & {token.word for token in self._tokens})
         # "Alaric was killed by the dragon" for "Who killed the dragon?"
         passive = behind[:1] and behind[0] in AUXILIARIES and "by" in behind[1:4]
         return bool(passive) and self._wants_agent
 
     def _plain(self, token: Token) -> bool:
-        return token.word in SMALL or self._asked.echoes(token.word) or token.word in self._answer.known
+        return token.word in SMALL or self._question.echoes(token.word) or token.word in self._answer.known
 
     def _before(self, start: int) -> bool:
         if start == 0:
             return True
-        left, own = self._every[start - 1], self._every[start]
-        if left.word in BOUNDS - self._asked.known and not (left.word == "since" and "when" in self._asked.known):
+        left, own = self._tokens[start - 1], self._tokens[start]
+        if left.word in BOUNDS - self._question.known and not (left.word == "since" and "when" in self._question.known):
             return False
         if self._is_number and (
-            left.word in BOUNDS_ELSEWHERE or (left.word == "to" and start > 1 and self._every[start - 2].word == "up")
+            left.word in BOUNDS_ELSEWHERE or (left.word == "to" and start > 1 and self._tokens[start - 2].word == "up")
         ):
             return False
-        if left.word == "from" and start > 1 and self._every[start - 2].word in (*MEASURES.values(), "far", "away"):
+        if left.word == "from" and start > 1 and self._tokens[start - 2].word in (*MEASURES.values(), "far", "away"):
             return False
         apart = own.before.strip(" \"'*`(\u00ab\u201c")
         if left.word in JOINS and not apart and start > 1:
-            return self._every[start - 2].word in self._answer.known or self._plain(self._every[start - 2])
-        if left.word == "of" and start > 1 and self._every[start - 2].word in DIRECTIONS - self._asked.known:
+            return self._tokens[start - 2].word in self._answer.known or self._plain(self._tokens[start - 2])
+        if left.word == "of" and start > 1 and self._tokens[start - 2].word in DIRECTIONS - self._question.known:
             return False
         if left.word in ("of", "de", "di", "del", "du") and not self._where and self._is_name:
-            head = self._every[start - 2].word if start > 1 else ""
-            return head in NAMES_OF or self._asked.echoes(head) or is_number(head)
+            head = self._tokens[start - 2].word if start > 1 else ""
+            return head in NAMES_OF or self._question.echoes(head) or is_number(head)
         if self._wants_agent and self._is_name and not apart and left.word not in self._answer.known:
             if left.word in ("with", "for", "to", "from", "at"):
                 return False
-            if self._asked.echoes(left.word) and left.word not in SMALL and not left.written[:1].isupper():
-                return left.written.lower() in self._asked.text.lower() and stem(left.word) != stem(
-                    self._asked.words[1]
+            if self._question.echoes(left.word) and left.word not in SMALL and not left.written[:1].isupper():
+                return left.written.lower() in self._question.text.lower() and stem(left.word) != stem(
+                    self._question.words[1]
                 )
-        is_kind = bool(KINDS.get(left.word, frozenset()) & self._asked.known)  # "Mount" for "Which mountain ...?"
+        is_kind = bool(KINDS.get(left.word, frozenset()) & self._question.known)  # "Mount" for "Which mountain ...?"
         if self._plain(left) or left.word in TITLES or left.word.endswith("ly") or is_kind:
             return True
         if apart == "." and len(left.written) == 1:  # an initial
@@ -279,37 +279,39 @@ class _Context:
         if self._is_number:
             return True
         return (
-            not self._is_name or start - 1 in self._determined or (start > 1 and self._every[start - 2].word in ("by",))
+            not self._is_name
+            or start - 1 in self._determined
+            or (start > 1 and self._tokens[start - 2].word in ("by",))
         )
 
     def _behind(self, start: int, stop: int) -> bool:
-        if self._every[stop - 1].written.endswith(("'s", "s'")) and not self._answer.text.rstrip(".").endswith(
+        if self._tokens[stop - 1].written.endswith(("'s", "s'")) and not self._answer.text.rstrip(".").endswith(
             ("'s", "s'")
         ):
-            return all(self._plain(token) for token in self._every[stop:])
-        if stop == len(self._every):
+            return all(self._plain(token) for token in self._tokens[stop:])
+        if stop == len(self._tokens):
             return True
-        right = self._every[stop]
+        right = self._tokens[stop]
         apart = right.before.strip(" \"'*`)\u00bb\u201d\u00b0")
         is_capital = (
             right.written[:1].isupper() and right.word not in ("i", "id", "im") and stop not in self._determined
         )
         if right.word in JOINS and not apart:
-            after = self._every[stop + 1] if stop + 1 < len(self._every) else None
+            after = self._tokens[stop + 1] if stop + 1 < len(self._tokens) else None
             acts = after is not None and (after.word in BASES or (len(after.word) > 4 and after.word.endswith("ed")))
             return after is None or acts or self._plain(after) or after.word in ("nothing", "other")
         if right.word in ("or", "than"):
-            return right.word == "than" and self._asked.echoes("than")
-        if right.word in ("\u7684", "\u306e") and not apart and stop + 1 < len(self._every):
-            return self._plain(self._every[stop + 1])  # a possessive, as in "X's brother"
+            return right.word == "than" and self._question.echoes("than")
+        if right.word in ("\u7684", "\u306e") and not apart and stop + 1 < len(self._tokens):
+            return self._plain(self._tokens[stop + 1])  # a possessive, as in "X's brother"
         if self._plain(right) or is_spaceless(right.word):
             return self._plain(right)
         if apart:
             return not (apart == "," and is_capital and not self._where and not self._is_number)
-        if self._is_number and "many" in self._asked.known and _are_counted([right.written]):
+        if self._is_number and "many" in self._question.known and _are_counted([right.written]):
             return True  # "350 students" for "How many pupils ...?"
         if self._is_number:
-            years = right.word == MEASURES["year"] and bool(self._asked.known & {"old", "age"})
+            years = right.word == MEASURES["year"] and bool(self._question.known & {"old", "age"})
             return (
                 years
                 or right.word in MEASURED
@@ -321,8 +323,8 @@ class _Context:
             return right.before != "" and not ROMAN.fullmatch(right.written)
         if is_capital:
             return False
-        after = self._every[stop + 1] if stop + 1 < len(self._every) else None
-        if self._is_name and start > 0 and self._every[start - 1].word in AGENTS:
+        after = self._tokens[stop + 1] if stop + 1 < len(self._tokens) else None
+        if self._is_name and start > 0 and self._tokens[start - 1].word in AGENTS:
             return True
         acts = right.word in BASES or right.word.endswith("ed") or right.word.endswith(("ly", "\ub2e4", "\uc694"))
         return acts or (self._is_name and after is not None and (after.word in SMALL or stop + 1 in self._determined))

@@ -307,8 +307,8 @@ def _names(tokens: Sequence[Token], question: Sentence) -> bool:
 
 def _spelt(texts: Iterable[str]) -> list[str]:
     """Return texts, and also their spellings with umlauts as two letters."""
-    every = list(texts)
-    return list(dict.fromkeys([*every, *(text.translate(UMLAUTS) for text in every)]))
+    texts = list(texts)
+    return list(dict.fromkeys([*texts, *(text.translate(UMLAUTS) for text in texts)]))
 
 
 def _with_names_of(answer: str, response: str) -> str:

@@ -77,8 +77,8 @@ class Token(NamedTuple):
 
 def words(text: str) -> tuple[str, ...]:
     """Return the normalized words of a text in order, without articles if there are other words."""
-    every = [token.word for token in tokens(text)]
-    return tuple(word for word in every if word not in ARTICLES) or tuple(every)
+    with_articles = [token.word for token in tokens(text)]
+    return tuple(word for word in with_articles if word not in ARTICLES) or tuple(with_articles)
 
 
 def places(words: Sequence[str], phrase: Sequence[str]) -> list[int]:

@@ -215,10 +215,10 @@ def _joined(messages: Sequence[Message], turns: Sequence[Turn], encoded: Iterato
     flags: list[bool] = []
     ends: list[int] = []
     for turn in turns:
-        of_turn = [next(encoded) if isinstance(piece, tuple) else piece for piece, _ in turn]
-        pieces += of_turn
+        turn_pieces = [next(encoded) if isinstance(piece, tuple) else piece for piece, _ in turn]
+        pieces += turn_pieces
         flags += [trained for _, trained in turn]
-        ends.append((ends[-1] if ends else 0) + sum(map(len, of_turn)))
+        ends.append((ends[-1] if ends else 0) + sum(map(len, turn_pieces)))
     starts = [0, *ends]
     questions = tuple(starts[i] for i, message in enumerate(messages) if message.role == "user")
     preamble = ends[0] if messages and messages[0].role == "system" else 0

@@ -406,7 +406,7 @@ def _template_bos(post_processor: dict[str, Any] | None, where: Path) -> int | N
         if "SpecialToken" in first:
             name, known = first["SpecialToken"]["id"], step["special_tokens"]
             if name not in known:
-                raise UserError(f"{where}: expected special_tokens of post_processor to have {shown(name)}")
+                raise UserError(f"{where}: expected special_tokens of post_processor to contain {shown(name)}")
             return next(iter(known[name]["ids"]), None)
     return None
 

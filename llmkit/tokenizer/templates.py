@@ -280,9 +280,10 @@ class TemplateFormat(ChatFormat):
             ]
             text, answers = self._escape("".join(texts), turn.role), []
             for number, result in enumerate(results):
-                of = calls[min(number, len(calls) - 1)] if calls else {"id": "call00000", "function": {"name": "tool"}}
+                call = {"id": "call00000", "function": {"name": "tool"}}
+                call = calls[min(number, len(calls) - 1)] if calls else call
                 answers.append(
-                    {"role": "tool", "name": of["function"]["name"], "tool_call_id": of["id"], "content": result}
+                    {"role": "tool", "name": call["function"]["name"], "tool_call_id": call["id"], "content": result}
                 )
             if way == JSON:
                 for function in functions:
@@ -421,12 +422,12 @@ class TemplateFormat(ChatFormat):
         if tools and self._tools_in_system and messages[0].role != "system":
             messages = (Message("system", ()), *messages)
         divided = [self._turns(each) for each in messages]
-        of = [index for index, some in enumerate(divided) for _ in some]  # index of each turn's message
+        message_of = [index for index, some in enumerate(divided) for _ in some]  # index of each turn's message
         turns = [turn for some in divided for turn in some]
         text, places = self._rendered(turns, prompt, tools)
         answers = [index for index, each in enumerate(messages) if each.role == "assistant"]
         taught = {i for i in answers if messages[i].weight > 0 and (loss != "last" or i == answers[-1])}
-        learnt = {turn for turn, index in enumerate(of) if index in taught}
+        learnt = {turn for turn, index in enumerate(message_of) if index in taught}
         ids: list[int] = []
         trained: list[bool] = []
         ends: list[int] = []  # end of each turn: after the special token that follows its text, or at the next text
@@ -455,7 +456,7 @@ class TemplateFormat(ChatFormat):
                 ids.append(self.end_id)
                 trained.append(learning)
             ends[len(turns) - 1 :] = [len(ids)]  # text after the last end token belongs to the last turn
-        last_turns = [turn for turn in range(len(of)) if of[turn : turn + 2] != [of[turn]] * 2]
+        last_turns = [turn for turn, index in enumerate(message_of) if message_of[turn + 1 : turn + 2] != [index]]
         ends = [ends[turn] for turn in last_turns if turn < len(ends)]
         starts = [0, *ends]
         questions = tuple(starts[i] for i, turn in enumerate(messages) if turn.role == "user" and i < len(starts))

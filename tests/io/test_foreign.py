@@ -116,7 +116,7 @@ def _replaced(times: int) -> dict:
                     "special_tokens": {},
                 }
             ),
-            "expected special_tokens of post_processor to have '<q>'",
+            "expected special_tokens of post_processor to contain '<q>'",
         ),
     ],
 )

@@ -97,7 +97,7 @@ def test_no_server_and_no_such_kind_of_address(monkeypatch) -> None:
     with pytest.raises(UserError, match=r"^http://127.0.0.1:9/f: cannot be read after 6 attempts"):
         check_inputs(["http://127.0.0.1:9/f"])
     for address, told in (
-        ("ftp://127.0.0.1:9/a", "expected https:// s3:// gs:// or hf:// in front"),
+        ("ftp://127.0.0.1:9/a", "expected an address that begins with https:// s3:// gs:// or hf://"),
         ("http://127.0.0.1:99999/a", "invalid address"),
         ("https://[bad/x", "invalid address"),
         ("http://", "invalid address"),

@@ -508,7 +508,7 @@ def test_bad_items_are_named(models, tmp_path, rows, expected):
         ({"chat": True}, "llmkit sft"),
         ({"tools": ["calc"]}, "--tools: needs --chat"),
         ({"core": "."}, "--core .: expected core.yaml, eval_meta_data.csv and eval_data/, found no core.yaml"),
-        ({"resume": True}, "--resume: expected the --out"),
+        ({"resume": True}, "--resume: expected --out"),
     ],
 )
 def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):

@@ -290,7 +290,10 @@ def test_two_processes_keep_the_shares(mixture, corpus, tmp_path):
         (["{docs}:1", "nowhere.jsonl:1"], "nowhere.jsonl: expected a readable file: no such file"),
         (["{docs}:1", "--phase", "0.9:web=1"], "--phase 0.9:web=1: expected NAME=SHARE with a name of docs, found"),
         (["{docs}:1", "--phase", "0.9:docs=1", "--time-budget", "1m"], "--phase: expected a run of known length, fou"),
-        (["{docs}:0.7", "ftp://host:21/x.parquet:0.3"], "ftp://host:21/x.parquet: expected https:// s3:// gs:// or hf"),
+        (
+            ["{docs}:0.7", "ftp://host:21/x.parquet:0.3"],
+            "ftp://host:21/x.parquet: expected an address that begins with https:// s3:// gs:// or hf",
+        ),
         (["--", "-:0.5", "-:0.5"], "stdin: expected each input once"),
     ],
 )

@@ -299,7 +299,7 @@ def test_options_that_cannot_be_meant_are_refused(parrot, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             probe(parrot, out, **options)
-    with pytest.raises(UserError, match="--resume: expected the --out"):
+    with pytest.raises(UserError, match="--resume: expected --out"):
         run(ProbeKnowledgeConfig(model=str(parrot), questions=(str(asked),), resume=True))
     with pytest.raises(UserError, match="MODEL is missing: a model folder"):
         run(ProbeKnowledgeConfig(questions=(str(asked),)))
