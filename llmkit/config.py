@@ -205,6 +205,8 @@ class TrainingConfig(RecordsConfig, CommonConfig):
         given = [flag_of(item) for item in lengths if getattr(self, item.name) is not None and item.name != "patience"]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: expected one limit of the training length, found {len(given)}")
+        if self.sample_every is None and getattr(self, "prompt", None) != getattr(type(self), "prompt", None):
+            raise UserError("--prompt: needs --sample-every, the steps between samples")
         for name in self.log_to:
             if find_spec(name) is None:
                 raise UserError(f"--log-to {name}: needs the package {name}; pip install 'llmkit[{name}]'")

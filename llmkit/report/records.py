@@ -182,9 +182,11 @@ def read_excerpts(
         lines.add(numbered)
     chosen = lines.values()
     records = [(number, parsed(line)) for number, line in chosen]
-    rows = [_excerpt(record, file.kind, number) for number, record in records if record is not None]
+    has = KINDS[file.kind].has
+    rows = [_excerpt(record, file.kind, number) for number, record in records if record and record.keys() >= {*has}]
     if bad := len(chosen) - len(rows):
-        note(f"{file.path}: {bad} of {counted(len(chosen), 'sampled line')} left out: not a JSON object")
+        wanted = f"not JSON objects with {' and '.join(has)}"
+        note(f"{file.path}: {bad} of {counted(len(chosen), 'sampled line')} left out: {wanted}")
     return {"path": file.path, "kind": file.kind, "records": lines.count, "shown": len(rows), "rows": rows}
 
 

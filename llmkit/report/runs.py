@@ -97,7 +97,8 @@ class Gathered:
             if self._add_run(location, path) or listed:
                 return
             before = len(self.runs) + len(self.files)
-            for child in sorted(location.iterdir(), key=lambda child: (changed(child), child.name)):
+            children = filter(Path.exists, location.iterdir())  # no links to nothing
+            for child in sorted(children, key=lambda child: (changed(child), child.name)):
                 if not child.name.startswith("."):
                     with noting(self.notes):
                         self.add(str(child), listed=True)

@@ -308,7 +308,7 @@ def _checked(config: CrawlFilterConfig) -> tuple[list[str], str]:
         for folder in folders:
             if os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
                 raise UserError(f"{path}: is inside the input {folder} and would be read; choose another place for it")
-        if not config.dry_run and config.explain is None:
+        if config.explain is None:
             # a finished run has no state; --resume does not repeat it
             state = f"{out.rstrip('/')}{STATE}"
             check_unfinished(config.force, config.resume, *([state] if path == out else []))

@@ -120,9 +120,8 @@ def _checked(config: ExportConfig) -> Path:
     else:
         out = output_folder(config.out, example)
     if out.resolve() == Path(str(config.model)).resolve():
-        raise UserError(f"{out}: is the model folder itself; choose another --out")
-    if not config.dry_run:
-        check_output(config.out or str(out), config.force)
+        raise UserError(f"{out}: is the model folder itself; choose another place")
+    check_output(config.out or str(out), config.force)
     return out
 
 

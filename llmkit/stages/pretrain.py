@@ -224,6 +224,8 @@ def _checked_sources(config: PretrainConfig) -> Sources:
         )
     if config.phase and config.time_budget is not None:
         raise UserError("--phase: expected a run of known length, found --time-budget; choose --tokens or --max-steps")
+    if config.eval_every is not None and not (config.val or config.evaluate):
+        raise UserError("--eval-every: needs --val, held-out documents, or --evaluate, tasks")
     document_files(config.val)
     _ = sources.files
     return sources

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import orjson
@@ -63,8 +63,7 @@ def run(config: ReportConfig) -> Summary | None:
     gathered = gather(config.runs)
     if config.dry_run:
         runs = counted(sum(run.state != "foreign" for run in gathered.runs), "run")
-        say(f"{runs} and {counted(len(gathered.files), 'file')} of records to {out}", config.quiet)
-        for note in gathered.notes:
+        for note in (f"{runs} and {counted(len(gathered.files), 'file')} of records to {out}", *gathered.notes):
             say(note, config.quiet)
         return None
 
@@ -96,9 +95,10 @@ def _checked(config: ReportConfig) -> str:
         raise UserError("RUN is missing: run folders and files, such as llmkit report tok/ base/ chat/ -o report.html")
     if config.out is None and not config.json:
         raise UserError("--out is required: the page, such as -o report.html")
+    if config.json and config.title != ReportConfig.title:
+        raise UserError("--title: has no effect with --json; it is the heading of the page")
     out = config.out or "-"
-    if not config.dry_run:
-        check_output(out, config.force, is_file=True)
-    if out != "-" and (Path(out).is_dir() or any(Path(out).resolve() == Path(run).resolve() for run in config.runs)):
-        raise UserError(f"{out}: expected a new file for the page; choose another --out")
+    if out.lower().endswith(".parquet") or os.path.realpath(out) in map(os.path.realpath, config.runs):
+        raise UserError(f"{out}: expected a new file for the page, such as report.html")
+    check_output(out, config.force, is_file=True)
     return out

@@ -128,8 +128,7 @@ def run(config: TrainBpeConfig) -> Summary | None:
 def _checked(config: TrainBpeConfig, smallest: int, multiple: int) -> tuple[Path, list[str], int]:
     """Return the output, the inputs and the vocabulary size, as they will be used."""
     out = output_folder(config.out, example="tok/")
-    if not config.dry_run:
-        check_output(str(out), config.force)
+    check_output(str(out), config.force)
     inputs = input_files(config.inputs or ["-"], text=True)
     if config.vocab_size < smallest:
         needed = f"(256 bytes and {counted(smallest - 256, 'special token')})"

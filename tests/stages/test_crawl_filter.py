@@ -221,6 +221,8 @@ def test_a_printed_recipe_is_read_back_and_changes_nothing(crawl, filtered, llmk
     printed = llmkit("crawl-filter", "--dry-run", "-o", "docs.jsonl", cwd=tmp_path)
     assert printed.returncode == 0 and "[gopher_repetition]" in printed.stdout
     assert "recipe fineweb\n" in printed.stderr and "near_duplicates" in printed.stderr and not list(tmp_path.iterdir())
+    refused = llmkit("crawl-filter", "--dry-run", "-o", filtered / "docs.jsonl")
+    assert refused.returncode == 2 and "docs.jsonl: already exists" in refused.stderr
     (tmp_path / "recipe.toml").write_text(printed.stdout)
     again = llmkit("crawl-filter", "--recipe", tmp_path / "recipe.toml", "--dry-run")
     assert again.stdout == printed.stdout

@@ -339,6 +339,8 @@ def test_one_line_on_stdout_and_the_output_whole(chat: Path, tmp_path: Path, llm
         dry = ExportConfig(model=str(chat), format=form, dtype="bfloat16", out=str(tmp_path / "dry"), dry_run=True)
         assert export.run(dry) is None and "parameters of qwen3, float32; to " in capsys.readouterr().err
     assert not (tmp_path / "dry").exists()
+    with pytest.raises(UserError, match="already exists"):
+        export.run(ExportConfig(model=str(chat), format="gguf", out=str(out), dry_run=True))
     assert export.run(ExportConfig(model=str(chat), format="gguf", out=str(out), force=True, quiet=True)) is not None
 
 

@@ -172,6 +172,8 @@ def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
         (["--val", "nowhere.jsonl"], "nowhere.jsonl: expected a readable file"),
         (["--epochs", "2", "--max-steps", "3"], "--max-steps and --epochs: expected one limit of the training length"),
         (["--hidden-size", "33", "--num-attention-heads", "1"], "--hidden-size 33: expected heads of an even number"),
+        (["--eval-every", "5"], "--eval-every: needs --val, held-out documents, or --evaluate, tasks"),
+        (["--prompt", "Once"], "--prompt: needs --sample-every, the steps between samples"),
     ],
 )
 def test_what_needs_no_documents_is_told_before_they_are_read(corpus, llmkit, tmp_path, change, message):

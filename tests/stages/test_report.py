@@ -444,7 +444,8 @@ def test_what_is_broken_is_counted(tmp_path):
     with (folder / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 4, "lo')
     (folder / "report.json").write_text("{")
-    said = write_lines(tmp_path / "said.jsonl", [{"completion": "fine", "finish_reason": "stop"}, '{"completion": "cu'])
+    fine = {"completion": "fine", "finish_reason": "stop"}
+    said = write_lines(tmp_path / "said.jsonl", [fine, {"text": "of another kind"}, '{"completion": "cu'])
     page, figures = page_of([folder, said], tmp_path / "r.html"), figures_of([folder, said], tmp_path / "r.json")
     line = figures["trainings"][0]["charts"][0]["lines"][0]
     assert line["points"] == [[1, 2.0], [3, 1.5]] and line["not_finite"] == 1
@@ -452,7 +453,7 @@ def test_what_is_broken_is_counted(tmp_path):
     notes = "\n".join(figures["notes"])
     assert "metrics.jsonl: left out the last line" in notes and "left out 2 lines, the first" in notes
     assert "left out 1 row without a step" in notes and "report.json:1: expected JSON" in notes
-    assert "said.jsonl: 1 of 2 sampled lines left out: not a JSON object" in notes
+    assert "said.jsonl: 2 of 3 sampled lines left out: not JSON objects with completion and finish_reason" in notes
     assert all(note.replace(f"{tmp_path}/", "") in text_of(page, "#notes") for note in figures["notes"])
 
 
@@ -496,6 +497,15 @@ def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
     assert sorted(Path(one["path"]).name for one in runs) == sorted(names)
     stages = [one["stage"] for one in runs if one["state"] == "finished"]
     assert stages == ["crawl-filter", "train-bpe", "pretrain", "sft", "train-reward", "rl"]
+
+
+def test_links_to_nothing_in_a_folder_of_runs_are_no_runs(tmp_path):
+    (tmp_path / "runs").mkdir()
+    make_run(tmp_path / "runs" / "base", "pretrain", results={"loss": 1.5})
+    for name, target in (("gone", "nowhere"), ("loop.jsonl", "loop.jsonl")):
+        (tmp_path / "runs" / name).symlink_to(target)
+    (found,) = figures_of([tmp_path / "runs"], tmp_path / "r.json")["runs"]
+    assert Path(found["path"]).name == "base"
 
 
 @pytest.mark.parametrize(
@@ -543,13 +553,17 @@ def test_the_command_line(pipeline, tmp_path, llmkit, capsys):
     assert json.loads(capsys.readouterr().out) == figures_of([tok], tmp_path / "f.json")
     assert run(ReportConfig(runs=(str(tok),), out=str(tmp_path / "n.html"), dry_run=True)) is None
     assert "1 run and 0 files" in capsys.readouterr().err and not (tmp_path / "n.html").exists()
+    (tmp_path / "n.html").write_text("")
     run(ReportConfig(runs=(str(tok),), out="-", quiet=True))
     assert capsys.readouterr().out.startswith("<!doctype html>")
     for options, message in (
         ({"runs": ()}, "RUN is missing"),
         ({}, "--out is required"),
         ({"out": str(tmp_path), "force": True}, "choose another place"),
-        ({"runs": (str(tmp_path / "f.json"),), "out": str(tmp_path / "f.json"), "force": True}, "choose another --out"),
+        ({"out": str(tmp_path / "n.html"), "dry_run": True}, "already exists"),
+        ({"out": str(tmp_path / "n.parquet")}, "expected a new file for the page, such as report.html"),
+        ({"runs": (str(tmp_path / "f.json"),), "out": str(tmp_path / "f.json"), "force": True}, "expected a new file"),
+        ({"json": True, "title": "Mine"}, "--title: has no effect with --json"),
     ):
         with pytest.raises(UserError, match=message):
             run(ReportConfig(**{"runs": (str(tok),), **options}))

@@ -398,6 +398,7 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
             "--quantize int8: cannot be combined with --compile on",
         ),
         ({"eval_every": 5}, "--eval-every: needs --val"),
+        ({"prompt": ("Hi",)}, "--prompt: needs --sample-every"),
         ({"identity": "name=Ada;maker=Example Labs:0"}, "--identity: expected a weight above 0"),
         ({"patience": 2}, "needs --val and --eval-every"),
         ({"model": "nowhere"}, "nowhere: expected a model folder, found nothing"),

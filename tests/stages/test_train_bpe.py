@@ -170,6 +170,8 @@ def test_an_existing_folder_stays_unless_forced(llmkit, corpus: Path, trained: P
     before = (trained / "tokenizer.json").read_bytes()
     done = llmkit("train-bpe", corpus, "--vocab-size", "320", "-o", trained)
     assert done.returncode == 2 and "already exists; --force" in done.stderr
+    dry = llmkit("train-bpe", corpus, "--vocab-size", "320", "-o", trained, "--dry-run")
+    assert (dry.returncode, dry.stderr) == (2, done.stderr)
     assert (trained / "tokenizer.json").read_bytes() == before
 
 
