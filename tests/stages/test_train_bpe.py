@@ -100,7 +100,7 @@ def test_text_that_spells_special_tokens_is_text(tmp_path: Path) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert report["bytes_per_token"] == round(len(text) / len(ids), 4)  # trained and measured on the text
     assert max(ids) < tokenizer.token_to_id("<|endoftext|>")
-    with pytest.raises(UserError, match="became a token"):  # this pattern would make it a model token
+    with pytest.raises(UserError, match="was learned from text"):  # this pattern would make it a model token
         options = {"pattern": r"[^\n]+", "vocab_size": 512, "force": True, "quiet": True}
         run(TrainBpeConfig(inputs=(str(tmp_path / "docs.jsonl"),), out=str(tmp_path / "tok"), **options))
     assert (tmp_path / "tok/report.json").exists()
@@ -154,7 +154,7 @@ def test_what_is_no_text_on_stdin_is_called_stdin(llmkit, tmp_path: Path, conten
     [
         (["--vocab-size", "267"], "--vocab-size: expected at least 268 (256 bytes and 12 special tokens), found 267"),
         (["--pattern", "(a"], "--pattern: expected qwen2, llama3, gpt2, o200k or a regular expression, found '(a'"),
-        (["--compare", "absent.json"], "absent.json: no such tokenizer"),
+        (["--compare", "absent.json"], "absent.json: no such file"),
         (["--min-frequency", "-1"], "--min-frequency: expected at least 0"),
         (["-o", "-"], "--out: expected a folder"),
     ],
