@@ -181,12 +181,10 @@ def read_excerpts(
     for numbered in islice(raw_lines(file.path), limit):
         lines.add(numbered)
     chosen = lines.values()
-    records = [(number, parsed(line)) for number, line in chosen]
-    has = KINDS[file.kind].has
-    rows = [_excerpt(record, file.kind, number) for number, record in records if record and record.keys() >= {*has}]
+    records, has = [(number, parsed(line)) for number, line in chosen], {*KINDS[file.kind].has}
+    rows = [_excerpt(record, file.kind, number) for number, record in records if record and record.keys() >= has]
     if bad := len(chosen) - len(rows):
-        wanted = f"not JSON objects with {' and '.join(has)}"
-        note(f"{file.path}: {bad} of {counted(len(chosen), 'sampled line')} left out: {wanted}")
+        note(f"{file.path}: {bad} of {counted(len(chosen), 'sampled line')} left out: not {file.kind}")
     return {"path": file.path, "kind": file.kind, "records": lines.count, "shown": len(rows), "rows": rows}
 
 

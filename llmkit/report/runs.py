@@ -97,8 +97,7 @@ class Gathered:
             if self._add_run(location, path) or listed:
                 return
             before = len(self.runs) + len(self.files)
-            children = filter(Path.exists, location.iterdir())  # no links to nothing
-            for child in sorted(children, key=lambda child: (changed(child), child.name)):
+            for child in sorted(filter(Path.exists, location.iterdir()), key=lambda path: (changed(path), path.name)):
                 if not child.name.startswith("."):
                     with noting(self.notes):
                         self.add(str(child), listed=True)

@@ -453,7 +453,7 @@ def test_what_is_broken_is_counted(tmp_path):
     notes = "\n".join(figures["notes"])
     assert "metrics.jsonl: left out the last line" in notes and "left out 2 lines, the first" in notes
     assert "left out 1 row without a step" in notes and "report.json:1: expected JSON" in notes
-    assert "said.jsonl: 2 of 3 sampled lines left out: not JSON objects with completion and finish_reason" in notes
+    assert "said.jsonl: 2 of 3 sampled lines left out: not completions" in notes
     assert all(note.replace(f"{tmp_path}/", "") in text_of(page, "#notes") for note in figures["notes"])
 
 
