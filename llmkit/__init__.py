@@ -1,3 +1,3 @@
-"""llmkit makes a ChatGPT-like assistant from nothing, one composable subcommand per stage."""
+"""llmkit makes a ChatGPT-like assistant from scratch, one composable subcommand per stage."""
 
 __version__ = "0.1.0"

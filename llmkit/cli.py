@@ -52,7 +52,7 @@ COMMANDS = {
     "export": ("llmkit.stages.export", "ExportConfig", "Convert a model to GGUF, another precision or a PEFT adapter."),
     "report": ("llmkit.stages.report", "ReportConfig", "Show what every stage did on one page."),
 }
-OVERVIEW = """Make a ChatGPT-like assistant from nothing, one composable subcommand per stage.
+OVERVIEW = """Make a ChatGPT-like assistant from scratch, one composable subcommand per stage.
 
 \b
 Example:
