@@ -102,10 +102,10 @@ class ProbeKnowledgeConfig(RecordsConfig, CommonConfig, BackendConfig, ServedCon
         reads=True,
     )
     balance: float | None = option(
-        1.0, "Known questions to keep per unknown one; none: all questions.", group="Lessons", above=0, free=True
+        1.0, "Known questions to keep per unknown one; none: all questions.", group="Output", above=0, free=True
     )
     refusals: str | None = option(
-        None, 'Wordings of refusals: {"en": [...], ...} [built-in].', group="Lessons", metavar="FILE", reads=True
+        None, 'Wordings of refusals: {"en": [...], ...} [built-in].', group="Output", metavar="FILE", reads=True
     )
 
     def reads_stdin(self) -> bool:

@@ -66,7 +66,7 @@ def test_the_report_beside_the_documents_lies_there_too(store: ObjectStore, caps
     names = ["a/out.jsonl", "a/out.jsonl.contamination.json", "a/out.jsonl.manifest.json"]
     assert sorted(store.objects()) == names
     assert json.loads(store.objects()[names[1]])["items"][0]["item"] == "items.jsonl:1"
-    assert "listed in out.jsonl.contamination.json beside --out" in capsys.readouterr().err
+    assert "listed in out.jsonl.contamination.json next to --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rejects", ["s3://bucket/a/out.jsonl", "s3a://bucket/a/out.jsonl"])

@@ -161,7 +161,7 @@ def test_what_a_model_recites(tmp_path, llmkit):
         "once": {"documents": 2, "mean_share": 0.25, "whole": 0},
         "2 to 9 times": {"documents": 1, "mean_share": 1.0, "whole": 1},
     }
-    assert (summary["documents"], summary["too_short"]) == (3, 1) and "1 recited whole" in done.stderr
+    assert (summary["documents"], summary["too_short"]) == (3, 1) and "1 recited in full" in done.stderr
 
 
 def test_recitals_that_cannot_be(babbler, tmp_path):
