@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import orjson
 from pydantic import Field, model_validator
@@ -27,6 +27,7 @@ from llmkit.serving.protocol import ApiError, Body
 class JudgementBody(Body):
     """`/collect`: an answer to `messages` with a thumb or a rewrite; or two, where `better` is 0, 1 or None (a tie)."""
 
+    nullable: ClassVar = ("better",)
     kind: Literal["thumb", "comparison", "rewrite"]
     messages: list[dict[str, Any]]
     answers: list[dict[str, Any]]
@@ -40,6 +41,11 @@ class JudgementBody(Body):
     def _check_kind(self) -> JudgementBody:
         if self.kind == "thumb" and self.better is None:
             raise ApiError("'better': expected 0 or 1", "better")
+        if self.kind == "comparison" and "better" not in self.model_fields_set:
+            raise ApiError("'better': expected 0, 1, or null for a tie, found nothing", "better")
+        unused = "better" if self.kind == "rewrite" else "rewritten"
+        if getattr(self, unused) is not None:
+            raise ApiError(f"{unused!r} is not used by kind {self.kind}; omit it", unused)
         if self.kind == "rewrite" and not (self.rewritten or "").strip():
             raise ApiError("'rewritten': expected the ideal answer as text", "rewritten")
         return self

@@ -29,6 +29,7 @@ from llmkit.tokenizer.encoding import JsonConstraint, JsonSchemas
 from llmkit.tokenizer.templates import chat_format, choose_thinking
 from llmkit.tools.toolbox import Toolbox
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_FIELDS = ("role", "content", "content_parts", "tool_calls", "tool_call_id", "refusal", *THOUGHTS)
 
 
@@ -258,6 +259,8 @@ class ServedModel:
 def messages_of(entries: Sequence[Mapping[str, Any]], param: str) -> tuple[Message, ...]:
     """Parse the messages of a field. Raises ApiError for invalid ones, and for fields that would be ignored."""
     for index, entry in enumerate(entries):
+        if entry.get("role") not in ROLES:  # records may have others, such as ShareGPT's
+            raise ApiError(f"'{param}[{index}].role': expected one of {', '.join(ROLES)}", param)
         for name, value in entry.items():
             if value not in (None, [], {}) and name not in MESSAGE_FIELDS:
                 field = f"{param}[{index}].{name}"

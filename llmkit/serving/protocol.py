@@ -5,7 +5,7 @@ read_body(CompletionBody, {"prompt": "a", "logit_bias": {"7": 5}})  ->  ApiError
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -61,8 +61,9 @@ class Schema(BaseModel):
 
 
 class Body(Schema):
-    """A request to a model."""
+    """A request to a model. Null is a missing value, except in the fields `nullable`."""
 
+    nullable: ClassVar[tuple[str, ...]] = ()
     model: str | None = None
 
 
@@ -213,13 +214,14 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def read_body(schema: type[AnyBody], body: Any) -> AnyBody:
-    """Validate a JSON object; null means missing. Raises ApiError naming the first wrong field."""
+    """Validate a JSON object. Null means missing, except in `nullable` fields. Raises ApiError naming a wrong field."""
     if not isinstance(body, dict):
         raise ApiError(f"expected a JSON object, found {kind_of(body)}")
     fields = {
         name: value
         for name, value in body.items()
-        if value is not None and (name in schema.model_fields or value not in NEUTRAL.get(name, ()))
+        if name in schema.nullable
+        or (value is not None and (name in schema.model_fields or value not in NEUTRAL.get(name, ())))
     }
     try:
         return schema.model_validate(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmkit.serving.collect import Judgements
     from llmkit.serving.models import ServedModel
 
+ORIGIN = re.compile(r"\*|[A-Za-z][\w+.-]*://[^\s/?#@*]+/?")  # what a browser's header Origin can be
 EXAMPLE = "llmkit serve chat/"
 LOCAL = ("localhost", "127.0.0.1", "[::1]")  # names that a browser on this machine may use
 
@@ -72,6 +74,9 @@ def run(config: ServeConfig) -> None:
     for package in ("pydantic", "starlette", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"serve: needs the package {package}; pip install 'llmkit[serve]'")
+    for origin in config.allow_origin:
+        if not ORIGIN.fullmatch(origin):
+            raise UserError(f"--allow-origin {origin}: expected a scheme and a host, such as https://app.example, or *")
     names = _names(config)
     keys = _keys(config)
     if not keys and not is_this_machine(config.host.strip("[]")):

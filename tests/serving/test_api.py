@@ -227,6 +227,8 @@ TEXT = {"model": "base", "prompt": "a", "max_tokens": 2}
         ({**CHAT, "messages": []}, "messages", 400),
         ({**CHAT, "messages": "Hi"}, "messages", 400),
         ({**CHAT, "messages": [{"role": "wizard", "content": "Hi"}]}, "messages", 400),
+        ({**CHAT, "messages": [{"role": "bot", "content": "Hi"}]}, "messages", 400),
+        ({**CHAT, "messages": [{"role": "Human", "content": "Hi"}]}, "messages", 400),
         ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", 400),
         ({**CHAT, "messages": [{"role": "user", "content": "Hi", "name": "Ada"}]}, "messages[0].name", 400),
         ({**CHAT, "messages": [{"role": "user", "content": "a" * 300}]}, "messages", 400),

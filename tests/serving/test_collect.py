@@ -53,6 +53,13 @@ def test_judgements_are_read_by_the_stages(tmp_path: Path) -> None:
             judgement = {**ABOUT, "kind": "thumb", "answers": [GOOD], "better": 1, field: value}
             status, content = server.post("/collect", judgement)
             assert status == 400 and content["error"]["param"] == field, content
+        for field, judgement in (
+            ("better", {"kind": "comparison", "answers": [BAD, GOOD]}),  # no tie, for nobody said so
+            ("better", {"kind": "rewrite", "answers": [BAD], "rewritten": "4", "better": 1}),
+            ("rewritten", {"kind": "thumb", "answers": [GOOD], "better": 1, "rewritten": "4"}),
+        ):
+            status, content = server.post("/collect", {**ABOUT, **judgement})
+            assert status == 400 and content["error"]["param"] == field, content
     files = [tmp_path / f"judged.{kind}.jsonl" for kind in ("preferences", "conversations")]
     compared = [read_comparison(row) for row in read_jsonl([str(files[0])])]
     assert all(isinstance(one, Comparison) and not one.losses for one in compared)
@@ -77,6 +84,8 @@ def test_judgements_are_read_by_the_stages(tmp_path: Path) -> None:
         (["--collect", "no-such-folder/judged.jsonl"], "--collect"),
         (["--collect", "judged.jsonl.gz"], "--collect"),
         (["--guide", "chat/config.json"], "--guide"),
+        (["--allow-origin", "foo"], "--allow-origin foo: expected a scheme and a host"),
+        (["--allow-origin", "https://app.example/page"], "--allow-origin"),
         (["--host", "0.0.0.0"], "--api-key-file"),
         (["--host", "no.such.host.invalid"], "--api-key-file"),
         (["--api-key-file", "empty"], "empty: expected a key"),
