@@ -1,10 +1,10 @@
-"""Attention: one name whatever the machine, its eager reference, and the CPU's own path.
+"""Attention: one function for every machine, its eager reference, and a path for CPUs.
 
-On a GPU the Triton kernels of kernels/triton/ compute it; on CPU torch's flash kernel in float32, and batched
-products over blocks of queries in bfloat16.
+On a GPU it runs the Triton kernels of kernels/triton/; on CPU torch's flash kernel in float32, and batched products
+over blocks of queries in bfloat16.
 
-All masks are one mechanism: the query at position q sees the keys from `lo[q]` to q, where lo is the start of its
-document, or q - window + 1 where that is later. Blocks of queries skip the keys before their smallest `lo`.
+All masks have one form: the query at position q sees the keys from `lo[q]` to q, where lo is the start of its document,
+or q - window + 1 if that is later. Blocks of queries skip the keys before their smallest `lo`.
 
 B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size.
 """
@@ -19,25 +19,25 @@ import torch.nn.functional as F
 from llmkit.kernels.dispatch import in_one_dtype, once_differentiable
 from torch import Tensor
 
-QUERY_BLOCK = 128  # queries; of 64, 128 and 256 the fastest up to 512 tokens
+QUERY_BLOCK = 128  # queries; the fastest of 64, 128 and 256 up to 512 tokens
 LONG_QUERY_BLOCK = 256  # 1.15x as fast as 128 at 1,024
 LONGEST_KEPT = 512  # tokens up to which probabilities are kept for backward
 LONGEST_DENSE_MASK = 1024  # tokens of packed bfloat16; beyond it no T x T mask is ever built
-# The same of float32, for torch's flash kernel computes what the mask hides: document by document takes 0.47x the time
-# at 4 rows of 512 tokens and 19 documents, 0.13x at 2 of 1,024 and 207, 1.2x at 32 of 128 and 89. So it is where
-# documents branch: 0.27x at 2 of 512 and 16.
+# The same for float32, because torch's flash kernel computes masked scores too: document by document takes 0.47x the
+# time at 4 rows of 512 tokens and 19 documents, 0.13x at 2 of 1,024 and 207, 1.2x at 32 of 128 and 89; with branching
+# documents 0.27x at 2 of 512 and 16.
 LONGEST_FLASH_MASK = 128
 
 
 class Branching:
-    """Mask of keys for each query where documents branch: computed once a batch, used by every layer.
+    """Masks of branching documents, computed once per batch and used by every layer.
 
     doc_ids (B, T)       equal neighbours are one document
-    branch_ids (B, T)    0 on what all branches of a document share, 1, 2, ... on each of them
-    position_ids (B, T)  of each token in its branch: a branch goes on where the shared part ends
+    branch_ids (B, T)    0 for tokens that all branches of a document share, 1, 2, ... for those of each branch
+    position_ids (B, T)  of each token in its branch: a branch continues after the shared part
 
-    A query sees the keys of its document that come before it and are shared or of its own branch. A token so sees
-    what it would see if its branch stood alone after a copy of the shared part.
+    A query sees the earlier keys of its document that are shared or of its own branch: those that it would see if its
+    branch alone followed a copy of the shared part.
     """
 
     def __init__(self, doc_ids: Tensor, branch_ids: Tensor, position_ids: Tensor) -> None:
@@ -54,7 +54,7 @@ class Branching:
         return same & own & (position <= position.unsqueeze(1))
 
     def mask(self, window: int | None = None) -> Tensor:
-        """Boolean (B, 1, T, T), true where a key is seen; `window` leaves the last so many positions of a branch."""
+        """Return a boolean mask (B, 1, T, T), true for visible keys; `window` keeps the last positions of a branch."""
         if window not in self._masks:
             seen = self._seen
             if window is not None:
@@ -64,10 +64,10 @@ class Branching:
 
 
 class Packing:
-    """Where the documents of a packed batch begin: computed once a batch, used by every layer.
+    """Document boundaries of a packed batch, computed once per batch and used by every layer.
 
-    doc_ids (B, T): equal neighbours belong to one document. `starts` (B, T) holds the position at which the
-    document of each position begins.
+    doc_ids (B, T): equal neighbours are one document. `starts` (B, T) is the first position of each position's
+    document.
     """
 
     def __init__(self, doc_ids: Tensor):
@@ -83,12 +83,12 @@ class Packing:
 
     @cached_property
     def segments(self) -> list[list[int]]:
-        """Positions at which documents begin, for each row; read on the host."""
+        """First positions of the documents of each row; read on the host."""
         position = torch.arange(self.starts.shape[1], device=self.starts.device)
         return [row.nonzero().flatten().tolist() for row in self.starts == position]
 
     def bounds(self, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """First key that each query sees, and last query that sees each key: int32 (B, T)."""
+        """Return the first key that each query sees, and the last query that sees each key: int32 (B, T)."""
         length, device = self.starts.shape[1], self.starts.device
         if window is not None and window >= length:
             window = None
@@ -136,10 +136,10 @@ def _causal_blocks(length: int, dtype: torch.dtype, window: int | None) -> list[
 
 
 def _grouped(x_BHTD: Tensor, block: _Block, kv_heads: int) -> Tensor:
-    """Queries of a block with the heads that share keys side by side: (B*K, G*q, D)."""
+    """Return the queries of a block, with the heads that share keys adjacent: (B*K, G*q, D)."""
     batch, heads, _, size = x_BHTD.shape
-    part = x_BHTD[:, :, block.q0 : block.q1]
-    return part.reshape(batch * kv_heads, heads // kv_heads * (block.q1 - block.q0), size)
+    query_BHqD = x_BHTD[:, :, block.q0 : block.q1]
+    return query_BHqD.reshape(batch * kv_heads, heads // kv_heads * (block.q1 - block.q0), size)
 
 
 def _probabilities(query: Tensor, key_XDS: Tensor, block: _Block, scale: float, batch: int, kv_heads: int):
@@ -153,8 +153,8 @@ class _BlockAttention(torch.autograd.Function):
     """Causal attention as batched matrix products over blocks of queries, in the dtype of its inputs.
 
     torch's CPU flash kernel runs bfloat16 at float32 speed or below; oneDNN's batched products run it at 4x.
-    The probabilities of a block are kept for backward: 2 * H * T bytes a token, as much as the feed-forward layer
-    keeps at T = 512. Longer inputs compute them again.
+    The probabilities of a block are kept for backward: 2 * H * T bytes per token, as much as the feed-forward
+    layer keeps at T = 512. Longer inputs recompute them.
     """
 
     @staticmethod
@@ -182,7 +182,7 @@ class _BlockAttention(torch.autograd.Function):
         batch, heads, length, size = query.shape
         grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         grad_key, grad_value = torch.empty_like(key_XSD), torch.empty_like(value_XSD)
-        # The last block first: where it sees every key it writes what the others add to, and nothing is zeroed.
+        # The last block first: if it sees every key, it initializes what the others add to, so nothing is zeroed.
         last = len(ctx.blocks) - 1
         if ctx.blocks[last].k0 > 0:
             grad_key.zero_()
@@ -205,7 +205,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def attention_mask(queries: int, keys: int, doc_ids: Tensor | None, window: int | None, device=None) -> Tensor:
-    """Boolean mask, true where a key is seen: (T, S), or (B, 1, T, S) with documents. Queries are the last keys."""
+    """Return a mask, true for visible keys: (T, S), or (B, 1, T, S) with documents. Queries are the last keys."""
     key = torch.arange(keys, device=device)
     query = key[keys - queries :].unsqueeze(1)
     seen = key <= query
@@ -218,10 +218,10 @@ def attention_mask(queries: int, keys: int, doc_ids: Tensor | None, window: int 
 
 
 def _attention_by_segments(query, key, value, scale, packing: Packing, window, mask: Tensor | None = None) -> Tensor:
-    """Each document by itself: exact, and no scores of two documents. A `mask` (B, 1, T, T) replaces the causal one.
+    """Attend within each document separately, without scores across documents; `mask` (B, 1, T, T) replaces causality.
 
-    Rows and documents are split off by one step each, whose backward is one concatenation: that of a slice fills a
-    tensor of the whole with zeros.
+    Rows and documents are split in one step each, whose backward is one concatenation; that of a slice would fill a
+    tensor of the full size with zeros.
     """
     inputs = zip(packing.segments, *(x.unbind(0) for x in (query, key, value)), strict=True)
     details = {"is_causal": mask is None, "scale": scale, "enable_gqa": True, "window": window}
@@ -230,7 +230,7 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window, m
         spans = list(zip(begins, [*begins[1:], query.shape[2]], strict=True))
         documents = zip(*(x.unsqueeze(0).split([end - start for start, end in spans], 2) for x in row), strict=True)
         seen = [None if mask is None else mask[number, 0, start:end, start:end] for start, end in spans]
-        outputs = [scaled_dot_product_attention(*x, part, **details) for x, part in zip(documents, seen, strict=True)]
+        outputs = [scaled_dot_product_attention(*x, own, **details) for x, own in zip(documents, seen, strict=True)]
         rows.append(torch.cat(outputs, 2))
     return torch.cat(rows)
 
@@ -238,10 +238,10 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window, m
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Attention (B, H, T, D) step by step: the truth for the tests.
+    """Compute attention (B, H, T, D) step by step, as the reference for tests.
 
-    `mask` is true where a key is seen and broadcasts to (B, H, T, S). Scores and softmax are taken in float32, or
-    in float64 where the inputs are; all T x S scores are held.
+    `mask` is true for visible keys and broadcasts to (B, H, T, S). Scores and softmax are in float32, or in float64 for
+    float64 inputs; all T x S scores are kept.
     """
     group = query.shape[1] // key.shape[1]
     if group > 1:
@@ -257,7 +257,7 @@ def attention_reference(
 
 
 def _torch_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """torch's own, but cuDNN's with no mask: its gradients are NaN there in torch 2.11 (pytorch #196678)."""
+    """Call torch's attention, but not cuDNN's with a mask: its gradients are NaN in torch 2.11 (pytorch #196678)."""
     within = nullcontext()
     if mask is not None and query.is_cuda:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -285,16 +285,15 @@ def scaled_dot_product_attention(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     doc_ids: "Tensor | Packing | Branching | None" = None, window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention with torch's names and order, and packed documents and sliding windows besides.
+    """Compute attention with torch's signature, and with packed documents and sliding windows.
 
     query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D). With `doc_ids` (B, T), or a `Packing` or
-    `Branching` of them, a query sees its own document only; with `window` only the last `window` positions, itself
-    among them. Both need `is_causal` and T = S. `attn_mask` and `dropout_p` are torch's own business; with one of the
-    two additions they raise NotImplementedError by name. With a `softcap` c scores are c * tanh(score / c), all of
-    them held.
+    `Branching` of them, a query sees its own document only; with `window` only the last `window` positions, its own
+    included. Both need `is_causal` and T = S. `attn_mask` and `dropout_p` are passed to torch; with one of these two
+    additions they raise NotImplementedError. With a `softcap` c scores are c * tanh(score / c), and all are kept.
 
-    The output has the dtype of the inputs, which is one (TypeError), or autocast's; softmax is taken in float32. It is
-    differentiable once, in reverse: second and forward-mode derivatives raise, but where torch computes them.
+    The inputs have one dtype (else TypeError), or get autocast's, and so does the output; softmax is in float32. It is
+    differentiable once, in reverse: second and forward-mode derivatives raise, unless torch computes the attention.
     """
     query, key, value = in_one_dtype("scaled_dot_product_attention", query=query, key=key, value=value)
     length, keys = query.shape[2], key.shape[2]
@@ -332,7 +331,7 @@ def scaled_dot_product_attention(
 
 
 def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids, window) -> Tensor:
-    """Without Triton: whatever is fastest there."""
+    """Compute attention without Triton, in the fastest way."""
     length, keys = query.shape[2], key.shape[2]
     ids, packing = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids, None
     blocks_pay = is_causal and _blocks_pay(query, keys)
@@ -351,7 +350,7 @@ def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids
 
 
 def _blocks_pay(query: Tensor, keys: int) -> bool:
-    """True in the case that `_BlockAttention` is for: bfloat16 training on CPU with queries = keys."""
+    """Return True if `_BlockAttention` pays off: in bfloat16 training on CPU with queries = keys."""
     return (
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
@@ -364,15 +363,15 @@ def attention_decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, *, scale: float | None = None,
     window: int | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of the last T tokens of each row to all tokens of their row up to themselves: (B, H, T, D).
+    """Attend from the last T tokens of each row to all tokens of their row up to themselves: (B, H, T, D).
 
-    query (B, H, T, D): one new token a row in decoding, a few in extending a prefix. key_cache and value_cache
-    (B, K, S, D), H a multiple of K, already hold the new tokens' keys and values; `lengths` (B,) counts the
-    positions in use, the new ones among them. Query t stands at lengths - T + t. `window` is that of
-    `scaled_dot_product_attention`. A query with no key, in a row shorter than T, gives zeros. No gradients.
+    query (B, H, T, D): one new token per row in decoding, a few in extending a prefix. key_cache and value_cache
+    (B, K, S, D), H a multiple of K, already contain the new tokens' keys and values; `lengths` (B,) counts the
+    positions in use, including the new ones. Query t is at position lengths - T + t. `window` is as in
+    `scaled_dot_product_attention`. A query without keys, in a row shorter than T, gives zeros. No gradients.
 
-    On a GPU a sequence's result has the same bits whatever the batch and the capacity S. Raises TypeError where query
-    and caches differ in dtype, and ValueError for lengths of another shape or a window below 1.
+    On a GPU the bits of a sequence's result depend neither on the batch nor on the capacity S. Raises TypeError if
+    query and caches differ in dtype, and ValueError for lengths of another shape or a window below 1.
     """
     query, key_cache, value_cache = in_one_dtype(
         "attention_decode", query=query, key_cache=key_cache, value_cache=value_cache
@@ -391,7 +390,7 @@ def attention_decode_reference(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int | None,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same step by step, with all scores held."""
+    """Compute `attention_decode` step by step, with all scores in memory."""
     new, capacity = query.shape[2], key_cache.shape[2]
     key = torch.arange(capacity, device=query.device)
     last = (lengths.unsqueeze(1) - new + torch.arange(new, device=query.device)).unsqueeze(-1)
@@ -399,7 +398,7 @@ def attention_decode_reference(
     if window is not None:
         seen = seen & (key > last - window)
     mask = seen.unsqueeze(1)
-    # a query with no key: let it see all, for a softmax over nothing is NaN, and blank its output
+    # a query without keys sees all, because a softmax over nothing is NaN, and its output is zeroed
     empty = ~mask.any(-1, keepdim=True)
     out = attention_reference(query, key_cache, value_cache, scale=scale, mask=mask | empty, softcap=softcap)
     return out.masked_fill(empty, 0.0)

@@ -1,7 +1,7 @@
-"""Linear layer and cross-entropy as one step: from hidden states to loss and gradients, chunk by chunk.
+"""Linear layer and cross-entropy fused: from hidden states to loss and gradients, chunk by chunk.
 
-An operator of torch on every machine, `llmkit::linear_cross_entropy`, so that a compiled graph sees neither the loop
-over chunks nor its number. The gradients are computed beside the loss, from the same logits. N tokens, D hidden, V
+It is a torch operator on every machine, `llmkit::linear_cross_entropy`, so that a compiled graph sees neither the loop
+over chunks nor their number. The gradients are computed with the loss, from the same logits. N tokens, D hidden, V
 vocabulary.
 """
 
@@ -24,7 +24,7 @@ def linear_cross_entropy_reference(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, reduction: str = "mean", ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss by torch's own functions, with all logits held: the truth for the tests. input is (N, D)."""
+    """Compute the loss with torch's functions and all logits, as the reference for tests. input is (N, D)."""
     logits = F.linear(input, linear_weight)
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     losses = F.cross_entropy(
@@ -37,21 +37,21 @@ def _compute(
     input: Tensor, linear_weight: Tensor, target: Tensor, reduction: str, ignore_index: int, chunk_tokens: int,
     softcap: float, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, gradients of input (N, D) and weight (V, D), and what those remain to be multiplied by.
+    """Return the loss, the gradients of input (N, D) and weight (V, D), and the factor that these still need.
 
-    What was not asked for is empty.
+    Gradients that are not needed are empty.
     """
     dtype = accumulation_dtype(input.dtype)
     scale = upstream = later = None
     if reduction == "mean":
         scale = (target != ignore_index).sum().to(dtype).clamp_(min=1).reciprocal_()
         if uses_triton(input):
-            # A kernel divides before it rounds, as torch does. But float16 ends at 6e-8, an ordinary gradient of a
-            # mean: the power of two waits until the upstream gradient, a loss scale perhaps, is known.
+            # A kernel divides before it rounds, as torch does. But float16 underflows at 6e-8, an ordinary gradient of
+            # a mean: the power of two is applied when the upstream gradient, perhaps a loss scale, is known.
             upstream, exponent = torch.frexp(scale)
             later = torch.ldexp(torch.ones_like(scale), exponent)
         else:
-            later = scale  # in eager to divide at once costs a pass over the logits
+            later = scale  # in eager mode, dividing at once costs a pass over the logits
     rows, gradients = rows_and_gradients(
         input, linear_weight, target, Objective(ignore_index, softcap=softcap), chunk_tokens, upstream=upstream,
         need=(need_input, need_weight),
@@ -83,12 +83,12 @@ def _(
 
 
 def _scaled(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """x * factor in the wider of their dtypes, rounded once to the dtype of `like`, in one pass."""
+    """Return x * factor in the wider of their dtypes, rounded once to the dtype of `like`, in one pass."""
     return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=like.dtype))
 
 
 def _scaled_in_a_graph(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    return (x * factor.reshape(1)).to(like.dtype)  # the compiler makes one pass of it
+    return (x * factor.reshape(1)).to(like.dtype)  # the compiler fuses this into one pass
 
 
 def _save(ctx, inputs, output):
@@ -96,7 +96,7 @@ def _save(ctx, inputs, output):
     ctx.needs = need_input, need_weight
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(linear_weight, *output[1:])  # of the weight backward wants the dtype alone
+    ctx.save_for_backward(linear_weight, *output[1:])  # backward needs only the dtype of the weight
 
 
 def _backward(ctx, grad, *_, scaled=_scaled_in_a_graph):
@@ -112,7 +112,7 @@ def _backward(ctx, grad, *_, scaled=_scaled_in_a_graph):
 _loss_and_gradients.register_autograd(_backward, setup_context=_save)
 
 
-# without the dispatcher, whose 0.2 ms are a seventh of 256 tokens' loss on CPU
+# without the dispatcher, whose 0.2 ms are a seventh of the loss of 256 tokens on CPU
 _eagerly = eager_function("LinearCrossEntropy", _compute, _save, partial(_backward, scaled=_scaled))
 
 
@@ -120,18 +120,18 @@ def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, reduction: str = "mean", ignore_index: int = -100,
     chunk_tokens: int | str = "auto", softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of `input @ linear_weight.T` against `target`, holding one chunk of logits at most.
+    """Compute the cross-entropy of `input @ linear_weight.T` against `target`, with one chunk of logits at a time.
 
-    input (..., D), linear_weight (V, D), target (...) of integers. The loss is float32 whatever the
-    inputs are (float64 for float64). These have one dtype (TypeError), or get autocast's. It is differentiable once, in
-    reverse: second and forward-mode derivatives raise.
+    input (..., D), linear_weight (V, D), target (...) of integers. The loss is float32, or float64 for float64 inputs.
+    The inputs have one dtype (else TypeError), or get autocast's. The loss is differentiable once, in reverse: second
+    and forward-mode derivatives raise.
 
-    Where every token is ignored the loss is 0, and the gradients are zeros, not NaN as in torch. With a `softcap` c the
-    logits are c * tanh(logit / c).
+    If every token is ignored, loss and gradients are zero, not NaN as in torch. With a `softcap` c the logits are
+    c * tanh(logit / c).
 
-    `chunk_tokens` is the number of tokens a chunk; at least 4,096 on a GPU, or adding up the gradient of the weight
+    `chunk_tokens` is the number of tokens per chunk; on a GPU at least 4,096, or accumulating the weight gradient
     dominates. A target outside [0, V) that is not ignored raises IndexError on CPU and makes the loss NaN on a GPU,
-    which is never waited for. Hidden states of ignored tokens must be finite there.
+    which is never synchronized. Hidden states of ignored tokens must be finite on a GPU.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: expected reduction mean or sum, found {reduction!r}")

@@ -1,11 +1,11 @@
-"""Choose the implementation of the kernels that runs: one switch, read from `LLMKIT_KERNELS` when it is needed.
+"""Choose the implementation of the kernels: one switch, read from `LLMKIT_KERNELS` when it is needed.
 
-- `torch`: eager PyTorch; runs everywhere, and is what a CPU is best served by.
-- `triton`: the kernels of `kernels/triton/`, compiled for the GPU that is there.
-- `interpret`: the same kernels run by Triton's interpreter on CPU tensors: slow, for tests and for finding faults.
-- `auto`: `triton` on a GPU that it compiles for (NVIDIA sm_80 and later, AMD gfx9), `torch` elsewhere.
+- `torch`: eager PyTorch; runs everywhere, and is the fastest on a CPU.
+- `triton`: the kernels of `kernels/triton/`, compiled for this machine's GPU.
+- `interpret`: the same kernels in Triton's interpreter on CPU tensors: slow, for tests and debugging.
+- `auto`: `triton` on a GPU that it supports (NVIDIA sm_80 and later, AMD gfx9), `torch` elsewhere.
 
-Triton is imported when a kernel is first run, never before: a computation on a CPU pays for torch alone.
+Triton is imported when a kernel is first run: computing on a CPU imports torch alone.
 """
 
 import importlib
@@ -25,9 +25,9 @@ BACKENDS = ("auto", "triton", "torch", "interpret")
 
 
 def backend(device_type: str = "cpu") -> str:
-    """Name of the implementation for tensors of this kind of device: "triton", "torch" or "interpret".
+    """Return the implementation for tensors on this type of device: "triton", "torch" or "interpret".
 
-    Raises UserError for an unknown value of LLMKIT_KERNELS, and where Triton is asked for and cannot run.
+    Raises UserError for an unknown value of LLMKIT_KERNELS, and if Triton is requested and cannot run.
     """
     chosen = os.environ.get("LLMKIT_KERNELS", "auto") or "auto"
     if chosen not in BACKENDS:
@@ -44,14 +44,14 @@ def backend(device_type: str = "cpu") -> str:
     return chosen
 
 
-# What torch.compiler.assume_constant_result does: a graph takes the answer as it is. Its import costs 1.5 s and triton.
+# As torch.compiler.assume_constant_result: graphs take the result as a constant. Its import costs 1.5 s and triton.
 backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """True if nothing but autograd has to see an operator, so that torch's dispatcher can be passed by.
+    """Return True if only autograd has to see an operator, so that torch's dispatcher can be bypassed.
 
-    Not under torch.compile, in a TorchDispatchMode (tracing, fake tensors), or for subclasses of Tensor.
+    False under torch.compile, in a TorchDispatchMode (tracing, fake tensors), and for subclasses of Tensor.
     """
     return (
         not torch.compiler.is_compiling()
@@ -61,10 +61,10 @@ def is_eager(*tensors: Tensor) -> bool:
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """Decorate the backward of a torch.autograd.Function that has none of its own: under `create_graph=True` it raises.
+    """Decorate the backward of a torch.autograd.Function without a second one: it raises under `create_graph=True`.
 
-    torch's decorator of the name raises only where the upstream gradient requires one; elsewhere, as behind a sum, a
-    second derivative would be silently zero.
+    torch's decorator of this name raises only if the upstream gradient requires grad; otherwise, such as after a sum, a
+    second derivative would silently be zero.
     """
 
     @wraps(backward)
@@ -77,7 +77,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 def eager_function(name: str, compute: Callable, save: Callable, backward: Callable) -> Callable:
-    """What an operator of torch computes, as a torch.autograd.Function `name` of the same parts.
+    """Return the computation of a torch operator as a torch.autograd.Function `name` with the same parts.
 
     The dispatcher of an operator takes longer than a small kernel, and imports the compiler on its first call.
     """
@@ -92,9 +92,9 @@ def eager_function(name: str, compute: Callable, save: Callable, backward: Calla
 
 
 def in_one_dtype(operation: str, **tensors: Tensor) -> list[Tensor]:
-    """The tensors as they are, or within torch.autocast in its dtype (float64 stays), as products of torch have it.
+    """Return the tensors unchanged, or within torch.autocast in its dtype (except float64), as torch's products do.
 
-    Raises TypeError by name where their dtypes differ: copies made unasked would cost more than the operation.
+    Raises TypeError if their dtypes differ: implicit copies would cost more than the operation.
     """
     values = list(tensors.values())
     if (kind := values[0].device.type) != "meta" and torch.is_autocast_enabled(kind):
@@ -113,7 +113,7 @@ def _triton_is_installed() -> bool:
 
 @cache
 def _obstacle(device_type: str) -> str | None:
-    """Return the reason why Triton's compiled kernels cannot run there, or None."""
+    """Return the reason why Triton's compiled kernels cannot run on this type of device, or None."""
     if device_type != "cuda" or not torch.cuda.is_available():
         return f"expected a GPU, found {device_type}"
     if not _triton_is_installed():
@@ -126,9 +126,9 @@ def _obstacle(device_type: str) -> str | None:
 
 
 def triton_module(name: str) -> ModuleType:
-    """`llmkit.kernels.triton.NAME`, imported on first use, in the mode that LLMKIT_KERNELS asks for.
+    """Import `llmkit.kernels.triton.NAME` on first use, in the mode of LLMKIT_KERNELS, and return it.
 
-    Triton reads TRITON_INTERPRET while it is imported, so a process has one mode for good.
+    Triton reads TRITON_INTERPRET on import, so a process cannot change its mode.
     """
     module = sys.modules.get(f"llmkit.kernels.triton.{name}")
     if module is None:
@@ -150,4 +150,4 @@ def _choose_mode(interpret: bool) -> None:
 
 
 if os.environ.get("LLMKIT_KERNELS") == "interpret":
-    _choose_mode(True)  # now: torch imports triton as well, with the first optimizer
+    _choose_mode(True)  # now, because torch imports triton with the first optimizer

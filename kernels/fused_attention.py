@@ -1,7 +1,7 @@
-"""Fused attention as operators of torch: what `torch.compile`, autograd and the dispatcher see of the Triton kernels.
+"""Fused attention as torch operators: how `torch.compile`, autograd and the dispatcher see the Triton kernels.
 
 `llmkit::attention` with its backward `llmkit::attention_backward`, and `llmkit::attention_decode`. In eager mode they
-are called as functions, for the dispatcher takes longer than a small kernel. Triton is imported when one of them runs.
+are called as functions, because the dispatcher takes longer than a small kernel. Triton is imported when one runs.
 
 B batch, H query heads, K key-value heads, T queries, S keys, D head size.
 """
@@ -20,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 
 def can_run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
-    """True if the Triton kernels are to compute this attention here."""
+    """Return True if the Triton kernels compute this attention on this machine."""
     return (
         backend(query.device.type) in ("triton", "interpret")
         and query.dim() == key.dim() == value.dim() == 4
@@ -37,7 +37,7 @@ def can_run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
 
 
 def document_starts(doc_ids: Tensor) -> Tensor:
-    """Position at which the document of each position begins: (B, T) -> (B, T). Equal neighbours are one document."""
+    """Return the first position of each position's document: (B, T) -> (B, T). Equal neighbours are one document."""
     position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
     changes = doc_ids[:, 1:] != doc_ids[:, :-1]
     begins = torch.nn.functional.pad(changes, (1, 0), value=True)
@@ -45,7 +45,7 @@ def document_starts(doc_ids: Tensor) -> Tensor:
 
 
 def bounds(starts: Tensor | None, window: int | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First key that each query sees, and last query that sees each key: int32 (B or 1, T), neither ever decreasing."""
+    """Return the first key of each query, and the last query of each key: int32 (B or 1, T), both non-decreasing."""
     position = torch.arange(length, device=device)
     lo = torch.zeros_like(position).unsqueeze(0) if starts is None else starts
     if window is not None:
@@ -56,12 +56,12 @@ def bounds(starts: Tensor | None, window: int | None, length: int, device: torch
 
 @lru_cache(maxsize=64)
 def window_bounds(window: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`bounds` of one document: the same for every layer and step."""
+    """Return `bounds` of one document: the same for every layer and step."""
     return bounds(None, window, length, device)
 
 
 def empty_as_used(shape: Sequence[int], like: Tensor) -> Tensor:
-    """(B, H, T, D) that lies in memory as (B, T, H, D), as the projection that follows reads it."""
+    """Allocate (B, H, T, D) in memory order (B, T, H, D), as the next projection reads it."""
     batch, heads, length, size = shape
     return like.new_empty(batch, length, heads, size).transpose(1, 2)
 
@@ -69,8 +69,8 @@ def empty_as_used(shape: Sequence[int], like: Tensor) -> Tensor:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32, which has no
-    gradient. `lo` and `hi` are those of `bounds`, with `is_causal`.
+    """Return the output (B, H, T, D), in memory (B, T, H, D), and log2 of the sum of 2^scores (B, H, T) in float32,
+    without gradient. `lo` and `hi` are those of `bounds`, with `is_causal`.
     """
     return triton_module("attention").forward(query, key, value, lo, scale, is_causal)
 
@@ -87,7 +87,7 @@ def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, lo: Tensor | None,
     hi: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value."""
+    """Return the gradients of query, key and value."""
     backward = triton_module("attention_backward").backward
     return backward(grad, query, key, value, out, lse.contiguous(), lo, hi, scale, is_causal)
 
@@ -121,7 +121,7 @@ _attention_eagerly = eager_function("Attention", _attention, _save, partial(_bac
 def attention(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool
 ) -> Tensor:
-    """Output of `llmkit::attention`, differentiable once, in reverse."""
+    """Return the output of `llmkit::attention`, differentiable once, in reverse."""
     compute = _attention_eagerly if is_eager(query, key, value) else attention_operator
     return compute(query, key, value, lo, hi, scale, is_causal)[0]
 
@@ -129,7 +129,7 @@ def attention(
 def _attention_decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
-    """Output (B, H, T, D), in memory (B, T, H, D); window 0 is none. No backward."""
+    """Return the output (B, H, T, D), in memory (B, T, H, D); window 0 is none. No backward."""
     query, key_cache, value_cache = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, key_cache, value_cache)
     )
@@ -147,6 +147,6 @@ def _(query, key_cache, value_cache, lengths, scale, window):
 def attention_decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
-    """Output of `llmkit::attention_decode`; the operator itself, whose backward raises, where gradients are on."""
+    """Return the output of `llmkit::attention_decode`; if gradients are on, by the operator, whose backward raises."""
     plain = is_eager(query, key_cache, value_cache) and not torch.is_grad_enabled()
     return (_attention_decode if plain else decode_operator)(query, key_cache, value_cache, lengths, scale, window)

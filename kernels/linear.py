@@ -1,15 +1,15 @@
-"""Matrix products on CPU: oneDNN for float32, where torch's own choice (MKL) loses half the machine or more.
+"""Matrix products on CPU: oneDNN for float32, where torch's own choice, MKL, has half the rate or less on AMD.
 
-MKL picks AVX2 code on AMD processors. oneDNN's AVX-512 code does 2.1-2.5x its rate there in all three products of
-a linear layer (docs/experiments.md, "CPU hot path"), with the same float32 accumulation. In bfloat16 torch already
-calls oneDNN, so nothing changes.
+MKL uses AVX2 code on AMD processors. oneDNN's AVX-512 code has 2.1-2.5x its rate there in all three products of a
+linear layer (docs/experiments.md, "CPU hot path"), with the same float32 accumulation. In bfloat16 torch already calls
+oneDNN.
 
-Weights that stay the same from call to call are packed once, as oneDNN wants to read them.
+Constant weights are packed once, in oneDNN's layout.
 
-Decoding multiplies few rows by the same weights thousands of times. Measured against oneDNN on plain weights, one
-thread, float32, 768 x 256 to 2304 x 768: 2.0x at 2 rows, 1.5x at 16. In float32 a row's result is the same bits beside
-any number of others, or none: oneDNN sums a single row of more than 1,024 inputs in pieces, so such a row is given an
-idle neighbour, which costs 5%.
+Decoding multiplies few rows by the same weights thousands of times. Compared with oneDNN on plain weights, one thread,
+float32, 768 x 256 to 2304 x 768: 2.0x as fast at 2 rows, 1.5x at 16. In float32 the bits of a row's result do not
+depend on the number of rows: oneDNN sums a single row of more than 1,024 inputs in pieces, so such a row gets an idle
+neighbour, which costs 5%.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from llmkit.kernels.dispatch import once_differentiable
 from torch import Tensor
 
-PACKED_FOR = 16  # rows that the layout is chosen for; it serves any number
-MOST_ALONE = 1024  # inputs up to which oneDNN sums a single row as it sums one of many, on 1 to 16 threads
+PACKED_FOR = 16  # rows that the layout is chosen for; it works for any number
+MOST_ALONE = 1024  # inputs up to which oneDNN sums a single row like one of many, on 1 to 16 threads
 
 
 @cache
 def can_pack(dtype: torch.dtype, device_type: str) -> bool:
-    """True if `packed_linear` packs here; otherwise it falls back to plain weights."""
+    """Return True if `packed_linear` packs here; otherwise it falls back to plain weights."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -39,7 +39,7 @@ def can_pack(dtype: torch.dtype, device_type: str) -> bool:
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function `x_BK -> x_BK @ weight_NK.T + bias`, without autograd, that has its own copy of the weight."""
+    """Return `x_BK -> x_BK @ weight_NK.T + bias`, without autograd and with its own copy of the weight."""
     weight = weight.detach()
     bias = None if bias is None else bias.detach()
     if not can_pack(weight.dtype, weight.device.type):
@@ -82,19 +82,19 @@ def _by_onednn(a: Tensor) -> bool:
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """`a_MK @ b_NK.T`, without autograd."""
+    """Return `a_MK @ b_NK.T`, without autograd."""
     return _onednn_linear(a, b) if _by_onednn(a) else a @ b.t()
 
 
 def matmul_nn(a: Tensor, b: Tensor) -> Tensor:
-    """`a_MK @ b_KN`, without autograd."""
+    """Return `a_MK @ b_KN`, without autograd."""
     return _onednn_linear(a, b.t()) if _by_onednn(a) else a @ b
 
 
 def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
-    """`a_KM.T @ b_KN`, without autograd: the weight gradient's product.
+    """Return `a_KM.T @ b_KN`, without autograd: the weight gradient's product.
 
-    A transposed first operand is copied; over many rows the narrower one had better be it (1.05-1.2x).
+    A transposed first operand is copied; over many rows it should be the narrower one (1.05-1.2x as fast).
     """
     if a.shape[1] > b.shape[1] and a.device.type == "cpu" and (a.dtype == torch.float32 or a.shape[0] >= 2048):
         return _matmul_tn(b, a).t().contiguous()
@@ -123,7 +123,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, as `torch.nn.functional.linear`: x (..., in), weight (out, in) -> (..., out)."""
+    """Return `x @ weight.T + bias`, as `torch.nn.functional.linear`: x (..., in), weight (out, in) -> (..., out)."""
     if not _by_onednn(x):
         return F.linear(x, weight, bias)
     y = _Linear.apply(x, weight)

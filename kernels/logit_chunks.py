@@ -1,10 +1,10 @@
-"""Logits a chunk at a time: what a loss or log-probabilities need of them, and the gradients behind them.
+"""Logits one chunk at a time: the losses or log-probabilities of their rows, and the gradients.
 
-The logits of a whole batch are the largest tensor of training (4,096 tokens x 32,768 words: 512 MB in float32,
-three times over in the usual formulation). Here one chunk of them is computed in a reused buffer, turned in place
-into its rows' losses and the gradient of the logits, multiplied on into the gradients of hidden states and weight,
-and forgotten. That step is eager torch or the Triton kernel of kernels/triton/cross_entropy.py; the products are
-those of oneDNN or cuBLAS either way. N tokens, D hidden, V vocabulary.
+The logits of a complete batch are the largest tensor of training (4,096 tokens x 32,768 words: 512 MB in float32, three
+times that in the usual formulation). Here one chunk of them is computed in a reused buffer and converted in place to
+its rows' losses and the gradient of the logits, which is multiplied into the gradients of hidden states and weight. The
+conversion is eager torch or the Triton kernel of kernels/triton/cross_entropy.py; the products are those of oneDNN or
+cuBLAS either way. N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llmkit.kernels.dispatch import backend, triton_module
 from llmkit.kernels.linear import matmul_nn, matmul_nt, matmul_tn
 from torch import Tensor
 
-# On CPU a chunk's logits should stay in cache, and its tokens be enough that adding up the weight gradient is cheap:
-# at 8,192 tokens x 256 hidden, 2,048 or 4,096 tokens a chunk are 1.2x as fast as 256.
+# On CPU a chunk's logits should stay in cache, and its tokens should be enough to make accumulating the weight gradient
+# cheap: at 8,192 tokens x 256 hidden, chunks of 2,048 or 4,096 tokens are 1.2x as fast as 256.
 CPU_CHUNK_BYTES = 32 * 2**20
 CPU_LEAST_TOKENS = 1024
 CHUNK_BYTES = 512 * 2**20
 LEAST_TOKENS = 4096
-# Below this probability -log(p) is taken again from the logits, for p itself is near the end of its range.
+# Below this probability -log(p) is recomputed from the logits, because p is near underflow.
 LEAST_PROBABILITY = 1e-30
-ROW_ALIGNMENT = 64  # numbers; a vocabulary of 50257 would leave no row but the first at a 16-byte boundary
+ROW_ALIGNMENT = 64  # numbers; with a vocabulary of 50257 only the first row would be at a 16-byte boundary
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -45,7 +45,7 @@ class Objective:
 
 
 class Rows(NamedTuple):
-    """Per token, in float32 or float64: 0 where the target is ignored; the entropy where it was asked for."""
+    """Loss and entropy per token, in float32 or float64: 0 if the target is ignored; entropy None unless requested."""
 
     loss: Tensor
     entropy: Tensor | None
@@ -78,7 +78,7 @@ def rows_and_gradients(
     input: Tensor, weight: Tensor, target: Tensor, objective: Objective, chunk_tokens: int, *,
     upstream: Tensor | None = None, grad_entropy: Tensor | None = None, need: tuple[bool, bool] = (False, False),
 ) -> tuple[Rows, Gradients]:  # fmt: skip
-    """Rows of every token, and the gradients to input and weight that `need` names. No autograd.
+    """Return the rows of every token, and the gradients of input and weight if `need`ed. No autograd.
 
     input (N, D), weight (V, D), target (N,). `upstream`, (N,) or a scalar on the device, is the gradient
     of each loss, 1 if None; `grad_entropy` (N,) is that of each entropy. Raises IndexError for a target outside
@@ -89,7 +89,7 @@ def rows_and_gradients(
         upstream = upstream.to(accumulation_dtype(input.dtype)).expand(input.shape[0])
     if not chunks.on_host:
         return chunks.run(input, target, upstream, grad_entropy, need)
-    # where looking costs nothing, ignored tokens are left out, and their rows of the results are zeros
+    # on the host, where a check is free, ignored tokens are skipped, and their results are zeros
     target = target.long()
     counted = target != objective.ignore_index
     selected = None if bool(counted.all()) else counted.nonzero().squeeze(1)
@@ -120,7 +120,7 @@ class _Chunks:
         self.dtype = accumulation_dtype(input.dtype)
         self.fused = uses_triton(input)
         self.on_host = input.device.type == "cpu" and not self.fused
-        self.plain = (  # the probabilities alone tell it; those of float16 end at 6e-8
+        self.plain = (  # the loss follows from the probabilities; those of float16 underflow at 6e-8
             self.on_host and input.dtype != torch.float16 and not objective.with_entropy
         )
         self._buffer: Tensor | None = None
@@ -131,26 +131,26 @@ class _Chunks:
         gradients = Gradients(torch.empty_like(input, memory_format=torch.contiguous_format) if need[0] else None)
         compute = self._by_softmax if self.plain and any(need) else self._loss_and_gradient
         for start in range(0, tokens, self.chunk_tokens):
-            part = slice(start, min(start + self.chunk_tokens, tokens))
-            above, above_entropy = (None if x is None else x[part] for x in (upstream, grad_entropy))
-            logits_NV, slope_NV = self._logits(input[part]), None
+            span = slice(start, min(start + self.chunk_tokens, tokens))
+            above, above_entropy = (None if x is None else x[span] for x in (upstream, grad_entropy))
+            logits_NV, slope_NV = self._logits(input[span]), None
             if cap := self.objective.softcap:
                 logits_NV.div_(cap).tanh_()
                 slope_NV = 1 - logits_NV.square() if any(need) else None
                 logits_NV.mul_(cap)
-            pieces, grad_NV = compute(logits_NV, target[part], above, above_entropy, any(need))
+            pieces, grad_NV = compute(logits_NV, target[span], above, above_entropy, any(need))
             if grad_NV is not None and slope_NV is not None:
                 grad_NV.mul_(slope_NV)
-            for whole, piece in zip(rows, pieces, strict=True):
-                if whole is not None and piece is not None:
-                    whole[part] = piece
+            for values, piece in zip(rows, pieces, strict=True):
+                if values is not None and piece is not None:
+                    values[span] = piece
             if grad_NV is not None:
                 if gradients.input is not None and self.on_host:
-                    gradients.input[part] = matmul_nn(grad_NV, self.weight)
+                    gradients.input[span] = matmul_nn(grad_NV, self.weight)
                 elif gradients.input is not None:
-                    torch.mm(grad_NV, self.weight, out=gradients.input[part])
+                    torch.mm(grad_NV, self.weight, out=gradients.input[span])
                 if need[1]:
-                    gradients.weight = self._sum_of_products(gradients.weight, grad_NV, input[part])
+                    gradients.weight = self._sum_of_products(gradients.weight, grad_NV, input[span])
         if self.plain and any(need):
             unlikely = rows.loss > -math.log(LEAST_PROBABILITY)
             if unlikely.any():
@@ -167,7 +167,7 @@ class _Chunks:
         return torch.mm(input, self.weight.t(), out=out)
 
     def _space(self, like: Tensor, width: int) -> Tensor:
-        """As many rows as `like` has, of the one buffer."""
+        """Return as many rows of the buffer as `like` has."""
         if self._buffer is None:
             self._buffer = like.new_empty(self.chunk_tokens, width)
         return self._buffer[: like.shape[0]]
@@ -182,7 +182,7 @@ class _Chunks:
         return loss_and_gradient_reference(*arguments)
 
     def _by_softmax(self, logits_NV, target, upstream, grad_entropy, need_gradient) -> tuple[Rows, Tensor]:
-        """torch's softmax has an exponential several times faster than `exp` by itself on CPU.
+        """Use torch's softmax, whose exponential is several times faster than `exp` on CPU.
 
         It computes in float32 and rounds once to the dtype of the products; the loss is -log of the target's
         probability.
@@ -200,14 +200,14 @@ class _Chunks:
         return Rows(-probability.to(self.dtype).log(), None), grad_NV
 
     def _sum_of_products(self, total: Tensor | None, grad_NV: Tensor, input: Tensor) -> Tensor:
-        """`total` + grad_NV.T @ input in the accumulation dtype; total may be overwritten, None is zero."""
+        """Return `total` + grad_NV.T @ input in the accumulation dtype; total may be overwritten, None is zero."""
         if _adds_in_float32(grad_NV.dtype, grad_NV.device.type):
             beta = 0 if total is None else 1
-            if total is None:  # rows one behind the other, as the operators promise, however the weight lies
+            if total is None:  # contiguous, as the operators promise, whatever the layout of the weight
                 total = torch.empty_like(self.weight, dtype=self.dtype, memory_format=torch.contiguous_format)
             add = torch.ops.aten.addmm.dtype_out
             return add(total, grad_NV.t(), input, torch.float32, beta=beta, out=total)
-        if self.fused and grad_NV.device.type == "cpu":  # interpreted: what cuBLAS does
+        if self.fused and grad_NV.device.type == "cpu":  # interpreted: as cuBLAS does
             grad_NV, input = grad_NV.to(self.dtype), input.to(self.dtype)
         product = matmul_tn(grad_NV, input) if self.on_host else grad_NV.t() @ input
         return product.to(self.dtype) if total is None else total.add_(product)
@@ -215,9 +215,9 @@ class _Chunks:
 
 @cache
 def _adds_in_float32(dtype: torch.dtype, device_type: str) -> bool:
-    """True if cuBLAS adds a product of this dtype onto a float32 matrix here: torch 2.11 lets it, ROCm does not.
+    """Return True if cuBLAS can add a product of this dtype to a float32 matrix: torch 2.11 allows it, ROCm does not.
 
-    Without it each chunk's part of the weight gradient is rounded to the dtype before it is added.
+    Otherwise each chunk's part of the weight gradient is rounded to the dtype before it is added.
     """
     if device_type != "cuda" or dtype == torch.float32:
         return False  # the same either way
@@ -233,7 +233,7 @@ def loss_and_gradient_reference(
     logits_NV: Tensor, target: Tensor, objective: Objective, upstream: Tensor | None, grad_entropy: Tensor | None,
     need_gradient: bool,
 ) -> tuple[Rows, Tensor | None]:  # fmt: skip
-    """Rows of a chunk of logits and the gradient of the logits, step by step in float32 or float64."""
+    """Return the rows of a chunk of logits and their gradient, step by step in float32 or float64."""
     z_NV = logits_NV.to(accumulation_dtype(logits_NV.dtype))
     if objective.temperature != 1.0:
         z_NV = z_NV / objective.temperature
@@ -241,7 +241,7 @@ def loss_and_gradient_reference(
     ignored = target == objective.ignore_index
     valid = (target >= 0) & (target < logits_NV.shape[1])
     y = torch.where(valid, target, 0).long().unsqueeze(1)
-    losses = torch.where(valid, -log_p.gather(1, y).squeeze(1), math.nan)  # as the kernel; a GPU is not waited for
+    losses = torch.where(valid, -log_p.gather(1, y).squeeze(1), math.nan)  # as in the kernel, without a synchronization
     p_NV = log_p.exp() if need_gradient or objective.with_entropy else None
     entropy = torch.special.entr(p_NV).sum(-1) if p_NV is not None and objective.with_entropy else None
     gradient = None

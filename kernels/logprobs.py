@@ -1,12 +1,12 @@
-"""Log-probabilities of given tokens from hidden states, and the entropy of the distributions they come from.
+"""Log-probabilities of given tokens from hidden states, and the entropy of their distributions.
 
-For reinforcement learning and evaluation. On a GPU the forward holds no logits at all: tiles of them live in
-registers (Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009). Backward, and either on CPU, goes chunk by
-chunk. N tokens, D hidden, V vocabulary.
+For reinforcement learning and evaluation. On a GPU the forward pass stores no logits: tiles of them stay in registers
+(Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009). Backward, and both passes on CPU, go chunk by chunk. N
+tokens, D hidden, V vocabulary.
 
-Backward takes the log-sum-exp again, of its logits rounded to 16 bits. With that of forward, of unrounded ones, the
-gradient of tokens of probability 0.9998 is off by 60 times its length (bfloat16, 8,192 words; by 0.02 as it is), for it
-is 1 - p; and the chunk comes from memory once either way.
+Backward recomputes the log-sum-exp of its logits, which are rounded to 16 bits. With that of the forward pass, of
+unrounded logits, the gradient of tokens of probability 0.9998, which is 1 - p, would be off by 60 times its length
+(bfloat16, 8,192 words; by 0.02 as it is); the chunk is read from memory once either way.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def linear_logprobs_reference(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, temperature: float = 1.0, ignore_index: int = -100,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities and entropies with all logits held, differentiable: the truth for the tests."""
+    """Compute log-probabilities and entropies with all logits, differentiably, as the reference for tests."""
     logits = F.linear(input, linear_weight)
     logits = logits.to(accumulation_dtype(logits.dtype))
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -44,9 +44,9 @@ def _compute(
     input: Tensor, linear_weight: Tensor, target: Tensor, temperature: float, ignore_index: int, chunk_tokens: int,
     softcap: float, return_entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities (N,) and entropies (N,), the latter empty unless asked for."""
+    """Return log-probabilities (N,) and entropies (N,), the latter empty unless requested."""
     objective = Objective(ignore_index, temperature, return_entropy, softcap)
-    if uses_triton(input) and input.shape[1] % 16 == 0 and not softcap:  # else rows begin at no 16-byte boundary
+    if uses_triton(input) and input.shape[1] % 16 == 0 and not softcap:  # rows at 16-byte boundaries
         picked, entropy = triton_module("logprobs").logprobs(input, linear_weight, target, objective)
     else:
         rows, _ = rows_and_gradients(input, linear_weight, target, objective, chunk_tokens)
@@ -67,7 +67,7 @@ def _gradients(
     grad: Tensor | None, grad_entropy: Tensor | None, input: Tensor, linear_weight: Tensor, target: Tensor,
     temperature: float, ignore_index: int, chunk_tokens: int, softcap: float, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of input and weight in their dtypes, empty where not needed."""
+    """Return the gradients of input and weight in their dtypes, empty if not needed."""
     objective = Objective(ignore_index, temperature, grad_entropy is not None, softcap)
     dtype = accumulation_dtype(input.dtype)
     upstream = input.new_zeros(target.shape, dtype=dtype) if grad is None else -grad.to(dtype)
@@ -118,11 +118,11 @@ def linear_logprobs(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, temperature: float = 1.0, ignore_index: int = -100,
     return_entropy: bool = False, softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
+    """Return the log-probability of each target under softmax(`input @ linear_weight.T` / temperature).
 
     input (..., D), linear_weight (V, D), target (...) of integers -> float32, or float64, of the shape of `target`.
-    With `return_entropy` the entropies of the whole distributions, in nats, come second. Both are differentiable in
-    input and linear_weight, once and in reverse (else they raise), which have one dtype (else TypeError) or get
+    With `return_entropy` the entropies of the distributions, in nats, come second. Both are differentiable once, in
+    reverse (else they raise), with respect to input and linear_weight, which have one dtype (else TypeError) or get
     autocast's. With a `softcap` c the logits are c * tanh(logit / c), before the temperature.
     Ignored positions give 0.0 and no gradient. A target outside [0, V) that is not ignored raises IndexError on CPU and
     gives NaN on a GPU.

@@ -2,8 +2,8 @@
 
 `qkv_rotary`: hidden states to the queries, keys and values of attention. `feed_forward`: the feed-forward layer.
 Merging the products with the row-wise steps between them keeps every elementwise operand contiguous (reading half of
-a fused row costs 2.2x a contiguous read), saves what backward needs once, and a tiny model's time is spent in
-nodes as much as in products.
+a fused row costs 2.2x a contiguous read), saves tensors for backward only once, and avoids nodes, on which a tiny
+model spends as much time as on products.
 
 B batch, T tokens, C hidden, H query heads, K key-value heads, D head size, F intermediate size, N = B * T.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class _QKVRotary(torch.autograd.Function):
-    """Backward uses that a rotation keeps inner products: the norm's row means are taken of rotated vectors."""
+    """Backward uses that a rotation preserves inner products: the norm's row means are those of rotated vectors."""
 
     @staticmethod
     def forward(ctx, x_BTC, weight, bias, cos_sin, heads, kv_heads, q_gain, k_gain, eps):
@@ -66,9 +66,9 @@ class _QKVRotary(torch.autograd.Function):
         grad = torch.empty(batch, length, both, size, dtype=cos_sin.dtype)
         if query is not None:
             # Without a gain: d(x * rstd) = rstd * (g - y * mean(g * y)), with g and y still rotated.
-            for part, g, y in ((grad[:, :, :heads], grad_query, query), (grad[:, :, heads:], grad_key, key)):
+            for out, g, y in ((grad[:, :, :heads], grad_query, query), (grad[:, :, heads:], grad_key, key)):
                 mean = torch.linalg.vecdot(g, y).unsqueeze(-1).div_(size)
-                part.copy_(torch.addcmul(g, y, mean, value=-1).transpose(1, 2))
+                out.copy_(torch.addcmul(g, y, mean, value=-1).transpose(1, 2))
         else:
             grad[:, :, :heads] = grad_query.transpose(1, 2)
             grad[:, :, heads:] = grad_key.transpose(1, 2)
@@ -99,9 +99,9 @@ def qkv_rotary(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project hidden states to rotated queries and keys, and values: (B, H, T, D), (B, K, T, D), (B, K, T, D).
 
-    weight ((H + 2K) D, C) stacks the three projections; within a head the rotated pairs are neighbours. `cos_sin`
-    (T, D/2, 2) or (B, T, D/2, 2) is float32. With `eps` queries and keys are RMS-normed before the rotation, times
-    `q_gain` and `k_gain` if given: each head, with gains (D,), or, `whole`, all heads at once, (H D,) and (K D,).
+    weight ((H + 2K) D, C) stacks the three projections; within a head the rotated pairs are adjacent. `cos_sin`
+    (T, D/2, 2) or (B, T, D/2, 2) is float32. With `eps` queries and keys are RMS-normalized before the rotation, times
+    `q_gain` and `k_gain` if given: each head, with gains (D,), or with `whole` all heads at once, (H D,) and (K D,).
     """
     if by_hand(x_BTC) and torch.is_grad_enabled() and not whole:
         return _QKVRotary.apply(x_BTC, weight, bias, cos_sin, heads, kv_heads, q_gain, k_gain, eps)
@@ -109,7 +109,7 @@ def qkv_rotary(
 
 
 def qkv_rotary_reference(x_BTC, weight, cos_sin, heads, kv_heads, bias, q_gain, k_gain, eps, whole=False):
-    """The same step by step."""
+    """Compute `qkv_rotary` step by step."""
     qkv = linear(x_BTC, weight, bias).unflatten(-1, (heads + 2 * kv_heads, -1))
     query, key, value = qkv.split((heads, kv_heads, kv_heads), 2)
     if eps is not None and whole:
@@ -139,7 +139,7 @@ class _SwiGLUMLP(torch.autograd.Function):
         grad_NC = grad.reshape(-1, grad.shape[-1])
         grad_down = matmul_tn(grad_NC, hidden) if need_down else None
         grad_hidden = matmul_nn(grad_NC, down)
-        # One buffer for both, so that the two products below are one each.
+        # One buffer for both, so that each of the two products below is a single one.
         grad_both = torch.empty((x_NC.shape[0], gate_up.shape[0]), dtype=grad.dtype)
         grad_gate, grad_up = grad_both.chunk(2, -1)
         torch.mul(grad_hidden, activated, out=grad_up)
@@ -154,10 +154,10 @@ ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def activate_rows(activate: Callable[[Tensor], Tensor], x_NF: Tensor) -> Tensor:
-    """`activate(x_NF)`, one of ACTIVATIONS, with the bits that each row has alone: float32 on CPU, (N, F) to (N, F).
+    """Apply `activate`, one of ACTIVATIONS, with the bits that each row has alone: float32 on CPU, (N, F) to (N, F).
 
-    torch computes whole vectors, and by functions with other last bits the numbers that remain: at the end of rows,
-    which lie one behind the other, and at the end of a thread's share, wherever that is.
+    torch computes complete vectors, and the remaining elements by functions with other last bits: at the end of the
+    contiguous rows, and at the end of each thread's share, wherever that is.
     """
     rows, width = x_NF.shape
     if width % VECTORS:
@@ -172,9 +172,9 @@ def feed_forward(
     x: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, *,
     activation: str = "silu", gated: bool = True,
 ) -> Tensor:  # fmt: skip
-    """down @ (activation(gate @ x) * (up @ x)): x (..., C), gate_up (2F, C) with the gate first, down (C, F).
+    """Compute down @ (activation(gate @ x) * (up @ x)): x (..., C), gate_up (2F, C) with the gate first, down (C, F).
 
-    With "silu" it is SwiGLU (Shazeer 2020, arXiv:2002.05202). A plain one has no gate: down @ activation(up @ x), with
+    With "silu" it is SwiGLU (Shazeer 2020, arXiv:2002.05202). Without a gate it is down @ activation(up @ x), with
     gate_up (F, C). `activation` is "silu" or "gelu_tanh", the approximation of GELU by tanh (Hendrycks and Gimpel 2016,
     arXiv:1606.08415).
     """
