@@ -2,11 +2,11 @@
 
 Dao 2023, arXiv:2307.08691.
 
-Causal query q sees the keys lo[q] ... q, and key k is seen by the queries k ... hi[k]; both tables never decrease, so
-their values at the ends of a block tell which blocks of the other side are seen by none of it (skipped), by all of it
-(computed without a mask) or by some. Documents and windows are both such tables, and cost what they see.
+Causal query q sees the keys lo[q] ... q, and key k is seen by the queries k ... hi[k]. Both tables are non-decreasing,
+so their values at the ends of a block tell which blocks of the other side are seen by none of its rows (skipped), by
+all (computed without a mask) or by some. Documents and windows are such tables; the cost is that of visible keys.
 
-Scores are kept in base 2: p = exp2(s - lse) with log2(e) in the scale, one instruction where exp is two.
+Scores are kept in base 2: p = exp2(s - lse) with log2(e) in the scale, one instruction instead of two for exp.
 
 B batch, H query heads, K key-value heads, G = H / K, T queries, S keys, D head size (padded to a power of two).
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @triton.jit
 def store_tile(base, tile, first, rows, size, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write a tile from row `first` on to a matrix (rows, size), whose rows may begin anywhere in memory."""
+    """Write a tile to a matrix (rows, size) from row `first` on; its rows may begin anywhere in memory."""
     row, column = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     pointer = base + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(pointer, tile.to(base.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < size))
@@ -31,7 +31,7 @@ def store_tile(base, tile, first, rows, size, stride, BLOCK: tl.constexpr, BLOCK
 @triton.jit
 def key_ranges(lo_ptr, m0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
                HAS_LO: tl.constexpr):  # fmt: skip
-    """For the queries from m0: where keys begin, from where and up to where all see them, where keys end."""
+    """For the queries from m0, return the first key, start and end of the keys that all see, and the last key's end."""
     if CAUSAL:
         end = tl.minimum(m0 + BLOCK_M, queries)
         some = (m0 + 1) // BLOCK_N * BLOCK_N
@@ -62,14 +62,14 @@ def rows_of(base, rows, size, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
     """Describe a matrix (rows, size) of which BLOCK rows are loaded at a time, zero beyond `rows` and `size`.
 
     On sm_90 the tensor memory accelerator loads them, without a thread's addresses, masks or registers; elsewhere the
-    compiler makes masked loads of it.
+    compiler generates masked loads.
     """
     return tl.make_tensor_descriptor(base, [rows, size], [stride, 1], [BLOCK, BLOCK_D])
 
 
 @triton.jit
 def numbers_from(base, first, count, other, BLOCK: tl.constexpr, SPECIALIZE: tl.constexpr):
-    """BLOCK of `count` numbers, `other` beyond them; 0 with SPECIALIZE, which needs them from a descriptor."""
+    """Load BLOCK of `count` numbers, `other` beyond them; 0 with SPECIALIZE, which needs a descriptor."""
     if SPECIALIZE:
         return tl.make_tensor_descriptor(base, [count], [1], [BLOCK]).load([first])
     else:
@@ -81,17 +81,17 @@ def numbers_from(base, first, count, other, BLOCK: tl.constexpr, SPECIALIZE: tl.
 def _attend(total, weight, highest, q, query, lo, k_rows, v_rows, first, firsts, second, blocks, keys, score_scale,
             BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LO: tl.constexpr, PRECISION: tl.constexpr,
             MASKED: tl.constexpr, SPECIALIZE: tl.constexpr = False):  # fmt: skip
-    """Add `blocks` blocks of keys, `firsts` from `first` on and the others from `second` on, to the weighted sum."""
+    """Add `blocks` blocks of keys to the weighted sum: `firsts` from `first` on, the others from `second` on."""
     column = tl.arange(0, BLOCK_N)
     for i in tl.range(0, blocks, warp_specialize=SPECIALIZE):
         n0 = tl.where(i < firsts, first + i * BLOCK_N, second + (i - firsts) * BLOCK_N)
         k = k_rows.load([n0, 0])
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        # The scale is positive: it goes into one multiply-add with the maximum.
+        # The scale is positive, so it is applied in one multiply-add with the maximum.
         if MASKED:
             products = tl.where(seen_keys(query, n0 + column, lo, keys, CAUSAL, HAS_LO), products, float("-inf"))
         now = tl.maximum(highest, tl.max(products, 1) * score_scale)
-        # a row that has seen no key yet: exp2(-inf - 0) = 0 where exp2(-inf + inf) is NaN
+        # for a row that has seen no key yet, exp2(-inf - 0) = 0, but exp2(-inf + inf) is NaN
         anchor = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
         p = tl.exp2(products * score_scale - anchor[:, None])
         decay = tl.exp2(highest - anchor)
@@ -111,11 +111,11 @@ def attention_forward(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Writes outputs, and log2 of the sum of 2^scores (B, H, T).
 
-    With SPECIALIZE, on sm_90 and 4 warps, one group of warps loads keys and values and two take 64 queries each. Triton
-    3.6 needs one loop for it, with masks in every block, and bounds that a descriptor loads.
+    With SPECIALIZE, on sm_90 and 4 warps, one warp group loads keys and values and two compute 64 queries each. Triton
+    3.6 needs a single loop for this, with masks in every block, and bounds loaded by a descriptor.
     """
     blocks = tl.cdiv(queries, BLOCK_M)
-    # The last queries see most keys: begun first, they leave no straggler.
+    # The last queries see most keys: started first, they leave no straggler.
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     row = tl.program_id(0) // blocks
     b, h = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
@@ -152,7 +152,7 @@ def attention_forward(
 
 
 def batch_stride(bounds: Tensor | None) -> int:
-    """0 where one row of bounds serves the whole batch."""
+    """Return the batch stride of bounds; 0 if one row serves the complete batch."""
     return 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
 
 
@@ -161,10 +161,10 @@ def three_strides(*tensors: Tensor) -> list[int]:
 
 
 def describable(*tensors: Tensor) -> list[Tensor]:
-    """The tensors (..., T, D), or copies where a tensor descriptor cannot address matrices (T, D) of them.
+    """Return the tensors (..., T, D), or copies if a tensor descriptor cannot address their matrices (T, D).
 
-    Bases and strides must be multiples of 16 bytes, numbers of a row neighbours, and rows and heads must not repeat
-    (CUDA driver API, cuTensorMapEncodeTiled).
+    Bases and strides must be multiples of 16 bytes, rows contiguous, rows and heads not repeated (CUDA driver API,
+    cuTensorMapEncodeTiled).
     """
     described = []
     for x in tensors:
@@ -178,18 +178,18 @@ def describable(*tensors: Tensor) -> list[Tensor]:
 
 
 def padded(x: Tensor | None) -> Tensor | None:
-    """Numbers (..., T) of 4 bytes whose rows begin at multiples of 16 bytes, as descriptors of single rows must."""
+    """Pad 4-byte numbers (..., T) so that rows begin at multiples of 16 bytes, as descriptors of single rows need."""
     return x if x is None or x.shape[-1] % 4 == 0 else torch.nn.functional.pad(x, (0, -x.shape[-1] % 4))
 
 
 def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) -> dict:
-    """The constants that the three kernels have in common."""
+    """Return the constants that the three kernels have in common."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "BLOCK_D": max(16, next_power_of_2(query.shape[-1])),
         "CAUSAL": is_causal,
         "HAS_LO": has_lo,
-        # float32 in full on CUDA's ordinary cores; tensor cores would round it to 10 bits
+        # full float32 on CUDA cores; tensor cores would round it to 10 bits
         "PRECISION": "ieee",
     }
 
@@ -197,7 +197,7 @@ def shared_constants(query: Tensor, key: Tensor, is_causal: bool, has_lo: bool) 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, lo: Tensor | None, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, T, D) and log2 of the sum of 2^scores (B, H, T) in float32; lo (B or 1, T) is int32."""
+    """Return output (B, H, T, D) and log2 of the sum of 2^scores (B, H, T) in float32; lo (B or 1, T) is int32."""
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     query, key, value = describable(query, key, value)

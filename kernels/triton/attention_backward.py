@@ -1,6 +1,6 @@
 """Backward of attention: one kernel for the gradient of queries, one for those of keys and values. No atomics.
 
-The words are those of kernels/triton/attention.py; `delta` is sum(output * its gradient) of each query.
+Terms are those of kernels/triton/attention.py; `delta` is sum(output * its gradient) of each query.
 """
 
 import torch
@@ -54,7 +54,7 @@ def attention_grad_query(
     """One program: BLOCK_M queries of one head. Writes their gradient, and `delta` (B, H, T) for the other kernel.
 
     With p = exp(s - lse), dL/ds = p (dL/dp - delta), delta being the sum of output times its gradient. Keys outside
-    [lo, q] are not read. With SPECIALIZE `delta` is read, for Triton 3.6 aborts on a sum before such a loop.
+    [lo, q] are not read. With SPECIALIZE `delta` is read, because Triton 3.6 aborts on a sum before such a loop.
     """
     blocks = tl.cdiv(queries, BLOCK_M)
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -116,7 +116,7 @@ def attention_delta(
 @triton.jit
 def _query_ranges(hi_ptr, n0, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
                   HAS_LO: tl.constexpr):  # fmt: skip
-    """For the keys from n0: where queries begin, from where and up to where they see all of them, where they end."""
+    """For the keys from n0, return the first query, start and end of those that see all, and the last query's end."""
     whole, end = queries // BLOCK_M * BLOCK_M, queries
     if CAUSAL:
         last = tl.minimum(n0 + BLOCK_N, keys) - 1
@@ -134,9 +134,10 @@ def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_ro
                         second, blocks, score_scale, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr,
                         HAS_LO: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
                         SPECIALIZE: tl.constexpr = False):  # fmt: skip
-    """Of `blocks` blocks of queries of each of HEADS heads, in one loop: Triton 3.6 splits no two.
+    """Add `blocks` blocks of queries of each of HEADS heads, in one loop: Triton 3.6 specializes no nested ones.
 
-    All is transposed, keys by queries: then p and dL/ds are left factors, which tensor cores read from registers.
+    Everything is transposed, keys by queries: p and dL/ds are then left factors, which tensor cores read from
+    registers.
     """
     for i in tl.range(0, blocks * HEADS, warp_specialize=SPECIALIZE):
         j, h = i // HEADS, i % HEADS
@@ -146,7 +147,7 @@ def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_ro
             q = q_rows.load([h, m0, 0]).reshape(BLOCK_M, k.shape[1])
             grad = grad_rows.load([h, m0, 0]).reshape(BLOCK_M, k.shape[1])
             lse = lse_rows.load([h, m0]).reshape(BLOCK_M)
-        else:  # of one head: in Ampere's masked loads of three dimensions the compiler overlaps less
+        else:  # of one head: with Ampere's masked 3D loads the compiler overlaps less
             q, grad, lse = q_rows.load([m0, 0]), grad_rows.load([m0, 0]), lse_rows.load([m0])
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(products * score_scale - lse[None, :])
@@ -157,7 +158,7 @@ def _add_grad_key_value(grad_k, grad_v, k, v, key, hi, q_rows, grad_rows, lse_ro
             p = tl.where(seen, p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
         grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        # As late as this, or its registers would spill.
+        # Loaded this late, or its registers would spill.
         delta = delta_rows.load([h, m0]).reshape(BLOCK_M) if SPECIALIZE else delta_rows.load([m0])
         grad_s = p * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
@@ -231,7 +232,7 @@ def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     lo: Tensor | None, hi: Tensor | None, scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value."""
+    """Return the gradients of query, key and value."""
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1:3]
     grad, query, key, value, out = describable(grad, query, key, value, out)

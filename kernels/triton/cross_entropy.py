@@ -1,11 +1,11 @@
-"""From a chunk of logits to losses and the logits' gradient, in place: one read of memory, and one write.
+"""Losses and the logits' gradient from a chunk of logits, in place: two reads, one of them from cache, and one write.
 
-The softmax is taken online (Milakov and Gimelshein 2018, arXiv:1805.02867), in float32: of eight neighbours at a time,
-those of a thread, so that threads meet once a row and not once a block. The second read finds the row in the L2 cache:
-a program of 1,024 threads at 43 registers each has a multiprocessor to itself, so that 132 rows are in flight on an
-H200, 34 MB of its 50 for 128,256 words of 16 bits. With 8 warps a program there were 660.
+The softmax is computed online (Milakov and Gimelshein 2018, arXiv:1805.02867), in float32: over a thread's eight
+neighbours at a time, so that threads synchronize once per row and not once per block. The second read finds the row in
+the L2 cache: a program of 1,024 threads at 43 registers each has a multiprocessor to itself, so that 132 rows are in
+flight on an H200, 34 MB of its 50 for 128,256 words of 16 bits. With 8 warps per program there were 660.
 
-N tokens of a chunk, V vocabulary; rows lie `width` numbers apart, a multiple of 16, so that every load is of 128 bits.
+N tokens of a chunk, V vocabulary; rows are `width` numbers apart, a multiple of 16, so that every load has 128 bits.
 """
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 def add_to_softmax(z, highest, total, moment, ENTROPY: tl.constexpr):
     """Add a block of logits z (R, V) to rows' running maximum, sum of e = exp(z - maximum), and sum of e * log e."""
     now = tl.maximum(highest, tl.max(z, 1))
-    # a row all of whose logits are -inf so far: exp(-inf - 0) = 0 where exp(-inf + inf) is NaN
+    # for a row whose logits are all -inf so far, exp(-inf - 0) = 0, but exp(-inf + inf) is NaN
     anchor = tl.where(now == float("-inf"), 0.0, now)
     shifted = z - anchor[:, None]
     e = tl.exp(shifted)
@@ -34,7 +34,7 @@ def add_to_softmax(z, highest, total, moment, ENTROPY: tl.constexpr):
 
 @triton.jit
 def merge_softmax(highest, total, moment, ENTROPY: tl.constexpr):
-    """Make one of the L softmaxes of each row, (R, L) to (R,), by the words of `add_to_softmax`."""
+    """Merge the L softmaxes of each row, (R, L) to (R,), in the form of `add_to_softmax`."""
     now = tl.max(highest, 1)
     lowered = tl.where(total > 0, highest - now[:, None], float("-inf"))
     decay = tl.exp(lowered)
@@ -107,9 +107,9 @@ def loss_and_gradient(
     logits_NV: Tensor, target: Tensor, objective: Objective, upstream: Tensor | None, grad_entropy: Tensor | None,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Loss and entropy (N,) of each row; with `need_gradient` the logits become their gradient.
+    """Return loss and entropy (N,) of each row; with `need_gradient` the logits become their gradient.
 
-    Rows lie a multiple of 16 numbers apart, and what lies between V and the next row is overwritten too.
+    Rows are a multiple of 16 numbers apart; the numbers between V and the next row are overwritten, too.
     """
     tokens, vocab = logits_NV.shape
     width = logits_NV.stride(0)

@@ -1,10 +1,10 @@
 """Attention of new tokens to a cache of keys and values: FlashDecoding, split over the keys.
 
-A program takes all queries that share one key-value head, so a key is read once, and a fixed stretch of keys; a
-second kernel merges the stretches. Stretches are counted from position 0 whatever the batch, so that a sequence's
-result has the same bits beside any others.
+A program takes all queries that share one key-value head, so that a key is read once, and a fixed range of keys; a
+second kernel merges the ranges. Ranges are counted from position 0 whatever the batch, so that the bits of a sequence's
+result do not depend on the others.
 
-B batch, H query heads, K key-value heads, G = H / K, T new tokens a row, R = T G rows of queries, S capacity.
+B batch, H query heads, K key-value heads, G = H / K, T new tokens per row, R = T G rows of queries, S capacity.
 """
 
 import torch
@@ -20,7 +20,7 @@ MERGED = 16  # splits at a time, whatever the capacity: the order of a sum is pa
 
 @triton.jit
 def _load_tile(base, row, stride, limit, size, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
-    """(rows, BLOCK_D), zero beyond `limit` and `size`; by pointers: to write descriptors takes as long as few tiles."""
+    """Load (rows, BLOCK_D), zero beyond `limit` and `size`, by pointers: descriptors take as long as few tiles."""
     column = tl.arange(0, BLOCK_D)
     pointer = base + row[:, None] * stride + column[None, :]
     if EVEN_D:
@@ -46,8 +46,8 @@ def attention_decode(
 ):  # fmt: skip
     """One program: up to BLOCK_R queries of one key-value head, and SPLIT_KEYS keys.
 
-    Row r is token r // G of the row's T new ones, of head r % G of the group. Writes the output itself where a split
-    is all there can be; else the split's own output (B, K, R, splits, D) and the log2 of its weight.
+    Row r is token r // G of the row's T new ones, of head r % G of the group. Writes the output if there is only
+    one split; else the split's output (B, K, R, splits, D) and the log2 of its weight.
     """
     split, row = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
@@ -55,7 +55,7 @@ def attention_decode(
     valid = r < new * GROUP
     t = r // GROUP
     length = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32), capacity)
-    last = length - new + t  # position of the query, the last key that it sees
+    last = length - new + t  # position of the query: the last key that it sees
     block_last = length - new + tl.minimum((tl.program_id(1) * BLOCK_R + BLOCK_R - 1) // GROUP, new - 1)
     begin = split * SPLIT_KEYS
     end = tl.minimum(begin + SPLIT_KEYS, block_last + 1)
@@ -91,7 +91,7 @@ def attention_decode(
             highest = now
             k_base += BLOCK_N * stride_ks
             v_base += BLOCK_N * stride_vs
-        # A row that sees nothing gives zeros, with the weight 2^-inf.
+        # A row that sees no key gives zeros, with the weight 2^-inf.
         total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
         if ONE_SPLIT:
             o_at = (h * GROUP + r % GROUP) * stride_oh + t * stride_ot
@@ -108,7 +108,7 @@ def attention_merge(
     window, GROUP: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query. The mean of its splits' outputs by their weights."""
+    """One program: one query. Writes the mean of its splits' outputs by their weights."""
     r, row = tl.program_id(0) % (new * GROUP), tl.program_id(0) // (new * GROUP)
     b, h = tl.cast(row // kv_heads, tl.int64), tl.cast(row % kv_heads, tl.int64)
     t = r // GROUP
@@ -139,7 +139,7 @@ def attention_merge(
 
 
 def decode(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, scale: float, window: int) -> Tensor:
-    """Output (B, H, T, D) of T new tokens, the last of the `lengths` (B,) positions of each row. 0 is no window."""
+    """Return the output (B, H, T, D) of T new tokens, the last of `lengths` (B,) positions; window 0 is none."""
     batch, heads, new, size = query.shape
     lengths = lengths.contiguous()
     kv_heads, capacity = key_cache.shape[1:3]

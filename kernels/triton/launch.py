@@ -1,8 +1,8 @@
-"""Start a kernel, or only compile it for a GPU that is not there, with the very arguments of a real start.
+"""Launch a kernel, or only compile it for an absent GPU, with the same arguments.
 
-Triton's interpreter is repaired here, too: it holds bfloat16 as 16-bit integers and computes on those, so that in
-Triton 3.6 and 3.9 a product of two bfloat16 numbers is garbage, and a cast drops the lower bits. A GPU does both
-right: the kernels are left alone.
+Triton's interpreter is repaired here, too: it stores bfloat16 as 16-bit integers and computes on those, so that in
+Triton 3.6 and 3.9 a product of two bfloat16 numbers is garbage, and a cast truncates the lower bits. A GPU does both
+correctly, so the kernels are not changed.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _compiling: tuple[str, dict[str, Any]] | None = None
 
 
 def repair_bfloat16() -> None:
-    """Let the interpreter compute on bfloat16 as a GPU does: in float32, rounded once at the end."""
+    """Make the interpreter compute on bfloat16 as a GPU does: in float32, rounded once at the end."""
     if getattr(InterpreterBuilder, "repaired", False):
         return
 
@@ -50,7 +50,7 @@ def repair_bfloat16() -> None:
             if not any(x.dtype.scalar == tl.bfloat16 for x in handles):
                 return original(self, *operands)
             result = original(self, *(widened(x) if isinstance(x, TensorHandle) else x for x in operands))
-            # the last handle has the result's type: the other factor, or what a product is added to
+            # the last handle has the result's type: the other factor, or the accumulator
             is_bfloat16 = handles[-1].dtype.scalar == tl.bfloat16 and result.dtype.scalar == tl.float32
             return narrowed(result.data) if is_bfloat16 else result
 
@@ -61,7 +61,7 @@ def repair_bfloat16() -> None:
 
     cast = InterpreterBuilder.cast_impl
 
-    def cast_as_a_gpu_does(self, src, dst_type):  # the interpreter's own cast drops the lower bits
+    def cast_as_a_gpu_does(self, src, dst_type):  # the interpreter's cast truncates
         if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
             return narrowed(src.data)
         return cast(self, widened(src), dst_type)
@@ -71,12 +71,12 @@ def repair_bfloat16() -> None:
 
 
 def cdiv(size: int, block: int) -> int:
-    """ceil(size / block), without triton.cdiv's 4 us."""
+    """Return ceil(size / block), without the 4 us of triton.cdiv."""
     return -(-size // block)
 
 
 def next_power_of_2(size: int) -> int:
-    """The least that is no less than `size`, without the 4 us of triton's own."""
+    """Return the smallest power of two that is at least `size`, without the 4 us of triton's own."""
     return 1 << (size - 1).bit_length()
 
 
@@ -85,12 +85,12 @@ def interpreting() -> bool:
 
 
 def compiling() -> bool:
-    """True within `compiling_for`."""
+    """Return True within `compiling_for`."""
     return _compiling is not None
 
 
 def target() -> str:
-    """Whose table of tile sizes applies: a name of TARGETS, the nearest one for other GPUs, or "interpreter"."""
+    """Return the key of the tile tables: a name of TARGETS, the nearest one for other GPUs, or "interpreter"."""
     if _compiling is not None:
         return _compiling[0]
     return "interpreter" if interpreting() else _target_here()
@@ -104,7 +104,7 @@ def _target_here() -> str:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:
-    """Run `kernel` over `grid` on the device of its first tensor. No program at all is no launch."""
+    """Run `kernel` over `grid` on the device of its first tensor. An empty grid launches nothing."""
     if 0 in grid:
         return
     # Fusing a * b + c rounds once instead of twice; Triton's default for it has changed between releases.
@@ -113,7 +113,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         compiled = kernel.warmup(*args, grid=grid, **constexprs, **options)
         _compiling[1][kernel.__name__] = compiled
         return
-    # What programs write tensor descriptors to. At each start: autograd's threads have no such variable yet.
+    # Memory for tensor descriptors; set at each launch, because autograd's threads have no such variable yet.
     set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     first = next(x for x in args if isinstance(x, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
@@ -125,12 +125,12 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
 
 @contextmanager
 def compiling_for(name: str) -> Iterator[dict[str, Any]]:
-    """Within it `launch` compiles for the GPU `name` and starts nothing; yields kernel name to compiled kernel."""
+    """In the block, `launch` compiles for the GPU `name` and runs nothing; yields kernel name -> compiled kernel."""
     global _compiling
     assert not interpreting(), "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
     assert _compiling is None
     _compiling = name, {}
-    answers = {"device": name, "target": TARGETS[name], "stream": 0}  # to what Triton asks a driver while it compiles
+    answers = {"device": name, "target": TARGETS[name], "stream": 0}  # to what Triton asks the driver
     absent_gpu = {f"get_current_{what}": lambda *_, answer=answer: answer for what, answer in answers.items()}
     driver.set_active(SimpleNamespace(**absent_gpu, get_device_interface=lambda: None))  # type: ignore[arg-type]
     try:

@@ -1,8 +1,8 @@
-"""Log-probabilities straight from hidden states: a product whose tiles are reduced before they are written.
+"""Log-probabilities directly from hidden states: a product whose tiles are reduced before they are written.
 
 Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009), but each program takes several tiles of the vocabulary for
-its tokens and writes what they add up to, and the parts are added in a fixed order: no lock, and a row's result is
-the same bits beside any other rows. N tokens, D hidden, V vocabulary.
+its tokens and writes their sum, and these are added in a fixed order: no lock, and the bits of a row's result do not
+depend on the other rows. N tokens, D hidden, V vocabulary.
 """
 
 import torch
@@ -15,8 +15,8 @@ from llmkit.kernels.triton.launch import cdiv, launch
 from llmkit.kernels.triton.tiles import product_tiles
 from torch import Tensor
 
-GROUP = 16  # blocks of tokens that pass over the vocabulary together, so that their hidden states stay in cache
-MERGED = 64  # tokens a program of `merge_splits`
+GROUP = 16  # blocks of tokens that traverse the vocabulary together, so that their hidden states stay in cache
+MERGED = 64  # tokens per program of `merge_splits`
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -28,7 +28,7 @@ def linear_logsumexp(
 ):  # fmt: skip
     """One program: BLOCK_N tokens and SPLIT blocks of the vocabulary.
 
-    Writes its words' maximum, sum and moment (splits, N) of `add_to_softmax`, and the logits of targets among them.
+    Writes maximum, sum and moment (splits, N) of `add_to_softmax` for its words, and the logits of targets among them.
     """
     blocks = tl.cdiv(tokens, BLOCK_N)
     splits = tl.cdiv(vocab, BLOCK_V * SPLIT)
@@ -68,7 +68,7 @@ def merge_splits(
     highest_ptr, total_ptr, moment_ptr, picked_ptr, target_ptr, logprob_ptr, entropy_ptr, tokens, splits,
     ignore_index, BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N tokens, whose parts are added one after the other."""
+    """One program: BLOCK_N tokens, whose splits are added in order."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < tokens
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -99,7 +99,7 @@ def merge_splits(
 def logprobs(
     input: Tensor, linear_weight: Tensor, target: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (N,) of the targets, and entropies (N,) with `objective.with_entropy`, in float32."""
+    """Return log-probabilities (N,) of the targets, and entropies (N,) with `objective.with_entropy`, in float32."""
     tokens, hidden = input.shape
     vocab = linear_weight.shape[0]
     input, linear_weight = describable(input, linear_weight)
@@ -108,7 +108,7 @@ def logprobs(
     splits = cdiv(vocab, chosen.block_v * chosen.split)
     highest, total = input.new_empty(2, splits, tokens, dtype=torch.float32)
     moment = torch.empty_like(highest) if objective.with_entropy else None
-    picked = highest.new_full((tokens,), float("nan"))  # stays so where no word is the target
+    picked = highest.new_full((tokens,), float("nan"))  # remains if no word is the target
     launch(
         linear_logsumexp, (cdiv(tokens, chosen.block_n) * splits,), input, linear_weight, target, highest,
         total, moment, picked, input.stride(0), linear_weight.stride(0), tokens, vocab, hidden,

@@ -1,10 +1,10 @@
-"""Tile sizes: which part of a problem one program takes, by kernel, GPU, head size and dtype.
+"""Tile sizes: the part of a problem that one program takes, by kernel, GPU, head size and dtype.
 
-Chosen by compiling: of tiles within the GPU's shared memory whose loops do without local memory, wide ones: 64 queries
-of the keys' gradient on sm_90, rather than 32, halve what the products read from shared memory.
+They were chosen by compiling: wide tiles that fit the GPU's shared memory and whose loops do not use local memory. For
+the keys' gradient on sm_90, 64 queries instead of 32 halve what the products read from shared memory.
 
-What a GPU's clock says replaces them: `tuned.json` beside this file, or the file that LLMKIT_TILES names, holds for
-the name of a GPU what benchmarks/gpu/kernels.py has found fastest there.
+Tiles timed on a GPU replace them: `tuned.json` next to this file, or the file in LLMKIT_TILES, has by the GPU's name
+the fastest ones that benchmarks/gpu/kernels.py found.
 """
 
 import json
@@ -26,7 +26,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 class _Options:
     def options(self) -> dict[str, int]:
-        """Under the names that kernels and Triton give them; `specialize` where it is on."""
+        """Return the fields by the names of kernels and Triton; `specialize` only if it is on."""
         return {n if n.startswith("num_") else n.upper(): x for n, x in vars(self).items() if x or n != "specialize"}
 
 
@@ -38,12 +38,12 @@ class Tiles(_Options):
     block_n: int
     num_warps: int
     num_stages: int
-    specialize: int = 0  # until a GPU has shown it right
+    specialize: int = 0  # off until a GPU has verified it
 
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """`split_keys` keys a program, `block_n` at a time."""
+    """`split_keys` keys per program, `block_n` at a time."""
 
     split_keys: int
     block_n: int
@@ -53,7 +53,7 @@ class DecodeTiles:
 
 @dataclass(frozen=True)
 class RowTiles:
-    """`rows` whole rows a program, `block` numbers of each at a time."""
+    """`rows` complete rows per program, `block` numbers of each at a time."""
 
     rows: int
     block: int
@@ -62,7 +62,7 @@ class RowTiles:
 
 @dataclass(frozen=True)
 class ProductTiles(_Options):
-    """`block_n` tokens by `split` times `block_v` words a program, `block_d` of the hidden size at a time."""
+    """`block_n` tokens by `split` times `block_v` words per program, `block_d` of the hidden size at a time."""
 
     block_n: int
     block_v: int
@@ -79,13 +79,13 @@ _tried: dict[str, Tiles | DecodeTiles | RowTiles | ProductTiles] = {}
 
 @cache
 def gpu_name() -> str:
-    """Name of this process's GPU, under which tuned tiles are kept; "interpreter" without one."""
+    """Return the name of this process's GPU, under which tuned tiles are stored; "interpreter" without one."""
     return "interpreter" if interpreting() else torch.cuda.get_device_name()
 
 
 @cache
 def _tuned(path: str, gpu: str) -> dict[str, dict[str, int]]:
-    """Tiles by kernel and what else they depend on. Raises UserError for a file that holds something else."""
+    """Read tiles by kernel and the rest of their key. Raises UserError for a file with other content."""
     try:
         table = json.loads(Path(path).read_text()).get(gpu, {}).get("tiles", {})
         return {str(name): {str(k): int(v) for k, v in tile.items()} for name, tile in table.items()}
@@ -99,11 +99,11 @@ def _tuned(path: str, gpu: str) -> dict[str, dict[str, int]]:
         ) from None
 
 
-_caches: list[Callable[[], None]] = []  # what empties those of `_looked_up_once`
+_caches: list[Callable[[], None]] = []  # functions that clear the caches of `_looked_up_once`
 
 
 def _looked_up_once(choose: Callable[..., AnyTiles]) -> Callable[..., AnyTiles]:
-    """Keep what `choose` gives for its arguments, the GPU and the file of tuned tiles: a start waits for it."""
+    """Cache `choose` by its arguments, the GPU and the file of tuned tiles: launches wait for it."""
 
     @cache
     def kept(case: tuple, target: str, ahead_of_time: bool, path: str | None, tried: tuple) -> AnyTiles:
@@ -118,7 +118,7 @@ def _looked_up_once(choose: Callable[..., AnyTiles]) -> Callable[..., AnyTiles]:
 
 
 def _chosen(name: str, usual: AnyTiles) -> AnyTiles:
-    """The tiles on trial, else the tuned ones, else `usual`. Compiling ahead of time knows the tables alone."""
+    """Return the tiles on trial, else the tuned ones, else `usual`. Ahead-of-time compilation uses the tables only."""
     if name in _tried:
         return _tried[name]  # type: ignore[return-value]
     if compiling():
@@ -134,7 +134,7 @@ def _chosen(name: str, usual: AnyTiles) -> AnyTiles:
 
 @contextmanager
 def trying(name: str, tiles: Tiles | DecodeTiles | RowTiles | ProductTiles) -> Iterator[None]:
-    """Within it the kernel `name` ("attention_forward 128 bfloat16") takes these tiles."""
+    """In the block, the kernel `name` ("attention_forward 128 bfloat16") uses these tiles."""
     _tried[name] = tiles
     try:
         yield
@@ -143,15 +143,15 @@ def trying(name: str, tiles: Tiles | DecodeTiles | RowTiles | ProductTiles) -> I
 
 
 def forget_tuned() -> None:
-    """Read the file again where it is needed next."""
+    """Clear the caches, so that the file is read again."""
     for clear in (_tuned.cache_clear, *_caches):
         clear()
 
 
-SIZES = (32, 64, 96, 128, 256)  # head sizes that the tables are for; others take the next larger one's
-# Of 16-bit inputs, in the order of SIZES. Head size 96 is padded to 128 and its masks take registers of their own.
-# Those of sm_80 serve sm_86, 89 and 120, too, whose blocks have 99 KB of shared memory (CUDA C++ Programming Guide,
-# "Technical Specifications per Compute Capability"), and an A100's 163.
+SIZES = (32, 64, 96, 128, 256)  # head sizes of the tables; others use the next larger one's
+# For 16-bit inputs, in the order of SIZES. Head size 96 is padded to 128, and its masks need more registers. Those of
+# sm_80 also serve sm_86, 89 and 120, whose blocks have 99 KB of shared memory (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"); an A100's have 163.
 _ATTENTION = {
     "sm_90": {
         "attention_forward": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2)),
@@ -165,18 +165,18 @@ _ATTENTION = {
         "attention_grad_query": ((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 16, 8, 2)),
         "attention_grad_key_value": ((64, 64, 4, 3), (32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     },
-    # Four warps may have 512 registers a lane there, eight have 256.
+    # Four warps may use 512 registers per lane there, eight 256.
     "gfx942": {
         "attention_forward": ((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
         "attention_grad_query": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
         "attention_grad_key_value": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
     },
 }  # fmt: skip
-# Float32 is multiplied without tensor cores, in registers: small tiles, for correctness and not for speed.
+# Float32 is multiplied without tensor cores, in registers: small tiles, for correctness, not speed.
 _FLOAT32 = {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 96: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
-# Wide rows that the tensor memory accelerator brings are held twice, in shared memory's order and in the product's.
+# Wide rows loaded by the tensor memory accelerator are stored twice, in shared memory's order and in the product's.
 _FLOAT32_TMA = (16, 16, 8, 2)
-# Small enough that a test's few hundred tokens make several blocks, large enough that they are not many.
+# Small enough that a test's few hundred tokens need several blocks, large enough that these are not many.
 _INTERPRETER = (64, 32, 4, 1), (32, 64, 4, 1)
 
 
@@ -185,28 +185,28 @@ def _size_index(size: int) -> int:
 
 
 def sized_name(kernel: str, size: int, dtype: torch.dtype) -> str:
-    """Name the tiles of an attention kernel for a file of tuned ones: "attention_forward 128 bfloat16"."""
+    """Return the key of an attention kernel's tiles in a file of tuned ones: "attention_forward 128 bfloat16"."""
     return f"{kernel} {SIZES[_size_index(size)]} {str(dtype).removeprefix('torch.')}"
 
 
 def row_name(kernel: str, width: int) -> str:
-    """The same for a row-wise kernel: "cross_entropy 65536"."""
-    return f"{kernel} {_whole(width)}"
+    """Return the key of a row-wise kernel's tiles: "cross_entropy 65536"."""
+    return f"{kernel} {_padded_width(width)}"
 
 
 def product_name(dtype: torch.dtype) -> str:
-    """The same for `linear_logsumexp`."""
+    """Return the key of the tiles of `linear_logsumexp`."""
     return f"linear_logsumexp {str(dtype).removeprefix('torch.')}"
 
 
-def _whole(width: int) -> int:
-    """The power of two that a row fits in."""
+def _padded_width(width: int) -> int:
+    """Return the power of two that a row fits in."""
     return max(64, next_power_of_2(width))
 
 
 @_looked_up_once
 def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
-    """For one of the three kernels of attention, by its name."""
+    """Return the tiles of one of the three attention kernels, by its name."""
     index = _size_index(size)
     if target() == "interpreter":
         usual = _INTERPRETER[kernel == "attention_grad_key_value"]
@@ -219,7 +219,7 @@ def tiles(kernel: str, size: int, dtype: torch.dtype) -> Tiles:
 
 @_looked_up_once
 def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
-    """A split must not depend on the batch: a row's sums are added in the same order beside any others."""
+    """Return the tiles of decoding. A split must not depend on the batch: it decides the order of a row's sums."""
     if target() == "interpreter":
         usual = DecodeTiles(128, 32, 4, 1)
     elif dtype == torch.float32 or size > 128:
@@ -231,22 +231,22 @@ def decode_tiles(size: int, dtype: torch.dtype) -> DecodeTiles:
 
 @_looked_up_once
 def row_tiles(kernel: str, width: int) -> RowTiles:
-    """For rows of `width` numbers: 4,096 numbers at a time, of several rows where rows are shorter.
+    """Return the tiles for rows of `width` numbers: 4,096 numbers at a time, of several rows if they are shorter.
 
-    Of long rows few at once, so that they stay in cache: as many threads a row as a program may have.
+    Few long rows at once, so that they stay in cache: as many threads per row as a program may have.
     """
-    whole = _whole(width)
+    padded = _padded_width(width)
     if target() == "interpreter":
-        usual = RowTiles(16, min(whole, 1024), 4)
-    elif whole < 16384:
-        block = min(whole, 4096)
+        usual = RowTiles(16, min(padded, 1024), 4)
+    elif padded < 16384:
+        block = min(padded, 4096)
         usual = RowTiles(4096 // block, block, 8)
     else:
         usual = RowTiles(1, 16384, 16 if target() == "gfx942" else 32)
     return _chosen(row_name(kernel, width), usual)
 
 
-# A tile of 128 by 128 asks 9 TB/s of the cache at 600 TFLOP/s, one of 128 by 256 three quarters of it.
+# A tile of 128 by 128 needs 9 TB/s of the cache at 600 TFLOP/s, one of 128 by 256 three quarters of it.
 _PRODUCT = {
     "sm_90": (128, 256, 64, 4, 8, 4),
     "sm_80": (128, 256, 32, 4, 8, 3),
@@ -256,7 +256,7 @@ _PRODUCT = {
 
 @_looked_up_once
 def product_tiles(dtype: torch.dtype) -> ProductTiles:
-    """For `linear_logsumexp`. `split` must not depend on the number of tokens, or a row's bits would, too."""
+    """Return the tiles of `linear_logsumexp`. If `split` depended on the number of tokens, so would a row's bits."""
     if target() == "interpreter":
         usual = ProductTiles(64, 256, 64, 2, 4, 1)
     elif dtype == torch.float32:
