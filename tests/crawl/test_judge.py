@@ -1,4 +1,4 @@
-"""One page's way through the steps, the recipe and the funnel."""
+"""A single page in the pipeline: steps, recipe and funnel."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_recipe_goes_through_toml_unchanged(tmp_path):
     assert as_json(recipe)["c4"]["min_sentences"] is None
 
 
-# ---- pages that take long
+# ---- slow pages
 
 
 def test_a_page_that_takes_for_ever_is_dropped_and_the_next_one_is_read(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`--engine ray` gives the same bytes as the local engine, on two real workers, one of which is killed on the way."""
+"""`--engine ray` gives the same bytes as the local engine, on two real workers, one of which is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ with_ray = pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip ins
 
 
 def descendants(parent: int) -> list[tuple[int, bytes]]:
-    """The processes below one, and what they call themselves."""
+    """Return the descendants of a process, with their names."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -69,13 +69,13 @@ def test_one_of_several_workers_is_killed_in_the_middle_and_the_bytes_are_those_
 
 
 def fails_to_start(**options):
-    raise Exception("The current node timed out during startup.")  # as Ray 2.60 raises it
+    raise Exception("The current node timed out during startup.")  # like Ray 2.60
 
 
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (None, r"--engine ray: .*pip install 'ray>=2.60'"),  # as if it were not installed
+        (None, r"--engine ray: .*pip install 'ray>=2.60'"),  # not installed
         (SimpleNamespace(init=fails_to_start), "--engine ray: Ray does not start: The current node timed out"),
     ],
 )

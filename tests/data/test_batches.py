@@ -1,4 +1,4 @@
-"""The order of training data: every token once an epoch, and the same rows however they are asked for."""
+"""The order of training data: every token once per epoch, and the same rows for any access pattern."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ START, END = 1, 2
 
 
 def corpus(folder: Path, lengths: list[int], end: int = END) -> TokenShards:
-    """Documents whose every text token is unlike all others: 10, 11, 12 ... through the corpus."""
+    """Write documents with distinct text tokens: 10, 11, 12 ... throughout the corpus."""
     info = ShardInfo(tokenizer_sha256="0" * 64, vocab_size=1 << 20, start=START, end=end)
     writer = ShardWriter(folder, info, tokens_per_shard=37)
     writer.add(np.arange(10, 10 + sum(lengths), dtype=np.uint32), np.array(lengths), np.array(lengths) * 3)
@@ -28,7 +28,7 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 5))  # sequence_length, bat
 
 
 def check_row(token_ids: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray, following: int) -> None:
-    """What must hold along any row: `following` is the first token of the next row."""
+    """Check the invariants of a row; `following` is the first token of the next row."""
     for t, (target, doc) in enumerate(zip(targets, doc_ids, strict=True)):
         at_end = t + 1 == len(token_ids)
         next_token = following if at_end else token_ids[t + 1]
@@ -45,7 +45,7 @@ def test_every_token_is_an_input_once_and_predicted_once_an_epoch(tmp_path_facto
     sequence_length, batch_size = shape
     batches = Batches([shards], sequence_length, batch_size, seed)
     epochs = 3
-    count = -(-epochs * shards.tokens // sequence_length)  # rows that begin in these epochs
+    count = -(-epochs * shards.tokens // sequence_length)  # rows that start in these epochs
     parts = [batches.batch(step) for step in range(-(-count // batch_size))]
     places = [Stream(shards, sequence_length, seed).place(index) for index in range(count)]
     assert sorted(places) == list(range(count))
@@ -91,7 +91,7 @@ def test_a_drawn_permutation_is_one(count, seed, epoch):
 def test_rows_of_a_step_come_from_all_over_the_corpus(tmp_path):
     stream = Stream(corpus(tmp_path, [64] * 64), 8, seed=1)
     spread = [np.ptp([stream.place(16 * step + row) for row in range(16)]) for step in range(20)]
-    assert min(spread) > 0.6 * 520  # rows in the epoch; side by side it would be 15
+    assert min(spread) > 0.6 * 520  # rows in the epoch; without shuffling it would be 15
 
 
 def test_seed_and_epoch_change_the_order(tmp_path):
@@ -101,13 +101,13 @@ def test_seed_and_epoch_change_the_order(tmp_path):
 
 
 def test_the_order_is_frozen():
-    # A change here changes what a resumed run trains on.
+    # A change here changes the data of resumed runs.
     assert shuffled(8, seed=0, epoch=0).tolist() == [4, 0, 1, 7, 6, 2, 5, 3]
     assert shuffled(8, seed=42, epoch=1).tolist() == [0, 1, 6, 5, 3, 7, 4, 2]
 
 
 def test_the_permutation_is_unbiased():
-    # Where document 0 goes over 4,000 seeds: each of 10 places 400 times, standard deviation 19.
+    # Positions of document 0 over 4,000 seeds: each of 10 positions 400 times, standard deviation 19.
     places = np.bincount([int(np.flatnonzero(shuffled(10, seed, 0) == 0)[0]) for seed in range(4000)])
     assert abs(places - 400).max() < 95
 
@@ -141,7 +141,7 @@ def test_evaluation_predicts_each_token_of_text_once(tmp_path_factory, lengths, 
     inputs, targets, doc_ids = (np.concatenate([part[k].reshape(-1) for part in parts]) for k in range(3))
     assert targets[targets != IGNORED].tolist() == list(range(10, 10 + sum(lengths)))
     assert batches.bytes == 3 * sum(lengths)
-    # an input predicts from its own document: the token before the target in the corpus
+    # the input of each target is the preceding token of the same document
     for token, target in zip(inputs, targets, strict=True):
         assert target == IGNORED or token in (START, target - 1)
     rows = doc_ids.reshape(-1, shape[0])

@@ -1,4 +1,4 @@
-"""Packed examples: nothing is lost, nothing sees its neighbour, and the mixture keeps its shares."""
+"""Packed examples: nothing is lost, documents do not attend to each other, and the mixture keeps its shares."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def examples(lengths, name="a", longest=33):
     return Examples.gather(name, ((f"{name}:{i}", chat(n, i)) for i, n in enumerate(lengths)), longest)
 
 
-# ---- what fits a row
+# ---- examples that fit a row
 
 
 def test_conversations_are_held_whole():

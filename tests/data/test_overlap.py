@@ -1,4 +1,4 @@
-"""Held-out records are found in training, exactly or nearly, and others are not."""
+"""Exact and near copies of held-out records are found in the training data, and others are not."""
 
 from __future__ import annotations
 

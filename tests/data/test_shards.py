@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, other tools read it too, what is not whole is refused by name."""
+"""Token shards: round trips, other tools read them, and incomplete ones raise an error that names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources with shares: how they are read, and that every step keeps them, whoever computes it."""
+"""Sources with shares: parsing, and every step keeps the shares on any world size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAR = 1000  # between the first tokens of two sources
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> list[TokenShards]:
-    """Sources whose every text token is unlike all others: 10, 11, 12 ... in the first, 1010 ... in the second."""
+    """Sources with distinct text tokens: 10, 11, 12 ... in the first, 1010 ... in the second."""
     return [
         source(tmp_path_factory.mktemp("source"), 10 + FAR * number, lengths)
         for number, lengths in enumerate(([30, 7, 19] * 9, [5] * 20, [40, 3]))
@@ -55,7 +55,7 @@ def test_every_step_keeps_the_shares_and_takes_each_token_in_turn(three, phases,
     for step in range(40):
         begin = max(start for start in shares if start <= step)
         drawn = np.subtract(batches.taken(step + 1), batches.taken(begin))
-        assert abs(drawn - shares[begin] * (step + 1 - begin) * tokens).max() <= 2  # the largest: a token of each other
+        assert abs(drawn - shares[begin] * (step + 1 - begin) * tokens).max() <= 2  # a token per other source
         batch = batches.batch(step)
         counts = np.subtract(batches.taken(step + 1), batches.taken(step))
         assert counts.min() >= 0 and counts.sum() == tokens
@@ -74,7 +74,7 @@ def test_every_step_keeps_the_shares_and_takes_each_token_in_turn(three, phases,
 
 
 def test_the_tokens_of_a_source_are_those_that_it_has_alone(three):
-    """Each source in its own order, whoever stands beside it: every token once an epoch."""
+    """Each source has its own order, independent of the others: every token once per epoch."""
     batches = Batches(three, 16, 4, 3, {0: [0.5, 0.3, 0.2]})
     alone = [Batches([shards], 16, 4, 3 + 7919 * number) for number, shards in enumerate(three)]
     steps = 30
@@ -102,7 +102,7 @@ def test_shares_hold_at_any_step_in_any_number_of_processes(three, processes):
 
 
 def counts_of(token_ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Tokens of each source; a start is of the source whose text it predicts."""
+    """Count the tokens of each source; a start token belongs to the source whose text it predicts."""
     return np.bincount((np.where(token_ids == START, targets, token_ids) // FAR).reshape(-1), minlength=3)
 
 
@@ -113,7 +113,7 @@ def test_steps_far_on_cost_no_more_and_stay_exact(three):
     np.testing.assert_allclose(batches.realised(10**9, 10**9 + 10**6), [0.1, 0.1, 0.8], atol=1e-6)
 
 
-# ---- what is asked for
+# ---- options
 
 
 def parsed(inputs: str, *phases: str, sizes: tuple[int, ...] = (1, 3)) -> tuple[list[str], dict[float, list[float]]]:

@@ -1,4 +1,4 @@
-"""Documents to shards: what is on disk is what the tokenizer gives, the cache knows when to do it again."""
+"""Documents to shards: the tokenizer's ids are on disk, and the cache is invalidated when needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.file_server import file_server
 
 
 class Bytes:
-    """An encoder for tests: every byte is a token; 256 starts and ends a document."""
+    """An encoder with one token per byte; 256 starts and ends a document."""
 
     backend = "bytes"
     vocab_size = 257
@@ -96,7 +96,7 @@ def test_the_cache_notices_what_changes_the_shards(jsonl, tmp_path, change):
     before = tokenize_documents(paths, Bytes(), cache, quiet=True)
     encoder, limit = Bytes("1" * 64 if change == "tokenizer" else "0" * 64), None
     if change == "text":
-        # as many bytes as before
+        # the same number of bytes
         other.write_text('{"text": "OTHER"}\n')
         os.utime(other, ns=(1, 1))
     elif change == "limit":
@@ -196,7 +196,7 @@ def test_a_killed_run_leaves_no_half_cache(jsonl, tmp_path):
 
 
 def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(jsonl, tmp_path):
-    # A limit on the size of files stands in for the disk
+    # A limit on file sizes simulates a full disk
     code = (
         "import resource, sys; from pathlib import Path; from llmkit.data.shards import tokenize_documents;"
         "from llmkit.errors import UserError; from tests.data.test_tokenize import Bytes\n"

@@ -1,4 +1,4 @@
-"""`--evaluate` of stages that train: scores beside those of the validation, and the same model as without."""
+"""`--evaluate` in training stages: scores next to the validation loss, and the same model as without."""
 
 from __future__ import annotations
 

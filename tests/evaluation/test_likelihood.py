@@ -1,4 +1,4 @@
-"""Log-likelihoods: each is that of its sequence alone, and tokens are cut as lm-evaluation-harness cuts them."""
+"""Log-likelihoods are independent of the batch, and tokens are split as in lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory):
 
 
 def alone(model, ids, start):
-    """The log-probability of ids[start:], by one pass of the model over nothing else, and whether it is greedy."""
+    """Return the log-probability of ids[start:], from a pass over this sequence alone, and whether it is greedy."""
     with torch.no_grad():
         logits = model.logits(model(torch.tensor([ids[:-1]])))[0, start - 1 :]
     targets = torch.tensor(ids[start:])
@@ -37,7 +37,7 @@ def test_sequences_that_share_beginnings_score_as_if_alone(sizes):
         tail = [draw.randrange(3) for _ in range(draw.randrange(1, 12))]
         ids = [END, *draw.choice(stems), *tail]
         requests.append((ids, draw.randrange(1, len(ids))))
-    requests += requests[:5]  # the same again
+    requests += requests[:5]  # repeated requests
     with torch.no_grad():  # a greedy one
         best = int(model.logits(model(torch.tensor([[END, *stems[0]]])))[0, -1].argmax())
     requests.append(([END, *stems[0], best], 1 + len(stems[0])))
@@ -57,7 +57,7 @@ def test_a_context_is_cut_on_the_left_and_a_long_continuation_is_scored_in_piece
     cut, whole = Scorer(model).score([(ids, 40), (ids, 1)])
     assert cut.truncated and cut.logprob == pytest.approx(alone(model, ids[-17:], 7)[0], abs=1e-4)
     pieces = [(ids[:17], 1), (ids[16:33], 1), (ids[32:49], 1), (ids[33:], 16)]
-    assert windows((ids, 1), 16) == pieces  # as lm-evaluation-harness's rolling windows, disjoint
+    assert windows((ids, 1), 16) == pieces  # like lm-evaluation-harness's disjoint rolling windows
     assert whole.logprob == pytest.approx(sum(alone(model, *piece)[0] for piece in pieces), abs=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_a_context_is_cut_on_the_left_and_a_long_continuation_is_scored_in_piece
     [
         ("a b", " c", "a b c", 4),
         ("a b ", "c", "a b c", 4),  # white space goes to the continuation
-        ("", "c", "c", 1),  # behind the beginning token
+        ("", "c", "c", 1),  # after the beginning token
         (" \n", "c", " \nc", 1),
     ],
 )
@@ -96,5 +96,5 @@ def test_a_merge_across_the_boundary_leaves_the_context_as_it_stands_alone(tmp_p
     tokenizer = load_tokenizer(folder)
     begin, (a, b, merged, d) = tokenizer.bos_id, (tokenizer.encode(text)[0] for text in ("a", "b", "bc", "d"))
     assert tokenizer.encode("abcd") == [a, merged, d]
-    # lm-evaluation-harness: the context's own tokens, then those of the whole behind as many
+    # lm-evaluation-harness: the tokens of the context, then the rest of the tokens of both
     assert encode_pairs(tokenizer, [("ab", "cd"), ("ab", "c")]) == [([begin, a, b, d], 3), ([begin, a, merged], 2)]

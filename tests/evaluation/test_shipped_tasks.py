@@ -1,9 +1,7 @@
-"""Tasks that are shipped: a record as it is published becomes the prompt that lm-evaluation-harness makes of it.
+"""Shipped tasks: published records become the same prompts as in lm-evaluation-harness.
 
-The records and prompts are those of shipped_tasks.jsonl, a task a line (`Case`).
-
-Beside the prompts that stand here, those of lm-evaluation-harness are made where it is installed (`pip install lm-eval`
-and, for minerva_math, what its extra `math` names).
+shipped_tasks.jsonl has the records and prompts, one task per line (`Case`). If lm-evaluation-harness is installed
+(`pip install lm-eval`, and its extra `math` for minerva_math), the prompts are also compared with its output.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "evaluate.md"
 
 
 class Case(NamedTuple):
-    """Records of a task's files, by stem, and what is asked of the last of the first file.
+    """Records of a task's files, by stem, and the expected requests for the last record of the first file.
 
-    texts  each context with each continuation, or for generation with the answer of an example
-    right  the index of the right one, or the answers
-    peer   file in lm_eval/tasks that defines the task, the splits of `files`, in their order, and examples
+    texts  each context with each continuation, or, for generation, with the answer of an example
+    right  index of the right one, or the answers
+    peer   the file in lm_eval/tasks that defines the task, the splits of `files` in order, and examples
     """
 
     task: str
@@ -148,7 +146,7 @@ def test_a_training_file_that_is_not_there_leaves_the_other_items_as_examples(tm
         load_items(load_tasks(["gsm8k"], str(tmp_path))[0])
 
 
-# ---- beside lm-evaluation-harness
+# ---- compared with lm-evaluation-harness
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-evaluation-harness: pip install lm-eval")
@@ -160,7 +158,7 @@ def test_prompts_and_verdicts_are_those_of_lm_evaluation_harness(case, tmp_path,
     path, splits, shots = case.peer
     one = loaded(case, tmp_path, shots)
     task = harness_task(Path(path), dict(zip(splits, case.files, strict=False)), tmp_path, case)
-    task.set_fewshot_seed(1234)  # as simple_evaluate does
+    task.set_fewshot_seed(1234)  # like simple_evaluate
     document = list(task.eval_docs)[-1]
     context = task.fewshot_context(document, shots)
     item = one.items[-1]
@@ -213,7 +211,7 @@ def test_examples_are_drawn_from_training_files_as_lm_evaluation_harness_draws_t
 
 
 def harness_task(path: Path, files: dict[str, str], folder: Path, case: Case) -> Any:
-    """The task of lm-evaluation-harness, over local files: {split: stem}."""
+    """Load the task of lm-evaluation-harness with local files: {split: stem}."""
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml

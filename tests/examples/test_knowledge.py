@@ -1,4 +1,4 @@
-"""The example that teaches refusals: its world is the same for a seed, and tells nothing of what it asks."""
+"""The example that teaches refusals: its world is deterministic, and does not leak the held-out facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of learning by trying, a few steps of each: every command runs, and the table tells of it."""
+"""The reinforcement learning examples, a few steps each: every command runs, and the table is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 @pytest.mark.slow
-@pytest.mark.slow  # 18 CPU s each, most of it six commands that start
+@pytest.mark.slow  # 18 CPU s each, mostly the start of six commands
 @pytest.mark.parametrize(
     ("script", "figures", "curves"),
     [
@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
     ],
 )
 def test_runs(tmp_path, script, figures, curves):
-    # the last option is one of rl
+    # the last option is for rl
     options = ["--seeds", "1", "--quick", "--curves", str(tmp_path), "--algo", "dr-grpo"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, EXAMPLES / script, *options], env=one_thread, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The example that makes conversations with calls of the calculator: what it writes, sft can read."""
+"""The example that writes conversations with calculator calls: sft can read them."""
 
 from __future__ import annotations
 

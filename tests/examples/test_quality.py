@@ -1,4 +1,4 @@
-"""The example that trains a fastText classifier: crawl-filter takes what it writes."""
+"""The example that trains a fastText classifier: crawl-filter loads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes of examples/ run, and the lines of pipes.md print what the page says."""
+"""The recipes of examples/ run, and the commands of pipes.md print what the page shows."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_bundle_of_ones_own_has_the_form_of_core(tmp_path):
 
 
 def judgements_by_http(made: Path, folder: Path) -> list[dict]:
-    """Return what the scripted labeller of a recipe at its smallest collects without a browser."""
+    """Run the scripted labeller of the smallest recipe without a browser, and return its judgements."""
     folder.mkdir()
     script = [sys.executable, EXAMPLES / "labelling" / "label.py", made / "chat", "--prompts", made / "prompts.jsonl"]
     files = ["--collect", folder / "judged.jsonl", "--guide", EXAMPLES / "labelling" / "guide.md"]
@@ -98,7 +98,7 @@ def judgements_by_http(made: Path, folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "judged.preferences.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow  # 4 CPU minutes together; the job `examples` of the CI runs them all
+@pytest.mark.slow  # 4 CPU minutes in total; the CI job `examples` runs them all
 @pytest.mark.parametrize("recipe", [*RECIPES, "pipes"])
 def test_runs_at_its_smallest(recipe, tmp_path):
     if shutil.which("jq") is None:

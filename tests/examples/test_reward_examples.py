@@ -1,4 +1,4 @@
-"""The examples of rl, a few steps of each: every command runs, and the table has a row for each measurement."""
+"""The reward examples, a few steps each: every command runs, and the table has a row for each measurement."""
 
 from __future__ import annotations
 

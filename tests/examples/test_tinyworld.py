@@ -1,4 +1,4 @@
-"""Tiny World: what its ledger says is so, no held-out thing is shown, and the recipe runs."""
+"""Tiny World: its ledger is correct, held-out data does not leak into training, and the recipe runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ledger(world):
 
 @pytest.fixture(scope="module")
 def filtered(world):
-    """What the recipe's crawl-filter makes of the crawl."""
+    """The output of the recipe's crawl-filter."""
     command = [sys.executable, "-m", "llmkit", "crawl-filter", *sorted(map(str, world.glob("crawl-*.warc.gz")))]
     command += ["--blocklist", str(world / "blocklist.txt"), "--rejects", str(world.parent / "rejects.jsonl")]
     command += ["-o", str(world.parent / "docs.jsonl"), "--workers", "1"]
@@ -74,7 +74,7 @@ def test_halves_share_nothing_and_take_what_was_written(world, tmp_path):
     assert asked.total() > 0.4 * len(every)  # small talk and refusals have no prompts
     sorts = [(row["messages"][0]["content"].split()[1], row["answer"]) for row in half["prompts"]
              if row["messages"][0]["content"].startswith("Sort ")]  # fmt: skip
-    assert sorts and all(answer == "".join(sorted(digits)) for digits, answer in sorts)  # right where the shown is not
+    assert sorts and all(answer == "".join(sorted(digits)) for digits, answer in sorts)  # even if the shown is wrong
     assert half["prompts"] != other["prompts"] and half["prompts"] == both["prompts"]
     assert both["tools"] == [*half["tools"], {"messages": [], "source": "tools"}]
     assert both["chats"] == [*half["chats"], {"messages": [], "source": "questions"}]

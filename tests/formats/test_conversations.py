@@ -1,4 +1,4 @@
-"""Every format of conversations becomes one; what is none is named with its place."""
+"""Every conversation format is converted to one; errors name the file and line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ WRITTEN = '{"name": "weather", "arguments": {"city": "Zürich"}}'
             {"instruction": "Add.", "input": "2 + 2", "output": "4", "system": "Be short."},
             (message("system", "Be short."), message("user", "Add.\n\n2 + 2"), ANSWERED),
         ),
-        (  # neighbours of one role
+        (  # consecutive messages of one role
             turns(("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d")),
             (message("user", "a\n\nb"), message("assistant", "c\n\nd")),
         ),
@@ -116,7 +116,7 @@ def test_a_false_label_rejects_an_answer(field):
     pair = {"prompt": "a", "completion": "b"}
     labels = (False, 0, 0.0, "False", True, 1, "yes", None)
     assert [read({**pair, field: value}).rejected for value in labels] == [True] * 4 + [False] * 4
-    assert not read({"text": "a", field: False}).rejected  # a document of a classification
+    assert not read({"text": "a", field: False}).rejected  # a document of a classification data set
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Data sets of the hub as Parquet, with the types that they have there, are read with no option."""
+"""Data sets of the hub are read without options, as Parquet with the types that they have there."""
 
 from __future__ import annotations
 

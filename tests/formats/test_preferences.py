@@ -1,4 +1,4 @@
-"""Formats of preferences, and what is wrong with a record."""
+"""Preference formats, and errors in records."""
 
 from __future__ import annotations
 

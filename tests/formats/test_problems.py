@@ -1,4 +1,4 @@
-"""Formats of problems, and what is wrong with a record."""
+"""Problem formats, and errors in records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats of questions, and what is wrong with a record."""
+"""Question formats, and errors in records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table of forms for every reader: what is used of a record, and what is not is counted by name."""
+"""A table of record formats for all readers: used fields, and unused ones, which are counted by name."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_other_forms_of_pairs_and_questions():
     assert read_problem(row(conversations=shared, answer="4")).messages == (ASKED,)
 
 
-MESSAGES = {  # what of messages is not used, whichever command reads them
+MESSAGES = {  # unused parts of messages, for any command
     "'name' of a message not used": [{"role": "user", "content": "a?", "name": "Ada"}],
     "'reasoning_content' of another role than assistant not used": [
         {"role": "user", "content": "a?", "reasoning_content": "Hm."}

@@ -1,4 +1,4 @@
-"""What the tests of generation share."""
+"""Fixtures of the generation tests."""
 
 import pytest
 from tiny import save_tokenizer
@@ -10,7 +10,7 @@ from llmkit.tokenizer.encoding import load_tokenizer
 
 @pytest.fixture(autouse=True)
 def on_one_thread():
-    """A tiny model on two threads beside other processes waits 50 times as long as it computes."""
+    """Use one thread: on a busy machine, a tiny model on two threads waits 50 times as long as it computes."""
     with threads(1):
         yield
 

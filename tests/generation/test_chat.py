@@ -1,4 +1,4 @@
-"""Conversations turn by turn: history, commands, an answer cut short, a context that is full."""
+"""Conversations turn by turn: history, commands, truncated answers, a full context."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ends(tokenizer):
 
 
 def held(one, *lines):
-    """What a conversation writes and says."""
+    """Run a conversation; return its stdout and stderr."""
     written, said = [], []
     talk(one, iter(lines), written.append, said.append)
     return "".join(written), said
@@ -89,7 +89,7 @@ def test_a_command_with_words_that_it_does_not_take_is_none(tokenizer, name):
 
 
 def test_help_lists_what_there_is(tokenizer):
-    """Every command that it names is one, and does not end in an error of its own making."""
+    """Every command that it lists exists and works."""
     for name in COMMANDS:
         _, said = held(chat(tokenizer), name)
         assert not any("there is no command" in line for line in said), name
@@ -161,7 +161,7 @@ def test_another_answer_and_another_message(tokenizer):
     talk(one, iter(["/edit"]), lambda piece: None, lambda line: None, lambda text: f"{text}!")
     assert [turn.text for turn in one.turns if turn.role == "user"] == ["bye", "more!"]
     talk(one, iter(["/edit"]), lambda piece: None, lambda line: None, lambda text: None)
-    assert len(one.turns) == 4  # given up, so nothing is taken back
+    assert len(one.turns) == 4  # the edit was cancelled, so nothing is removed
 
 
 def test_an_answer_that_is_cut_says_so(tokenizer):
@@ -171,14 +171,14 @@ def test_an_answer_that_is_cut_says_so(tokenizer):
     assert said == ["cut: the context of 64 tokens is full"]
     shown = []
     talk(chat(tokenizer, max_tokens=4), iter(["hello"]), shown.append, shown.append)
-    assert shown[-2:] == ["\n", "cut after 4 tokens; --max-tokens allows more"]  # in a line of its own
+    assert shown[-2:] == ["\n", "cut after 4 tokens; --max-tokens allows more"]  # on a separate line
 
 
 # ---- tools
 
 
 def calling(tokenizer, *tools, max_tool_calls=8, answers=True):
-    """An assistant that asks the calculator for 7 and then says x, or asks again without end."""
+    """Make an assistant that calls the calculator for 7 and then says x, or calls it forever."""
     ids = tokenizer.specials
     sep, start, end, result = (ids[f"<|{name}|>"] for name in ("im_sep", "calc_start", "calc_end", "result_end"))
     ((seven,), (x,)) = tokenizer.encode("7"), tokenizer.encode("x")
@@ -235,7 +235,7 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said(tokenizer):
     assert any(
         "longer than the context of 128 tokens: the model no longer sees its oldest 2 messages" in line for line in said
     )
-    assert len(one.turns) == 9  # and /save writes them all
+    assert len(one.turns) == 9  # /save writes them all
     assert "older messages not shown to the model" in one.tokens()
 
 

@@ -1,4 +1,4 @@
-"""The generation engine: the model's own logits, the same text in any company, and where a text ends."""
+"""The generation engine: the model's logits, the same text in any batch, and the end of texts."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def model():
 
 
 def complete(model, tokenizer, requests, sampling=None, **details):
-    """{(number, sample): completion} of all requests."""
+    """Complete all requests; return {(number, sample): completion}."""
     generator = Generator(model, tokenizer, sampling or Sampling(0.9), **details)
     given = list(generator.complete(iter(requests)))
     assert len(given) == len(requests)
@@ -82,7 +82,7 @@ def complete(model, tokenizer, requests, sampling=None, **details):
 )
 def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, weights, tolerance):
     model = make_model(**shape).to(dtype)
-    lengths, steps = [1, 40, 61, 250], 14  # across the steps of 64 and of a whole block
+    lengths, steps = [1, 40, 61, 250], 14  # across the growth of the cache by 64 and by a block
     texts = [[random.Random(n).randrange(257) for _ in range(n + steps)] for n in lengths]
     decoder = Decoder(model, len(lengths), weights)
     for slot, (text, length) in enumerate(zip(texts, lengths, strict=True)):
@@ -116,7 +116,7 @@ def test_longrope_turns_all_positions_anew_beyond_its_first_context(tokenizer):
     [
         *((shape, packs, 1, "dense") for shape in SHAPES.values() for packs in (True, False)),
         (SHAPES["one head each, no norm"], True, 2, "dense"),
-        (SHAPES["gpt2"] | {"intermediate_size": 108}, True, 1, "dense"),  # rows end within a vector
+        (SHAPES["gpt2"] | {"intermediate_size": 108}, True, 1, "dense"),  # rows end inside a SIMD vector
         *((shape, True, 1, "int8") for shape in SHAPES.values()),
         ({"num_key_value_heads": 1}, True, 2, "int8"),
     ],
@@ -145,7 +145,7 @@ def test_a_rows_logits_do_not_depend_on_its_neighbours(shape, packs, threads, we
             assert torch.equal(rows, alone[i]), (order, i)
 
 
-# ---- the same text in any company
+# ---- the same text in any batch
 
 
 def requests_of(tokenizer, count=64):
@@ -160,7 +160,7 @@ def requests_of(tokenizer, count=64):
 def test_a_text_is_the_same_alone_together_shuffled_and_at_any_number_of_slots(model, tokenizer, sampling):
     requests = list(requests_of(tokenizer))
     together = complete(model, tokenizer, requests, sampling, slots=16)
-    assert len({completion.text for completion in together.values()}) > 40  # they do differ
+    assert len({completion.text for completion in together.values()}) > 40  # they differ
     alone = Generator(model, tokenizer, sampling, slots=1)
     for request in requests[:24]:
         for sample, completion in enumerate(next(alone.complete([request]))):
@@ -214,7 +214,7 @@ def test_a_prompt_is_prefilled_once(model, tokenizer, monkeypatch):
         return real(self, pieces, ids)
 
     monkeypatch.setattr(Decoder, "prefill_after", watched)
-    requests = [Request([END, n], 9, 4, number=n) for n in (1, 2, 1, 1)]  # and for an equal prompt that follows closely
+    requests = [Request([END, n], 9, 4, number=n) for n in (1, 2, 1, 1)]  # also for an equal prompt shortly after
     complete(model, tokenizer, requests, slots=2)
     assert len(calls) == 2
 
@@ -226,7 +226,7 @@ def test_results_come_in_order_and_reading_does_not_run_ahead(model, tokenizer, 
     def source():
         for number in range(60):
             read.append(number)
-            # the first is long: the others must wait for it, but not without bound
+            # the first is long: the others must wait for it, but not forever
             yield Request([END, number], max_tokens=200 if number == 0 else 2, number=number)
 
     generator = Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=())
@@ -278,12 +278,12 @@ def test_story_llama_says_what_is_expected_of_it(shared_data):
     assert expected["text"].endswith(expected["prompt"] + completion.text)
 
 
-# ---- where a text ends
+# ---- ends of texts
 
 
 @pytest.fixture
 def speller(tokenizer):
-    """A function that completes END by a given text, then the end token."""
+    """A function that makes a model which completes END with a given text and the end token."""
 
     def complete_with(text, stop=(), end=True, max_tokens=100):
         ids = tokenizer.encode(text)
@@ -302,7 +302,7 @@ def speller(tokenizer):
 @pytest.mark.parametrize(
     ("says", "options", "pieces", "tokens", "reason"),
     [
-        ("wax, the", {}, list("wax, the"), None, "stop"),  # given out as soon as it is known, with the end token
+        ("wax, the", {}, list("wax, the"), None, "stop"),  # emitted as soon as it is certain, with the end token
         ("wax, the", {"max_tokens": 3}, ["w", "a", "x"], 3, "length"),
         (
             "one, twi",
@@ -310,9 +310,9 @@ def speller(tokenizer):
             ["o", "n", "e"],
             6,
             "stop",
-        ),  # a stop string of several tokens is left out
+        ),  # a stop string of several tokens is removed
         ("one, twi", {"stop": [", x", "i!"]}, ["o", "n", "e", ",", " ", "t", "w", "i"], None, "stop"),
-        ("aé√z", {}, ["a", "é", "√", "z"], None, "stop"),  # characters of several tokens come whole
+        ("aé√z", {}, ["a", "é", "√", "z"], None, "stop"),  # characters of several tokens are emitted complete
         ("aé", {"max_tokens": 2}, ["a", "\ufffd"], 2, "length"),
     ],
 )
@@ -332,7 +332,7 @@ def test_where_a_text_ends_and_how_it_comes(speller, says, options, pieces, toke
 def test_stops_do_not_depend_on_where_the_pieces_end(text, stops, cuts):
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     first = min(ends, default=None)
-    if first is not None:  # cut before the longest of those that end there
+    if first is not None:  # cut before the longest stop string that ends there
         first -= max(len(stop) for stop in stops if text[:first].endswith(stop))
     expected = text[:first]
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})

@@ -1,4 +1,4 @@
-"""The next token: the random numbers, the distribution they draw from, and its truncation beside transformers'."""
+"""Sampling the next token: random numbers, the distribution, and its truncation compared with transformers'."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from llmkit.generation.next_token import Sampling, choose_tokens, philox, seed_o
 
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
-    [  # kat_vectors of Random123, the authors' own library
+    [  # kat_vectors of Random123, the authors' library
         ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -126,7 +126,7 @@ def test_truncation_is_transformers_own(seed, size, top_k, top_p, min_p, flat):
     if min_p is not None:
         expected = MinPLogitsWarper(min_p)(None, expected)
     kept = truncate(torch.softmax(logits, -1), Sampling(1.0, top_k, top_p, min_p)) > 0
-    # they add the small end up in float32, we the large end in float64: the border may differ by a token
+    # they sum from the small end in float32, we from the large end in float64: the cut may differ by a token
     allowed = 0 if top_p is None or top_p == 1 else 1
     assert ((kept != expected.isfinite()).sum(-1) <= allowed).all()
     assert kept.any(-1).all()

@@ -1,4 +1,4 @@
-"""Prompts in pieces: those that begin alike share what was computed, to the same bits, and hold nobody up."""
+"""Prefill in pieces: prompts with a common prefix share its cache bit for bit, and do not block others."""
 
 import random
 
@@ -37,7 +37,7 @@ def whole(cache: PrefixCache, decoder: Decoder, ids: list[int]) -> decode.Prefix
 
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
-    """The number of tokens of each piece that is computed."""
+    """The number of tokens of each computed piece."""
     pieces: list[int] = []
     real = Decoder.prefill_after
 
@@ -69,7 +69,7 @@ def test_a_prompt_behind_kept_pieces_has_the_bits_of_one_computed_anew(shape, pa
     decoder = Decoder(make_model(context=2048, **shape), 2, weights)
     cache, ids = PrefixCache(), text(2 * PIECE + 70)
     with threads(count), torch.inference_mode():
-        for length in LENGTHS:  # each behind the pieces of those before
+        for length in LENGTHS:  # each after the pieces of the earlier ones
             kept, anew = whole(cache, decoder, ids[:length]), decoder.prefill(ids[:length])
             for name in ("keys_LKTD", "values_LKTD", "logits_1V"):
                 assert torch.equal(getattr(kept, name), getattr(anew, name)), (length, name)
@@ -83,7 +83,7 @@ def test_what_is_kept_is_not_computed_again_and_the_rest_is(computed):
         (ids, [PIECE, 70]),
         (ids[: 2 * PIECE], []),
         ([*ids[:PIECE], *text(70, 1)], [70]),
-        ([*text(1, 2), *ids[1:]], [PIECE, PIECE, 70]),  # another first token: nothing is the same
+        ([*text(1, 2), *ids[1:]], [PIECE, PIECE, 70]),  # another first token: nothing is shared
     ]:
         del computed[:]
         whole(cache, decoder, prompt)
@@ -127,7 +127,7 @@ def test_running_sequences_go_on_while_a_long_prompt_comes_in_and_all_have_the_t
     for _ in range(6):
         pool.advance()
         lengths.append({sequence.index: len(sequence.token_ids) for sequence in pool.running})
-    # three pieces before the last, and a step after each
+    # three pieces before the last, each followed by a step
     assert [step.get(0) for step in lengths] == [2, 3, 4, 5, 6, 7]
     assert [sorted(step) for step in lengths[:4]] == [[0], [0], [0], [0, 1, 2]]
     while pool.advance():

@@ -1,4 +1,4 @@
-"""Answers apart from the thoughts before them."""
+"""Answers are separated from the thoughts before them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llmkit.generation.requests import split_thoughts
         ("Four.", "", "Four."),
         ("<think>\nTwo\nand two.\n</think>\n\nFour.\n", "Two\nand two.", "Four.\n"),
         ("<think>\n\n</think>\n\nFour.", "", "Four."),
-        ("Two.\n</think>\n\nFour.", "Two.", "Four."),  # begun by the prompt
-        ("Two.</think>Four.<think>Again.</think>5", "Two.\n\nAgain.", "Four.5"),  # behind a call of a tool
-        ("<think>\nTwo and", "Two and", ""),  # cut
+        ("Two.\n</think>\n\nFour.", "Two.", "Four."),  # opened by the prompt
+        ("Two.</think>Four.<think>Again.</think>5", "Two.\n\nAgain.", "Four.5"),  # after a tool call
+        ("<think>\nTwo and", "Two and", ""),  # truncated
         ("Wait. <think>Two.</think>Four.", "Two.", "Wait. Four."),
     ],
 )

@@ -1,4 +1,4 @@
-"""A server that answers oddly: its words are read, told or counted, in time, and nothing is a traceback."""
+"""Odd answers of servers are parsed, reported or counted, within time limits and without a traceback."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_newer_name_of_the_length_is_used_where_the_older_is_refused():
 
 @contextmanager
 def raw_server(answer):
-    """A server that answers every request with some bytes, or by a function of the connection: its address."""
+    """Run a server that answers every request with raw bytes or with a function of the connection; yield its URL."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
 
         def handle(connection):

@@ -1,4 +1,4 @@
-"""Recorded decode steps: what is replayed is what is computed, and what a recording cannot know is not relied on."""
+"""Recorded decode steps: replays equal computation and do not depend on frozen values."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from llmkit.generation.requests import Request
 
 
 def texts(tokenizer, record, **shape):
-    """Of 24 requests in 12 slots, that are filled again; one is long: the cache grows twice under the recordings."""
+    """Complete 24 requests in 12 reused slots; one is long, so that the cache grows twice under the recordings."""
     model = make_model(context=900, spread=1.5, **shape)
     prompts = [[END, *(number * i % 256 for i in range(280 if number == 9 else number % 5))] for number in range(24)]
     lengths = [250 if number == 9 else 3 + 7 * number % 40 for number in range(24)]
@@ -45,12 +45,12 @@ def test_logits_are_the_callers_own_and_rows_beyond_those_in_use_do_no_harm(dtyp
                 decoder.load(slot, decoder.prefill([END, *range(slot)]))
             rows += [decoder.step([at] * used, [slot + at for slot in range(used)]) for at in (1, 2, 3)]
         found.append(torch.cat(rows))
-    assert counting.recorded == 4  # of 5, 4 and 1 rows, and of 5 again
+    assert counting.recorded == 4  # for 5, 4 and 1 rows, and for 5 again
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0 if dtype == torch.float32 else 0.1)
 
 
 def test_a_number_of_the_hosts_in_a_step_would_be_seen(tokenizer, monkeypatch, capsys):
-    """The test above would fail if a step took its positions, or any number, from Python."""
+    """Check that the test above would fail if a step took its positions, or any number, from Python."""
     advance = Decoder._advance
     expected, _ = texts(tokenizer, None)
 
@@ -90,7 +90,7 @@ def test_a_step_that_cannot_be_recorded_is_computed_and_one_line_says_so(tokeniz
     assert capsys.readouterr().err == line
 
     def out_of_memory(compute, beside):
-        if beside is not None:  # the first recording is held, the second is too much
+        if beside is not None:  # the first recording is kept, the second exceeds the limit
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it")
         return Recorder(compute, beside)
 

@@ -1,4 +1,4 @@
-"""`llmkit sample --chat` as somebody types it: pasted text, Ctrl-C and Ctrl-D, tools, and what is written where."""
+"""`llmkit sample --chat` with typed input: pasted text, Ctrl-C and Ctrl-D, tools, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llmkit.tokenizer.chat import write_chat_tokenizer
 from llmkit.tokenizer.encoding import load_tokenizer
 
 pytest.importorskip("prompt_toolkit", reason="prompt_toolkit is not installed: pip install -e .")
-READY = b"\x1b[?2004h"  # a prompt stands, and pasted text comes in one piece
+READY = b"\x1b[?2004h"  # the prompt is ready, with bracketed paste
 EMOJI = "\N{GRINNING FACE}"
 
 
 class Typist:
-    """Somebody at a terminal of 200 columns, who waits for each prompt."""
+    """A user at a terminal of 200 columns who waits for each prompt."""
 
     def __init__(self, *arguments: str | Path, stdout: int | None = None, **environment: str) -> None:
         self.fd, follower = pty.openpty()
@@ -39,7 +39,7 @@ class Typist:
         os.close(follower)
 
     def until(self, wanted: bytes = READY) -> str:
-        """Wait until it is shown; all that was shown since it was last waited, less what moves the cursor."""
+        """Wait until `wanted` is shown; return the output since the last wait, without cursor movements."""
         deadline = time.monotonic() + 120
         while wanted not in self.seen[self.read :]:
             assert time.monotonic() < deadline and self._more(), f"expected {wanted!r}, found {self.seen!r}"
@@ -51,18 +51,18 @@ class Typist:
             return False
         try:
             block = os.read(self.fd, 65536)
-        except OSError:  # Linux's word for the end
+        except OSError:  # Linux's end of file
             return False
         self.seen += block
         return bool(block)
 
     def type(self, text: str, key: str = "\r") -> str:
-        """Type a line; what is shown until the next prompt."""
+        """Type a line; return the output up to the next prompt."""
         os.write(self.fd, (text + key).encode())
         return self.until()
 
     def end(self) -> int:
-        """Press Ctrl-D; the exit status."""
+        """Press Ctrl-D; return the exit status."""
         os.write(self.fd, b"\x04")
         while self._more():
             pass
@@ -71,7 +71,7 @@ class Typist:
 
 
 def folder_of(place: Path, *chain: str, context: int = 512, then: dict[str, str] | None = None) -> Path:
-    """An assistant that says the tokens of `chain`, whatever it is asked."""
+    """Write an assistant that always answers with the tokens of `chain`."""
     place.mkdir()
     save_tokenizer(place)
     tokenizer = write_chat_tokenizer(load_tokenizer(place), place)
@@ -91,7 +91,7 @@ def folder_of(place: Path, *chain: str, context: int = 512, then: dict[str, str]
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory) -> Path:
-    """It asks the calculator for 7 and then says x."""
+    """An assistant that calls the calculator for 7 and then says x."""
     place = tmp_path_factory.mktemp("caller") / "chat"
     answer = {"<|result_end|>": "x", "x": "<|im_end|>"}
     return folder_of(place, "<|calc_start|>", "7", "<|calc_end|>", then=answer)
@@ -105,10 +105,10 @@ def test_pasted_lines_are_one_message_and_tools_are_seen_and_saved(caller, tmp_p
     assert "calls calc: 7" in shown and "calc answers: 7" in shown and "x\r\n" in shown
     assert "tokens in 2 messages" in at.type("/tokens")
     assert "there is no command /what" in at.type("/what")
-    shown = at.type("wh\x1b[31my\x1b[0m\x1b[1;3m\x1b[<1M")  # colours, as other programs print them
+    shown = at.type("wh\x1b[31my\x1b[0m\x1b[1;3m\x1b[<1M")  # colours of other programs
     assert "> why" in shown and "x\r\n" in shown and "Unhandled" not in shown
-    at.type("ha\x1b[D\x1b[Do")  # an arrow goes back: oha
-    at.type("\x1b[A")  # history: the same again
+    at.type("ha\x1b[D\x1b[Do")  # the left arrow: oha
+    at.type("\x1b[A")  # history: the same line
     assert "saved in" in at.type(f"/save {kept}")
     assert at.end() == 0
     turns = json.loads(kept.read_text())["messages"]
@@ -123,14 +123,14 @@ def test_ctrl_c_stops_an_answer_and_takes_a_line_back(tmp_path):
     at.until()
     os.write(at.fd, b"go\r")
     at.until(b"\x1b[?2004l")
-    while len(at.seen) < at.read + 200:  # it answers
+    while len(at.seen) < at.read + 200:  # it is answering
         assert at._more()
     at.process.send_signal(signal.SIGINT)
     assert "stopped" in at.until()
     at.type("half a line", "\x03")
     at.type("/edit")
-    at.until(b"go")  # the last message, to be changed
-    at.type("", "\x03")  # given up
+    at.until(b"go")  # the last message, for editing
+    at.type("", "\x03")  # cancelled
     assert "2 messages" in at.type("/tokens")
     assert at.end() == 0
 

@@ -1,4 +1,4 @@
-"""Tools in the generation engine: a call pauses its sequence, the result enters it, and nothing else is disturbed."""
+"""Tools in the generation engine: a call pauses its sequence, the result is inserted, and others are not affected."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def special(tokenizer, *names):
 
 
 def caller(tokenizer, before, called, after, tool="calc"):
-    """A model that writes `before`, calls a tool with `called`, reads the result, writes `after` and ends."""
+    """Make a model that writes `before`, calls a tool with `called`, reads the result, writes `after` and ends."""
     start, end, result_end = special(tokenizer, f"{tool}_start", f"{tool}_end", "result_end")
     ids = [tokenizer.encode(text) for text in (before, called, after)]
     first = [END, *ids[0], start, *ids[1], end]
@@ -64,7 +64,7 @@ def complete(model, tokenizer, toolbox, request=None, *, max_calls=8, result_tok
 
 
 def test_a_call_is_answered_and_the_model_goes_on(tokenizer, calculator):
-    model = caller(tokenizer, "say ", "1+2*", "wel")  # each token once: a chain follows the last one alone
+    model = caller(tokenizer, "say ", "1+2*", "wel")  # each token once: a chain depends only on the last token
     completion = complete(model, tokenizer, calculator)
     assert completion.text == "say wel" and completion.finish_reason == "stop"
     (call,) = completion.tool_calls
@@ -82,7 +82,7 @@ def test_a_call_is_answered_and_the_model_goes_on(tokenizer, calculator):
 
 
 def test_what_was_said_is_taken_apart_into_texts_calls_and_results(tokenizer, calculator):
-    """And encoded as a conversation it is the same tokens again."""
+    """Encoded as a conversation, the parts give the same tokens."""
     tools = ToolUse(calculator, tokenizer)
     completion = complete(caller(tokenizer, "say ", "1+2", "wel"), tokenizer, calculator)
     parts = tools.parts(completion.token_ids, completion.sampled, completion.tool_calls)
@@ -90,7 +90,7 @@ def test_what_was_said_is_taken_apart_into_texts_calls_and_results(tokenizer, ca
     chat, asked = ChatFormat(tokenizer), message("user", "1 + 2?")
     encoded = chat.encode([asked, Message("assistant", parts)]).token_ids.tolist()
     prompt = chat.encode([asked], prompt=True).token_ids.tolist()
-    assert encoded[:-1] == [*prompt, *completion.token_ids[:-1]]  # the last is the end of the turn, and of a text
+    assert encoded[:-1] == [*prompt, *completion.token_ids[:-1]]  # the last is the end of the turn and of the text
 
 
 def test_a_result_that_a_model_makes_up_is_its_own_text(tokenizer, calculator):
@@ -134,7 +134,7 @@ def weather(tmp_path):
 
 
 def writing(folder, own, *calls):
-    """A tokenizer, of our own format or with a template, that has a token for each of these texts."""
+    """Make a tokenizer, with our chat format or a template, that has a token for each of these texts."""
     save_tokenizer(folder, *(CHAT_SPECIALS if own else NAMES))
     spec, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
     last = spec["added_tokens"][-1]
@@ -270,7 +270,7 @@ def test_a_call_without_an_end_says_nothing(tokenizer, calculator):
 
 
 class Slow:
-    """A tool whose answer takes some time, another one each time."""
+    """A tool whose answers take different times."""
 
     names, schemas = ("calc", "search"), {}
 

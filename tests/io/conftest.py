@@ -1,4 +1,4 @@
-"""Servers for the tests of files at addresses."""
+"""Servers for the tests of remote files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.object_store import ObjectStore, object_store
 
 @pytest.fixture(scope="module")
 def object_server() -> Iterator[ObjectStore]:
-    """An S3 server with a bucket that is not public."""
+    """An S3 server with a private bucket."""
     pytest.importorskip("moto.server")
     with object_store() as store:
         yield store
@@ -20,7 +20,7 @@ def object_server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def bucket(object_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """The same, in the environment, as s3fs looks for it; errors are tried again at once."""
+    """The same server in the environment variables of s3fs; errors are retried at once."""
     pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(remote, "PAUSE", 0.001)
     for name, value in object_server.environment().items():

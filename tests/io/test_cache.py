@@ -1,4 +1,4 @@
-"""Files of addresses that are kept in a folder: read from there, gone on with, fetched once, and never old."""
+"""The cache of remote files: read from disk, resumed, fetched once, and never stale."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINES = b'{"text": "a document of some words"}\n' * 500
 
 @pytest.fixture
 def server(monkeypatch, tmp_path) -> Iterator[FileServer]:
-    """A server of f and d.jsonl, whose files are kept in tmp_path/cache."""
+    """A server of f and d.jsonl, with tmp_path/cache as the cache."""
     monkeypatch.setattr(remote, "PAUSE", 0.001)
     monkeypatch.setattr(remote, "WAIT", 0.01)
     monkeypatch.setattr(remote, "_away", {})
@@ -54,7 +54,7 @@ def test_a_file_is_fetched_once(server: FileServer, tmp_path, ways: str) -> None
         assert file.read() == DATA[-1000:]
         file.seek(0)
         assert file.read() == DATA
-    assert server.requests == ["bytes=0-0"]  # whether it is still the same
+    assert server.requests == ["bytes=0-0"]  # checks that it has not changed
     about = next((tmp_path / "cache").glob("*.json"))
     assert json.loads(about.read_text()) == {"address": address, "bytes": len(DATA), "version": "1"}
 

@@ -1,4 +1,4 @@
-"""Output is whole or not there at all: after an error, on a full disk, after kill -9."""
+"""Output is complete or absent: after an error, on a full disk, after kill -9."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_error_leaves_the_former_output_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "out.jsonl").write_text("old")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text("old")
-    (tmp_path / "out.partial").mkdir()  # of a run that was killed
+    (tmp_path / "out.partial").mkdir()  # left by a killed run
     (tmp_path / "out.partial" / "old shard").write_text("half")
     with pytest.raises(KeyboardInterrupt), open_output(str(tmp_path / "out.jsonl"), force=True) as put:
         put({"a": 1})
@@ -121,7 +121,7 @@ def test_no_space_leaves_the_former_output_whole(tmp_path: Path, kind: str) -> N
     out = tmp_path / "out"
     out.write_text("old") if kind == "file" else out.mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # what a full disk does, without one
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # simulates a full disk
     try:
         with pytest.raises(UserError, match=rf"^{out}: no space left on disk; free some and run it again$"):
             if kind == "file":
@@ -213,4 +213,4 @@ def test_kill_9_while_saving_leaves_the_output_whole(tmp_path: Path) -> None:
             turns = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
             assert len(turns) == 200
             assert all(row == turns[0] for row in turns)
-    assert len(seen) > 1  # it was killed at different moments
+    assert len(seen) > 1  # the kills hit different moments

@@ -1,4 +1,4 @@
-"""Model folders from elsewhere that hold anything: a line about each, no traceback, hang or memory without bound."""
+"""Third-party model folders with arbitrary content: an error in one line, no traceback, hang or unbounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small assistant from elsewhere, with an adapter."""
+    """A small third-party assistant with an adapter."""
     import torch
     from foreign_templates import TEMPLATES, save
     from safetensors.torch import save_file

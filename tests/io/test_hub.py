@@ -1,4 +1,4 @@
-"""Models and data sets of the hub, from a stub of its API."""
+"""Models and data sets of the hub, with a stub of its API."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
 
 
 def use(address: str, monkeypatch) -> None:
-    """Take another hub, as a process of its own would."""
+    """Switch to another hub, as in a new process."""
     from huggingface_hub import HfFileSystem
 
     monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -76,7 +76,7 @@ def test_a_model_is_fetched_without_pickles_and_code_and_its_weights_when_asked_
     assert folder.name == server.repos["models/org/model"].commit("main")
     requests = len(server.requests)
     local_folder("hf://org/model", weights=True)
-    assert len(server.requests) == requests  # asked for once
+    assert len(server.requests) == requests  # requested once
 
 
 def test_of_several_files_of_weights_those_of_the_index_are_fetched(server: HubServer) -> None:
@@ -99,7 +99,7 @@ def test_a_model_comes_whole_from_a_flaky_hub(server: HubServer, ways: str, monk
 
 
 def test_a_fetch_ends_with_an_interrupt(server: HubServer) -> None:
-    """And not with its file, of which minutes may be missing."""
+    """It does not wait for the end of the file, which may take minutes."""
     local_folder("hf://org/model")
     server.ways = {"stall"}
     threading.Timer(0.3, _thread.interrupt_main).start()
@@ -207,7 +207,7 @@ def test_a_manifest_tells_commit_and_hashes_and_a_resumed_run_stays_with_the_com
 
 
 def test_files_of_a_data_set(server: HubServer, monkeypatch) -> None:
-    """By a pattern, at a revision whose name has slashes, and of a repository that is a model's."""
+    """By a pattern, at a revision with slashes in its name, and from a model repository."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # its own pauses are seconds
     assert matching("hf://datasets/org/data/**/*.jsonl") == [
         f"hf://datasets/org/data/{name}" for name in ("c.jsonl", "data/a.jsonl", "data/more/b.jsonl")
@@ -230,7 +230,7 @@ def test_files_of_a_data_set(server: HubServer, monkeypatch) -> None:
         "version": hashlib.sha256(b"x").hexdigest(),
     }
     read_again = [request for request in server.requests if "/api/" in request][len(asked) :]
-    assert len(read_again) <= 3  # listings of folders that were not read in
+    assert len(read_again) <= 3  # listings of folders that were not cached
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_what_is_no_file_of_a_data_set_is_one_line(server: HubServer, address: s
 
 
 def test_commands_take_models_of_the_hub(tmp_path, llmkit) -> None:
-    """By HF_ENDPOINT and HF_HOME, as their users know them."""
+    """With HF_ENDPOINT and HF_HOME, as for other programs."""
     from tests.helpers.tiny import save_assistant
 
     with hub_server() as server:

@@ -1,4 +1,4 @@
-"""Patterns and folders in the place of files."""
+"""Patterns and folders as inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmkit.io.jsonl import input_files, names_of
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch) -> Path:
-    """A folder as the hub's programs and ours leave it."""
+    """A folder with files like those of the hub's programs and ours."""
     monkeypatch.chdir(tmp_path)
     names = """data/README.md data/dataset_infos.json data/.gitattributes data/.cache/x.jsonl data/manifest.json
         data/train/b.jsonl data/train/a.parquet data/train/c.json.gz data/b.JSONL data/b.jsonl.manifest.json data/p.html

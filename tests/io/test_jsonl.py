@@ -1,4 +1,4 @@
-"""Records in from every kind of file and pipe."""
+"""Records from every kind of file and pipe."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_cut_or_damaged_archive_is_an_error(tmp_path: Path, compress) -> None:
 
 
 def test_inputs_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     check_inputs([write(tmp_path, LINES), str(tmp_path / "pipe"), "-"])
     for paths, message in (
         ([str(tmp_path)], "found a folder"),
@@ -229,9 +229,9 @@ def test_a_share_of_bad_records_bears_one_in_a_small_file_and_is_judged_while_re
         read(1, 2, 3, 4)
     size = 5000
     assert read(*range(1, 11), 2000) == 4989
-    with pytest.raises(UserError, match="11 of 1,000 records"):  # not at the end
+    with pytest.raises(UserError, match="11 of 1,000 records"):  # early, not at the end
         read(*range(1, 11), 1000)
-    with pytest.raises(UserError, match="3 of 3 records"):  # a count at once
+    with pytest.raises(UserError, match="3 of 3 records"):  # at once for an absolute count
         read(1, 2, 3, 4, most="2")
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, whatever a kill leaves of it, and TensorBoard and Weights & Biases, which show what it has."""
+"""`metrics.jsonl`, also after kills, and its copies in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROWS.insert(5, {"step": 4, "sample": "some text", "grad_norm": math.nan})
 
 
 def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves as TensorBoard reads them: (step, value) of each tag."""
+    """Return the curves as TensorBoard reads them: (step, value) by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     seen = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_without_steps_that_are_doubled_or_torn(tmp_path):
     for row in ROWS[:6]:
         log.write(row)
     (events,) = (tmp_path / "tensorboard").iterdir()
-    events.write_bytes(events.read_bytes()[:-7])  # killed, with its last checkpoint after step 2
+    events.write_bytes(events.read_bytes()[:-7])  # killed after the checkpoint of step 2
     with (tmp_path / "metrics.jsonl").open("ab") as handle:
         handle.write(b'{"step": 5, "lo')
     trim_metrics(tmp_path / "metrics.jsonl", 2)

@@ -1,4 +1,4 @@
-"""Items go through processes and come back in order, whatever the processes do."""
+"""The process pool returns results in order, whatever its processes do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmkit.io.pool import CHILD, TimeLimitError, Worker, WorkerDied, in_order
 
 @dataclass
 class Echo:
-    """Hands back the item three times; what it does at one number is told by `at` and `act`."""
+    """Returns the item three times; at item `at` it does `act`."""
 
     at: int = -1
     act: str = ""
@@ -29,7 +29,7 @@ class Echo:
         for number in range(3):
             if item == self.at and number == 1:
                 self.misbehave()
-            time.sleep(0.02 if item % 3 == 0 else 0)  # the first of three is the last to be ready
+            time.sleep(0.02 if item % 3 == 0 else 0)  # the first of three is ready last
             print("a library that prints is not taken for an answer")
             yield f"{item}.{number}"
 
@@ -89,7 +89,7 @@ def test_processes_end_with_the_one_who_asks():
     def children() -> set[int]:
         return {int(pid) for pid in os.popen(f"pgrep -P {os.getpid()} -f [l]lmkit.io.pool").read().split()}
 
-    others = children()  # of other tests: a template's worker stays
+    others = children()  # from other tests: the template worker stays
     results = in_order(range(50), Echo, 2)
     next(results)
     own = children() - others
@@ -102,7 +102,7 @@ def test_processes_end_with_the_one_who_asks():
 
 @dataclass
 class Division:
-    """Ten divided by the item; for an odd one see the code."""
+    """Divides ten by the item; items 97 to 99 fail, exit or hang."""
 
     def __call__(self, item: int):
         if item == 99:
@@ -116,7 +116,7 @@ class Division:
 
 
 def environment():
-    """A work that tells what it sees of the environment."""
+    """Work that returns its environment."""
     return lambda item: [Path("/proc/self/environ").read_text() + repr(dict(os.environ))]
 
 
@@ -153,7 +153,7 @@ def test_a_worker_that_ends_is_replaced():
 
 
 def evil():
-    """A work whose answer runs code where it is read as any pickle."""
+    """Work whose result would run code if it were unpickled without restrictions."""
     return lambda item: [Evil()] if item else ["good"]
 
 
@@ -170,18 +170,18 @@ def test_an_answer_of_a_worker_of_single_items_runs_no_code():
     assert worker.call(0) == "good"  # a new process
 
 
-# ---- Ctrl-C, which reaches every process of a terminal: those that we start leave it to us, and say nothing
+# ---- Ctrl-C reaches every process of a terminal: our children leave it to us, silently
 
 
 def held(pid: int) -> bool:
-    """Whether SIGINT is blocked or ignored in a process, as it is from its first instruction."""
+    """Return whether SIGINT is blocked or ignored in a process; in ours it is from the first instruction on."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return any(int(status[name], 16) >> (signal.SIGINT - 1) & 1 for name in ("SigBlk", "SigIgn"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 def test_a_process_that_we_start_never_sees_ctrl_c() -> None:
-    """One that was still importing ended with a traceback between our messages."""
+    """Regression: a process that was still importing printed a traceback between our messages."""
     child = Worker(dict)
     child.start()
     try:

@@ -1,4 +1,4 @@
-"""Progress: lines off a terminal, a bar on one, and never a byte on stdout."""
+"""Progress: a bar on a terminal, lines elsewhere, and never a byte on stdout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmkit.io.progress import Progress, counted, duration, quantity, say
 
 
 class Clock:
-    """A clock that the test moves."""
+    """A clock that the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -63,7 +63,7 @@ def test_a_bar_on_the_terminal_leaves_the_data_on_stdout_alone() -> None:
         assert process.stdout.read() == b"data 0\ndata 1\ndata 2\n"
     os.close(leader)
     assert process.returncode == 0
-    assert rb"encode \u001b]0;a" in shown and b"\x1b]" not in shown  # the name of a file may hold anything
+    assert rb"encode \u001b]0;a" in shown and b"\x1b]" not in shown  # file names may contain anything
     assert b"llmkit: a word" in shown and b"loss 1.5" in shown
 
 

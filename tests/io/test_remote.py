@@ -1,4 +1,4 @@
-"""Files at addresses, from real servers on this machine."""
+"""Remote files from real local servers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_byte_comes_once_from_whatever_server(server: FileServer, ways: st
     server.ways = set(ways.split())
     assert read(server.address + "f") == DATA
     if not ways:
-        assert server.requests == ["bytes=0-"]  # a whole file costs one request
+        assert server.requests == ["bytes=0-"]  # one request for a complete file
 
 
 def test_a_file_can_be_sought_in_where_the_server_has_ranges(server: FileServer) -> None:
@@ -107,7 +107,7 @@ def test_no_server_and_no_such_kind_of_address(monkeypatch) -> None:
 
 
 def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:
-    """JSONL, packed or not, and Parquet, from a server with ranges and from one without."""
+    """JSONL, compressed or not, and Parquet, from servers with and without ranges."""
     parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
     server.files = {
         "d.jsonl": LINES,
@@ -127,7 +127,7 @@ def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:
 def test_a_crawl_is_read_from_addresses_and_from_a_list_of_them(
     server: FileServer, tmp_path, monkeypatch, capsys
 ) -> None:
-    """The same documents as from disk; a file of the list that is not there is counted."""
+    """The same documents as from disk; a missing file of the list is counted."""
     write_warc(tmp_path / "c.warc.gz", mixed_pages())
     parquet.write_table(
         pa.Table.from_pylist([{"text": "one page", "url": "http://a.example/"}]), tmp_path / "d.parquet"
@@ -170,7 +170,7 @@ def crawl_filter(*arguments: str) -> None:
 
 
 def test_a_resumed_crawl_reads_no_address_again_that_it_has_finished(server: FileServer, tmp_path) -> None:
-    """What could not be opened is taken up again, also where it is the first; what has changed is read again."""
+    """Files that could not be opened are retried, even the first; changed files are read again."""
     inputs = []
     for seed in range(3):
         pages = [Record(f"https://{seed}.example/{n}", html("A", prose(20 * seed + n))) for n in range(9)]
@@ -179,7 +179,7 @@ def test_a_resumed_crawl_reads_no_address_again_that_it_has_finished(server: Fil
         inputs.append(f"{server.address}{seed}.warc.gz")
 
     def run(resume: bool = True) -> tuple[list[tuple[str, int]], dict[str, str]]:
-        """The records, and what was asked for by file; a run whose state stays as if it had been killed."""
+        """Return the records and the requests by file; the state stays as after a kill."""
         server.paths.clear(), server.requests.clear()
         state = Kept(tmp_path / "state", {}, resume=resume)
         parts = parts_of(inputs, echo, 1, state=state, on_bad=lambda error: None)
@@ -197,12 +197,12 @@ def test_a_resumed_crawl_reads_no_address_again_that_it_has_finished(server: Fil
 
 
 def echo() -> Work:
-    """A worker that keeps the place of each frame."""
+    """A worker that returns the position of each frame."""
     return lambda batch: [Part([Outcome(None, None, frame.path, frame.offset) for frame in batch.frames])]
 
 
 def test_a_crawl_of_a_file_that_changes_ends_and_is_resumed(server: FileServer, tmp_path, monkeypatch) -> None:
-    """Of one file it ends the run, of several it is counted; nothing half-written stands where the output will."""
+    """A single file ends the run, one of several is counted; no incomplete output appears."""
     monkeypatch.chdir(tmp_path)
     noise = random.Random(0)
     pages = [
@@ -223,13 +223,13 @@ def test_a_crawl_of_a_file_that_changes_ends_and_is_resumed(server: FileServer, 
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     server.ways = {"short", "changes"}
     summary = run(CrawlFilterConfig(**options, inputs=(archive, lines), force=True))
-    assert summary is not None and summary.dropped["read"] == 2 and summary.documents > len(ROWS)  # warcinfo, and this
+    assert summary is not None and summary.dropped["read"] == 2 and summary.documents > len(ROWS)  # warcinfo, this file
 
 
 def test_the_same_bytes_come_from_disk_from_the_web_and_from_a_bucket(
     server: FileServer, bucket: ObjectStore, tmp_path, monkeypatch
 ) -> None:
-    """Archives, one cut off, JSONL and Parquet; documents, rejects and counts."""
+    """Archives (one truncated), JSONL and Parquet; documents, rejects and counts."""
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"Page {number}. " * 5, "id": number} for number in range(300)]
     write_warc(tmp_path / "a.warc.gz", mixed_pages())
@@ -247,7 +247,7 @@ def test_the_same_bytes_come_from_disk_from_the_web_and_from_a_bucket(
         options = {"only": ("extract", "c4", "exact_duplicates"), "workers": 1, "quiet": True, "force": True}
         summary = run(CrawlFilterConfig(inputs=inputs, out="out.jsonl", rejects="rejects.jsonl", **options))
         assert summary is not None and summary.documents > 0
-        rejects = Path("rejects.jsonl").read_bytes().replace(place.encode(), b"")  # in ids: PLACE:OFFSET
+        rejects = Path("rejects.jsonl").read_bytes().replace(place.encode(), b"")  # ids are PLACE:OFFSET
         return Path("out.jsonl").read_bytes(), rejects, summary.dropped
 
     from_disk = crawled("")
@@ -257,7 +257,7 @@ def test_the_same_bytes_come_from_disk_from_the_web_and_from_a_bucket(
 
 @pytest.fixture(scope="module")
 def object_server(object_server: ObjectStore) -> ObjectStore:
-    """A server that has read.bin, blocks.bin, two tables and a model in its bucket."""
+    """A server with read.bin, blocks.bin, two tables and a model in its bucket."""
     files = {"read.bin": DATA, "blocks.bin": DATA[: 2 << 20], "t/a.jsonl": LINES, "t/u/b.jsonl": LINES}
     for name, data in (files | {f"model/{name}": data for name, data in MODEL.items()}).items():
         object_server.client().put_object(Bucket="bucket", Key=name, Body=data)
@@ -280,13 +280,13 @@ def test_a_bucket_is_read_in_blocks(bucket: ObjectStore) -> None:
     for given in ("s3://bucket/t/", "s3://bucket/t/**/*.jsonl"):
         bucket.requests.clear()
         assert input_files([given]) == ["s3://bucket/t/a.jsonl", "s3://bucket/t/u/b.jsonl"]
-        assert not [path for method, path in bucket.requests if path.endswith(".jsonl")]  # each costs no request
+        assert not [path for method, path in bucket.requests if path.endswith(".jsonl")]  # no request per object
     with pytest.raises(UserError, match=r"^s3://bucket/none/"):
         input_files(["s3://bucket/none/"])
 
 
 def test_columns_of_a_table_in_a_bucket_are_fetched_once(bucket: ObjectStore, tmp_path) -> None:
-    """Their values lie megabytes from one another, and are read by turns."""
+    """Their values are megabytes apart and are read alternately."""
     noise = random.Random(0)
     rows = [{"text": noise.randbytes(1500).hex(), "id": noise.randbytes(1500).hex()} for _ in range(2000)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", compression="zstd")
@@ -307,9 +307,9 @@ def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStor
 
     monkeypatch.setattr(S3FileSystem, "_info", without_size)
     assert read("s3://bucket/read.bin") == DATA
-    assert read("s3://bucket/blocks.bin") == DATA[: 2 << 20]  # its last block is a whole one
+    assert read("s3://bucket/blocks.bin") == DATA[: 2 << 20]  # its last block is full
     with open_remote("s3://bucket/read.bin") as file:
-        assert not file.seekable()  # from its end
+        assert not file.seekable()  # cannot seek from the end
 
 
 @pytest.mark.parametrize("name", ["n.jsonl.gz", "n.jsonl.zst", "n.parquet"])

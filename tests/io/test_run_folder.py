@@ -1,4 +1,4 @@
-"""The files beside a model: manifest with ancestry, metrics, loss curve, model card."""
+"""The files next to a model: manifest with ancestors, metrics, loss curve, model card."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def test_the_ancestry_goes_through_the_files_that_stages_wrote(tmp_path: Path) -
     told = chat["ancestors"]
     assert [told[one["manifest_sha256"]]["stage"] for one in sources(chat)] == ["pretrain", "probe-knowledge"]
     assert sorted(one["stage"] for one in told.values()) == ["crawl-filter", "pretrain", "probe-knowledge"]
-    # what a run is known by does not depend on what its descendant's manifest had told before
+    # a run's identity does not depend on earlier notes in its descendant's manifest
     assert chat["parents"][0]["manifest_sha256"] == manifest_digest(read_manifest(tmp_path / "base") or {})
     assert chat["inputs"][0]["manifest_sha256"] == manifest_digest(read_manifest(lessons) or {})
 
 
 def test_forty_generations_tell_each_ancestor_once(tmp_path: Path) -> None:
-    """Each is made from the one before and from a file that this one wrote: two ways at each, 2^40 in all."""
+    """Each run has two inputs, its predecessor and a file that this one wrote: 2^40 paths in all."""
     make(tmp_path / "m0", "sft")
     sizes = []
     for number in range(40):
@@ -126,7 +126,7 @@ def test_forty_generations_tell_each_ancestor_once(tmp_path: Path) -> None:
 
 
 def nested(name: str, *parents: dict) -> dict:
-    """A manifest as they were written before there was a list of ancestors."""
+    """Return a manifest in the old format, before the list of ancestors."""
     items = [{"path": one["command"], "manifest": one} for one in parents]
     return {"manifest_version": 1, "stage": "sft", "command": name, "inputs": [], "parents": items, "results": {}}
 
@@ -149,7 +149,7 @@ def test_manifests_within_each_other_are_read_and_stand_flat_in_what_follows(tmp
     write_model_card(tmp_path / "next", manifest)
     card = (tmp_path / "next" / "README.md").read_text()
     assert card.index("`m0`") < card.index("`m59`") < card.index("`llmkit rl m59`")
-    assert "apply_chat_template" in card  # of an assistant
+    assert "apply_chat_template" in card  # for assistants
 
 
 def test_nested_manifests_of_listed_ancestors_and_their_digests_stay():
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: 
     assert "manifest" in describe_inputs([str(docs)])[0]
     docs.write_text(docs.read_text().upper())
     assert set(describe_inputs([str(docs)])[0]) == {"path", "bytes", "sha256"}
-    del former["output"]  # as manifests were before they told of the file
+    del former["output"]  # as in old manifests
     for text in (json.dumps(former), "{", "[]"):
         beside.write_text(text)
         assert set(describe_inputs([str(docs)])[0]) == {"path", "bytes", "sha256"}
@@ -222,7 +222,7 @@ def test_a_model_card_tells_how_to_use_what_it_is(tmp_path: Path) -> None:
         assert all(word in card for word in words) and "curve" not in card, card
 
 
-# ---- a run in the making
+# ---- unfinished runs
 
 
 def folder_of(out: Path, resume: bool = False, force: bool = False, dry_run: bool = False) -> RunFolder:
@@ -241,7 +241,7 @@ def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsy
         with pytest.raises(UserError, match="expected a folder, found a file"):
             folder_of(out, **details)
     out.unlink()
-    out.mkdir()  # an empty one is taken
+    out.mkdir()  # an empty folder is accepted
     run = folder_of(out, resume=True)
     assert not run.resume and not run.is_finished
     assert "--resume: nothing at" in capsys.readouterr().err

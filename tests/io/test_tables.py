@@ -1,4 +1,4 @@
-"""Parquet, CSV and TSV in the place of JSONL, in and out."""
+"""Parquet, CSV and TSV instead of JSONL, in and out."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_types_of_columns_become_json(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_no_text(tmp_path: Path, capsys) -> None:
-    """A row of them is a bad record; a column of images is left out, which is told."""
+    """A row with some is a bad record; a column of images is dropped with a note."""
     path = write(tmp_path / "d.parquet", text=[b"one", b"\xff", b"three"], image=[{"bytes": b"\x89PNG\xff"}] * 3)
     assert values(path, bad=BadRecords("1")) == [{"text": "one"}, {"text": "three"}]
     printed = capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_bytes_that_are_no_text(tmp_path: Path, capsys) -> None:
 
 
 def test_a_column_of_hashes_costs_no_record(tmp_path: Path, capsys) -> None:
-    """Bytes that are no text are left out with their column; named by `--columns`, they are bad records."""
+    """A binary column is dropped; in `--columns`, its values are bad records."""
     hashes = [bytes([200 + number] * 20) for number in range(50)]
     columns = {"text": ["a good row"] * 50, "sha": hashes, "id": [b"%d" % number for number in range(50)]}
     kind = pa.schema([("text", pa.string()), ("sha", pa.binary(20)), ("id", pa.binary())])
@@ -145,7 +145,7 @@ def test_a_damaged_parquet_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_row_group_of_any_size_is_streamed(tmp_path: Path) -> None:
-    """The memory of reading does not grow with the row group: pages are read one after another."""
+    """Memory does not grow with the row group, because pages are read one at a time."""
     path = tmp_path / "large.parquet"
     texts = [random.Random(number).randbytes(2000).hex() for number in range(10_000)]
     parquet.write_table(pa.table({"text": texts}), path, row_group_size=10_000, use_dictionary=False)
@@ -166,15 +166,15 @@ OF_SEVERAL_KINDS = [
     ([{"k": 1}, 2, True], ['{"k":1}', "2", "true"]),
     ([2**64, -1], ["18446744073709551616", "-1"]),
     ([{"n": 10**30}], ['{"n":1000000000000000000000000000000}']),
-    ([2**60 + 1, 0.5], ["1152921504606846977", "0.5"]),  # no double is that integer
-    ([{str(n): n for n in range(2000)}], None),  # a column for each word of a count
+    ([2**60 + 1, 0.5], ["1152921504606846977", "0.5"]),  # no double has this value
+    ([{str(n): n for n in range(2000)}], None),  # a column per word
     ([deep(100)], None),
 ]
 
 
 @pytest.mark.parametrize(("given", "expected"), OF_SEVERAL_KINDS)
 def test_values_that_no_column_holds_are_text(tmp_path: Path, monkeypatch, capsys, given: list, expected: list) -> None:
-    """Nothing is lost or rounded, and no run fails at its end, in one row group or in several."""
+    """Nothing is lost or rounded, and no run fails at its end, with one or several row groups."""
     expected = expected or [json.dumps(value, separators=(",", ":")) for value in given]
     for size in (1 << 26, 10):
         monkeypatch.setattr("llmkit.io.tables.GROUP_BYTES", size)
@@ -227,7 +227,7 @@ def test_other_programs_read_what_is_written(tmp_path: Path, count: int) -> None
             write_record({"messages": turns, "text": f"ß {number}", "none": None, "big": 2**70, "empty": {}})
     found = duckdb.sql(f"select text from '{out}'").fetchall()
     assert found == [(f"ß {number}",) for number in range(count)]
-    if count:  # datasets has no word for a table without rows
+    if count:  # datasets cannot read an empty table
         read = datasets.Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "cache"))
         assert found == [(row["text"],) for row in read]
         assert read[2]["messages"][1]["content"] == "Hello" and read[0]["big"] == str(2**70)
@@ -280,7 +280,7 @@ def test_columns_give_the_fields_their_names(tmp_path: Path, kind: str) -> None:
     assert values(path, columns=parse_columns(["text=id, id=text"])) == [{"text": "7", "id": "old", "content": "one"}]
     assert values(path, columns={"a": "id", "b": "id"})[0] == {"a": "7", "b": "7", "content": "one", "text": "old"}
     assert values(path, columns={"text": "body|content|text"}) == [{"text": "one", "id": "7"}]
-    assert values(path, columns={"text": "body|text"}) == values(path)  # as one of several files may need
+    assert values(path, columns={"text": "body|text"}) == values(path)  # one of several files may need it
     with pytest.raises(
         UserError, match=rf"^{path}[:1]*: expected (column|field) 'body' \(--columns\), found .*content"
     ):
@@ -301,7 +301,7 @@ def test_a_column_within_a_column(tmp_path: Path, kind: str) -> None:
 
 
 def test_only_the_columns_of_a_document_are_read(tmp_path: Path, monkeypatch) -> None:
-    """The rest of a wide table is neither unpacked nor made JSON; without its text, all columns are named."""
+    """Other columns are neither decompressed nor converted; an error about a missing text lists all columns."""
     path = tmp_path / "d.parquet"
     parquet.write_table(pa.Table.from_pylist([{"content": "one", "prompt": "p", "junk": "j", "source": "s"}]), path)
     read = lambda columns: next(read_documents([str(path)], None, None, columns, OF_DOCUMENT))  # noqa: E731
@@ -316,7 +316,7 @@ def test_columns_that_name_nothing(text: str) -> None:
         parse_columns([text])
 
 
-# ---- what cannot be read
+# ---- unreadable files
 
 
 def grow(path: Path) -> None:
@@ -377,7 +377,7 @@ def test_what_is_no_parquet_is_no_text_either(tmp_path: Path, content: bytes, me
 
 @pytest.mark.parametrize("name", ["d.csv?version=1", "d.csv.gz?a=b/c.txt#part"])
 def test_a_query_is_no_part_of_a_name(name: str) -> None:
-    """A CSV file under such an address was one document of plain text."""
+    """Regression: a CSV file at such a URL was read as one document of plain text."""
     with file_server() as server:
         data = b"text\none\ntwo\n"
         server.files[name.partition("#")[0]] = gzip.compress(data) if ".gz" in name else data
@@ -389,7 +389,7 @@ def test_a_query_is_no_part_of_a_name(name: str) -> None:
     ("some", "other"), [(2.5, True), ([2.5], [True]), ([2.5, False], None), ({"b": [1.5]}, {"b": [2.5, True]})]
 )
 def test_booleans_among_floats_are_written_as_they_are(tmp_path: Path, some: object, other: object) -> None:
-    """They became 1.0 and 0.0 where a float came first."""
+    """Regression: they became 1.0 and 0.0 after a float."""
     for rows in ([some, other], [other, some]):
         with open_output(str(tmp_path / "d.parquet"), force=True) as write:
             for value in rows:

@@ -1,4 +1,4 @@
-"""Files of records that stages write to addresses: they appear there whole, or stay here and are uploaded later."""
+"""Output to URLs: files appear there complete, or stay on disk and are uploaded later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = [{"text": f"Text {number}, by ann@example.com.", "id": number} for number
 
 @pytest.fixture
 def store(bucket: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """An empty bucket, and a current folder with docs.jsonl alone."""
+    """An empty bucket, and a current folder with only docs.jsonl."""
     monkeypatch.chdir(tmp_path)
     empty_bucket(bucket.address)
     Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -40,7 +40,7 @@ def crawl(out: str = "s3://bucket/a/out.jsonl", **options) -> crawl_filter.Summa
 
 
 def test_records_appear_at_addresses(store: ObjectStore) -> None:
-    """The bytes are those of a local run; the manifest lies beside them and nothing is left here."""
+    """The same bytes as a local run, with the manifest next to them and no local files left."""
     Path("twice.jsonl").write_bytes(Path("docs.jsonl").read_bytes() * 2)
     local = {"inputs": ("twice.jsonl",), "rejects": "rejects.jsonl"}
     crawl("local.jsonl.gz", **local)
@@ -97,7 +97,7 @@ def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: Objec
     store.refuse = lambda method, path: None
     with pytest.raises(UserError, match="another run: --limit was none and is now 5"):
         crawl(resume=True, limit=5)
-    os.rename("docs.jsonl", "read.jsonl")  # which it has no need of
+    os.rename("docs.jsonl", "read.jsonl")  # a finished crawl does not need its input
     summary = crawl(resume=True)
     assert summary is not None and (summary.path, summary.documents) == ("s3://bucket/a/out.jsonl", 50)
     os.rename("read.jsonl", "docs.jsonl")
@@ -121,7 +121,7 @@ def test_a_busy_server_is_asked_again(store: ObjectStore) -> None:
 
 
 def test_a_run_that_was_interrupted_goes_on(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its state lies beside what is to be uploaded; without any, nothing is left."""
+    """Its state is next to the pending upload; without a state, nothing is left."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -153,7 +153,7 @@ def test_scores_are_uploaded_before_a_gate_ends_the_run(store: ObjectStore) -> N
 
 
 def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_bytes(store: ObjectStore) -> None:
-    """While it reads the second archive, while it uploads, and between the documents and their manifest."""
+    """While it reads the second archive, during the upload, and between the documents and their manifest."""
     for number in range(2):
         pages = [
             Record(f"https://a.example/{n}", html(f"Page {n}", prose(n))) for n in range(12 * number, 12 * number + 16)
@@ -166,7 +166,7 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
     gets = []
 
     def killed(moment: tuple[str, str]) -> bool:
-        """Run the command, killed when the server gets this request; True if it was."""
+        """Run the command and kill it when the server gets this request; return True if it was killed."""
 
         def refuse(method: str, path: str) -> int | None:
             gets.append(path) if method == "GET" else None
@@ -207,7 +207,7 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
     ],
 )
 def test_addresses_that_cannot_be_written(store: ObjectStore, address: str, message: str) -> None:
-    """The run ends before its work, and nothing is written here or there."""
+    """The run ends before its work, and nothing is written."""
     store.client().put_object(Bucket="bucket", Key="folder/file", Body=b"")
     store.refuse = lambda method, path: 403 if path.startswith("/secret") else None
     with pytest.raises(UserError, match=rf"^{re.escape(address)}: {message}"):
@@ -265,7 +265,7 @@ def test_which_inputs_an_output_would_replace(pattern: str, named: bool) -> None
 
 @pytest.mark.parametrize("status", [None, 403])
 def test_a_large_file_appears_when_its_last_part_is_there(store: ObjectStore, status: int | None) -> None:
-    """Parts of an upload that fails are removed."""
+    """Parts of a failed upload are removed."""
     Path("large").write_bytes(os.urandom(40 << 20))
     visible: list[int] = []
 

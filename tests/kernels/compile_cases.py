@@ -1,4 +1,4 @@
-"""What is compiled with no GPU at hand: attention by head size, dtype and kind; losses and log-probabilities.
+"""Kernels to compile without a GPU: attention by head size, dtype and kind; losses and log-probabilities.
 
 >>> with compiling_for("sm_90") as kernels:             # doctest: +SKIP
 ...     ATTENTION["attention packed 128 bfloat16"]()    # `kernels` now holds the three kernels, compiled
@@ -18,17 +18,17 @@ from llmkit.kernels.triton.tiles import SIZES
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from shapes import specialized_tiles
 
-LENGTH = 1024  # of the examples: lengths are not compiled in, divisibility by 16 of strides is
+LENGTH = 1024  # of the examples; code is specialized on the divisibility of strides by 16, not on lengths
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What is compiled in besides head size and dtype: grouped queries, bounds (documents or windows).
+# Specializations besides head size and dtype: grouped queries, bounds (documents or windows).
 KINDS = {
     "causal": {},
     "packed": {"packed": True},
     "packed grouped": {"packed": True, "group": 8},
     "full": {"is_causal": False},
 }
-TOKENS, HIDDEN = 4096, 1600  # of the examples; compiled in is whether they are divisible by 16
-WORDS = 50257, 128256  # no multiple of 16, and one
+TOKENS, HIDDEN = 4096, 1600  # of the examples; code is specialized on their divisibility by 16
+WORDS = 50257, 128256  # not a multiple of 16, and a multiple
 PLAIN = Objective()
 ENTROPY = Objective(with_entropy=True)
 
@@ -40,7 +40,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def launch_attention(
     size: int, dtype: torch.dtype, *, packed: bool = False, group: int = 1, is_causal: bool = True
 ) -> None:
-    """Start forward and backward on tensors without memory, within `compiling_for`."""
+    """Launch forward and backward on tensors without memory, inside `compiling_for`."""
     query = _empty(2, 8 * group, LENGTH, size, dtype=dtype)
     key = _empty(2, 8, LENGTH, size, dtype=dtype)
     bounds = _empty(2, LENGTH, dtype=torch.int32) if packed else None
@@ -49,7 +49,7 @@ def launch_attention(
 
 
 def specialized(run: Callable[[], None]) -> None:
-    """Run something with groups of warps, for bfloat16 and head size 128."""
+    """Run a function with warp specialization, for bfloat16 and head size 128."""
     with ExitStack() as stack:
         for name, chosen in specialized_tiles(tiles).items():
             stack.enter_context(tiles.trying(name, chosen))
@@ -57,7 +57,7 @@ def specialized(run: Callable[[], None]) -> None:
 
 
 def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8, window: int = 0) -> None:
-    """The same for attention to a cache."""
+    """Launch attention to a cache, inside `compiling_for`."""
     query = _empty(2, 8 * group, new, size, dtype=dtype)
     key = _empty(2, 8, LENGTH, size, dtype=dtype)
     decode.decode(query, key, key, _empty(2, dtype=torch.int64), size**-0.5, window)
@@ -66,7 +66,7 @@ def launch_decode(size: int, dtype: torch.dtype, *, new: int = 1, group: int = 8
 def launch_cross_entropy(
     words: int, dtype: torch.dtype, *, objective: Objective = PLAIN, gradient: bool = True, mean: bool = False
 ) -> None:
-    """Start the kernel on a chunk without memory, within `compiling_for`; of a mean all tokens have one gradient."""
+    """Launch the kernel on a chunk without memory, inside `compiling_for`; for a mean, tokens share one gradient."""
     logits = _empty(TOKENS, -(-words // 64) * 64, dtype=dtype)[:, :words]
     grad_entropy = _empty(TOKENS) if gradient and objective.with_entropy else None
     target = _empty(TOKENS, dtype=torch.int64)

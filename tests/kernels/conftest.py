@@ -1,4 +1,4 @@
-"""Kernel tests run in Triton's interpreter where they ask for it; on a GPU with LLMKIT_TEST_DEVICE=cuda."""
+"""Kernel tests run in Triton's interpreter if they use `interpreted`, or on a GPU with LLMKIT_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DEVICE = os.environ.get("LLMKIT_TEST_DEVICE", "cpu")
 
 @pytest.fixture(autouse=True)
 def on_one_thread():
-    """The arrays are small: two threads beside other processes wait longer than they compute."""
-    from llmkit.model.devices import threads  # brings torch, and so Triton, which reads TRITON_INTERPRET
+    """Use one thread: the arrays are so small that on a busy machine two threads wait longer than they compute."""
+    from llmkit.model.devices import threads  # imports torch and Triton, which reads TRITON_INTERPRET
 
     with threads(1):
         yield
@@ -23,7 +23,7 @@ def on_one_thread():
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton kernels, run by the interpreter on CPU tensors, or compiled on those of LLMKIT_TEST_DEVICE."""
+    """Run Triton kernels in the interpreter on CPU tensors, or compiled on LLMKIT_TEST_DEVICE."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if DEVICE == "cpu":
@@ -38,7 +38,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     try:
         torch.cuda.synchronize()
-    except RuntimeError:  # a kernel's fault: nothing runs in this process any more
+    except RuntimeError:  # after a kernel's fault this process cannot use the GPU
         if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)  # xdist names the test and starts another process for the others
+            os._exit(1)  # xdist reports the test and starts a new process for the rest
         raise

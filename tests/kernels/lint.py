@@ -1,15 +1,15 @@
-"""What the compilers make of the kernels for GPUs that are not here, as figures, and the rules for them.
+"""Figures of the kernels' compiled code for several GPUs, none of which is needed, and rules for the figures.
 
     python tests/kernels/lint.py --only "attention packed*" --target sm_90    # a table in Markdown
-    python tests/kernels/lint.py --write                                      # the golden file of this Triton
+    python tests/kernels/lint.py --write                                      # writes the golden file of this Triton
 
-`spills` are bytes a thread of stack on NVIDIA, registers on AMD; `shared` is bytes of shared memory or LDS; `matrix`
-are the tensor cores' instructions; `loads` and `stores` count instructions by bytes, of global memory, and those of
-the tensor memory accelerator. `loops` are the innermost loops with Hopper's products: shapes and counts of these,
-products begun, waits for them, loads of the accelerator, and accesses to local memory. `reallocations` of registers are
-made by groups of warps that have a task each: the cases "specialized".
-A golden file holds the figures of one version of Triton; the names of exceptions.json say which rules are broken, and
-why. Needs an x86 or ARM Linux with Triton, no GPU, and no TRITON_INTERPRET.
+`spills` are bytes of stack per thread on NVIDIA, registers on AMD; `shared` is bytes of shared memory or LDS; `matrix`
+are tensor core instructions; `loads` and `stores` count instructions on global memory by width in bytes, and those of
+the tensor memory accelerator (TMA). `loops` are the innermost loops with warp-group products (WGMMA): their shapes and
+counts, products issued, waits, TMA loads, and accesses to local memory. `reallocations` of registers occur in
+warp-specialized kernels: the cases "specialized".
+A golden file has the figures of one version of Triton; exceptions.json lists the broken rules by name, with reasons.
+Needs x86 or ARM Linux with Triton, no GPU, and no TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "compiled"
-# Tiles of sm_80 serve sm_86, 89 and 120, too, which have the least: an A100 has 166,912.
+# Tiles of sm_80 are also used on sm_86, 89 and 120, which have the least shared memory; an A100 has 166,912.
 SHARED_BYTES = {"sm_90": 232_448, "sm_80": 101_376, "gfx942": 65_536}
 MATRIX = {"sm_90": "HGMMA", "sm_80": "HMMA", "gfx942": "mfma"}
 BACKWARD = ("grad_query", "grad_key_value", "backward")
 MULTIPLY = ("attention_forward", "attention_grad_query", "attention_grad_key_value", "attention_decode",
             "linear_logsumexp")  # fmt: skip
-REDUCE = ("attention_delta", "linear_logsumexp")  # tiles to a few numbers
-MERGE = ("attention_merge", "merge_splits")  # of a few numbers a program, not tiles
-# Of the bytes that a kernel's instructions load or store, the share of 128-bit ones: the rest are bounds, log-sums and
-# targets, single numbers a thread. A tile read 64 bits at a time would leave none.
+REDUCE = ("attention_delta", "linear_logsumexp")  # reduce tiles to a few numbers
+MERGE = ("attention_merge", "merge_splits")  # a few numbers per program, no tiles
+# Smallest share of bytes in 128-bit loads or stores; the rest are bounds, log-sums and targets, single numbers per
+# thread. If tiles were read 64 bits at a time, the share would be zero.
 LEAST_WIDE = 0.6
-# Cold compilation in about 90 CPU seconds: what training in bf16 runs most, on each kind of GPU.
+# About 90 CPU seconds of cold compilation: the main kernels of bf16 training, for each kind of GPU.
 REPRESENTATIVE = {
     "sm_90": ("attention packed 64 bfloat16", "attention causal 128 bfloat16", "attention packed 128 bfloat16",
               "attention packed grouped specialized 128 bfloat16", "decode 128 bfloat16",
@@ -52,7 +52,7 @@ def cases() -> dict:
 
 
 def figures(target: str, compiled) -> dict:
-    """Of one compiled kernel."""
+    """Return the figures of one compiled kernel."""
     common = {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
     return common | (_of_amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else _of_nvidia(compiled.asm["cubin"]))
 
@@ -84,7 +84,7 @@ def _of_nvidia(cubin: bytes) -> dict:
 
 
 def _loops(sass: str) -> list[dict]:
-    """Of the innermost loops that have warp-group products: a loop ends with a branch backwards."""
+    """Return figures of the innermost loops with warp-group products; a loop ends with a backward branch."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)]
     jumps = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for at, text in code]
     spans = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
@@ -137,7 +137,7 @@ def _count(found) -> dict[str, int]:
 
 
 def broken_rules(name: str, figure: dict) -> set[str]:
-    """Rules that a kernel of the name "TARGET CASE: KERNEL" breaks."""
+    """Return the rules that the kernel named "TARGET CASE: KERNEL" breaks."""
     target, kernel, sixteen = name.split()[0], name.rpartition(": ")[2], "float32" not in name
     broken = set()
     if figure["shared"] > SHARED_BYTES[target]:
@@ -145,12 +145,12 @@ def broken_rules(name: str, figure: dict) -> set[str]:
     loops = figure.get("loops", [])
     broken |= {"local" for loop in loops if loop["local"]}
     if "specialized" in name and kernel in MULTIPLY:
-        # a loader and two groups that multiply, or else the specialization was lost; these wait for their own products
+        # one loader and two multiplying groups, otherwise the specialization was lost; the groups wait for products
         if figure["warps"] != 12 or "reallocations" not in figure or len(loops) != 2:
             broken.add("specialized")
     elif loops and kernel in MULTIPLY:
         broken |= {"tma" for loop in loops if not loop["tma"]}
-        # two products and more: one is awaited with the next, or the tensor cores idle in between
+        # with two or more products, waits must overlap with the next product, or the tensor cores idle
         broken |= {"waits" for loop in loops if loop["products"] > 1 and loop["waits"] >= loop["products"]}
     strict = target.startswith("gfx") or kernel == "cross_entropy" or kernel.endswith(BACKWARD)
     if figure["spills"] and ("specialized" in name or (strict and not loops)):
@@ -161,7 +161,7 @@ def broken_rules(name: str, figure: dict) -> set[str]:
         return broken
     for verb in ("loads", "stores"):
         if (kernel in REDUCE and verb == "stores") or (verb == "loads" and "TMA" in figure[verb]):
-            continue  # writes a few numbers for each token; reads a few beside the accelerator's tiles
+            continue  # writes a few numbers per token; reads a few besides TMA tiles
         total = sum(int(width) * count for width, count in figure[verb].items())
         if figure[verb].get("16", 0) * 16 < LEAST_WIDE * total:
             broken.add(verb)
@@ -169,7 +169,7 @@ def broken_rules(name: str, figure: dict) -> set[str]:
 
 
 def compile_all(wanted: dict[str, list[str]]) -> dict[str, dict]:
-    """Figures by "TARGET CASE: KERNEL" of the cases wanted for each target."""
+    """Compile the requested cases of each target; return figures by "TARGET CASE: KERNEL"."""
     from llmkit.kernels.triton.launch import compiling_for
 
     found = {}
@@ -207,7 +207,7 @@ def golden_path(version: str) -> Path:
 
 
 def exceptions() -> dict[str, dict[str, str]]:
-    """Rule to why it is broken, by a pattern of names; one of a single Triton begins "triton-3.6 "."""
+    """Return reasons by rule and by pattern of names; a pattern for one version starts with "triton-3.6 "."""
     return json.loads((FOLDER / "exceptions.json").read_text())
 
 
@@ -216,7 +216,7 @@ def excuses(pattern: str, name: str, triton_name: str) -> bool:
 
 
 def excused(name: str, triton_name: str) -> set[str]:
-    """Rules that a kernel may break under the Triton of a `golden_name`."""
+    """Return the rules that a kernel may break with the Triton of a `golden_name`."""
     return {rule for pattern, rules in exceptions().items() if excuses(pattern, name, triton_name) for rule in rules}
 
 

@@ -1,4 +1,4 @@
-"""Attention against plain float64 softmax, values and gradients: documents, windows, grouped heads, odd lengths."""
+"""Values and gradients of attention against plain float64 softmax: documents, windows, grouped heads, odd lengths."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def relative_error(found, expected):
 def check(dtype, length, heads, kv_heads, size, doc_ids, window, batch=2, scale=None):
     generator = torch.Generator().manual_seed(length)
     shapes = [(batch, heads, length, size)] + [(batch, kv_heads, length, size)] * 2
-    # rounded to the dtype first: the error measured is the kernel's own
+    # inputs are rounded to the dtype first, so that only the kernel's error is measured
     given_ = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
     upstream = torch.randn(shapes[0], generator=generator).to(dtype)
     exact = [x.double().clone().requires_grad_() for x in given_]
@@ -41,7 +41,7 @@ def check(dtype, length, heads, kv_heads, size, doc_ids, window, batch=2, scale=
     assert relative_error(found, expected) < TOLERANCE[dtype]
     for mine, theirs in zip(ours, exact, strict=True):
         assert mine.grad.shape == theirs.grad.shape
-        # where a query sees one key alone its true gradient is zero, and rounding is measured against the inputs
+        # the exact gradient of a query with a single visible key is zero, so its error is relative to the inputs
         scale_of_it = max(theirs.grad.norm().item(), 0.2 * theirs.grad.numel() ** 0.5)
         assert (mine.grad.double() - theirs.grad).norm() < TOLERANCE[dtype] * scale_of_it
 
@@ -56,12 +56,12 @@ def test_packed_documents_match_naive_attention(dtype, length, window):
 
 
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("sizes", [(200,), (9, 61, 1, 129)])  # one document of a row, and several
+@pytest.mark.parametrize("sizes", [(200,), (9, 61, 1, 129)])  # one document per row, and several
 def test_branches_of_documents_match_naive_attention(sizes, window):
     generator = torch.Generator().manual_seed(0)
     ids = [[], [], []]
     for document, size in enumerate(sizes):
-        prompt, first = size // 3, size // 2  # one answer up to `first`, another behind it
+        prompt, first = size // 3, size // 2  # one answer up to `first`, then another
         ids[0] += [document] * size
         ids[1] += [0] * prompt + [1] * (first - prompt) + [2] * (size - first)
         ids[2] += [*range(first), *range(prompt, prompt + size - first)]

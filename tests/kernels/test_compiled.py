@@ -1,4 +1,4 @@
-"""The kernels compiled ahead of time for GPUs that are not here: the rules of lint.py, and the golden figures."""
+"""The kernels compiled ahead of time for several GPUs: the rules of lint.py, and the golden figures."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ TARGETS = list(lint.SHARED_BYTES)
 
 
 def compile_kernels(*options: str) -> dict[str, dict]:
-    """Figures of the cases that the options name, from a process whose Triton compiles."""
+    """Return the figures of the cases selected by the options, from a process whose Triton compiles."""
     if sys.platform != "linux" or not (version := triton_version()):
         pytest.skip("triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LLMKIT_KERNELS")}
@@ -36,7 +36,7 @@ def triton_version() -> str | None:
 
 
 def golden() -> dict[str, dict]:
-    """Figures that this Triton gave when they were written; empty for a version never tried."""
+    """The stored figures of this version of Triton; empty for an unknown version."""
     version = triton_version()
     path = lint.golden_path(version) if version else None
     return json.loads(path.read_text()) if path and path.exists() else {}
@@ -86,7 +86,7 @@ def test_no_excuse_is_left_over():
 
 
 def test_loops_of_backward_in_16_bits_keep_out_of_local_memory():
-    """Whatever is excused; the most is eight accesses in a round, of keys' gradients at head size 256 on sm_90."""
+    """Even with exceptions; the maximum is eight accesses per iteration (key gradients, head size 256, sm_90)."""
     known = json.loads(lint.golden_path("3.9").read_text())
     backward = {n: x for n, x in known.items() if n.endswith(lint.BACKWARD) and "float32" not in n}
     assert len({name.split()[0] for name in backward}) == 3
@@ -110,7 +110,7 @@ LOOP = {"matrix": {"64x128x16": 24}, "products": 3, "waits": 2, "tma": 2, "local
 
 
 def test_the_rows_of_logits_in_flight_fit_the_cache_of_an_h200():
-    """Of 132 multiprocessors with 65,536 registers each; its L2 cache has 50 MB."""
+    """It has 132 multiprocessors with 65,536 registers each, and 50 MB of L2 cache."""
     figure = json.loads(lint.golden_path("3.9").read_text())["sm_90 loss and gradient 128256 bfloat16: cross_entropy"]
     registers = -(-figure["registers"] // 8) * 8 * 32 * figure["warps"]
     assert 65_536 // registers * 132 * 128_256 * 2 < 50e6

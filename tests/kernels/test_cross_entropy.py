@@ -1,4 +1,4 @@
-"""The fused loss against torch's own in float64: values, gradients, ignored tokens, memory."""
+"""The fused loss against torch's in float64: values, gradients, ignored tokens, memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention to a cache: every length of row against float64, and the same bits in any company."""
+"""Attention to a cache: every row length against float64, and the same bits in any batch."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from llmkit.kernels.attention import attention_decode, attention_decode_referenc
 
 from llmkit.kernels import fused_attention
 
-SPLIT = 128  # keys a program takes in the interpreter
+SPLIT = 128  # keys per program in the interpreter
 
 
 def example(new, lengths, *, heads=(4, 2), size=16, capacity=300, dtype=torch.float32):
-    """What lies beyond a row's length is not a number."""
+    """Make query, keys and values; positions beyond a row's length are NaN."""
     generator = torch.Generator().manual_seed(new)
     batch = len(lengths)
     query = torch.randn(batch, heads[0], new, size, generator=generator).to(dtype)
@@ -37,7 +37,7 @@ def check(new, lengths, *, window=None, **shape):
     [
         *((new, [3, 129, 300], {"window": window}) for new in (1, 3) for window in (None, 1, 48, 200, 1000)),
         *((1, [100, 257], {"heads": heads}) for heads in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2))),
-        *((40, [40, 150], {"window": window}) for window in (None, 7)),  # a prefix is extended
+        *((40, [40, 150], {"window": window}) for window in (None, 7)),  # extending a prefix
         (1, [1, 60], {"capacity": 60}),  # a cache of one split
     ],
 )

@@ -1,4 +1,4 @@
-"""The one switch of the kernels, and what importing them costs."""
+"""The switch between kernels and torch, and the import cost of kernels."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention, in the interpreter, against float64: values, gradients and every kind of mask."""
+"""The Triton kernels of attention in the interpreter, against float64: values, gradients and every kind of mask."""
 
 import os
 from functools import partial
@@ -17,7 +17,7 @@ HALF = [torch.float16, torch.bfloat16]
 
 
 def example(length, heads=(2, 1), size=32, *, keys=None, batch=1, dtype=torch.float32, seed=0):
-    """Query, key, value and the gradient of the output; rounded first, so that errors are the kernels' own."""
+    """Return query, key, value and the output gradient, rounded first so that only the kernels' error is measured."""
     generator = torch.Generator().manual_seed(seed + length)
     shapes = [(batch, heads[0], length, size)] + [(batch, heads[1], keys or length, size)] * 2
     made = [torch.randn(s, generator=generator).to(dtype) for s in (*shapes, shapes[0])]
@@ -40,17 +40,17 @@ def exact(inputs, grad, *, is_causal=True, doc_ids=None, window=None, scale=None
 
 
 def errors(found, expected):
-    """Of outputs and gradients, relative to their norms.
+    """Return the errors of outputs and gradients, relative to their norms.
 
-    Where every query sees one key alone, queries and keys have no gradient: what rounding leaves there is measured
-    against the gradient of the values, the last one.
+    If every query sees a single key, queries and keys have zero gradients: their errors are then relative to the
+    gradient of the values, the last one.
     """
     least = expected[-1].norm().item()
     return [(x.double() - y).norm().item() / max(y.norm().item(), least) for x, y in zip(found, expected, strict=True)]
 
 
 def on_device(options):
-    """Parameters of tests are made before there is a device."""
+    """Move options to the device; test parameters are created before the device is known."""
     device = torch.get_default_device()
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
 
@@ -112,7 +112,7 @@ def test_half_precision_is_as_exact_as_torch(dtype, length, heads, size, options
         lambda *x: F.scaled_dot_product_attention(*x, mask, enable_gqa=True), inputs, grad
     )  # fmt: skip
     ours, theirs = errors(found, expected), errors(torchs, expected)
-    # one may be above by the chance of rounding, all together not
+    # rounding may push a single error above, but not their sum
     assert sum(ours) <= sum(theirs)
     assert all(mine <= 1.05 * other for mine, other in zip(ours, theirs, strict=True))
 
@@ -120,19 +120,19 @@ def test_half_precision_is_as_exact_as_torch(dtype, length, heads, size, options
 def test_tensors_lie_in_memory_as_they_like():
     (query, key, value), grad = example(70, (2, 2))
     expected = exact((query, key, value), grad)
-    strided = torch.stack([query, key, value], 2)  # heads and the three side by side, as a projection leaves them
+    strided = torch.stack([query, key, value], 2)  # interleaved, as in the output of a projection
     as_rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in strided.unbind(2)]
     columns = [x.mT.contiguous().mT for x in (query, key, value)]
     unaligned = [F.pad(x, (1, 2))[..., 1:-2] for x in (query, key, value)]
     for inputs in (strided.unbind(2), as_rows, columns, unaligned):
         found = values_and_gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True), inputs, grad)
         assert max(errors(found, expected)) < 1e-6
-    rows = [x[:, :, :1].expand(x.shape) for x in (query, key, value)]  # all the same
+    rows = [x[:, :, :1].expand(x.shape) for x in (query, key, value)]  # all equal
     repeated = grad[:, :, :1].expand(grad.shape)
     found = values_and_gradients(lambda *x: scaled_dot_product_attention(*x, is_causal=True), rows, repeated)
     assert max(errors(found, exact(rows, repeated))) < 1e-6
     leaf = query.clone().requires_grad_()
-    scaled_dot_product_attention(leaf, key, value, is_causal=True).sum().backward()  # a gradient of strides zero
+    scaled_dot_product_attention(leaf, key, value, is_causal=True).sum().backward()  # gradient with zero strides
     of_ones = exact((query, key, value), torch.ones_like(grad))[1]
     assert (leaf.grad - of_ones).norm() < 1e-6 * of_ones.norm()
 
@@ -151,7 +151,7 @@ def test_every_element_of_the_outputs_is_written():
 
 
 def test_blocks_of_other_documents_are_not_read():
-    """Not a number times a weight of zero would be not a number."""
+    """They contain NaN, which would survive a weight of zero."""
     inputs, grad = example(200, (1, 1))
     for x in (*inputs, grad):
         x[:, :, :64] = torch.nan
@@ -166,14 +166,14 @@ def test_blocks_of_other_documents_are_not_read():
 @pytest.mark.parametrize("shift", [-3e4, 3e4])
 def test_rows_of_very_negative_and_very_large_scores(shift):
     (query, key, value), grad = example(70, (1, 1))
-    query[..., -1], key[..., -1] = 1.0, shift  # the same for all keys of a row: the weights do not change
+    query[..., -1], key[..., -1] = 1.0, shift  # equal for all keys of a row, so the weights do not change
     query[:, :, 5, :] = 0.0
     query[:, :, 5, -1] = 1e3
     expected = exact((query, key, value), grad, scale=1.0)
     found = values_and_gradients(
         lambda *x: scaled_dot_product_attention(*x, is_causal=True, scale=1.0), (query, key, value), grad
     )  # fmt: skip
-    # scores of this size are known to 3e4 * 2^-24 in float32
+    # the precision of such scores in float32 is 3e4 * 2^-24
     assert (found[0] - expected[0]).norm() < 5e-3 * expected[0].norm()
     assert all(x.isfinite().all() for x in found)
 
@@ -254,7 +254,7 @@ def test_every_shipped_size_of_block(monkeypatch):
     "options", [{}, {"doc_ids": documents(130, 50), "window": 70, "heads": (6, 2)}, {"keys": 70, "is_causal": False}]
 )
 def test_specialized_groups_of_warps_compute_the_same(kernel, options):
-    """On a GPU the tiles whose code the lint looks at: to be run in a process of its own, with a limit of time."""
+    """On a GPU with the tiles that lint.py checks: run in a separate process with a time limit."""
     from llmkit.kernels.triton.tiles import Tiles, sized_name, trying
 
     shape = {"size": 32, "dtype": torch.float32}

@@ -1,4 +1,4 @@
-"""The Triton kernels of losses and log-probabilities, in the interpreter, against float64: values and gradients."""
+"""The Triton kernels of losses and log-probabilities in the interpreter, against float64: values and gradients."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from llmkit.kernels.logprobs import linear_logprobs, linear_logprobs_reference
 
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
-    # numpy's word for what the padding of a buffer holds, and for exp(-inf)
+    # numpy's warnings about the padding of a buffer, and about exp(-inf)
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def example(tokens, vocab, hidden=32, dtype=torch.float32, ignored=0.3, seed=0):
-    """Input, weight, and the target; rounded first, so that errors are the kernels' own."""
+    """Return input and weight, rounded first so that only the kernels' error is measured, and the target."""
     generator = torch.Generator().manual_seed(seed + tokens + vocab)
     pairs = ((tokens, hidden), 1.0), ((vocab, hidden), 2 * hidden**-0.5)  # logits of about 2
     made = [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape, scale in pairs]
@@ -27,7 +27,7 @@ def example(tokens, vocab, hidden=32, dtype=torch.float32, ignored=0.3, seed=0):
 
 
 def values_and_gradients(function, inputs, upstream=None):
-    """Outputs, then gradients of the inputs, for an upstream gradient of each output that takes one."""
+    """Return outputs, then gradients of the inputs, for upstream gradients of all differentiable outputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)
     outputs = out if isinstance(out, tuple) else (out,)
@@ -39,17 +39,20 @@ def values_and_gradients(function, inputs, upstream=None):
 
 
 def errors(found, expected, values=0):
-    """Relative to the norm. The first `values` are in nats: below one nat float32 rounds the sum of e^z, which is 1."""
+    """Return errors relative to the norm; those of the first `values`, in nats, relative to at least one nat.
+
+    Below one nat the error is that of float32's sum of e^z, which is 1.
+    """
     least = [x.numel() ** 0.5 if i < values else 1e-30 for i, x in enumerate(expected)]
     return [((x.double() - y.double()).norm() / max(y.double().norm(), floor)).item()
             for x, y, floor in zip(found, expected, least, strict=True)]  # fmt: skip
 
 
 def assert_as_good_as_torch(ours, torchs, exact, values):
-    """Returns the ratios of our errors to torch's.
+    """Compare our errors with torch's and return the ratios.
 
-    Both make the same roundings to 16 bits, but not the same sums before them. A tie that falls to the other side moves
-    one example's error by up to a tenth, and the mean over examples by nothing, which a test below holds it to.
+    Both round to 16 bits at the same points, but after different sums. A tie rounded the other way changes the error of
+    an example by up to a tenth, but not the mean over examples, which a test below checks.
     """
     for mine, wanted in zip(ours, exact, strict=True):
         assert mine.shape == wanted.shape and mine.isfinite().all()
@@ -150,7 +153,7 @@ def test_inputs_may_lie_in_memory_as_they_like():
     def both(x, w, target):
         loss = linear_cross_entropy(x, w, target)
         logprobs, entropy = linear_logprobs(x, w, target, return_entropy=True)
-        # their upstream gradients are expanded scalars
+        # upstream gradients are expanded scalars
         return values_and_gradients(lambda *_: loss + 2 * logprobs.sum() - entropy.sum(), [])
 
     plain, odd = [[t.clone().requires_grad_() for t in (x, w)], target], [strange[:2], strange[2]]
@@ -171,7 +174,7 @@ def test_a_common_offset_of_thousands_changes_no_loss(dtype):
         theirs = values_and_gradients(reference, (x, w))
         exact = values_and_gradients(reference, (x.double(), w.double()))
         for mine, limit in zip(errors(found, exact), errors(theirs, exact), strict=True):
-            assert mine <= 1.5 * limit + 1e-6  # the roundings of the products differ
+            assert mine <= 1.5 * limit + 1e-6  # the products are rounded differently
 
 
 def test_a_sure_prediction_has_an_exact_small_loss():
@@ -188,7 +191,7 @@ def test_a_sure_prediction_has_an_exact_small_loss():
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_the_gradient_of_a_sure_token_is_as_good_as_torchs(dtype):
-    """p - 1 is exact where p and the sum of all p come from the same rounded logits alone."""
+    """p - 1 is exact only if p and the sum of all p come from the same rounded logits."""
     (x, w), target = example(40, 300, dtype=dtype, ignored=0.0)
     x = (x.float() / 2 + 8 * w[target].float()).to(dtype)
     found, theirs, exact = (
@@ -214,7 +217,7 @@ def test_a_target_that_is_no_word_is_not_a_number(wrong):
 def test_a_row_has_the_same_bits_beside_any_others():
     (x, w), target = example(100, 600, hidden=80, ignored=0.0)
     together, entropy = linear_logprobs(x, w, target, return_entropy=True)
-    for rows in (slice(0, 1), slice(0, 40), slice(64, 100)):  # numpy's product depends on the place in a tile
+    for rows in (slice(0, 1), slice(0, 40), slice(64, 100)):  # numpy's product depends on the position in a tile
         alone = linear_logprobs(x[rows], w, target[rows], return_entropy=True)
         assert torch.equal(alone[0], together[rows]) and torch.equal(alone[1], entropy[rows])
 
@@ -231,7 +234,7 @@ def test_float16_gradients_of_a_mean_survive_a_loss_scale():
     function = lambda x: linear_cross_entropy(x, w.to(x.dtype), target)  # noqa: E731
     exact = gradient(x.double(), lambda x: linear_cross_entropy_reference(x, w.double(), target), 1.0)
     assert errors([gradient(x, function, 65536.0)], [exact])[0] < 2e-3
-    assert errors([gradient(x, function, 1.0)], [exact])[0] > 2e-3  # which is why there are loss scales
+    assert errors([gradient(x, function, 1.0)], [exact])[0] > 2e-3  # the reason for loss scaling
 
 
 def test_the_kernels_are_what_ran(monkeypatch):

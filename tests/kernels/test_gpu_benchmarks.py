@@ -1,4 +1,4 @@
-"""The benchmarks for a GPU run from end to end on a CPU: tiny shapes, the kernels in Triton's interpreter."""
+"""The GPU benchmarks end to end on a CPU: tiny shapes, kernels in Triton's interpreter."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def test_the_kernels_are_checked_tuned_and_tabled(tmp_path):
         "attention_forward", "attention_grad_query", "attention_grad_key_value", "attention_decode",
         "linear_logsumexp", "cross_entropy",
     }  # fmt: skip
-    tiles["attention_decode 32 bfloat16"]["block_n"] = 48  # no power of two: a kernel that is given it fails
+    tiles["attention_decode 32 bfloat16"]["block_n"] = 48  # not a power of two: the kernel fails
     (tmp_path / "tiles.json").write_text(json.dumps({"interpreter": {"tiles": tiles}}))
     again = run(
         "kernels.py", "--smoke", "--no-tune", "--only", "decode", "logprobs", "--who", "llmkit",
@@ -59,7 +59,7 @@ def test_the_kernels_are_checked_tuned_and_tabled(tmp_path):
     ]  # fmt: skip
 
 
-def test_groups_of_warps_are_measured_beside_the_usual_tiles(tmp_path):
+def test_warp_specialization_is_measured_with_the_default_tiles(tmp_path):
     results = tmp_path / "results.jsonl"
     for _ in range(2):
         done = run("kernels.py", "--smoke", "--no-tune", "--specialized", "--only", "attention causal", "-o", results)
@@ -131,7 +131,7 @@ def test_without_a_gpu_one_line_says_so(script):
 
 
 def test_a_run_cut_off_at_any_moment_leaves_what_it_measured(tmp_path):
-    """The time is over while kernels are compiled: stages under way are ended and named, the others not begun."""
+    """The time ends during compilation: running stages are stopped and reported, others do not start."""
     done = run("all.py", "--smoke", "--seconds", "9", "-o", tmp_path)
     assert done.returncode == 0, done.stderr
     outcomes = {row["name"]: row["outcome"] for row in rows_of(tmp_path / "results.jsonl", "end")}
@@ -193,4 +193,4 @@ def test_the_reader_fills_in_what_rows_say(monkeypatch):
     assert "attention causal 1,32,8,8192,128: forward 1.50x, both 0.80x" in goals([*rows, groups])
     assert "| 62% |" in tables([*rows, groups]) and "| 1.33 |" in tables(
         rows
-    )  # 500 of 800, and the best peer's time over ours
+    )  # 500 of 800, and the speed-up over the best peer

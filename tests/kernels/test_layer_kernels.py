@@ -1,4 +1,4 @@
-"""Norm, projections with rotation, feed-forward and linear layers against their plain formulas in float64."""
+"""Norms, projections with rotary embeddings, feed-forward and linear layers against plain formulas in float64."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_qkv_rotary(dtype, bias, norm, rows_differ):
 def test_a_rotation_without_gradients_is_the_same(size, rows_differ):
     angles = normal(3, 7, size // 2) if rows_differ else normal(7, size // 2)
     table = torch.stack((angles.float().cos(), angles.float().sin()), -1)
-    heads = normal(3, 7, 6, size).float()[:, :, 1:5]  # of a projection that has more
+    heads = normal(3, 7, 6, size).float()[:, :, 1:5]  # a slice of a larger projection
     with torch.no_grad():
         quick = rotary(heads, table)
     assert torch.equal(quick, rotary(heads, table))
@@ -122,7 +122,7 @@ def test_frozen_weights_zeros_and_empty_batches():
 def test_an_activation_has_the_bits_of_its_row_alone(activation, width, threads):
     torch.set_num_threads(threads)
     gate_NF = torch.randn(160, 2 * width, generator=torch.Generator().manual_seed(0)).mul(3).chunk(2, -1)[0]
-    for x_NF in (gate_NF, gate_NF.contiguous()):  # beside the numbers that a gate multiplies, and by themselves
+    for x_NF in (gate_NF, gate_NF.contiguous()):  # interleaved with the gated values, and contiguous
         alone = torch.cat([activate_rows(ACTIVATIONS[activation], row) for row in x_NF.split(1)])
         for rows in range(2, 160, 5):
             assert torch.equal(activate_rows(ACTIVATIONS[activation], x_NF[:rows]), alone[:rows]), rows

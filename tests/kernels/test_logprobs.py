@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies on CPU against torch's own in float64."""
+"""Log-probabilities and entropies on CPU against torch's in float64."""
 
 import pytest
 import torch

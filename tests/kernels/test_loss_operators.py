@@ -1,4 +1,4 @@
-"""Losses and log-probabilities as operators of torch: what autograd, tracing and the compiler rely on."""
+"""Losses and log-probabilities as torch operators: contracts with autograd, tracing and the compiler."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed products: the plain product's values, and one row's bits whatever stands beside it."""
+"""Packed products: the values of the plain product, and the same bits of a row in any batch."""
 
 import pytest
 import torch

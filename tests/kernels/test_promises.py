@@ -1,4 +1,4 @@
-"""What kernels promise whatever they are given: strides, shapes, dtypes and derivatives that they do not know."""
+"""Guarantees of the kernels for any input: unsupported strides, shapes, dtypes and derivatives."""
 
 from functools import partial
 
@@ -99,7 +99,7 @@ def test_lengths_may_lie_in_memory_as_they_like(interpreted):
 
 
 def test_a_grid_of_decoding_ends_at_two_billions_of_rows(interpreted, monkeypatch):
-    """CUDA ends the second and third side of a grid at 65,535."""
+    """CUDA limits the second and third dimension of a grid to 65,535."""
     grids = []
     monkeypatch.setattr(triton_module("decode"), "launch", lambda kernel, grid, *_, **__: grids.append(grid))
     query, cache = torch.empty(40_000, 2, 1, 16), torch.empty(1, 2, 300, 16).expand(40_000, 2, 300, 16)
@@ -119,7 +119,7 @@ def test_a_sum_over_splits_has_one_order_whatever_the_capacity(interpreted, monk
 
 @pytest.mark.parametrize("wrong", [-1, 5, 10**9])
 def test_on_a_gpu_torchs_path_gives_nan_for_a_target_that_is_no_word(wrong):
-    """An index beyond the logits would end the process's work on that GPU. Here the path runs on a CPU."""
+    """An index beyond the logits would make the GPU unusable for the process. Here the path runs on a CPU."""
     target = TARGET.clone()
     target[1] = wrong
     rows, gradient = logit_chunks.loss_and_gradient_reference(
@@ -129,7 +129,7 @@ def test_on_a_gpu_torchs_path_gives_nan_for_a_target_that_is_no_word(wrong):
 
 
 def test_the_gradient_of_a_transposed_weight_is_as_the_operator_promises(monkeypatch):
-    """Row after row, as its fake says. cuBLAS alone adds onto float32, so the tensors have no memory."""
+    """Row-major, like its fake. Only cuBLAS accumulates into float32, so the tensors have no memory here."""
     monkeypatch.setattr(logit_chunks, "_adds_in_float32", lambda *_: True)
     weight = torch.empty(16, 5, dtype=torch.bfloat16, device="meta").t()
     logits, hidden = weight.new_empty(4, 5), weight.new_empty(4, 16)

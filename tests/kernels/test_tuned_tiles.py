@@ -1,4 +1,4 @@
-"""What the benchmark has found fastest on a GPU replaces the tables, by the name of the GPU."""
+"""The tiles that the benchmark tuned on a GPU replace the tables, by the GPU's name."""
 
 import json
 
@@ -16,7 +16,7 @@ PRODUCT = {"block_n": 16, "block_v": 32, "block_d": 16, "split": 3, "num_warps":
 
 @pytest.fixture
 def keep(interpreted, tmp_path, monkeypatch):
-    """Write tiles for a GPU into the file that LLMKIT_TILES names."""
+    """Write tiles for a GPU to the file in LLMKIT_TILES."""
     tiles = triton_module("tiles")
     path = tmp_path / "tiles.json"
 
@@ -30,7 +30,7 @@ def keep(interpreted, tmp_path, monkeypatch):
 
 
 def block_sizes(monkeypatch, run) -> dict[str, dict]:
-    """What kernels are started with."""
+    """Return the block sizes that kernels are launched with."""
     seen = {}
     for name in ("attention", "logprobs"):
         module = triton_module(name)

@@ -1,4 +1,4 @@
-"""The model, the decoder and `llmkit pretrain` on Triton's kernels give what they give on torch's."""
+"""The model, the decoder and `llmkit pretrain` give the same results on Triton's kernels as on torch's."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from tiny import make_model, save_tokenizer
 
 
 def kernels_run(monkeypatch) -> list[str]:
-    """Names of the kernels, as they are started."""
+    """The names of the launched kernels."""
     from llmkit.kernels.dispatch import triton_module
 
     started = []

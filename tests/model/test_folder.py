@@ -1,4 +1,4 @@
-"""Folders in and out: the same logits as transformers for every family, and a refusal by name for what is broken."""
+"""Loading and saving folders: the same logits as transformers for every family, and errors that name the problem."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_logits_and_gradients_are_those_of_transformers_loaded_and_saved_again(n
     assert abs(loss - expected.loss) < 1e-5
     loss.backward()
     expected.loss.backward()
-    # a gradient goes through the same rearrangement as its parameter, for nothing but rows are moved
+    # gradients can be rearranged like parameters, because only rows are moved
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.copy_(parameter.grad)
@@ -65,7 +65,7 @@ def test_logits_and_gradients_are_those_of_transformers_loaded_and_saved_again(n
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_greedy_answers_are_those_of_transformers(name, tmp_path):
-    """Beyond the windows, in a slot beside another, and behind a prefix that was extended."""
+    """Beyond the windows, in a batch with another, and after an extended prefix."""
     theirs = save(name, tmp_path)
     prompt, count = tokens(1, 9)[0].tolist(), 24
     asked = torch.tensor([prompt])
@@ -89,7 +89,7 @@ def test_sharded_folders_load_and_save(tmp_path):
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     ours = load_model(tmp_path / "theirs")
     assert (ours.logits(ours(tokens())) - theirs(tokens()).logits).abs().max() < 1e-4
-    save_model(ours, tmp_path / "one", max_shard_size=40_000)  # the other form is gone
+    save_model(ours, tmp_path / "one", max_shard_size=40_000)  # the other format is gone
     assert not (tmp_path / "one" / "model.safetensors").exists()
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
@@ -109,7 +109,7 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 
 
 def without_prefix(tensors):
-    """As they lie in openai-community/gpt2, whose masks are no weights."""
+    """Rename tensors as in openai-community/gpt2, whose masks are not weights."""
     named = {name.removeprefix("transformer."): tensors.pop(name) for name in list(tensors)}
     tensors.update(named, **{"h.0.attn.bias": torch.ones(1, 1, 64, 64)})
 

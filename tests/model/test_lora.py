@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing changes at first, training changes them alone, and merged they are the same model."""
+"""LoRA adapters: zero effect at initialization, only adapters are trained, and merging preserves the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = torch.arange(1, 21).view(1, 20)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model as it is loaded: its output projections are not zero as those of a new one are."""
+    """A loaded model, whose output projections are not zero like those of a new one."""
     torch.manual_seed(0)
     model = Transformer(CONFIG, seed=0)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_rows_of_tokens_are_trained_alone_and_merged(tmp_path, tied):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3-window-and-part-of-the-head", "gemma3"])
 def test_peft_puts_an_adapter_on_the_base_of_any_family(tmp_path, name):
-    """Modules that are stacked in the checkpoint, stored as (in, out) or rotated in part get one adapter each."""
+    """Modules that are stacked in the checkpoint, stored as (in, out) or partly rotated get one adapter each."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     save(name, tmp_path / "base")
     adapter = LoraAdapter(load_model(tmp_path / "base").train(), rank=4, alpha=8, seed=3, token_ids=(5, 63))

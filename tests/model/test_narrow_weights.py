@@ -1,4 +1,4 @@
-"""Narrow weights: near the plain product, whole in any company, and never silently wrong."""
+"""Low-precision weights: close to the plain product, the same in any batch, and never silently wrong."""
 
 import warnings
 
@@ -22,7 +22,7 @@ def test_it_is_nearly_the_plain_product(weights, error, biased, shape):
     weight, x = torch.randn(shape), torch.randn(9, shape[1])
     bias = torch.randn(shape[0]) if biased else None
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch deprecates what this uses; a user need not read that
+        warnings.simplefilter("error")  # a deprecated API is used, but users must not see the warning
         product = narrow_linear(weight, bias, weights)
     expected = torch.nn.functional.linear(x, weight, bias)
     assert product is not None and (product(x) - expected).std() < error * expected.std()

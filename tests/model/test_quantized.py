@@ -1,4 +1,4 @@
-"""Matrices in 4 and 8 bits: nearest codes, a layer that is the one with the rounded matrices, and no gradient lost."""
+"""Matrices in 4 and 8 bits: nearest codes, layers equal to those with rounded matrices, and correct gradients."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def test_nf4_are_the_quantiles_of_the_paper():
-    """Dettmers et al. 2023, section 3: 8 quantiles below zero and 9 from it on, zero once, the largest made 1."""
-    # 0.9677083 is the mean of 1 - 1/30 and 1 - 1/32, half a quantile from the end on either side
+    """Dettmers et al. 2023, section 3: 8 quantiles below zero, 9 from zero on, one zero, the largest scaled to 1."""
+    # 0.9677083 is the mean of 1 - 1/30 and 1 - 1/32, half a quantile from the end on both sides
     end = (2 - 1 / 30 - 1 / 32) / 2
     above = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64))[:-1]
     below = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64))[:-1]
@@ -55,8 +55,8 @@ def test_zeros_stay_zeros_and_what_is_no_number_is_seen_in_its_scale(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
 def test_an_adapter_learns_as_beside_the_rounded_matrices(tmp_path, name, kind):
-    """Logits and the gradients of the adapter are those of a float32 model that has the rounded matrices, also where
-    layers are computed again in the backward pass."""
+    """Logits and adapter gradients equal those of a float32 model with the rounded matrices, also with activation
+    checkpointing."""
     save(name, tmp_path)
     dense, small = load_model(tmp_path).train(), load_model(tmp_path, quantize=kind).train()
     assert is_quantized(small) and not is_quantized(dense)

@@ -1,4 +1,4 @@
-"""The model itself: documents, cache, gradients, initialisation, checkpointing, compilation."""
+"""The model: documents, cache, gradients, initialization, checkpointing, compilation."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def small(**options):
 
 
 def shaken(config, dtype=torch.float32):
-    """A model in which no parameter is zero or one."""
+    """Make a model in which no parameter is zero or one."""
     model = Transformer(config, seed=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -124,8 +124,8 @@ def test_a_tiny_model_learns_a_batch_by_heart(tied, dtype):
         (100, 100, 112, 112, False),
         (100, 100, 112, 112, True),
         (100, 100, 140, 140, False),
-        (128, 128, 140, 192, False),  # a multiple of 64 stays one
-        (128, 100, 112, 128, False),  # rows that no token used are taken first
+        (128, 128, 140, 192, False),  # a multiple of 64 remains one
+        (128, 100, 112, 128, False),  # unused rows are taken first
         (100, 100, 100, 100, False),
     ],
 )

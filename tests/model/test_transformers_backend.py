@@ -1,4 +1,4 @@
-"""Families that transformers computes: hidden states, packed documents, gradients, generation by its cache, errors."""
+"""Models that run through transformers: hidden states, packed documents, gradients, generation with cache, errors."""
 
 import families
 import pytest
@@ -26,7 +26,7 @@ PROMPTS = ["Once", "It was a dark and stormy night", "x", "The sea is", "a"]
 
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request, tmp_path_factory):
-    """A folder of each family, and transformers' own model."""
+    """A folder of each family, and transformers' model."""
     path = tmp_path_factory.mktemp(request.param)
     return path, save(request.param, path)
 
@@ -122,7 +122,7 @@ def test_samples_and_likelihoods(folder):
 
 @torch.no_grad()
 def test_a_sequence_goes_on_behind_the_result_of_a_tool(folder):
-    """Held in the middle of a batch, extended by several tokens, and loaded among others."""
+    """Suspended in the middle of a batch, extended by several tokens, and loaded next to others."""
     model = load_model(folder[0], backend="auto")
     decoder = TransformersDecoder(model)
     one, other, result = numbers(3, 9).tolist()
@@ -132,7 +132,7 @@ def test_a_sequence_goes_on_behind_the_result_of_a_tool(folder):
     held = decoder.hold(0, 10)
     decoder.move(1, 0, 5)
     decoder.step([9], [5])
-    for _ in range(2):  # what is held stays as it is
+    for _ in range(2):  # the suspended state does not change
         prefix = decoder.extend(held, [11, *result])
     assert (prefix.logits_1V - model.logits(model(torch.tensor([[*one, 7, 11, *result]])))[:, -1]).abs().max() < 1e-4
     decoder.load(1, prefix)
@@ -140,7 +140,7 @@ def test_a_sequence_goes_on_behind_the_result_of_a_tool(folder):
     for row, ids in enumerate(([*other[:4], 8, 9, 12], [*one, 7, 11, *result, 13])):
         expected = model.logits(model(torch.tensor([ids])))[0]
         assert (logits[row] - expected[-1]).abs().max() < 1e-4
-        for start, piece in decoder.logits_in_pieces(ids, 3):  # as `echo` of serve has it
+        for start, piece in decoder.logits_in_pieces(ids, 3):  # for `echo` of serve
             assert (piece - expected[start : start + 3]).abs().max() < 1e-4
 
 
@@ -257,7 +257,7 @@ def test_a_family_with_a_cache_of_its_own_is_trained_but_not_sampled(family, tmp
 def test_without_transformers_the_line_names_the_families_and_the_package(tmp_path, monkeypatch):
     save("bloom", tmp_path)
     with pytest.raises(UserError, match=r"'bloom'; choose .*; transformers supports others, but not"):
-        load_config(tmp_path)  # as pretrain and export ask
+        load_config(tmp_path)  # like pretrain and export
     monkeypatch.setattr("llmkit.model.folder.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"one of llama, .*, found 'bloom'; .* pip install 'transformers>=5'"):
         load_config(tmp_path, "auto")
@@ -272,7 +272,7 @@ def test_weights_of_another_shape_or_kind_are_refused(tmp_path, monkeypatch):
         (tensors[name].to(torch.float8_e4m3fn), r"quantized tensor model.layers.0.*; use the model's"),
         (tensors[name].int(), r"down_proj.weight: expected dtype F64, .*, found I32; use the model's"),
     ):
-        if not tensor.is_floating_point():  # its header says so
+        if not tensor.is_floating_point():  # according to its header
             monkeypatch.setattr(SavedTensors, "read", None)
         save_file(tensors | {name: tensor.contiguous()}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=message) as raised:

@@ -1,4 +1,4 @@
-"""Prompts to answers, by a server with all its faults and by a folder."""
+"""Prompts to answers, from a faulty server and from a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def opened(source, *, temperature=0.3, seed=5, max_tokens=32, concurrency=4, tim
 
 
 def ask(server: ChatServer, *prompts: str, read=str, **options) -> list:
-    """The answers to some prompts, each a group of its own."""
+    """Return the answers to some prompts, each in a separate group."""
     with opened(server.spec, **options) as model:
         answered = list(model.ask(((number, [text]) for number, text in enumerate(prompts)), read))
     assert [name for name, _ in answered] == list(range(len(prompts)))

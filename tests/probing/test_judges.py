@@ -1,4 +1,4 @@
-"""A model as a judge: what it is shown, what is read of its replies, and what it cannot take for right."""
+"""A model as a judge: its prompts, parsing its replies, and answers that are never right."""
 
 from __future__ import annotations
 

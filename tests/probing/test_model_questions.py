@@ -1,4 +1,4 @@
-"""Questions that a model writes: what is read of its replies, and what is left out."""
+"""Questions written by a model: parsing its replies, and rejected questions."""
 
 from __future__ import annotations
 

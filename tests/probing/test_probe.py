@@ -1,4 +1,4 @@
-"""What judgements say of a question, and what is taught of it."""
+"""From judgements to the class of a question, and to lessons."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_lesson_is_the_answer_or_a_refusal():
 
 
 def test_our_refusals_are_no_answers():
-    """Else a model that has learnt to refuse would be found to answer wrongly."""
+    """Otherwise a model trained to refuse would count as wrong."""
     judge = MatchJudge(refusals=Refusals().texts())
     for language, texts in json.loads(OURS.read_text()).items():
         for text in texts:

@@ -1,4 +1,4 @@
-"""Passages and the questions that are made from them without a model."""
+"""Passages, and questions made from them without a model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_sentence_becomes_a_question(sentence, question, answer):
         "nothing here has a name or a number to ask about",
         'The mayor said "it was opened in 1889" to them all',
         "Count Arnheim's calmness caused the 'outburst' to be noticed with surprise",
-        "In 1889 and again in 1889 the tower was painted red",  # the question would tell the answer
+        "In 1889 and again in 1889 the tower was painted red",  # the question would contain the answer
     ],
 )
 def test_some_sentences_ask_nothing(sentence):
@@ -109,4 +109,4 @@ def test_a_passage_gives_a_few_questions_and_blanks_only_where_needed():
 
 
 def test_a_text_of_marks_alone_takes_no_square_of_its_length():
-    assert list(sentences("!" * 200_000)) == []  # 87 s for 64,000 of them before
+    assert list(sentences("!" * 200_000)) == []  # regression: 87 s for 64,000 of them

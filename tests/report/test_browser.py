@@ -1,6 +1,6 @@
-"""The page in a real browser: at the width of a phone and of a desk, light and dark, with and without script.
+"""The page in a real browser: phone and desktop widths, light and dark, with and without JavaScript.
 
-Needs playwright (`pip install '.[browser]'`) and a Chromium on the PATH. Screenshots go to $LLMKIT_SCREENSHOTS, if set.
+Needs playwright (`pip install '.[browser]'`) and Chromium on the PATH. Screenshots go to $LLMKIT_SCREENSHOTS, if set.
 """
 
 from __future__ import annotations

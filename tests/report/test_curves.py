@@ -1,4 +1,4 @@
-"""The curves in a run folder: pictures of their own, whatever the metrics hold."""
+"""The curves in a run folder: self-contained images for any metrics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_curve_shows_training_and_validation(tmp_path: Path) -> None:
     assert 200 <= len(values) <= 240 and len(average) <= 240 and len(validation) == 6
     width, height = map(float, svg.attrib["viewBox"].split()[2:])
     assert all(0 <= x <= width and 0 <= y <= height for x, y in values + average + validation)
-    assert values[0][1] < values[-1][1]  # falls: y grows downwards
+    assert values[0][1] < values[-1][1]  # the curve falls, because y points down
     texts = [text.text for text in svg.iter(f"{SVG}text")]
     assert {"training", "validation", "step", "3,000"} <= set(texts)
 

@@ -1,4 +1,4 @@
-"""A report of what every stage really writes, at the smallest size: what they call their figures is what is read."""
+"""A report of real outputs of every stage, at the smallest size, so that the names of figures match."""
 
 from __future__ import annotations
 

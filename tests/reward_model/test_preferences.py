@@ -1,4 +1,4 @@
-"""Losses of preferences beside the papers' formulae, written out one answer at a time with all logits held."""
+"""Preference losses compared with the papers' formulas, computed one answer at a time from full logits."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ OBJECTIVES = {
     "simpo": Objective("simpo", BETA, SMOOTHING, WEIGHT, MARGIN),
 }
 RANKS = [(1, 2), (1, 2), (2, 1, 3), (1, 2)]
-HEADER = 3  # tokens that all answers begin with, none of them trained
+HEADER = 3  # untrained tokens at the beginning of all answers
 
 
 def comparisons() -> list[Candidates]:
-    """Prompts and answers of different lengths; the third has three answers."""
+    """Return prompts and answers of different lengths; the third has three answers."""
     rng = np.random.default_rng(0)
     made = []
     for number, ranks in enumerate(RANKS):
@@ -55,14 +55,14 @@ def compared(source: Comparisons, model) -> Comparisons:
 
 
 def logprobs(model, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
-    """Of each token of an answer behind its prompt, or of a prompt behind its first token."""
+    """Return the log-probability of each token of an answer after its prompt, or of a prompt after its first token."""
     ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64)).unsqueeze(0)
     every = torch.log_softmax(model.logits(model(ids)), -1)[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)
     return every[len(prompt) - 1 :]
 
 
 def expected(objective: Objective, policy, reference, source: Comparisons) -> torch.Tensor:
-    """The mean loss of all comparisons, by the papers."""
+    """Return the papers' mean loss of all comparisons."""
     beta, losses, learnt = objective.beta, [], []
     log_sigmoid = F.logsigmoid
     ratios = []  # kto
@@ -116,7 +116,7 @@ def models():
 def test_a_loss_and_its_gradient_are_the_papers(name, models):
     objective, (policy, reference) = OBJECTIVES[name], models
     source = policy_comparisons(Comparisons("some", comparisons()), objective.loss, 512)
-    assert all(one.trained[1].all() for one in source.candidates)  # the header has gone to the prompt
+    assert all(one.trained[1].all() for one in source.candidates)  # the header is part of the prompt
     source = compared(source, reference)
     batch = packed_comparisons([source.candidates[:3], source.candidates[3:]], 128, 0)
     parameters = [value for value in policy.parameters() if value.requires_grad]
@@ -171,7 +171,7 @@ def test_a_verdict_beside_a_pair_is_of_its_own_side(models):
 
 def test_an_answer_of_another_prompt_is_given_to_each_of_many_with_one_prompt():
     first, second = comparisons()[:2]
-    source = policy_comparisons(Comparisons("some", [first] * 3000 + [second]), "kto", 512)  # the square is 9M steps
+    source = policy_comparisons(Comparisons("some", [first] * 3000 + [second]), "kto", 512)  # squared: 9M steps
     mismatched = [one.answers[-1].tolist() for one in source.candidates]
     assert mismatched[:-1] == [source.candidates[-1].answers[0].tolist()] * 3000
     assert mismatched[-1] == source.candidates[0].answers[0].tolist()

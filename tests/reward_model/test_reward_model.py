@@ -1,4 +1,4 @@
-"""The loss of comparisons against its definition, shared prompts against answers alone, and figures of a judge."""
+"""The comparison loss against its definition, shared prompts against single answers, and a judge's figures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def some_comparisons(count: int, seed: int = 0) -> list[Candidates]:
 
 
 def alone(model: RewardModel, prompt: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """The scores of one answer, computed as transformers would: the whole sequence, its last token."""
+    """Return the scores of one answer as in transformers: from the last token of the complete sequence."""
     ids = torch.from_numpy(np.concatenate([prompt, answer])).long().unsqueeze(0)
     with torch.no_grad():
         return model.scores(model(ids))[0, -1].numpy()
@@ -110,7 +110,7 @@ def test_the_loss_counts_comparisons_and_does_not_depend_on_their_rows(model):
 
 
 def test_one_long_comparison_makes_no_other_row_long(model):
-    """Else each of them would pay its square in attention."""
+    """Otherwise each row would cost its quadratic attention."""
     rng = np.random.default_rng(1)
     long = Candidates(np.full(9, 3), tuple(rng.integers(1, VOCABULARY, 80) for _ in range(5)), (1, 2, 3, 4, 5), 0.0, 90)
     comparisons = [*some_comparisons(40), long]

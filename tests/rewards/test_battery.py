@@ -1,13 +1,13 @@
-"""battery.jsonl: completions as models write them, labelled by hand; the precision and recall of the verifiers on them.
+"""Precision and recall of the verifiers on battery.jsonl: completions in the style of models, labelled by hand.
 
     pytest -s tests/rewards/test_battery.py     prints both, for each half
 
-A line is {"kind", "half", "problem", "said", "right"}; `source` is what a kind's completions are modelled on. The cases
-were written before the code was tried on them; the half "held" was tried only when the code for the other was finished,
-and "fresh" written after that, then "second", "third" and "fourth". At the first try precision and recall of "second"
-were .924 and .752 (answers with units, in words, as equations and as a letter were compared as text), of "third",
-written after the mends, .967 and .967, of "fourth" .968 and .987; its kinds "scales" and "taken back
-and units" are of mends, and were tried before.
+A line is {"kind", "half", "problem", "said", "right"}; `source` is what a kind's completions imitate. Cases were
+written before the code was run on them. The half "held" was first run when the code for the other half was finished;
+"fresh", "second", "third" and "fourth" were written after that, in this order. First runs had a precision and recall of
+.924 and .752 on "second" (answers with units, in words, as equations and as a letter were compared as text), .967 and
+.967 on "third", written after the fixes, and .968 and .987 on "fourth", whose kinds "scales" and "taken back and units"
+test fixes and had been run before.
 """
 
 from __future__ import annotations

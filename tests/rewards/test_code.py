@@ -1,4 +1,4 @@
-"""Unit tests of programs: what passes, and every way in which a program might say that it passed."""
+"""Unit tests of programs: correct ones pass, and no trick of a program can fake a pass."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_nothing_else_is_taken_from_the_wire(sent):
 def test_code_is_taken_from_the_block_that_defines_the_function():
     text = "```python\ndef f(): pass\n```\n```bash\nls\n```\n```python\nf()\n```"
     assert code_of(text, ["f"]) == "def f(): pass\n"
-    assert code_of(text) == "def f(): pass\n\nf()\n"  # what it takes from other blocks stands before it
+    assert code_of(text) == "def f(): pass\n\nf()\n"  # the code of other blocks comes first
     assert code_of("```bash\nls\n```") == ""
 
 

@@ -1,4 +1,4 @@
-"""No verifier and no judge ends a run with a traceback, whatever a model or a record says."""
+"""No verifier or judge ends a run with a traceback, for any completion or record."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_verifiers_and_judge_take_any_text(said, asked, answer):
             reward = VerifierReward(name)
             try:
                 reward.check(one)
-            except UserError:  # the record is at fault, and named before the run
+            except UserError:  # a bad record is reported before the run
                 continue
             assert reward.score([Attempt(one, said, 5, "stop", 9)])[0] in (0.0, 1.0)
     assert FormatReward(".*").score([Attempt(problem(asked, answer), said, 5, "stop", 9)])[0] in (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Rewards by their SPEC: what each gives, and how each fails in one line."""
+"""Rewards by their SPEC: their values, and their errors in one line."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_a_command_that_is_no_program_is_told_of_first(tmp_path: Path):
     path.write_text("print(1)\n")
     with pytest.raises(UserError, match=r"not executable; chmod \+x it"):
         parse_rewards([f"cmd:{path}"])
-    path.chmod(0o755)  # without #!, and no binary
+    path.chmod(0o755)  # neither a script with #! nor a binary
     with pytest.raises(UserError, match="cannot run the command"):
         scores(f"cmd:{path}", attempt())
 
@@ -274,7 +274,7 @@ def test_a_command_or_a_function_may_say_that_it_cannot_judge(tmp_path: Path, bo
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory) -> Path:
-    """The folder of a reward model of two heads, with a context of 60 tokens."""
+    """The folder of a reward model with two heads and a context of 60 tokens."""
     folder = tmp_path_factory.mktemp("judge")
     save_tokenizer(folder, *CHAT_SPECIALS)
     model = make_model(vocab_size=VOCABULARY + len(CHAT_SPECIALS), context=60)

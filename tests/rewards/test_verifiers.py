@@ -1,4 +1,4 @@
-"""What a verifier must reward, and above all what it must not: a policy finds every hole there is."""
+"""What a verifier must reward and, above all, what it must not: a policy finds every loophole."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_right_number_is_rewarded(answer, completion):
 
 
 WRONG = [
-    # nothing, and what is no number
+    # empty, and not a number
     ("5", ""), ("5", " "), ("5", "\n\t\u00a0\u200b"), ("0", ""), ("0", "None"), ("0", "-"), ("1", "no one"),
     ("5", "not five"), ("5", "four or five"), ("5", "more than five"),
     ("5", "NaN"), ("5", "Infinity"), ("5", "-inf"), ("5", "1e99999999"), ("5", "5e-99999999"), ("5", "1/0"),
@@ -73,22 +73,22 @@ WRONG = [
     # another value
     ("5", "6"), ("5", "-5"), ("-5", "5"), ("5", "0.5"), ("0.5", "5"), ("50", "0.5"), ("5", "5.01"), ("1000", "1"),
     ("1000000", "1000001"), ("1000000000000", "1000000000001"), ("5", "10-5"), ("1000", "1.000"), ("15", "1,5"),
-    # left open, denied, listed
+    # undecided, denied, listed
     ("5", "The answer is not 5"), ("5", "It isn't 5"), ("5", "it is not equal to 5"), ("5", "x \u2260 5"),
     ("5", "x != 5"), ("5", "never 5"), ("5", "4 or 5"), ("5", "5 or 6"), ("5", "either 4, or 5"), ("5", "4, 5"),
     ("100", " ".join(map(str, range(101)))), ("100", ", ".join(map(str, range(101)))),
     ("50", ", ".join(map(str, range(101)))),
     ("7", "\n".join(map(str, range(101)))), ("5", "3-5"), ("5", "4/5"), ("5", "2 5"),
-    # nobody has worked it out
+    # not worked out
     ("387420489", "9**9"), ("9", "9**9**9"), ("9", "9^9^9^9"), ("9", "9**9**9**9**9"), ("9", "10 - 9"), ("9", "3 * 9"),
     ("9", "0 + 9"), ("5", "5 \u00d7 1"), ("2", "x^{2}"), ("5", "__import__('os').system('true')"),
-    # what contains the answer
+    # texts that contain the answer
     ("2024", "3/4/2024"), ("30", "10:30"), ("2", "1.2.2"), ("5", "15"), ("5", "50"), ("5", "5,000"), ("5", "5.5.5"),
     ("18 cm", "18 m"), ("$5", "\u20ac5"), ("1.2 million", "1.2"), ("12k", "12"), ("5 apples", "15"), ("6", "7\u62168"),
     ("6", "over 6"), ("6", "unlikely to be 6"), ("6", "The answer is 6. Actually, it's 5."), ("1969", "before 1969"),
-    # two results beside each other
+    # two results
     ("5", "2 + 3 = 5 6"), ("5", "2 + 3 = 5 5 6"), ("5", "2 + 3 = 5, 6"),
-    # several ends
+    # several conclusions
     ("5", "#### 5\n#### 6"), ("6", "#### 5\n#### 6"), ("5", "####"), ("5", "#### 5 6"), ("5", "#### 5 or 6"),
     ("5", "5\n####"), ("5", "#### not 5"), ("6", "\\boxed{6} no, \\boxed{5}"), ("5", "\\boxed{}"),
     ("5", "\\boxed{4, 5}"),
@@ -129,7 +129,7 @@ def test_a_percentage_keeps_both_readings():
     assert last_number("50 percent") == Number(50, True) and last_number("50") == Number(50, False)  # type: ignore
 
 
-# ---- the question said again
+# ---- the question repeated
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_choice(completion, right):
     ("name", "value", "right", "wrong"),
     [
         (None, {"prompt": "Which is it?\n(A) three\n(B) four", "answer": "(B)"}, ["B", "(B)", "So it is (B)."],
-         ["A", "A or B"]),  # a letter in brackets is a choice, whose options the prompt holds
+         ["A", "A or B"]),  # a letter in brackets is a choice from the prompt
         ("match", {"prompt": "What is the capital of France?", "answer": "Paris"}, ["It is Paris.", "Paris"],
          ["", "Not Paris", "Paris or Rome", "I do not know"]),
     ],
@@ -292,7 +292,7 @@ def test_latex_compares_what_is_boxed(answer, completion, right):
 
 
 def test_what_math_verify_cannot_read_is_not_judged():
-    """An answer that is damaged in the data is right where it is said letter by letter, and else leaves it open."""
+    """For an answer that is damaged in the data, an identical completion is right, and any other is undecided."""
     pytest.importorskip("math_verify")
     right = {"\\boxed{\\frac{7}}": 1, "\\boxed{7}": None, "7": 0, "": 0}
     assert {text: score(text, "latex", answer="\\frac{7}") for text in right} == right
@@ -318,7 +318,7 @@ def test_a_comparison_that_hangs_is_ended_and_the_next_one_works():
     pytest.importorskip("math_verify")
     asked = problem(answer="x+1")
     hasty = LatexComparer(seconds=1e-6)
-    assert not hasty.judge(asked, "\\boxed{1+x}")  # ended before it could answer
+    assert not hasty.judge(asked, "\\boxed{1+x}")  # stopped before it could answer
     hasty.worker.close()
     comparer = LatexComparer()
     assert comparer.judge(asked, "\\boxed{1+x}")
@@ -327,7 +327,7 @@ def test_a_comparison_that_hangs_is_ended_and_the_next_one_works():
     comparer.worker.close()
 
 
-# ---- which verifier
+# ---- selection of the verifier
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_the_answers_of_other_sets_are_right_and_those_of_the_next_problem_are_n
 def quickly_met(schema: dict, completion: str) -> bool:
     began = time.monotonic()
     found = score(completion, schema=schema, verifier="json-schema")
-    assert time.monotonic() - began < 60  # without a limit hours
+    assert time.monotonic() - began < 60  # hours without a limit
     return found == 1.0
 
 

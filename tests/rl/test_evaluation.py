@@ -1,4 +1,4 @@
-"""A policy looked at between steps: figures of attempts, the gold reward, what is shown of it, and what is said."""
+"""Evaluating a policy between steps: metrics of rollouts, the gold reward, logged samples, and messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmkit.rl.evaluation import describe, gold_figures, write_disagreements
 from llmkit.rl.monitor import Watch
 from tests.helpers.jsonl import lines
 
-# rewards of attempts of 2, 4, 6 and 8 tokens
+# rewards of rollouts with 2, 4, 6 and 8 tokens
 ROLLOUTS = [
     attempt([1], [65] * n, reward=reward) for n, reward in zip(range(2, 10, 2), [0.1, 0.9, 0.8, 0.5], strict=True)
 ]

@@ -1,4 +1,4 @@
-"""When a run is stopped, and when noise is only noise."""
+"""When guards stop a run, and when they treat changes as noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def steps(rewards):
 
 
 def fallen(rewards, guard=None) -> list[int]:
-    """The steps at which a collapse is told."""
+    """Return the steps at which a collapse is reported."""
     guard = guard or CollapseGuard()
     return [step for step, row in enumerate(steps(rewards)) if guard.note(row)]
 
@@ -65,12 +65,12 @@ def look(reward, gold, error=0.02):
 def test_a_reward_that_rises_while_the_gold_one_falls_is_gamed():
     watch = HackWatch()
     assert not any(watch.note(row) for row in (look(0.1, 0.3), look(0.4, 0.5), look(0.6, 0.48)))
-    assert watch.note(look(0.7, 0.3)) is None  # once may be chance
+    assert watch.note(look(0.7, 0.3)) is None  # once may be noise
     assert "gamed" in str(watch.note(look(0.8, 0.2)))
 
 
 def looks_at(shares, rng):
-    """Evaluations of 200 problems, right or wrong, with a reward that rises; a tenth change from one to the next."""
+    """Return evaluations of 200 problems with a rising reward; a tenth of the problems change each time."""
     right = rng.random(200) < shares[0]
     for step, share in enumerate(shares):
         right = np.where(rng.random(200) < 0.1, rng.random(200) < share, right)
@@ -89,8 +89,8 @@ def test_luck_is_no_gaming_and_a_slow_fall_is():
     "then",
     [
         [look(0.7, 0.47), look(0.8, 0.46), look(0.9, 0.45)],  # within noise
-        [look(0.2, 0.2), look(0.1, 0.1)],  # both fall: no gaming
-        [look(0.7, 0.3), look(0.8, 0.6), look(0.9, 0.5)],  # the gold one comes back
+        [look(0.2, 0.2), look(0.1, 0.1)],  # both fall: not gamed
+        [look(0.7, 0.3), look(0.8, 0.6), look(0.9, 0.5)],  # the gold reward recovers
     ],
 )
 def test_what_is_not_gaming(then):
@@ -99,7 +99,7 @@ def test_what_is_not_gaming(then):
 
 
 def test_an_evaluation_without_what_is_trained_on_is_not_judged():
-    watch = Watch(None, proxy="val_margin", stop_on_hack=True)  # margins need answers of both sides
+    watch = Watch(None, proxy="val_margin", stop_on_hack=True)  # margins need preferred and rejected answers
     for gold in (1.0, 0.0, 0.0):
         watch.note_evaluation({"val_gold": gold, "val_gold_se": 0.01})
     assert watch.stopped is None

@@ -1,4 +1,4 @@
-"""The loss against its formula on whole logits, whatever the rows; and what has no part in it."""
+"""The loss against its formula on full logits, for any rows; and tokens that do not contribute."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture
 def rollouts():
-    """Two groups of three attempts, of unequal lengths, at log-probabilities that are not those of the model."""
+    """Two groups of three rollouts of different lengths, with log-probabilities of another policy."""
     rng = np.random.default_rng(0)
     made = []
     for group in range(2):
@@ -44,7 +44,7 @@ def rollouts():
 
 
 def logprobs_of(model, rollout):
-    """By the whole softmax, one attempt at a time."""
+    """Return log-probabilities from the full softmax, one rollout at a time."""
     ids = torch.tensor([rollout.token_ids])
     logits = model.logits(model(ids))[0] / TEMPERATURE
     made = len(rollout.completion.token_ids)
@@ -52,7 +52,7 @@ def logprobs_of(model, rollout):
 
 
 def formula(name, kl_coef, model, rollouts):
-    """The loss of an algorithm, as its paper has it."""
+    """Return the loss of an algorithm by its paper's formula."""
     algorithm, losses = ALGORITHMS[name], []
     for one in rollouts:
         logprobs = logprobs_of(model, one)
@@ -114,7 +114,7 @@ def test_rows_a_micro_batch_do_not_matter(model, rollouts):
 
 
 def figures_of_training(model, rollouts, folder, monkeypatch, out_of_memory_at=None):
-    """Of two updates on one batch, two rows at a time, whose memory may run out at a call of the model."""
+    """Train two updates on one batch, two rows at a time, optionally out of memory at one model call."""
     model = deepcopy(model).train()
     rows, _ = pack_rollouts(rollouts, [1.0] * len(rollouts), 0, False)
     batch = PolicyRows(*(array[:4] for array in rows))

@@ -1,4 +1,4 @@
-"""The log of attempts: what other stages read in it."""
+"""The log of rollouts as input of other stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def called(asked) -> dict:
 
 
 def test_an_attempt_with_calls_teaches_them():
-    """sft reads the messages; a judge reads what was said, as it did in training."""
+    """sft reads the messages; a judge reads the text, as in training."""
     row = Row(called(problem()), "rollouts.jsonl", 1)
     asked, answered = read_conversation(row).messages
     assert (asked.role, asked.text, answered.parts) == ("user", "2 + 2?", CALLED)
@@ -49,5 +49,5 @@ def test_a_log_that_was_edited_is_not_gone_on_with(tmp_path):
     path.write_bytes(written.replace(b'"completion":"4"', b'"completion":"5"'))
     with pytest.raises(UserError, match=r"rollouts\.jsonl: damaged or edited; restore it, or start again"):
         RolloutLog(path).trim(9)
-    path.write_bytes(written + b'{"step": 7, "group": 999')  # a line that a kill has cut
+    path.write_bytes(written + b'{"step": 7, "group": 999')  # a line truncated by a kill
     assert RolloutLog(path).trim(9) == 1 and path.read_bytes() == written

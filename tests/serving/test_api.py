@@ -113,7 +113,7 @@ def test_prompts_are_scored(server: Server, folders: dict[str, Path]) -> None:
     assert len(again.logprobs.tokens) == len(ids) + 2
     scored = server.client.completions.create(prompt=ids + again.token_ids, **request).choices[0].logprobs
     best = [max(top.values()) for top in scored.top_logprobs[-2:]]
-    assert scored.token_logprobs[-2:] == best  # lm-evaluation-harness compares them by ==: are they greedy?
+    assert scored.token_logprobs[-2:] == best  # lm-evaluation-harness checks with == whether they are greedy
 
 
 def test_an_answer_is_continued(server: Server) -> None:
@@ -143,7 +143,7 @@ def test_an_answer_keeps_to_a_json_schema(server: Server, temperature: float) ->
         answer = json.loads(choice.message.content)
         assert list(answer) == [*properties] and len(answer["city"]) <= 5 and answer["ok"] in ("yes", "no")
         assert 0 <= answer["count"] <= 99 and choice.finish_reason == "stop"
-        assert min(entry.logprob for entry in choice.logprobs.content) < -1  # under the model's own distribution
+        assert min(entry.logprob for entry in choice.logprobs.content) < -1  # under the untruncated distribution
     texts = [""] * 4
     for chunk in create(**request, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""

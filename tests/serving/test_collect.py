@@ -1,4 +1,4 @@
-"""People's judgements come back as lines that train-reward and sft read as they are."""
+"""Collected judgements are lines that train-reward and sft read without conversion."""
 
 from __future__ import annotations
 

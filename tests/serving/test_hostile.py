@@ -1,4 +1,4 @@
-"""What hostile clients send: the server refuses it, and goes on serving the others."""
+"""The server refuses hostile requests and keeps serving other clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     folders = tiny.save_assistant(root / "chat"), tiny.save_assistant(root / "says", "<i>Hey\u2028")
     with served(*folders) as server:
         yield server
-        assert server.post("/v1/chat/completions", CHAT)[0] == 200  # whatever came before
+        assert server.post("/v1/chat/completions", CHAT)[0] == 200  # still, after any request
 
 
 def connect(server: Server, data: bytes = b"") -> socket.socket:
@@ -51,7 +51,7 @@ def head(server: Server, path: str, *headers: str, method: str = "POST") -> byte
 def test_a_text_of_a_megabyte_is_refused_with_the_context(server: Server, text: str) -> None:
     status, content = server.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": text}]})
     assert status == 400 and content["error"]["code"] == "context_length_exceeded"
-    assert "bytes" in content["error"]["message"]  # it is not cut into tokens, which would hold everybody up
+    assert "bytes" in content["error"]["message"]  # not tokenized, which would block everybody
     assert server.post("/tokenize", {"prompt": "a" * 2_000_000})[0] == 400
     assert server.post("/tokenize", {"messages": [{"role": "user", "content": text}]})[0] == 400
 
@@ -65,7 +65,7 @@ def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:
     assert server.post("/v1/chat/completions", CHAT, {"Content-Length": "999999999"})[0] == 413
     with connect(server, head(server, "/tokenize", "Transfer-Encoding: chunked")) as sock:
         piece = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
-        with suppress(OSError):  # it is closed while more is sent
+        with suppress(OSError):  # the server closes during sending
             for _ in range(200):
                 sock.sendall(piece)
         assert sock.recv(100).startswith(b"HTTP/1.1 413")
@@ -106,7 +106,7 @@ def test_odd_texts_are_texts(server: Server, text: str) -> None:
     status, tokens = server.post("/tokenize", body)
     assert status == 200
     special = [string for string, flag in zip(*(tokens[name] for name in ("tokens", "special")), strict=True) if flag]
-    assert len(special) == 5  # those of the format alone, whatever the text spells
+    assert len(special) == 5  # only those of the format, although the text spells more
     assert server.post("/v1/chat/completions", {**body, "max_tokens": 2})[0] == 200
 
 

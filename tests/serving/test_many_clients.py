@@ -1,4 +1,4 @@
-"""Many clients at once: each has the text of a lone request, those that go away leave their slots, and memory stays."""
+"""Many concurrent clients: texts as for single requests, slots freed by disconnects, and constant memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The page of `llmkit serve` in a real browser, against a real server: each feature is clicked.
+"""Every feature of the page of `llmkit serve`, in a real browser with a real server.
 
-Needs playwright (`pip install '.[browser]'`) and a Chromium on the PATH. Screenshots go to $LLMKIT_SCREENSHOTS, if set.
+Needs playwright (`pip install '.[browser]'`) and Chromium on the PATH. Screenshots go to $LLMKIT_SCREENSHOTS, if set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ browsed = pytest.mark.slow
 SAYS = (
     "<b>Hi</b><script>x()</script>"  # no letter may follow two others: each token of a certain model has one successor
 )
-# the contrast of each element's own text with what is behind it, where it is less than WCAG 2.2 asks for (4.5)
+# elements whose text has less contrast with its background than WCAG 2.2 requires (4.5)
 FAINT = """() => {
   const parse = (colour) => (colour.match(/[\\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
   const linear = (value) => value <= 10.31 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4;
@@ -56,7 +56,7 @@ NAMELESS = """() => [...document.querySelectorAll("button, input, select, textar
 
 
 def save_certain(folder: Path, *said: str) -> Path:
-    """An assistant that says these strings, special tokens among them, to everything."""
+    """Write an assistant that always answers with these strings, special tokens included."""
     tiny.save_assistant(folder)
     tokenizer = load_tokenizer(folder)
     ids = [
@@ -71,7 +71,7 @@ def save_certain(folder: Path, *said: str) -> Path:
 
 
 def save_broken(folder: Path) -> Path:
-    """An assistant that says bytes that begin no character until its context is full."""
+    """Write an assistant that generates invalid UTF-8 until its context is full."""
     tiny.save_assistant(folder)
     tokenizer = load_tokenizer(folder)
     byte, end = tokenizer.token_bytes.index(b"\x80"), tokenizer.specials["<|im_end|>"]
@@ -90,14 +90,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         save_certain(root / "calls", "<|calc_start|>", "1+2", "<|calc_end|>", "<|result_end|>", "sum!", "<|im_end|>"),
         save_certain(root / "endless", "ab", "a"),
         save_broken(root / "broken"),
-        tiny.save_folder(root / "base"),  # it has no tokens of tools, and gets none
+        tiny.save_folder(root / "base"),  # it has no tool tokens, and gets none
     )
     with served(*folders, "--tools", "calc") as server:
         yield server
 
 
 class Browsed:
-    """The page of a server in a context of its own; `asked` has the bodies of its requests by path."""
+    """The page of a server in a new browser context; `asked` has its request bodies by path."""
 
     def __init__(self, browser: Any, url: str, **context: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
@@ -118,7 +118,7 @@ class Browsed:
             )
 
     def until(self, expression: str) -> None:
-        """Wait until JavaScript is true; Playwright's own waiting calls eval, which the page's policy forbids."""
+        """Wait until JavaScript is true; Playwright's own waiting uses eval, which the page's CSP forbids."""
         for _ in range(1000):
             if self.page.evaluate(expression):
                 return
@@ -126,14 +126,14 @@ class Browsed:
         raise AssertionError(expression)
 
     def sent(self, path: str) -> Any:
-        """The body of the last request to a path."""
+        """Return the body of the last request to a path."""
         return [body for name, body in self.asked if name == path][-1]
 
     def pick(self, model: str) -> None:
         self.page.select_option("#model", model)
 
     def rest(self) -> None:
-        """Wait until nothing is generated."""
+        """Wait until no generation is running."""
         self.page.wait_for_selector("#stop", state="hidden")
 
     def ask(self, text: str) -> None:
@@ -142,7 +142,7 @@ class Browsed:
         self.rest()
 
     def press(self, does: str, turn: int = -1) -> None:
-        """Press a button below a turn."""
+        """Click a button below a turn."""
         turns = self.page.locator("#turns > li")
         turns.nth(turn % turns.count()).locator(f"[data-does={does}]").click()
         self.rest()
@@ -151,7 +151,7 @@ class Browsed:
         return self.page.locator("#turns .body").all_inner_texts()
 
     def tokens(self) -> Any:
-        """Switch to the tokens; their locator."""
+        """Switch to the token view; return the tokens' locator."""
         self.page.click("#as-tokens")
         self.page.wait_for_selector(".token")
         return self.page.locator(".token")
@@ -189,7 +189,7 @@ def test_an_answer_comes_is_asked_again_and_the_branches_turn(opened: Browsed) -
     opened.page.fill("[name=seed]", "7")
     opened.page.keyboard.press("Escape")
     opened.press("again")
-    assert opened.sent("/v1/chat/completions")["seed"] == 8  # the second try at the question
+    assert opened.sent("/v1/chat/completions")["seed"] == 8  # the second answer to the question
     assert opened.page.locator(".count").inner_text() == "2/2" and "token limit" in opened.turns()[1]
     opened.press("left")
     assert opened.turns() == ["Hi", "World."] and opened.page.locator(".count").inner_text() == "1/2"
@@ -271,7 +271,7 @@ def test_a_server_that_dies_within_an_answer_is_told(browser, tmp_path) -> None:
         opened.until("document.querySelectorAll('#turns .body')[1]?.innerText.length > 5")
         server.process.send_signal(signal.SIGINT)
         opened.page.wait_for_timeout(500)
-        server.process.send_signal(signal.SIGINT)  # the second one ends what runs
+        server.process.send_signal(signal.SIGINT)  # the second signal ends running requests
         server.process.wait(30)
         opened.rest()
         assert "llmkit serve" in opened.page.locator("#complaint").inner_text()
@@ -424,7 +424,7 @@ def test_arrows_go_over_the_tokens_and_another_one_is_chosen(opened: Browsed) ->
     opened.page.wait_for_selector("#odds:visible")
     opened.page.locator("#odds-list button").nth(1).focus()
     keyboard.press("ArrowUp")
-    keyboard.press("ArrowUp")  # from the first to the last
+    keyboard.press("ArrowUp")  # wraps from the first to the last
     keyboard.press("ArrowUp")
     chosen = opened.page.evaluate("document.activeElement.innerText").split()[0]
     keyboard.press("Enter")
@@ -432,7 +432,7 @@ def test_arrows_go_over_the_tokens_and_another_one_is_chosen(opened: Browsed) ->
     opened.rest()
     assert opened.page.locator(".count").inner_text() == "2/2"
     assert len(opened.sent("/v1/completions")["prompt"]) == int(at) + 1
-    assert opened.turns()[1].startswith("Wor" + chosen) or len(chosen) > 1  # bytes that are no text have names
+    assert opened.turns()[1].startswith("Wor" + chosen) or len(chosen) > 1  # invalid bytes have names
     opened.press("left")
     assert opened.turns() == ["Hi", "World."]
 
@@ -442,7 +442,7 @@ def test_an_answer_is_scored_by_its_own_tokens(opened: Browsed, server: Server) 
     opened.pick("broken")
     opened.ask("Hi")
     text = opened.page.locator("#turns .assistant .prose").inner_text()
-    assert set(text) == {"\N{REPLACEMENT CHARACTER}"}  # three bytes each, were it cut again
+    assert set(text) == {"\N{REPLACEMENT CHARACTER}"}  # if tokenized again, three bytes each
     shown = opened.tokens().all_inner_texts()
     sent = opened.sent("/v1/completions")["prompt"]
     models = server.post("/v1/models", None)[1]["data"]
@@ -464,7 +464,7 @@ def test_the_user_s_tokens_show_alternatives_and_take_none(opened: Browsed) -> N
     unlikely = shown.evaluate_all("all => all.findIndex((one) => one.classList.contains('p5'))")
     shown.nth(unlikely).click()
     opened.page.wait_for_selector("#odds:visible")
-    assert opened.page.locator("#odds-list button").count() == 11  # what stands there is none of the ten likeliest
+    assert opened.page.locator("#odds-list button").count() == 11  # the present token is not among the ten likeliest
     assert opened.page.locator("#odds-list button:enabled").count() == 0
     opened.page.click("#close-odds")
     opened.page.locator(".token").first.click()
@@ -484,7 +484,7 @@ def test_calls_and_results_are_shown_in_place(opened: Browsed) -> None:
     assert "".join(texts).endswith("<|calc_start|>1+2<|calc_end|><|result_start|>3<|result_end|>sum!<|im_end|>")
     masked = "".join(text for text, flag in zip(texts, learnt, strict=True) if not flag)
     assert masked.endswith("<|im_sep|><|result_start|>3<|result_end|>")
-    # from another token in the call: it is made, answered, and gone on from
+    # after another token in the call: it is called, answered, and generation continues
     shown.nth(texts.index("<|calc_start|>")).click()
     opened.page.wait_for_selector("#odds:visible")
     opened.page.locator("#odds-list button").first.click()
@@ -540,7 +540,7 @@ def test_a_text_is_cut_live_by_two_tokenizers(opened: Browsed) -> None:
         "chat",
     ]
     pieces = columns.first.locator(".piece").all_inner_texts()
-    assert pieces[:4] == ["n", "a", "<0xC3>", "<0xAF>"] and "<|im_end|>" not in pieces  # text never is a special token
+    assert pieces[:4] == ["n", "a", "<0xC3>", "<0xAF>"] and "<|im_end|>" not in pieces  # text is never a special token
     columns.last.locator("select").select_option("base")
     opened.page.fill("#cut-text", "x" * 5000)
     counts = "[...document.querySelectorAll('#cuts .hint')].map((one) => one.innerText)"
@@ -555,7 +555,7 @@ GUIDE = "# What is good\n\nHonest first, then helpful.\n- No <b>flattery</b>\n\n
 
 @pytest.fixture
 def labelled(browser, tmp_path) -> Iterator[tuple[Browsed, Path]]:
-    """The page of a server that collects, and the folder of what it has collected."""
+    """The page of a server with --collect, and the folder of the collected files."""
     (tmp_path / "guide.md").write_text(GUIDE)
     models = save_certain(tmp_path / "says", "World.", "<|im_end|>"), tiny.save_assistant(tmp_path / "chat")
     with served(*models, "--collect", tmp_path / "judged.jsonl", "--guide", tmp_path / "guide.md") as server:
@@ -581,7 +581,7 @@ def test_people_say_which_answers_are_good_and_which_is_better(labelled: tuple[B
     page.click("#save")
     page.wait_for_selector("#edit", state="hidden")
     assert opened.turns() == ["One", "Wonderful."]
-    assert not page.locator(".assistant [data-does=up]").count()  # nobody judges a person's answer as the model's
+    assert not page.locator(".assistant [data-does=up]").count()  # a person's answer cannot be judged as the model's
     thumbs = jsonl.lines(folder / "judged.conversations.jsonl")
     assert [(one["kind"], one.get("label"), one["labeller"]) for one in thumbs] == [
         ("thumb", True, "Ada"),
@@ -626,7 +626,7 @@ def test_a_comparison_with_the_answer_that_is_there_may_be_skipped(labelled: tup
     assert opened.turns() == ["One", "World."] and opened.page.locator(".count").inner_text() == "1/2"
     opened.press("pair")
     opened.page.wait_for_selector("#judge button:enabled")
-    opened.press("edit", 0)  # away from what is compared
+    opened.press("edit", 0)  # away from the comparison
     opened.page.fill("#edited", "Two")
     opened.page.click("#save")
     opened.rest()
@@ -643,7 +643,7 @@ def test_a_judgement_that_is_not_saved_is_told(labelled: tuple[Browsed, Path]) -
     opened.page.wait_for_selector("#alert:visible")
     assert "not saved" in opened.page.locator("#complaint").inner_text()
     assert opened.page.locator("[aria-pressed=true][data-does=up]").count() == 0
-    opened.said.clear()  # Chromium's own words about a failed request
+    opened.said.clear()  # Chromium's message about a failed request
 
 
 HOSTILE = {
@@ -676,7 +676,7 @@ def test_a_megabyte_is_refused_by_the_server_and_held_by_the_page(opened: Browse
     opened.page.evaluate("document.querySelector('#text').value = 'word '.repeat(200000) + 'end'")
     opened.page.press("#text", "Enter")
     opened.page.wait_for_selector("#alert:visible")
-    assert [text for text in opened.said if "400 (Bad Request)" not in text] == []  # Chromium's own words
+    assert [text for text in opened.said if "400 (Bad Request)" not in text] == []  # Chromium's message
     opened.said.clear()
     assert "context" in opened.page.locator("#complaint").inner_text()
     assert len(opened.turns()) == 1 and opened.turns()[0].endswith("Show 980,003 more characters")
@@ -721,7 +721,7 @@ def test_the_keyboard_alone_holds_a_conversation(opened: Browsed) -> None:
     keyboard.press("Enter")
     opened.rest()
     assert opened.sent("/v1/chat/completions")["messages"][0]["content"] == "One\nTwo"
-    assert opened.page.locator("#status").inner_text() == "World."  # told to a screen reader once, when it is whole
+    assert opened.page.locator("#status").inner_text() == "World."  # announced to screen readers once, when complete
     for _ in range(3):
         keyboard.press("Shift+Tab")
     assert opened.page.evaluate("document.activeElement.dataset.does") in ("copy", "again", "edit")

@@ -1,4 +1,4 @@
-"""Tools behind the API: run by the server, or by the client; and thoughts apart from answers."""
+"""Tools in the API, run by the server or by the client; and thoughts separated from answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOOLS = [{"type": "function", "function": {"name": "calc", "parameters": {"type"
 
 
 def says(folder: Path, *chains: list[int]) -> Path:
-    """Make a model say tokens, each chain one after the other; each token but a chain's first stands in one alone."""
+    """Make a model generate chains of tokens; each token except a chain's first may be in only one chain."""
     model = load_model(folder)
     tiny.certain(model, *chains[0])
     with torch.no_grad():
@@ -37,7 +37,7 @@ def says(folder: Path, *chains: list[int]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An assistant that says "So 1+2" by the calculator, and "yes" to its answer."""
+    """An assistant that says "So", calls the calculator with 1+2, and says "yeh" after the result."""
     folder = tiny.save_assistant(tmp_path_factory.mktemp("models") / "chat", context=2048)
     tokenizer = load_tokenizer(folder)
     special = tokenizer.specials

@@ -1,4 +1,4 @@
-"""The language of sentences and of odd texts."""
+"""Language identification of sentences and of odd texts."""
 
 # ruff: noqa: RUF001 -- letters of other scripts look like ours
 
@@ -26,9 +26,9 @@ SAMPLES = {
     "so": "Dekeddu way aamusnayd, cidna ma arag doonta oo soo gashay magaalada.",
     "zu": "Ichweba lalithulile futhi akekho umuntu owayebonile isikebhe singena edolobheni.",
 }
-# What fastText's model never learnt: it gives these sentences to other languages.
+# Languages that fastText's model does not have: it assigns their sentences to other languages.
 UNKNOWN_TO_FASTTEXT = {"lg", "mi", "sn", "st", "tn", "ts", "xh", "zu"}
-# ISO 639-3 counts each of these groups as one macrolanguage (hbs, msa, nor).
+# Each group is one macrolanguage in ISO 639-3 (hbs, msa, nor).
 MACROLANGUAGES = dict.fromkeys(("bs", "hr", "sr", "sh"), "hbs") | {"id": "msa", "ms": "msa", "nn": "nor", "no": "nor"}
 
 
@@ -47,7 +47,7 @@ def test_a_text_without_letters_has_no_language() -> None:
 @pytest.mark.parametrize("odd", ["\x00", "\ud800", "\ufffe", "\U0001ffff", "\x85\x1f", "\n" * 50, "\u202e"])
 def test_odd_characters_do_not_stop_it(odd: str) -> None:
     assert identify(f"{odd}The harbour was quiet,{odd} and nobody had seen the boat{odd}")[0] == "en"
-    assert identify(f"q{odd}")  # unsure: both models are asked
+    assert identify(f"q{odd}")  # uncertain: both models are used
 
 
 @pytest.mark.parametrize("code", ["en", "de", "fr", "ru"])
@@ -78,10 +78,10 @@ def test_the_model_is_loaded_without_a_word_and_without_its_package() -> None:
 
 @pytest.mark.shared
 def test_sentences_of_75_languages(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Accuracy: the share of sentences whose code is right, bokmål being `no`. One answer for each sentence.
+    """Accuracy over sentences, with one answer each; bokmål is `no`.
 
-    The goal of .97 is asked with the three macrolanguages as one each: Bosnian, Croatian and Serbian in Latin script,
-    or Malay and Indonesian, share most of their sentences.
+    The goal of .97 counts each of the three macrolanguages as one language: Bosnian, Croatian and Serbian in Latin
+    script, or Malay and Indonesian, share most of their sentences.
     """
     with gzip.open(shared_data / "lang" / "langid.sentences.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]

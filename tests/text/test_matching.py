@@ -1,4 +1,4 @@
-"""The judge that compares words: what it must accept, and above all what it must not."""
+"""The judge that compares words: what it must accept and, above all, what it must not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_not_the_same(pair):
 @pytest.mark.shared
 @pytest.mark.parametrize("language", ["en", "de", "es", "ru", "zh", "th", "hi", "ar", "el", "tr", "vi", "ro"])
 def test_real_answers_are_right_and_those_of_others_are_not(shared_data, language):
-    """Every reference is right for its own question, whole and in a sentence; the question is no answer; another
+    """Every reference is right for its question, alone and in a sentence; the question is not an answer; another
     question's reference is right for fewer than 1 in 50."""
     from llmkit.formats.questions import read_questions
 
@@ -68,24 +68,25 @@ def test_real_answers_are_right_and_those_of_others_are_not(shared_data, languag
 
 
 def labelled(name: str) -> list[dict]:
-    """The labelled answers of a file."""
+    """Read the labelled answers of a file."""
     return [json.loads(line) for line in Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()]
 
 
 def test_answers_that_show_the_rules_are_judged_by_them():
-    """What it must accept, what it must not ("World War I" for "World War II"), and what says nothing."""
+    """Answers to accept, to reject ("World War I" for "World War II"), and without content."""
     for one in labelled("judge_rules.jsonl"):
         assert verdict(one["response"], one["answer"], one["question"]) == one["label"], one
 
 
 @pytest.mark.parametrize("half", ["seen", "held", "fresh", "second", "third", "fourth", "fifth", "sixth", "seventh"])
 def test_agreement_with_the_labels_of_the_battery(half, capsys):
-    """judge_battery.jsonl: invented questions and answers, labelled by hand before the judge was tried on them; the
-    half "held" was tried only when the code for the other was finished, and "fresh" written after that; then "second",
-    which agreed in .852 of its pairs at the first try, and after mends "third", .939, and
-    "fourth", .924 (refusals in other words); "fifth" has refusals and what is near them, .734 at the
-    first try, and "sixth", written after the mends for it, .642, and
-    then "seventh", .871."""
+    """judge_battery.jsonl has invented questions and answers, labelled by hand before the judge was run on them.
+
+    The half "held" was first run when the code for the other half was finished; "fresh" was written after that. First
+    runs of later parts, each written after the fixes for the one before, agreed with the labels on: "second" .852,
+    "third" .939, "fourth" (refusals in other words) .924, "fifth" (refusals and similar answers) .734, "sixth" .642,
+    "seventh" .871.
+    """
     pairs = [one for one in labelled("judge_battery.jsonl") if one["half"] == half]
     judged = [(one, verdict(one["response"], one["answer"], one["question"])) for one in pairs]
     table = Counter((one["label"], said) for one, said in judged)
@@ -103,4 +104,4 @@ def test_a_number_of_many_digits_is_a_word_like_any_other():
 
 @pytest.mark.parametrize("said", ["a ", "1 ", "Paris ", "what is ", "U.S. ", "1-", "hundred ", "not sure, but maybe "])
 def test_a_long_answer_is_judged_in_linear_time(said):
-    assert verdict(said * (20_000 // len(said)), "Paris", CAPITAL) != "right"  # the square of it would take minutes
+    assert verdict(said * (20_000 // len(said)), "Paris", CAPITAL) != "right"  # quadratic time would be minutes

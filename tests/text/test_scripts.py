@@ -1,4 +1,4 @@
-"""Pages in scripts whose letters or syllables are words: kept where they are good, dropped for what is bad in them."""
+"""Pages in scripts without spaces between words: good ones are kept, bad ones dropped for the right reason."""
 
 # ruff: noqa: RUF001 -- punctuation of other scripts looks like ours
 
@@ -70,7 +70,7 @@ def test_good_pages_stay_and_bad_ones_go(language, llmkit, tmp_path):
 
 def test_a_chinese_page_is_held_to_the_rules_that_tell_something(llmkit, tmp_path):
     text = TEXTS["zh"]
-    fifty = text[:60]  # some 25 words
+    fifty = text[:60]  # about 25 words
     menu = "\n".join(line[:6] for line in text.split("\n")) + "\n" + text.replace("。", "").replace("，", "\n")
     found = reasons(llmkit, tmp_path / "in.jsonl", [fifty, menu, re.sub("(..)", r"\1 1 ", text)])
     assert found == ["min_words", "min_terminal_line_fraction", "min_alphabetic_word_fraction"]

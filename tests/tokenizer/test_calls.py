@@ -1,4 +1,4 @@
-"""Calls of functions in the forms of the families, and conversations with them in templates from elsewhere."""
+"""Function calls in the formats of model families, and conversations with calls in third-party templates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_deepseeks_tokens(text: str) -> str:
     [
         (f"<tool_call>\n{WRITTEN}\n</tool_call>", [OSLO]),
         (f"Wait.\n<tool_call>\n{WRITTEN}\n</tool_call>\n<tool_call>\n{WRITTEN}\n</tool_call>", [OSLO, OSLO]),
-        (f"<tool_call>{WRITTEN}", [OSLO]),  # without its end
+        (f"<tool_call>{WRITTEN}", [OSLO]),  # without the end tag
         (
             "<tool_call>\n<function=rain>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
             "</function>\n</tool_call>",
@@ -75,7 +75,7 @@ def in_deepseeks_tokens(text: str) -> str:
         ("<|channel|>analysis<|message|>Wet?<|end|><|start|>assistant<|channel|>commentary to=functions.rain "
          '<|constrain|>json<|message|>{"city": "Oslo", "days": 2}<|call|>', [OSLO]),
         (' to=functions.rain<|channel|>commentary json<|message|>{"city": "Oslo", "days": 2}', [OSLO]),
-        # what is cut off or not well formed is no call
+        # truncated or malformed text is not a call
         ("<tool_call>\n<function=rain>\n<parameter=city>\nOslo", []),
         ("<tool_call>\n<function=rain>\n<parameter=city>\nOslo\n</function>\n</tool_call>", []),
         ("<tool_call>rain\n<arg_key>city</arg_key>\n<arg_value>Os", []),
@@ -115,13 +115,13 @@ def test_a_schema_tells_text_from_numbers_where_a_form_sets_no_quotes() -> None:
         (call,) = next(found for form in FORMS if (found := form.read(text, [schema])))
         assert call.arguments == {"zip": "0123", "days": 3, "dry": True, "note": "a\n"}
     (call,) = next(found for form in FORMS if (found := form.read(text)))
-    assert call.arguments["zip"] == "0123"  # which is no JSON
+    assert call.arguments["zip"] == "0123"  # not JSON
 
 
 END, START = "'<|im_end|>'", "'<|im_start|>' + m.role + '\n'"
 TOOLS_SHOWN = "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>' }}{% endif %}"
 ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-TEMPLATES = {  # as the families have them, shortened
+TEMPLATES = {  # of the families, shortened
     "qwen": TOOLS_SHOWN + "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' "
     "+ m.content + '\n</tool_response><|im_end|>\n' }}{% else %}{{ " + START + " + m.content }}"
     "{% for c in m.tool_calls or [] %}{{ ('\n' if m.content or not loop.first else '') + '<tool_call>\n{\"name\": \"' "
@@ -151,7 +151,7 @@ NAMED = "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
 ITEMS = "{% for key, value in f.arguments.items() %}"
 PYTHON = NAMED + "{{ f.name + '(' }}" + ITEMS + "{{ key + '=' + value | tojson + (', ' if not loop.last else '') }}"
 PYTHON += "{% endfor %}{{ ')' + (SEPARATOR if not loop.last else '') }}{% endfor %}"
-CALLS = {  # of these the calls alone differ: "qwen" has the turns about them
+CALLS = {  # only the calls differ; the turns are those of "qwen"
     "coder": NAMED + "{{ '\n<tool_call>\n<function=' + f.name + '>\n' }}" + ITEMS + "{{ '<parameter=' + key + '>\n' }}"
     "{{ value | tojson | safe if value is mapping or (value is sequence and value is not string) else value | string }}"
     "{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>\n</tool_call>' }}{% endfor %}",
@@ -172,7 +172,7 @@ CALLS = {  # of these the calls alone differ: "qwen" has the turns about them
 CALLS["deepseek"] = in_deepseeks_tokens(CALLS["deepseek"])
 OF_QWEN = TEMPLATES["qwen"].partition("+ m.content }}")[2].partition("{{ '<|im_end|>")[0]
 TEMPLATES |= {name: TEMPLATES["qwen"].replace(OF_QWEN, calls) for name, calls in CALLS.items()}
-TEMPLATES |= {  # these leave calls to the text of an answer
+TEMPLATES |= {  # with calls in the text of an answer
     "smollm3": "{% if xml_tools or tools %}{{ '<tools>' + tools | tojson + '</tools><tool_call>' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' "
     "+ m.content + '<|im_end|>\n' }}{% endfor %}" + ASKS,
@@ -217,7 +217,7 @@ ANSWERED = {
 
 
 def save_with(folder: Path, template: str, specials: list[str], **config: object) -> Path:
-    """A folder whose tokenizer has these special tokens, too."""
+    """Write a folder whose tokenizer has additional special tokens."""
     save(folder, template, **config)
     spec = json.loads((folder / "tokenizer.json").read_text())
     last = spec["added_tokens"][-1]
@@ -231,7 +231,7 @@ HARD = {"city": "Os\"lo\n <b>'x'</b> ü 雨 \\n", "days": 2, "near": [{"a": None
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_a_call_that_a_template_has_written_is_read_again(tmp_path: Path, family: str) -> None:
-    """With arguments of every kind; calls are learnt, results are not."""
+    """Arguments of every type; calls are trained on, results are not."""
     tokenizer = load_tokenizer(save_with(tmp_path, TEMPLATES[family], SPECIALS.get(family, [])))
     chat = chat_format(tokenizer)
     assert isinstance(chat, TemplateFormat)

@@ -1,4 +1,4 @@
-"""Chat encoding: equal to the template that others read, and safe from text that spells special tokens."""
+"""Chat encoding: equal to the exported template, and safe from text that spells special tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llmkit.tokenizer.folder import SPECIALS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer from train-bpe, as a user would have it."""
+    """A tokenizer from train-bpe."""
     from llmkit.stages.train_bpe import TrainBpeConfig, run
 
     place = tmp_path_factory.mktemp("tokenizer")
@@ -48,7 +48,7 @@ def chat(folder):
 
 @pytest.fixture(scope="module")
 def stranger(folder):
-    """The same folder, read by transformers."""
+    """The same folder, loaded by transformers."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -79,17 +79,17 @@ def test_ids_and_mask_are_those_of_the_template(chat, stranger, messages, prompt
     theirs = rendered(stranger, as_record(messages), add_generation_prompt=prompt, return_assistant_tokens_mask=True)
     assert ours.token_ids.tolist() == theirs["input_ids"]
     said = "".join(part.text for one in messages for part in one.parts)
-    if said.isascii():  # transformers finds tokens by characters, and takes one of several tokens of a character
+    if said.isascii():  # transformers maps characters to tokens, and picks one of a character's several tokens
         assert ours.trained.astype(int).tolist() == theirs["assistant_masks"]
 
 
 @cache
 def foreign(kind: str, strips: bool) -> tuple:
-    """(ours, theirs) for a base with a tokenizer of some kind, which got the tokens of conversations."""
+    """Return (ours, theirs) for a base with some kind of tokenizer and added chat tokens."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as base, TemporaryDirectory() as folder:
-        # a class which transformers builds otherwise
+        # a class that transformers builds differently
         save(Path(base), None, kind, strips, tokenizer_class="LlamaTokenizer", legacy=False)
         grown = write_chat_tokenizer(load_tokenizer(base), Path(folder))
         return ChatFormat(grown), AutoTokenizer.from_pretrained(folder)
@@ -119,7 +119,7 @@ def test_a_result_of_a_tool_becomes_the_tokens_that_are_trained_on(kind):
 
 
 def read_back(entry):
-    """An assistant's message as `parse_response` has it: thoughts apart, the argument of our tools with their names."""
+    """Convert an assistant's message to `parse_response`'s format: separate thoughts, named arguments of our tools."""
     thought, content = split_thoughts(entry["content"])
     for call in [call["function"] for call in entry.get("tool_calls", ())]:
         if call["name"] in ("calc", "python", "search"):
@@ -135,7 +135,7 @@ calls = st.builds(
     names,
     objects,
 )
-# transformers' reader takes two control characters for itself
+# transformers' parser uses two control characters internally
 readable = texts.filter(lambda text: not {"\x01", "\x02"} & set(text))
 own_calls = st.builds(Part, st.sampled_from(["calc", "python", "search"]), readable)
 said = texts.filter(lambda text: "<" not in text)

@@ -1,4 +1,4 @@
-"""Text comes in whole or to the limit that was set, from every kind of input, and errors name the line."""
+"""Text is read completely or up to the limit, from every kind of input, and errors name the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to ids and back: special tokens stay out of raw text, every backend gives the ids of tokenizers."""
+"""Text to ids and back: raw text never becomes special tokens, and every backend gives the ids of tokenizers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def byte_level() -> HFTokenizer:
 
 
 def llama_like() -> HFTokenizer:
-    """SentencePiece as Llama 2 has it: bytes for what is unknown, a space in front, <s> by the template."""
+    """Return a tokenizer like Llama 2's SentencePiece: byte fallback, a leading space, <s> from the post-processor."""
     byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = ["<unk>", "<s>", "</s>", *byte_pieces, "▁", *"abcdehnot", "▁a", "th", "he", "▁t"]
     merges = [("▁", "a"), ("t", "h"), ("h", "e"), ("▁", "t")]
@@ -98,7 +98,7 @@ def test_raw_text_gives_no_special_token_and_comes_back(either, texts):
     parts = np.split(ids, np.cumsum(lengths)[:-1]) if texts else []
     for text, part in zip(texts, parts, strict=True):
         assert part.tolist() == either.encode(text)
-        # SentencePiece writes a space as U+2581 and cannot tell the two apart
+        # SentencePiece writes spaces as U+2581 and cannot distinguish the two
         assert either.decode(part) == (text.replace("▁", " ") if either.add_bos else text)
 
 
@@ -125,7 +125,7 @@ def test_gigatokens_own_threads_give_the_same_ids(ours, monkeypatch):
 
 
 def wrong(tokenizer_json: bytes) -> backends.EncodeBatch:
-    """Make a backend as tokie was: quick, and wrong on one text in many."""
+    """Make a backend like an old tokie: fast, and rarely wrong."""
     right = backends.TokenizersBackend(tokenizer_json)
 
     def encode_batch(texts):
@@ -202,7 +202,7 @@ def test_ids_without_a_token_decode_to_nothing(ours):
     assert ours.decode([*ours.encode("cat"), ours.vocab_size + 5]) == "cat"
 
 
-# ---- rules of the folder
+# ---- tokenizer folders
 
 
 def test_vocabulary_and_specials(ours):
@@ -227,7 +227,7 @@ def test_the_beginning_token_is_set_once(llama):
 @pytest.mark.parametrize(
     ("config", "bos"),
     [
-        (None, 1),  # the tokenizer.json's own post-processor sets it
+        (None, 1),  # set by the post-processor of tokenizer.json
         ({"bos_token": "<s>"}, 1),
         ({"bos_token": "<s>", "add_bos_token": True}, 1),
         ({"bos_token": "<s>", "add_bos_token": False}, None),
@@ -283,7 +283,7 @@ def test_foreign_tokenizers_are_encoded_by_a_fast_backend(shared_data, name):
     assert lengths.tolist() == [len(tokenizer.encode(text)) for text in texts]
 
 
-# ---- what goes with a model
+# ---- files saved with a model
 
 
 @pytest.mark.parametrize("step", [None, processors.ByteLevel(trim_offsets=False)])

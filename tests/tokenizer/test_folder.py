@@ -1,4 +1,4 @@
-"""The report measures a sample within its bound, beside tokenizers of other forms."""
+"""The report measures a bounded sample, and compares with tokenizers in other formats."""
 
 from __future__ import annotations
 

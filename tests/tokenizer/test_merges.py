@@ -1,4 +1,4 @@
-"""Merges are those of Hugging Face's trainer, and a batch of them is no different from one at a time."""
+"""Merges equal those of Hugging Face's trainer, in batches as one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def words(alphabet: bytes, longest: int) -> st.SearchStrategy[bytes]:
     return st.lists(st.sampled_from(list(alphabet)), min_size=1, max_size=longest).map(bytes)
 
 
-# Few letters make ties, runs of one letter and neighbouring merges; repeats of a piece set the counts.
+# Few letters cause ties, runs of one letter and adjacent merges; repeats of a piece set the counts.
 CORPORA = st.one_of(
     st.dictionaries(words(b"a", 40), st.integers(1, 3), min_size=1, max_size=8),
     st.dictionaries(words(b"ab", 20), st.integers(1, 3), min_size=1, max_size=30),
@@ -34,7 +34,7 @@ CORPORA = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(CORPORA, st.sampled_from([256, 257, 260, 300, 1000]), st.integers(0, 4))
 def test_merges_are_those_of_hugging_face(pieces: dict[bytes, int], vocab_size: int, min_frequency: int) -> None:
-    # as text: each byte a character of its own, pieces apart by a character that no piece has
+    # as text: a character per byte, and a separator that no piece contains
     text = ["~".join(piece.decode("latin-1") for piece, count in pieces.items() for _ in range(count))]
     found = train(
         {piece.decode("latin-1").encode(): count for piece, count in pieces.items()} | {b"~": len(pieces)},
@@ -42,11 +42,11 @@ def test_merges_are_those_of_hugging_face(pieces: dict[bytes, int], vocab_size: 
         min_frequency,
     )
     assert (found.tokens, found.pairs) == hf_merges(text, "~", vocab_size, min_frequency)
-    assert len(set(found.tokens)) == len(found.tokens)  # no two merges make one token: see merges.py
+    assert len(set(found.tokens)) == len(found.tokens)  # no two merges make the same token: see merges.py
 
 
 def random_words(seed: int, number: int, alphabet: bytes) -> dict[bytes, int]:
-    """Words in the manner of a language: short ones often, made of syllables that recur."""
+    """Return language-like words: mostly short, with recurring syllables."""
     rng = random.Random(seed)
     syllables = [bytes(rng.choices(alphabet, k=rng.randint(1, 4))) for _ in range(60)]
     found: dict[bytes, int] = {}

@@ -1,4 +1,4 @@
-"""Pieces and their counts are those of Hugging Face's splitter, however the text is cut and shared out."""
+"""Pieces and their counts equal those of Hugging Face's splitter, for any cuts and any number of processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmkit.tokenizer.merges import train_merges
 from llmkit.tokenizer.patterns import NAMES, PATTERNS, Pattern, find_pattern
 
 GAPS = r"[a-z]+|\d"  # leaves gaps, which are pieces too
-# What the patterns treat differently, and what is easily mistaken for it.
+# Characters that the patterns treat differently, and similar ones.
 FRAGMENTS = (
     *("a", "s", "Z", "the", "Word", "HTTPServer", "antidisestablishmentarianism", "x" * 17, "d", "ll"),
     *(" ", "  ", "\n", "\r\n", "\t", " \n ", "\v", "\x1c", "\x00", "\x7f", "\u00a0", "\u2003", "\u3000", "\u0085"),
@@ -55,12 +55,12 @@ def test_pieces_are_those_of_hugging_face(texts: list[str], name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_two_and_three_ascii_characters(name: str) -> None:
-    """All pairs; and all triples of the characters that a pattern or a cut tells apart."""
+    """All pairs, and all triples of characters that a pattern or a cut distinguishes."""
     pattern = PATTERNS[name]
     pairs = [f"{chr(a)}{chr(b)}" for a in range(128) for b in range(128)]
     kinds = "aZs0'/. \n\r\t\v\x00\x1c"
     texts = pairs + [f"{w}{a}{b}{c}" for w in ("", "x") for a in kinds for b in kinds for c in kinds]
-    for i in range(0, len(texts), 512):  # apart, so that one text cannot make up for another
+    for i in range(0, len(texts), 512):  # in chunks, so that errors cannot cancel out
         assert counted(texts[i : i + 512], pattern) == hf_pieces(texts[i : i + 512], pattern.regex)
 
 

@@ -1,4 +1,4 @@
-"""Chat templates from elsewhere: the tokens of transformers' `apply_chat_template`, and what of them is learnt."""
+"""Third-party chat templates: the tokens of transformers' `apply_chat_template`, and which of them are trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def messages(count: int, system: bool = False) -> list:
 
 
 FACE = "\N{GRINNING FACE}"
-LEARNT = {  # what the template makes of the answers, up to the end of each turn
+LEARNT = {  # the trained text: the answers in the template's format, up to the end of each turn
     "chatml": ("<|im_end|>", f"Four. \n<|im_end|>Yes, {FACE}<|im_end|>"),
     "llama2": ("<|end|>", f"Four. <|end|>Yes, {FACE} <|end|>"),
     "llama3": ("<|im_end|>", f"Four.<|im_end|>Yes, {FACE}<|im_end|>"),
@@ -55,7 +55,7 @@ def test_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(tmp_path: Pa
 
 @pytest.mark.parametrize("answer", ["Anna\n", "\n\n \tAnna\n"])
 def test_an_answer_is_learnt_after_the_tokens_that_ask_for_it(tmp_path: Path, answer: str) -> None:
-    """With the token that it shares with the words that ask, where its white space joins theirs, as in transformers."""
+    """As in transformers, including a token shared with the generation prompt, if their white space merges."""
     from transformers import AutoTokenizer
 
     for name in ("chatml", "llama2", "llama3", "zephyr"):
@@ -115,7 +115,7 @@ def test_an_assistant_from_elsewhere_is_tuned_and_answers_in_its_own_form(tmp_pa
     assert refused.returncode == 2 and "a base model, which has not learnt to end a turn" in refused.stderr
 
 
-# ---- templates that are hostile, or change what is said
+# ---- templates that are hostile, or change the messages
 
 SHOWN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
 CHANGED = r"drops or changes messages: turn \d|does not end an answer with a special"
@@ -157,7 +157,7 @@ def test_a_template_that_cannot_be_used_is_one_line(
 @pytest.mark.parametrize("said", ["Sum it. /no_think", "/think Sum it.", "Explain </think> tags", "/no_think"])
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_switches_that_a_template_takes_out_of_a_question(tmp_path: Path, said: str, role: str) -> None:
-    """Nemotron's template takes /think and /no_think out of what it shows of a question."""
+    """Nemotron's template removes /think and /no_think from questions."""
     from transformers import AutoTokenizer
 
     taken = "m.content.replace('/think', '').replace(\"/no_think\", '').strip()"
@@ -207,7 +207,7 @@ def test_a_model_that_thinks_goes_on_after_its_first_answer(tmp_path: Path) -> N
 
 @cache
 def read(name: str, kind: str, strips: bool) -> tuple:
-    """(ours, theirs) for a template and a kind of tokenizer."""
+    """Return (ours, theirs) for a template and a kind of tokenizer."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as folder:
@@ -234,7 +234,7 @@ def test_the_tokens_of_any_conversation_are_those_of_transformers(name, kind, st
         rows = [{"role": "system", "content": "Be brief."}, *rows]
     turns, asked = [message(row["role"], row["content"]) for row in rows], rows[-1]["role"] == "user"
     if name == "mistral" and system and not asked:
-        return  # it leaves the system's message out
+        return  # it drops the system message
     expected = theirs.apply_chat_template(rows, add_generation_prompt=asked, return_dict=False)
     found = chat.encode(turns, prompt=asked)
     ids = found.token_ids.tolist()
@@ -252,7 +252,7 @@ def test_the_tokens_of_any_conversation_are_those_of_transformers(name, kind, st
 @pytest.mark.parametrize("family", ["llama", "mistral", None])
 @pytest.mark.parametrize("config", [{}, {"legacy": False}, {"legacy": True}, {"add_prefix_space": False}])
 def test_the_tokens_are_those_of_the_class_that_transformers_takes(tmp_path: Path, kind, family, config) -> None:
-    """It rebuilds LlamaTokenizer, that of Llama 2 and TinyLlama, otherwise than their tokenizer.json has it."""
+    """It rebuilds LlamaTokenizer, used by Llama 2 and TinyLlama, differently from their tokenizer.json."""
     from transformers import AutoTokenizer
 
     folder = save(tmp_path, TEMPLATES["zephyr"], kind, tokenizer_class="LlamaTokenizer", **config)
@@ -271,7 +271,7 @@ def test_the_end_of_an_answer_is_learnt_where_the_template_writes_it_between_tur
     assert chat.end_id == tokenizer.specials["<|im_end|>"]
     (found,) = chat.encode_many([Conversation(tuple(messages(4)))])
     assert tokenizer.decode(found.token_ids[found.trained]) == f"Four. \n<|im_end|>Yes, {FACE}<|im_end|>"
-    header = TEMPLATES["apertus"].replace("'<|im_end|>'", "''")  # then the next turn's beginning ends an answer
+    header = TEMPLATES["apertus"].replace("'<|im_end|>'", "''")  # then the beginning of the next turn ends an answer
     tokenizer = load_tokenizer(save(tmp_path, header))
     chat = chat_format(tokenizer)
     assert chat.end_id == tokenizer.eos_id
@@ -308,7 +308,7 @@ def test_thoughts_between_special_tokens_are_said_and_read(tmp_path: Path) -> No
     assert ids == theirs.apply_chat_template(rows, return_dict=False)
     assert tokenizer.decode(ids, skip_specials=True).endswith("<think>Two</think>Four.")
     asked = chat.encode([message("user", "</think>")]).token_ids.tolist()
-    assert tokenizer.specials["</think>"] not in asked  # what a user writes is text
+    assert tokenizer.specials["</think>"] not in asked  # a user's message is always text
 
 
 @pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])

@@ -1,4 +1,4 @@
-"""The calculator: exact where it can be, bounded always, and never Python."""
+"""The calculator: exact if possible, always bounded, never evaluated as Python."""
 
 import re
 import time
@@ -21,7 +21,7 @@ from llmkit.tools.calc import FUNCTIONS, CalculationError, calculate
         *(("sqrt(16/9)", "1.33333333333"), ("sqrt(2)", "1.41421356237"), ("sin(pi / 2)", "1"), ("log(8, 2)", "3")),
         *(("factorial(20)", "2432902008176640000"), ("1e-300 * 1e-300", "1e-600"), ("(-1)^(10^50 + 1)", "-1")),
         *(("min(2, pi, 10^1000)", "2"), ("max(10^400, pi) - 10^400", "0"), ("(-1)^(10^50)", "1"), ("0^0", "1")),
-        ("(" * 490 + "1" + ")" * 490, "1"),  # depth does not recurse
+        ("(" * 490 + "1" + ")" * 490, "1"),  # parsing is not recursive
         ("-" * 998 + "1", "1"),
     ],
 )
@@ -49,7 +49,7 @@ def test_what_it_refuses_and_that_at_once(expression, reason):
     started = time.process_time()
     with pytest.raises(CalculationError, match=reason):
         calculate(expression)
-    assert time.process_time() - started < 5  # a hang, not a speed: it takes milliseconds
+    assert time.process_time() - started < 5  # guards against a hang; it takes milliseconds
 
 
 PIECES = [f"{name}(" for name in FUNCTIONS]

@@ -1,4 +1,4 @@
-"""Functions of one's own as tools: what a model is told of them, and what it is answered."""
+"""User-defined functions as tools: their descriptions for the model, and their results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_function_is_described_as_transformers_does(file: Path) -> None:
         "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}],
         "description": "Other cities.",
     }
-    theirs["parameters"]["properties"].pop("also")  # with "nullable", of OpenAPI, which JSON Schema has not
+    theirs["parameters"]["properties"].pop("also")  # has OpenAPI's "nullable", which is not in JSON Schema
     assert found == theirs
 
 

@@ -1,4 +1,4 @@
-"""Hostile programs in the Python sandbox: each is denied, tells nothing, and leaves nothing behind."""
+"""Hostile programs in the Python sandbox: each is denied, reveals nothing, and leaves nothing behind."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ except UserError as error:
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 LIMITS = Limits(wall_seconds=8, cpu_seconds=1, memory_bytes=256 << 20, file_bytes=4 << 20)
-MARK = b"run by process %d" % os.getpid()  # of the command lines that begin a sandbox
+MARK = b"run by process %d" % os.getpid()  # marks the command lines of these tests' sandboxes
 SECRET = "a-secret-that-must-not-be-read"
 
 
@@ -35,7 +35,7 @@ def ran(code, limits=LIMITS):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    """No process of ours, and none of the files that these programs make, where they would like to."""
+    """Check that no process of ours and no file of these programs is left."""
 
     places = (tempfile.gettempdir(), Path.home(), Path.cwd(), Path("/"))
     candidates = [Path(place, name) for place in places for name in ("a", "d", "x", "f0", "escaped")]
@@ -46,8 +46,8 @@ def nothing_is_left_behind():
 
 
 def left_after(seconds):
-    """The sandboxes that do not end."""
-    for _ in range(20 * seconds):  # counted, since the clock of a virtual machine may jump
+    """Return the sandboxes that still run after this time."""
+    for _ in range(20 * seconds):  # counted, because the clock of a virtual machine may jump
         if not (left := jails()):
             break
         time.sleep(0.05)
@@ -55,7 +55,7 @@ def left_after(seconds):
 
 
 def jails():
-    """Process ids and command lines of sandboxes of these tests, those included that are forked and not yet exec'd."""
+    """Return pids and command lines of these tests' sandboxes, including forked ones before exec."""
     ours = os.fsencode(Path(llmkit.tools.__file__).with_name("jail.py"))
     left = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -70,7 +70,7 @@ def jails():
 
 
 def is_beside(process):
-    """Whether a process is alive and not started by this one, at any remove."""
+    """Return whether a process is alive and not a descendant of this one."""
     try:
         while process not in (0, os.getpid()):
             process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -99,7 +99,7 @@ def test_a_mistake_is_told_with_its_line():
 
 
 def calling(function):
-    """A program that calls a function of libc and prints what `errno` it gives, or BROKEN."""
+    """Return a program that calls a libc function and prints its `errno`, or BROKEN if it succeeds."""
     load = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)"
     return f"{load}\nprint('BROKEN' if libc.{function} >= 0 else ctypes.get_errno())"
 
@@ -126,7 +126,7 @@ def is_open(i):
         return False
 print([i for i in range(3, 64) if is_open(i)])
 """
-# name: (program, what its output must hold); a program prints BROKEN where it got what it wanted
+# name: (program, expected part of its output); a program prints BROKEN if its attack succeeded
 DENIED = {
     "read passwd": ("print(open('/etc/passwd').read(), 'BROKEN')", "FileNotFoundError"),
     "what there is": ("import os\nprint({'etc', 'proc', 'dev', 'sys', 'tmp'} & {*os.listdir('/')})", "set()"),
@@ -206,7 +206,7 @@ def test_a_file_of_the_user_is_not_there(tmp_path):
     ("code", "ended"),
     [
         ("while True:\n    pass", "timeout"),
-        ("9 ** 9 ** 9", None),  # one step of the interpreter, which heeds no signal
+        ("9 ** 9 ** 9", None),  # a single step of the interpreter, which does not check for signals
         ("import time\ntime.sleep(99)", "timeout"),
         ("import os, time\nos.close(1); os.close(2)\ntime.sleep(99)", "timeout"),
         ("while True:\n    try:\n        while 1: pass\n    except BaseException:\n        pass", "timeout"),
@@ -220,7 +220,7 @@ def test_a_file_of_the_user_is_not_there(tmp_path):
     ],
 )  # fmt: skip
 def test_it_ends(code, ended):
-    wall_seconds = 3 if ended != "killed" else 30  # a busy machine gives it its seconds of CPU late
+    wall_seconds = 3 if ended != "killed" else 30  # on a busy machine its CPU seconds take longer
     result = run_python(code, Limits(wall_seconds=wall_seconds, cpu_seconds=1, memory_bytes=256 << 20))
     assert result.ended == ended or (ended is None and result.ended != "done"), result
     assert len(result.output.encode()) <= LIMITS.output_bytes
@@ -244,7 +244,7 @@ RUN = f"# {MARK.decode()}\nimport sys\nfrom llmkit.tools.python import *\n"
 @pytest.mark.parametrize("delay", [0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.3])
 @pytest.mark.parametrize("sandbox", [True, False])
 def test_a_program_dies_with_us(delay, sandbox):
-    """kill -9 of llmkit at any moment of a call."""
+    """kill -9 of llmkit at any moment during a call."""
     code = f"print('go', flush=True)\nrun_python('while True: pass', Limits(wall_seconds=60), sandbox={sandbox})"
     with subprocess.Popen([sys.executable, "-c", RUN + code], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -257,7 +257,7 @@ def test_a_program_dies_with_us(delay, sandbox):
 
 
 def test_a_program_has_a_clock_of_its_own(monkeypatch):
-    """Where ours does not end it, as when llmkit is stopped."""
+    """It ends even if ours does not stop it, for example while llmkit is suspended."""
 
     def waits(child, data, seconds, is_enough):
         child.stdin.write(data)
@@ -270,7 +270,7 @@ def test_a_program_has_a_clock_of_its_own(monkeypatch):
 
 
 def test_process_1_keeps_no_zombies():
-    """A program that is killed has a child, which comes to the first process of a container, or a subreaper."""
+    """The child of a killed program is reparented to the first process of a container, or to a subreaper."""
     code = """
 import ctypes
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
@@ -319,7 +319,7 @@ def test_what_the_kernel_lacks_is_named(monkeypatch, asked_anew):
 
 @pytest.fixture
 def other_jail(monkeypatch, tmp_path):
-    """Run a jail whose source text is changed."""
+    """Run a jail with a modified source."""
 
     def put(old, new):
         text = Path(python.__file__).with_name("jail.py").read_text()
@@ -387,7 +387,7 @@ def test_programs_share_the_memory_that_there_is(monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_works_for_a_user_without_rights():
-    """As nobody, where the kernel lets users have namespaces."""
+    """As user nobody, if the kernel allows unprivileged namespaces."""
     program = b"import os\nprint(os.getuid(), os.getppid())\nopen('a', 'w').write('x')\nos.fork()"
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     anybodys = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable

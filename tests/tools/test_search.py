@@ -1,4 +1,4 @@
-"""Search: the index is built once, follows its file, and takes anything that a model may write."""
+"""Search: the index is built once, rebuilt when its file changes, and accepts any query of a model."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def documents(tmp_path):
 def test_finds_the_passage_and_its_title(documents):
     first = "[1] Morvane: The lighthouse of Morvane was built by Ana Teld in 1871. It is painted green."
     assert found(documents, "Who built the lighthouse?", passages=1) == first
-    assert "Bees" in found(documents, "bee flowering")  # forms of a word
+    assert "Bees" in found(documents, "bee flowering")  # word forms
     assert "Orlinsk" in found(documents, "Órlinsk")  # accents
     packed = documents.with_name("docs.jsonl.gz")
     packed.write_bytes(gzip.compress(documents.read_bytes()))
@@ -53,7 +53,7 @@ def test_index_is_used_again_until_the_file_changes(documents):
     found(documents, "x")
     assert place.stat().st_ino == before
     documents.write_bytes(documents.read_bytes().replace(b"lighthouse", b"powerhouse"))
-    os.utime(documents, ns=(written.st_atime_ns, written.st_mtime_ns))  # a change that leaves size and time
+    os.utime(documents, ns=(written.st_atime_ns, written.st_mtime_ns))  # a change with the same size and time
     assert found(documents, "lighthouse") == NOTHING
     assert "powerhouse" in found(documents, "powerhouse")
     assert sorted(path.name for path in documents.parent.iterdir()) == ["docs.jsonl", "docs.jsonl.fts5"]
@@ -139,7 +139,7 @@ def test_passages_are_bounded_and_lose_no_word():
     assert "".join("".join(passages).split()) == "".join(text.split())
 
 
-# ---- an engine by URL
+# ---- search engines by URL
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -265,7 +265,7 @@ def test_a_broken_engine_is_a_failed_search_and_in_time(kind):
         with pytest.raises(SearchError):
             engine.search("comets")
         assert time.monotonic() - started < 8
-        while threading.active_count() > before:  # nothing is left that waits
+        while threading.active_count() > before:  # no waiting threads are left
             assert time.monotonic() - started < 30
             time.sleep(0.05)
 

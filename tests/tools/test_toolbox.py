@@ -1,4 +1,4 @@
-"""The toolbox: what `--tools` says, and results that a model can read."""
+"""The toolbox: parsing `--tools`, and results that a model can read."""
 
 import json
 

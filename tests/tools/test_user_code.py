@@ -1,4 +1,4 @@
-"""Functions of the user's: what is wrong with one is told in one line, wherever it is used."""
+"""User functions: errors are one line, in every command that uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints survive kills and full disks, and say so when they are damaged."""
+"""Checkpoints survive kills and full disks, and damaged ones are reported."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Several processes train what one trains: equal losses, resumption on any number of them, and clear ends.
+"""Several processes train like one: equal losses, resuming on any world size, and clean exits.
 
-Everything runs on the CPU (gloo), under torchrun, as a user would start it.
+Everything runs on the CPU (gloo) under torchrun, as a user would start it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmkit.training.failures import verdict
 
 WORDS = ["old", "ship", "sailed", "past", "green", "island", "small", "birds", "sang", "over", "stones", "water"]
 PRETRAIN = ["--hidden-size", 32, "--depth", 2, "--num-attention-heads", 2, "--sequence-length", 32, "--device", "cpu"]
-PRETRAIN += ["--batch-tokens", 13 * 32, "--micro-batch-size", 4, "--dtype", "float32"]  # no number divides 13 rows
+PRETRAIN += ["--batch-tokens", 13 * 32, "--micro-batch-size", 4, "--dtype", "float32"]  # no world size divides 13 rows
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def processes(count: int, *arguments: object, launcher: tuple[str, ...] = ()) -> list[str]:
-    """The command that starts the command line in so many processes; in one, without torchrun."""
+    """Return the command that starts llmkit in `count` processes; a single one without torchrun."""
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), *launcher] if count > 1 else []
     return [sys.executable, *start, "-m", "llmkit", *map(str, arguments)]
 
@@ -81,7 +81,7 @@ def figures(folder: Path, *names: str) -> list[float]:
 
 
 def differences(one: Path, other: Path, *names: str) -> tuple[float, float]:
-    """The largest difference of the figures of two runs, and of their final parameters."""
+    """Return the largest difference between the metrics of two runs, and between their final parameters."""
     first, second = figures(one, *names), figures(other, *names)
     assert len(first) == len(second) > 0
     parameters, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
@@ -91,11 +91,11 @@ def differences(one: Path, other: Path, *names: str) -> tuple[float, float]:
 
 
 def equal(count: int, tmp_path: Path, names: tuple[str, ...], *arguments: object) -> None:
-    """Assert that one process and several make the same run."""
+    """Assert that one process and `count` processes make the same run."""
     for number in (1, count):
         done = run(number, *arguments, "-o", tmp_path / str(number))
         assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["path"] == str(tmp_path / str(count))  # one line, of the first process
+    assert json.loads(done.stdout)["path"] == str(tmp_path / str(count))  # one line, from rank 0
     loss, parameter = differences(tmp_path / "1", tmp_path / str(count), *names)
     print(f"losses within {loss:.0e}, parameters within {parameter:.0e}")
     assert loss < 1e-5 and parameter < 1e-4
@@ -143,15 +143,15 @@ def test_processes_try_problems_as_one(data, tmp_path, count):
     options += ["--eval-every", 10, "--max-kl", 1000, "--evaluate", data / "asked.jsonl", *TUNING]
     equal(count, tmp_path, ("loss", "reward", "val_reward", "kl", "task/asked"), "rl", *files, *options)
     one, other = ((tmp_path / str(number) / "rollouts.jsonl").read_text().splitlines() for number in (1, count))
-    # 20 updates move log-probabilities in the sixth digit; the texts, and who drew them, are the same
+    # after 20 updates log-probabilities differ in the sixth digit; the texts and their ranks are the same
     assert [json.loads(line)["token_ids"] for line in one] == [json.loads(line)["token_ids"] for line in other]
 
 
-# ---- ends
+# ---- exits
 
 
 class Running:
-    """A job in the background that is to be ended at a step."""
+    """A background job that the test ends at a given step."""
 
     def __init__(
         self, count: int, out: Path, arguments: list[object], launcher: tuple[str, ...] = (), **more: object
@@ -167,7 +167,7 @@ class Running:
             time.sleep(0.005)
 
     def worker(self, rank: int) -> int:
-        """The process of a rank, a child of torchrun."""
+        """Return the pid of a rank, a child of torchrun."""
         pid = self.process.pid
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{child}/environ').read_text()}":
@@ -175,14 +175,14 @@ class Running:
         raise AssertionError(f"no rank {rank}")
 
     def end(self) -> list[str]:
-        """The lines of llmkit on stderr, once the job is over."""
+        """Wait for the end of the job; return llmkit's lines on stderr."""
         _, said = self.process.communicate(timeout=300)
         return [line for line in said.splitlines() if line.startswith("llmkit: error")]
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """A run of one process that nothing interrupts."""
+    """An uninterrupted run of one process."""
     out = tmp_path_factory.mktemp("whole") / "whole"
     done = run(1, *pretrain(data, out, "--max-steps", 60))
     assert done.returncode == 0, done.stderr
@@ -217,7 +217,7 @@ def test_a_killed_rank_is_named_and_the_job_resumes_bit_for_bit(data, tmp_path):
     assert differences(tmp_path / "whole", tmp_path / "out", "loss") == (0, 0)
 
 
-FAULTS = {  # in rank 1 after 6 steps: where, what, and what is told
+FAULTS = {  # in rank 1 after 6 steps: where, what, and the message
     "a batch": ("next", "OSError(5, 'Input/output error', 'shard-3')", "shard-3: input/output error"),
     "memory": ("_backward", "torch.OutOfMemoryError('CUDA out of memory')", "memory runs out with 4 rows at a time"),
     "a mistake": ("next", "UserError('docs.jsonl:7: expected text, found a number')", "docs.jsonl:7: expected text"),
@@ -258,7 +258,7 @@ main()
 
 @pytest.fixture(scope="module")
 def twelve_steps(data, tmp_path_factory) -> Path:
-    """A run of two processes that nothing interrupts."""
+    """An uninterrupted run of two processes."""
     out = tmp_path_factory.mktemp("twelve") / "steps"
     assert run(2, *pretrain(data, out, "--max-steps", 12)).returncode == 0
     return out
@@ -277,7 +277,7 @@ def test_an_error_in_one_rank_saves_the_steps_of_all(data, tmp_path, twelve_step
     errors = [line for line in said.splitlines() if line.startswith("llmkit: error")]
     assert len(errors) == 1 and errors[0].startswith(f"llmkit: error: rank 1: {told}"), said
     kept = sorted(place.name for place in (tmp_path / "out.partial" / "state").glob("step-*"))
-    if fault == "an update":  # half of the weights have moved
+    if fault == "an update":  # half of the weights are updated
         assert kept == []
         return
     assert kept == ["step-00000006"] and "saved after step 6" in said, said
@@ -292,7 +292,7 @@ def test_a_rank_that_hangs_is_named(data, tmp_path):
     hanging = job.worker(1)
     os.kill(hanging, signal.SIGSTOP)
     time.sleep(15)
-    os.kill(hanging, signal.SIGCONT)  # so that torchrun need not wait to kill it
+    os.kill(hanging, signal.SIGCONT)  # so that torchrun can end it without waiting
     assert len(said := job.end()) == 1 and "rank 1: no answer" in said[0]
 
 
@@ -308,11 +308,11 @@ def test_torchrun_starts_a_failed_job_again(data, tmp_path, whole):
     assert max(differences(whole, tmp_path / "out", "loss")) < 1e-5
 
 
-# ---- mistakes
+# ---- user errors
 
 
 def by_hand(first: list[object], second: list[object], *folders: Path) -> list[tuple[int, list[str], str]]:
-    """Two ranks started with a command each, in a folder each: exit code, errors and stdout of both."""
+    """Start two ranks with separate commands in separate folders; return exit code, errors and stdout of both."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -333,7 +333,7 @@ def test_ranks_with_different_options_or_data_are_refused(data, tmp_path):
     (first, said, _), (second, more, _) = by_hand(command, [*command, "--save-every", 3])
     assert (first, second) == (2, 2) and len([*said, *more]) == 1
     assert "rank 1: --save-every is 3 here and None at rank 0" in [*said, *more][0]
-    for folder, text in (("here", "a"), ("there", "b")):  # one name, two files
+    for folder, text in (("here", "a"), ("there", "b")):  # same name, different files
         (tmp_path / folder).mkdir()
         row = {"prompt": "who?", "completion": text}
         (tmp_path / folder / "chats.jsonl").write_text(json.dumps(row) + "\n")
@@ -345,7 +345,7 @@ def test_ranks_with_different_options_or_data_are_refused(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_that_one_rank_does_not_see_is_refused(data, tmp_path):
-    for folder in ("here", "there"):  # as if each machine had a disk of its own
+    for folder in ("here", "there"):  # like machines without a shared disk
         (tmp_path / folder).mkdir()
     command = ["sft", data / "base", "--data", data / "chats.jsonl", "--max-steps", 3, "-o", "out"]
     ended = by_hand(command, command, tmp_path / "here", tmp_path / "there")
@@ -380,11 +380,11 @@ def test_what_is_said_of_the_notes_of_processes():
 
 
 def test_a_process_that_cannot_save_tells_soon_why_it_failed(monkeypatch):
-    """It waited for the thread that saves as long as for another process."""
+    """Regression: it waited for the saving thread as long as for another process."""
     monkeypatch.setattr(failures, "SAVING_SECONDS", 0.2)
     monkeypatch.setattr(failures, "connect", lambda me, timeout: None)
     watch, stuck = failures.Watch(Launch(0, 2), 600.0), threading.Event()
-    watch.save = lambda all_have: stuck.wait(300)  # on a device that waits for one that will never answer
+    watch.save = lambda all_have: stuck.wait(300)  # hangs, like a device that waits for a dead rank
     began = time.monotonic()
     assert not watch.save_together() and time.monotonic() - began < 60
     stuck.set()

@@ -1,4 +1,4 @@
-"""The optimizer against definitions: polar factors by SVD, torch's AdamW, and exact resumption."""
+"""The optimizer against definitions: polar factors by SVD, torch's AdamW, and exact resuming."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_orthogonalise_is_near_the_polar_factor(rows, columns):
     matrices = torch.randn(3, rows, columns)
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     found = orthogonalise(matrices)
-    assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.3  # Muon needs "about 1"
+    assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.3  # Muon needs about 1
     overlap = (found * (u @ vh)).sum((-2, -1)) / (found.norm(dim=(-2, -1)) * (u @ vh).norm(dim=(-2, -1)))
     assert overlap.min() > 0.98
 
@@ -76,7 +76,7 @@ def test_blocks_of_a_fused_parameter_are_orthogonalised_apart(blocks):
 def test_micro_batches_add_up_in_float32():
     weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
     optimizer = Optimizer([("weight", weight, ADAMW)])
-    for _ in range(300):  # in bfloat16 the sum would stop at 256
+    for _ in range(300):  # a bfloat16 sum would stop at 256
         weight.grad = torch.ones(2, 2, dtype=torch.bfloat16)
         optimizer.accumulate()
     assert optimizer.gradient_norm(divisor=300).item() == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""The plan of a run: what the user fixed stays, the rest follows, and a budget buys what the machine can do."""
+"""The plan of a run: given options are kept, the rest is derived, and a budget is converted by the machine's speed."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def plan(speed=no_measurement, used=0.0, closing=0, within=lambda length: 1.0, *
 
 
 def machine(flops_per_second):
-    """A machine that does so many FLOPs a second on any model."""
+    """Return a machine with this many FLOP/s on any model."""
     return lambda model, recipe, rows, length: flops_per_second / model.flops_per_token(length)
 
 
@@ -106,7 +106,7 @@ def test_a_plan_survives_the_file_of_a_checkpoint():
 def test_a_small_corpus_seen_over_and_over_asks_for_a_smaller_model():
     large = rules.predicted_loss(2e6, 100e6, corpus_tokens=1e9)
     small = rules.predicted_loss(2e6, 100e6, corpus_tokens=1e6)
-    assert large == rules.predicted_loss(2e6, 100e6, corpus_tokens=100e6)  # seen once is seen once
+    assert large == rules.predicted_loss(2e6, 100e6, corpus_tokens=100e6)  # no repeats, no penalty
     assert small > large
     assert small == pytest.approx(rules.predicted_loss(2e6, 1000e6, corpus_tokens=1e6), abs=1e-2)
 
@@ -138,7 +138,7 @@ def test_rates_grow_with_the_root_of_the_batch():
 def test_no_number_of_tokens_makes_a_batch_of_a_hundred_million() -> None:
     assert rules.recipe(15e12, 256, 256).batch_tokens < rules.LARGEST_BATCH
     assert rules.recipe(1e18, 256, 256).batch_tokens == rules.LARGEST_BATCH
-    assert rules.recipe(1e18, 256, 256, 2**23).batch_tokens == 2**23  # what is asked for is asked for
+    assert rules.recipe(1e18, 256, 256, 2**23).batch_tokens == 2**23  # a given value is kept
 
 
 def test_active_parameters_are_those_of_the_matrices():
@@ -178,7 +178,7 @@ def test_a_model_that_the_memory_cannot_hold_is_not_measured():
     ],
 )
 def test_the_context_follows_from_the_documents_as_far_as_a_step_has_room(options, longest, context):
-    """Documents of all lengths up to the longest, each as often."""
+    """Document lengths are uniform up to the longest."""
     found = plan(within=lambda length: min(1.0, length / longest), **options)
     assert found.sequence_length == found.model.max_position_embeddings == context
     told = [reason for reason in found.reasons if "sft cuts answers there; --sequence-length" in reason]

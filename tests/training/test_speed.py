@@ -1,4 +1,4 @@
-"""How fast a training is expected to be, and as many threads as bring something, with the same numbers on any."""
+"""The predicted speed of training, and the choice of threads, with the same results for any number of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_speed_of_a_layer_is_that_of_its_products(monkeypatch):
-    """A layer that takes a second gives FLOP/s; tokens/s times the FLOPs of a token are those, but for the update."""
+    """A layer that takes a second defines FLOP/s; tokens/s times FLOPs per token equal them, except for the update."""
     timed = []
     monkeypatch.setattr(speed, "peak_flops", lambda device, dtype: 1e10)
     monkeypatch.setattr(speed, "batch_seconds", lambda model, loss, batch, rows, device: timed.append(model) or 1.0)
@@ -37,7 +37,7 @@ def test_the_speed_of_a_layer_is_that_of_its_products(monkeypatch):
     flops = length * model.config.flops_per_token(length)
     update = speed.update_flops(config, recipe) / recipe.batch_tokens
     assert rate * (config.flops_per_token(1024) + update) == pytest.approx(flops)
-    # no more work than the time allows at the rate that is expected: the passes are made twice
+    # no more work than the time limit allows at the expected rate: two passes
     assert 2 * flops <= speed.LONGEST * speed.SHARE * 1e10
 
     doubled = replace(config, num_hidden_layers=24, vocab_size=16384)
@@ -46,7 +46,7 @@ def test_the_speed_of_a_layer_is_that_of_its_products(monkeypatch):
 
 
 def test_the_flops_of_an_update_are_those_of_its_products():
-    """By hand for one layer of width 64: four matrices of 64 x 64 and three of 64 x 192."""
+    """Calculated by hand for a layer of width 64: four matrices of 64 x 64 and three of 64 x 192."""
     config = plan.shape_for_depth(1, 512, 256)
     square, wide = 2 * 64**3 * 3, 2 * 64**3 + 2 * 2 * 64 * 64 * 192
     recipe = plan.recipe(1e6, config.hidden_size, 256)
@@ -54,7 +54,7 @@ def test_the_flops_of_an_update_are_those_of_its_products():
 
 
 def weights_after(steps: list[int], folder: Path) -> bytes:
-    """The weights after steps on so many threads each."""
+    """Return the weights after training steps with these numbers of threads."""
     config = plan.shape_for_depth(2, 777, 100)
     model = Transformer(config, seed=0)
     optimizer = build_optimizer(model, plan.recipe(1e6, config.hidden_size, 100, 500))
@@ -78,7 +78,7 @@ def test_a_training_is_the_same_on_any_number_of_threads(tmp_path):
 
 
 def run(threads: StepThreads, steps: int, seconds: dict[int, float]) -> list[int]:
-    """The counts of steps that take so long on so many threads."""
+    """Return the thread counts of steps with these times per thread count."""
     counts = []
     for _ in range(steps):
         counts.append(threads.count)
@@ -90,14 +90,14 @@ def run(threads: StepThreads, steps: int, seconds: dict[int, float]) -> list[int
 def test_a_second_thread_must_bring_15_percent(two, chosen):
     counts = run(StepThreads(2), 20, {1: 0.4, 2: 0.4 * two})
     assert counts[-1] == chosen
-    assert sum(count != chosen for count in counts) <= 3  # the first, and two of the trial
+    assert sum(count != chosen for count in counts) <= 3  # the first step, and two of the trial
 
 
 def test_steps_that_slow_down_are_timed_again():
     threads = StepThreads(2)
     assert run(threads, 100, {1: 0.1, 2: 0.06})[-1] == 2
-    assert run(threads, 100, {1: 0.11, 2: 0.4})[-1] == 1  # another program has come
-    assert run(threads, 1000, {1: 0.1, 2: 0.06})[-1] == 2  # and gone
+    assert run(threads, 100, {1: 0.11, 2: 0.4})[-1] == 1  # another program started
+    assert run(threads, 1000, {1: 0.1, 2: 0.06})[-1] == 2  # and ended
 
 
 def test_long_steps_and_set_numbers_are_left_alone(monkeypatch):

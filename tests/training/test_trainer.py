@@ -1,4 +1,4 @@
-"""The loop: micro-batches, memory back-off, guards, interruption, and resumption bit for bit."""
+"""The training loop: micro-batches, out-of-memory back-off, guards, interruption, and bit-exact resuming."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def make(folder, model=None, *, rows=8, source=batches, **settings):
 
 
 class Toys(Trainer):
-    """A trainer that knows where its batches come from."""
+    """A trainer that keeps the source of its batches."""
 
     def __init__(self, *parts, source, **details):
         super().__init__(*parts, **details)
@@ -111,7 +111,7 @@ def test_whatever_ends_a_run_its_steps_are_kept(tmp_path, failure, told):
 
 
 def test_half_an_update_is_not_kept(tmp_path):
-    """Two updates of a step; the second fails, and only the steps before are what a run can go on from."""
+    """The second of a step's two updates fails; the run can only resume from earlier steps."""
     trainer = make(tmp_path, updates_per_batch=2, save_every=1)
     loss, calls = trainer.loss, []
 
@@ -173,7 +173,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
 
 
 def signal_at(call, made):
-    """A function that sends SIGTERM to this process at its call of that number, and gives back what `made` does."""
+    """Return `made`, wrapped to send SIGTERM to this process at its `call`-th call."""
     calls = []
 
     def called(*arguments):
@@ -250,7 +250,7 @@ def test_a_lasting_spike_stops_and_a_short_one_does_not(tmp_path):
 
 @pytest.mark.parametrize(("weight", "told"), [(math.nan, "not finite numbers"), (1e30, r"has grown to 1e\+30")])
 def test_weights_that_are_spoiled_are_told_and_not_saved(tmp_path, weight, told):
-    """The loss is a number all along, as that of a model with norms is whatever its weights are."""
+    """The loss stays finite, because the norms bound it for any weights."""
     trainer = make(tmp_path, save_every=2)
 
     def loss(model, rows):
@@ -279,7 +279,7 @@ def test_what_ends_a_run_whose_weights_are_spoiled_is_told_as_that(tmp_path):
 
 
 def constant(trainer, loss_at):
-    """A loss that is a function of the step alone."""
+    """Make the loss a function of the step alone."""
     trainer.loss = lambda model, rows: Summed((model.weight * 0).sum() + loss_at(trainer.step), 1)
     return trainer
 
@@ -304,7 +304,7 @@ def test_a_loss_that_has_grown_beyond_a_guess_ends_the_run_at_its_end(tmp_path):
 
 
 def test_a_resumed_run_is_judged_by_the_losses_before_it_too(tmp_path, capsys):
-    """One batch alone was: its last, which may be harder than all others."""
+    """Regression: only its last batch counted, which may be harder than all others."""
 
     def loss_at(step):
         return 1 + (step == 19)
@@ -321,7 +321,7 @@ def test_a_resumed_run_is_judged_by_the_losses_before_it_too(tmp_path, capsys):
 
 
 def test_two_threads_do_not_write_at_once(tmp_path):
-    """The one that saves when another process fails, while this process is at it itself."""
+    """One saves because another process failed, while this process is saving."""
     trainer, at_once, most = make(tmp_path), [], []
     write = trainer.checkpoints.save
 
@@ -371,7 +371,7 @@ def test_it_saves_before_it_evaluates(tmp_path):
 
 
 def test_a_time_budget_ends_with_the_rate_at_its_end(tmp_path, monkeypatch):
-    """Also on a machine that slows down to a twentieth half-way: the clock is ours, a step takes 1 ms, then 20."""
+    """Even if the machine becomes 20 times slower half-way: with a simulated clock, a step takes 1 ms, then 20."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr("llmkit.training.trainer.time", clock)
 
@@ -396,7 +396,7 @@ def test_the_evaluation_and_sample_that_a_kill_prevented_are_made_after_the_resu
     asked = {"total_steps": 6, "evaluate": lambda: {"val_loss": 1.0}, "sample": lambda: "text"}
     every = {"eval_every": 2, "sample_every": 3, "save_every": 1}
     make(tmp_path / "whole", **every).fit(**asked)
-    for calls in (2, 3, 4, 5):  # the one of these that ends the run: of samples or evaluations
+    for calls in (2, 3, 4, 5):  # the call that ends the run, of samples or evaluations
         for kind in ("evaluate", "sample"):
             left = iter(range(calls - 1))
             folder = tmp_path / f"{kind}{calls}"

@@ -1,4 +1,4 @@
-"""Scores of a judge: its JSON wherever it stands, twice unreadable, and a reward model."""
+"""Scores of a judge: JSON anywhere in its reply, two unreadable replies, and a reward model."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_folder_that_is_no_reward_model_is_asked(tmp_path) -> None:
     folder = save_assistant(tmp_path / "chat", "Fine", context=2048)
     with open_judge(str(folder)) as judge:
         assert judge.scores([draft("Ten.")]) == [Scores()]
-        assert judge.usage is not None and judge.usage.requests == 2  # asked again, once
+        assert judge.usage is not None and judge.usage.requests == 2  # one retry
 
 
 @pytest.mark.parametrize(

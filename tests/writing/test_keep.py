@@ -1,4 +1,4 @@
-"""What is kept of drafts: each reason, duplicates with edits, evaluation items, and the same after a resume."""
+"""Filtering of drafts: each reason, edited duplicates, evaluation items, and the same result after a resume."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_each_draft_has_its_reason(keeper: Keeper, made: Draft, scores, reason: 
     step, _, what = (reason or "").partition(": ")
     assert dropped == ({step: {what: 1}} if reason else {})
     if step not in ("judge", ""):
-        assert keeper.check(made) == reason  # known before anybody judges it
+        assert keeper.check(made) == reason  # before any judging
 
 
 def test_scores_are_kept_where_no_limit_is_set() -> None:

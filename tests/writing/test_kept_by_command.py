@@ -1,4 +1,4 @@
-"""Planted duplicates, evaluation items and bad replies go through `llmkit write-chats`, and each has its reason."""
+"""`llmkit write-chats` drops planted duplicates, evaluation items and bad replies for the right reasons."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llmkit.rewards.verifiers import VerifierReward
 from tests.helpers.jsonl import lines, write
 
 ITEM = "Which of these rivers is the longest that ends in the Black Sea?"
-PLANTED = {  # edits of prompts that others have, whose replies are edited alike
+PLANTED = {  # edited copies of other prompts, whose replies are edited in the same way
     "case": str.upper,
     "punctuation": lambda text: text.replace(",", " -").replace("?", "!"),
     "a word": lambda text: text.replace("?", " please?"),
 }
-BAD = {  # replies by the word that the prompt holds
+BAD = {  # replies by a word in the prompt
     "looping": ("Well " * 40, "repetition: few different words"),
     "refusing": ("I'm sorry, but I can't help with that.", "refusal: not requested"),
     "running": ("It floats.\nUser: And why?", "form: stray marks or further turns"),
@@ -29,7 +29,7 @@ BAD = {  # replies by the word that the prompt holds
 
 
 def answer(prompt: str, seed: int) -> str:
-    """The same for all edits of a prompt, by its letters; edited as the prompt is."""
+    """Return the same reply for all edits of a prompt, with the same edit as the prompt."""
     for word, (reply, _) in BAD.items():
         if word in prompt:
             return reply

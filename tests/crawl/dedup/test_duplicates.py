@@ -1,4 +1,4 @@
-"""Exact and near duplicates: against a count of all pairs, in any batches and processes."""
+"""Exact and near duplicates: compared with a brute-force search, for any batches and processes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from llmkit.crawl.dedup.duplicates import (
 Words = list[str]
 
 
-# ---- documents, and what is true of them
+# ---- documents
 
 
 def document(rng: random.Random, length: int) -> Words:
-    """Words as they are distributed in a language: the tenth is ten times as rare as the first."""
+    """Draw words from Zipf's law: the tenth is ten times as rare as the first."""
     return [f"w{int(3000 ** rng.random())}" for _ in range(length)]
 
 
 def edited(words: Words, fraction: float, rng: random.Random) -> Words:
-    """A fraction of the words replaced, left out, or with a new one before them, anywhere."""
+    """Edit a fraction of the words: replace, delete, or insert a word before them."""
     found = list(words)
     for place in sorted(rng.sample(range(len(words)), round(fraction * len(words))), reverse=True):
         kind = rng.choice(("replace", "insert", "delete"))
@@ -41,7 +41,7 @@ def edited(words: Words, fraction: float, rng: random.Random) -> Words:
 
 
 def replaced(words: Words, fraction: float, rng: random.Random) -> Words:
-    """A fraction of the words replaced by others: the edits that leave least."""
+    """Replace a fraction of the words, the edit that reduces similarity most."""
     places = set(rng.sample(range(len(words)), round(fraction * len(words))))
     return [f"new{rng.randrange(1000)}" if at in places else word for at, word in enumerate(words)]
 
@@ -52,7 +52,7 @@ def jaccard(some: Words, others: Words) -> float:
 
 
 def family(rng: random.Random, count: int) -> list[Words]:
-    """Documents of which half are edited copies of one before, by 0 to 12% of the words."""
+    """Return documents, half of them copies of an earlier one with 0 to 12% of the words edited."""
     found: list[Words] = []
     for _ in range(count):
         if found and rng.random() < 0.5:
@@ -74,12 +74,12 @@ def in_batches(found: np.ndarray, sizes: Sequence[int], duplicates: Duplicates) 
     return repeats
 
 
-# ---- the truth
+# ---- the reference rule
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rule_is_the_one_that_is_written_down(seed: int) -> None:
-    """A dictionary for each band, and the most similar of those that were first with a key."""
+    """The reference has a dictionary per band, and picks the most similar of the documents first with a key."""
     found = signatures(joined(family(random.Random(100 + seed), 150)))
     first: dict[int, int] = {}
     roots: list[int] = []
@@ -117,12 +117,12 @@ def test_no_pair_below_half_is_joined() -> None:
     assert not any(repeats)
 
 
-# ---- the same, however it is done
+# ---- independent of batches, files and processes
 
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that is spilled, merged or released in pieces of a few rows."""
+    """Spill, merge and release in pieces of a few rows."""
     for module, name, size in (
         (band_index, "IN_FILE", 16),
         (band_index, "CHUNK", 64),
@@ -142,21 +142,21 @@ def test_batches_of_any_size_spilled_or_in_memory_are_the_same(tmp_path, small_f
     online = Duplicates(**asked).seen(found)
     assert sum(repeat is not None for repeat in online) > 10
     assert in_batches(found, sizes, Duplicates(tmp_path, **asked)) == online
-    assert list(tmp_path.iterdir()) == []  # the files have no name: not even a killed run leaves any
+    assert list(tmp_path.iterdir()) == []  # the files have no names, so that not even a killed run leaves any
 
 
-# ---- who stays
+# ---- kept documents
 
 
 def chain(links: int) -> list[Words]:
-    """Documents of which each is much like its neighbours, .86, and the last has hardly a word of the first."""
+    """Return documents with a similarity of .86 to their neighbours, the last almost without words of the first."""
     rng = random.Random(4)
     words = document(rng, 400 + 30 * links)
     return [words[30 * link : 30 * link + 400] for link in range(links)]
 
 
 def test_each_dropped_document_names_its_twin_with_any_number_of_processes(tmp_path, llmkit) -> None:
-    """Three spans: what stands beside the text makes them long enough."""
+    """Other fields than the text make the input long enough for three spans."""
     rng = random.Random(6)
     documents = family(rng, 350)
     texts = joined([*documents, *chain(10), documents[3], documents[0]])
@@ -190,18 +190,18 @@ def test_each_dropped_document_names_its_twin_with_any_number_of_processes(tmp_p
     ("first", "second", "kind"),
     [
         ("", "", "exact"),
-        ("", " \n\t ", "exact"),  # white space is nothing
+        ("", " \n\t ", "exact"),  # white space counts as empty
         ("", "word", None),
         ("", "!", None),
-        ("!", "?", None),  # no words: compared as they are
+        ("!", "?", None),  # no words: compared verbatim
         ("!", " !\n", "exact"),
         ("one", "one", "exact"),
         ("one", "One!", "near"),  # the same words
         ("one", "two", None),
         ("one two three four", "four three two one", "near"),  # below 5 words they are compared as a set
         ("one two three four", "one two three five", None),
-        ("one two three four five", "five four three two one", None),  # from 5 on their order counts
-        ("caf\u00e9 au lait", "cafe\u0301 au lait", "exact"),  # one letter or two characters
+        ("one two three four five", "five four three two one", None),  # from 5 words on, order counts
+        ("caf\u00e9 au lait", "cafe\u0301 au lait", "exact"),  # composed and decomposed letters
         ("a  b\n\nc", "a b c", "exact"),
         ("\ud800", "\ud800", "exact"),  # lone surrogates, as some JSONL has them
         ("\ud800", "\udfff", None),

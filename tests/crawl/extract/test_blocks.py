@@ -1,4 +1,4 @@
-"""A page is cut into the blocks that a browser sets apart, and each block is measured."""
+"""A page is split into the blocks that a browser displays, and the features of each block are computed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def texts(html: str) -> list[str]:
 @pytest.mark.parametrize(
     ("html", "blocks"),
     [
-        # a block begins where a browser starts a new line
+        # a block begins when a browser starts a new line
         (
             "bare <b>bo</b>ld <i>it</i><p>one<p>two<ul><li>a<div>b</div>c<li>d</ul><table><tr><td>1<td>2</table>tail",
             ["bare bold it", "one", "two", "a", "b", "c", "d", "1", "2", "tail"],
         ),
-        # spaces between inline elements stay, and none are made up
+        # spaces between inline elements are kept, and none are added
         ("<p><b>W</b>ord\n <i>a</i>\t<i>b</i><span>c</span>\xa0d</p>", ["Word a bc d"]),
-        # one <br> is a line, two are a new block
+        # one <br> starts a line, two a block
         ("a<br>b<br>\n<br>c<br><br><br>d<br>", ["a\nb", "c", "d"]),
         # preformatted text keeps its lines and indents
         ("<pre>\ndef f():\n\treturn <b>1</b>\n\n</pre><p>x\n y</p>", ["def f():\n        return 1", "x y"]),
-        # <noscript> is text, these are none
+        # <noscript> is text, these are not
         (
             "<script>x</script><style>y</style><svg><text>z</text></svg><select><option>o</select><template><p>u"
             "</template><!-- c --><textarea>t</textarea><noscript><p>thread</noscript>",
             ["thread"],
         ),
         (f"<main><p>a</p>{CONSENT}<p>b</p></main>{CONSENT}", ["a", "b"]),
-        # what is dropped parts no text, and ends with its element
+        # a dropped element does not split text, and ends with its tag
         (f"<p>a{ICON}b</p><div><p><b>c{ICON}</b></p></div>d<div><select><option>o</select></div>", ["ab", "c", "d"]),
-        # short text that is not displayed goes, a folded part stays
+        # short hidden text is dropped, collapsed text is kept
         (
             '<div style="display: none"><p>a<p>b</div><p hidden>c<p>d <span style="display:none">e</span>f'
             f"<div hidden><p>{FOLDED}</div><p hidden=until-found>g",
@@ -53,13 +53,13 @@ def texts(html: str) -> list[str]:
             "<div><template shadowrootmode=open><p>shadow</p><template><p>x</p></template></template><p>light</div>",
             ["shadow", "light"],
         ),
-        # MathML is written flat
+        # MathML is flattened
         (
             "<p><math><mfrac><mrow><mi>a</mi><mo>+</mo><mn>1</mn></mrow><msqrt><mi>x</mi></msqrt></mfrac>"
             "<mo>&lt;</mo><mfrac><mn>1</mn><mn>2</mn></mfrac></math>",
             ["(a+1)/(sqrt(x))<1/2"],
         ),
-        # characters without room or meaning go, joiners of scripts stay
+        # zero-width and control characters are dropped, joiners of scripts are kept
         (
             "<p>\ufeffex&shy;am\u200bp\u2060le\u200c<p>\u200b<p>می\u200cروم \U0001f469\u200d\U0001f4bb",
             ["example", "می\u200cروم \U0001f469\u200d\U0001f4bb"],
@@ -103,11 +103,11 @@ def test_a_page_of_the_greatest_depth_is_cut() -> None:
     assert tree.text == ["deep"]
     assert max(tree.elements.depth) == depth
     columns = block_features(tree, NameWeights({"<div": 1.0}))
-    assert columns["path_weight"] == depth  # summed in 10 doublings, the body left out
+    assert columns["path_weight"] == depth  # summed by doubling 10 times, without the body
 
 
 def test_features_do_not_depend_on_the_language() -> None:
-    """Chinese, whose words no space parts, measures as prose like the English of the same length does."""
+    """Chinese, without spaces between words, has the same prose features as English of the same length."""
     english = "<p>" + "The council said on Monday that the bridge will close, for two weeks of repairs. " * 3
     chinese = "<p>" + "市议会周一表示、这座桥梁将关闭两周进行维修工作、请居民绕道而行。" * 3
     for html in (english, chinese):

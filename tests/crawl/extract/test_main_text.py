@@ -1,4 +1,4 @@
-"""The main text of pages, as a user of crawl-filter gets it."""
+"""The extracted main text of pages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def story() -> str:
 @pytest.mark.parametrize("name", ["model", "fast"])
 def test_an_article_is_kept_and_what_stands_around_it_is_not(name: str) -> None:
     extractor = Extractor(name)
-    extractor.extract("<p>something else</p>" * 50)  # a page's text does not depend on what came before it
+    extractor.extract("<p>something else</p>" * 50)  # earlier pages do not affect the text
     for page in (story(), story().replace("charset=utf-8", "charset=windows-1251").encode("cp1251")):
         text, title, reason = extractor.extract(page, "text/html", "http://example.org/bridge")
         assert (title, reason) == ("Bridge to be rebuilt", None)
@@ -84,7 +84,7 @@ def test_a_table_stays_whole_with_its_cells_apart() -> None:
 
 
 def test_a_table_for_layout_is_no_row() -> None:
-    """The columns of a page, of which one holds a table."""
+    """It has the columns of a page, one of which contains a table."""
     columns = f"<table><tr><td><p>{'<p>'.join(STORY)}{DOSES}</table><td>{MENU}</table>"
     lines = Extractor(threshold=0.0).extract(columns).text.split("\n")
     assert lines == [*STORY, *ROWS, *(f"Section {n}" for n in range(12))]
@@ -123,7 +123,7 @@ def test_a_page_of_two_sentences_keeps_its_heading(tag: str) -> None:
 
 
 def test_blocks_are_chosen_for_the_best_f1_that_can_be_expected() -> None:
-    """Against all subsets: with independent blocks the sums give the F1 of expectations exactly."""
+    """Compared with all subsets; for independent blocks the sums are exactly the F1 of expectations."""
     generator = np.random.default_rng(0)
     for _ in range(50):
         probabilities, words = generator.random(8), generator.integers(1, 50, 8)
@@ -163,7 +163,7 @@ def test_pages_without_text_or_beyond_a_limit_have_a_reason(html: bytes | str, r
 
 
 def extracted(archive: Path) -> Iterator[tuple[str, str]]:
-    """Address and main text of an archive's HTML pages."""
+    """Yield URL and main text of an archive's HTML pages."""
     from llmkit.crawl.page import Page
     from llmkit.crawl.read.frames import Reader
     from llmkit.crawl.read.pages import page_of
@@ -176,7 +176,7 @@ def extracted(archive: Path) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.shared
 def test_word_f1_on_the_development_pages(shared_data: Path) -> None:
-    """The model has seen these pages, so this guards what runs, not what was learnt: that is the training's table."""
+    """The model was trained on these pages, so this tests the code; the training script evaluates the model."""
     with gzip.open(shared_data / "web" / "dev.truth.jsonl.gz", "rt", encoding="utf-8") as lines:
         truth = {row["url"]: row.get("main_content") for row in map(json.loads, lines)}
     scores = []
@@ -190,7 +190,7 @@ def test_word_f1_on_the_development_pages(shared_data: Path) -> None:
 
 @pytest.mark.shared
 def test_pages_of_many_languages(shared_data: Path) -> None:
-    """Strings that belong to the main text of pages which no training saw, and strings that do not."""
+    """Strings inside and outside of the main text, on pages that were not trained on."""
     with (shared_data / "web" / "intl.labels.jsonl").open(encoding="utf-8") as lines:
         labels = {row["url"]: row for row in map(json.loads, lines)}
     pages = dict(extracted(shared_data / "web" / "intl.warc.gz"))

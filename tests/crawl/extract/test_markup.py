@@ -1,4 +1,4 @@
-"""Pages are read in the character set that browsers read them in, and refused before a parser hangs over them."""
+"""Pages are decoded with the charset that browsers use, and rejected before they can hang the parser."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def decoded(html: bytes | str, content_type: str | None = None) -> str:
     [
         ("windows-1251", "cp1251", CYRILLIC),
         ("koi8-r", "koi8-r", CYRILLIC),
-        ("Shift_JIS", "cp932", "これは日本語の文章です①"),  # the circled digit is Microsoft's
+        ("Shift_JIS", "cp932", "これは日本語の文章です①"),  # the circled digit is a Microsoft extension
         ("x-sjis", "cp932", "これは日本語の文章です"),
         ("EUC-JP", "euc_jp", "これは日本語の文章です"),
-        ("gb2312", "gb18030", "這是中文的句子"),  # traditional characters, which GB 2312 does not have
+        ("gb2312", "gb18030", "這是中文的句子"),  # traditional characters are not in GB 2312
         ("big5", "big5hkscs", "這是中文的句子"),
         ("ks_c_5601-1987", "cp949", "이것은 한국어 문장입니다 똠"),
-        ("iso-8859-1", "cp1252", "“Quoted” — it costs 5 €"),  # read as windows-1252
+        ("iso-8859-1", "cp1252", "“Quoted” — it costs 5 €"),  # decoded as windows-1252
         ("latin1", "cp1252", "café"),
         ("iso-8859-9", "cp1254", "İstanbul'da güneş"),
         ("tis-620", "cp874", "นี่คือประโยคภาษาไทย"),
         ("utf-8", "utf-8", "naïve 日本"),
-        ("csiso88598i", "iso8859-8", "שלום עולם"),  # names that Python does not know
+        ("csiso88598i", "iso8859-8", "שלום עולם"),  # unknown to Python
         ("x-mac-ukrainian", "mac-cyrillic", CYRILLIC),
     ],
 )
@@ -53,15 +53,15 @@ def test_a_meta_tag_or_a_header_names_the_character_set(label: str, encoding: st
         (f"<meta charset=koi8-r>{CYRILLIC}".encode("cp1251"), 'text/html; charset="windows-1251"', CYRILLIC),
         ('<meta http-equiv="Content-Type" content="text/html; charset=koi8-r">Привет'.encode("koi8-r"), None, "Привет"),
         ('<?xml version="1.0" encoding="windows-1251"?>Привет'.encode("cp1251"), None, "Привет"),
-        (b" " * 1024 + "<meta charset=koi8-r>é".encode(), None, "é"),  # browsers do not look that far
+        (b" " * 1024 + "<meta charset=koi8-r>é".encode(), None, "é"),  # beyond the browsers' limit
         ("<!-- <meta charset=koi8-r> -->é".encode(), None, "é"),
-        ("<meta charset=utf-16>é".encode(), None, "é"),  # a tag that could be read does not mean it
+        ("<meta charset=utf-16>é".encode(), None, "é"),  # a readable tag cannot be UTF-16
         (CYRILLIC.encode(), None, CYRILLIC),
         (CYRILLIC.encode("cp1251"), "text/html", CYRILLIC),
         ("déjà vu".encode("cp1252"), "text/html; charset=nonsense", "déjà vu"),
         (GERMAN.encode("cp1252"), None, GERMAN),
         (GERMAN.encode() + b"<p>caf\xe9</p>", None, GERMAN + "<p>caf\ufffd</p>"),  # one bad byte in UTF-8
-        ("a\ud800b é", "text/html; charset=koi8-r", "a?b é"),  # decoded already
+        ("a\ud800b é", "text/html; charset=koi8-r", "a?b é"),  # already decoded
     ],
 )
 def test_what_is_declared_comes_before_what_is_guessed(page: bytes | str, header: str | None, text: str) -> None:
@@ -94,7 +94,7 @@ def test_deep_pages_are_refused_before_they_are_parsed(html: str) -> None:
 @pytest.mark.parametrize(
     "html",
     [
-        *(f"<{tag}>x" * 5000 for tag in ("p", "li", "br", "td", "img")),  # close themselves
+        *(f"<{tag}>x" * 5000 for tag in ("p", "li", "br", "td", "img")),  # implicitly closed
         "<script>" + "a='<div>';" * 5000 + "</script><p>text",
         "<div>" * (MAX_DEPTH - 2) + "deep" + "</div>" * (MAX_DEPTH - 2),
         '<img src="data:' + "a b " * 50_000 + '"><p>x' + " y" * 50_000,
@@ -102,7 +102,7 @@ def test_deep_pages_are_refused_before_they_are_parsed(html: str) -> None:
     ],
 )
 def test_what_only_looks_deep_or_large_is_read(html: str) -> None:
-    assert len(cut_blocks(html.encode()).text) in (1, 5000)  # <td> outside a table is no element
+    assert len(cut_blocks(html.encode()).text) in (1, 5000)  # <td> outside of a table is ignored
 
 
 @pytest.mark.parametrize(

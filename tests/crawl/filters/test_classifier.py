@@ -1,4 +1,4 @@
-"""`--classifier` and `--not-in` of crawl-filter, as a user gives them."""
+"""`--classifier` and `--not-in` of crawl-filter as a user runs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = (
 
 @pytest.fixture
 def filtered(llmkit, tmp_path):
-    """Filter TEXTS by two steps with some options."""
+    """Filter TEXTS with two steps and some options."""
     write(tmp_path / "t.jsonl", *({"text": text} for text in TEXTS))
     (tmp_path / "e.jsonl").write_text('{"query": "Which gas do plants take in from the air to feed on?"}\n')
 
@@ -77,7 +77,7 @@ def test_what_was_found_is_reported_by_item(filtered, llmkit, tmp_path) -> None:
     assert reports[0] == reports[1] == {
         "documents": 2, "items": [found | {"in": [{"id": "t.jsonl:3", "score": 1.0}, {"id": "x", "score": 1.0}]}],
     }  # fmt: skip
-    # what is made of the output has been rid of the items, too
+    # descendants of the output have the items removed, too
     assert llmkit("crawl-filter", "d.jsonl", "--only", "pii", "-o", "again.jsonl", cwd=tmp_path).returncode == 0
     for name in ("d", "again"):
         manifest = json.loads((tmp_path / f"{name}.jsonl.manifest.json").read_text())
@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_one_line(filtered, tmp_path, options, told) -> N
 
 
 def tiny_model() -> bytes:
-    """A fastText model that is not quantized, of two words and two labels: good is hq, bad is cc."""
+    """Return an unquantized fastText model with two words and two labels: good is hq, bad is cc."""
     arguments = struct.pack("<13id", 0, 2, 5, 1, 1, 5, 1, 3, 3, 0, 0, 0, 100, 1e-4)[4:]
     entries = [("good", 0), ("bad", 0), ("__label__hq", 1), ("__label__cc", 1)]
     words = b"".join(word.encode() + b"\0" + struct.pack("<qb", 1, kind) for word, kind in entries)

@@ -1,4 +1,4 @@
-"""Evaluation items in texts: found however they are set, and not where they are not."""
+"""Evaluation items in texts are found in any layout, without false positives."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_pieces_of_an_item_all_over_a_text_are_no_item(index: Contamination) -> 
 
 
 def test_each_item_of_a_list_of_items_of_one_form_is_found(tmp_path: Path) -> None:
-    """Each is looked at where its rarest pieces stand: their common form stands everywhere."""
+    """Each is searched at its rarest pieces, because the common format is everywhere."""
     names = ["".join(random.Random(number).choices(string.ascii_lowercase, k=25)) for number in range(150)]
     items = [f"Answer in one word, without any other words. What is the colour of {name}?" for name in names]
     write(tmp_path / "e.jsonl", *({"question": item} for item in items))
@@ -115,7 +115,7 @@ def test_processes_share_one_index(tmp_path: Path) -> None:
 
 @pytest.mark.shared
 def test_planted_items_of_public_sets_are_found_and_documents_without_are_kept(shared_data: Path) -> None:
-    """Recall of at least .98, and false positives of at most .1%, with six ways to set an item."""
+    """Recall of at least .98, and at most .1% false positives, with six layouts of an item."""
     from llmkit.io.jsonl import read_jsonl
 
     names = "arc_easy arc_challenge piqa boolq openbook_qa winogrande copa lambada_openai HumanEval".split()  # noqa: SIM905

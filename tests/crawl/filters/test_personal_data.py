@@ -1,4 +1,4 @@
-"""Personal data: the labelled set beside this file, placeholders, and texts made to be slow."""
+"""Personal data: the labelled set next to this file, placeholders, and adversarially slow texts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FLOORS = {"email": 0.95, "iban": 0.95, "card": 0.95, "ssn": 0.95, "ip": 0.95, "p
 
 
 def test_precision_and_recall_on_the_labelled_set(capsys: pytest.CaptureFixture[str]) -> None:
-    """Invented people, and numbers that are set aside for fiction, tests and examples or are void.
+    """The people are invented, and the numbers are reserved for fiction, tests and examples, or invalid.
 
-    A find counts when kind, begin and end are right.
+    A match counts if kind, start and end are right.
     """
     right, found, wanted = Counter(), Counter(), Counter()
     for row in ROWS:
@@ -77,7 +77,7 @@ HOSTILE = "1|.|1.|1 |@|a@|a@b.|:|2001:|+1|(1)|1-|DE89 |(|(at)|4111 |1)|a".split(
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_a_text_made_to_be_slow_comes_back(unit: str) -> None:
-    """Of a pattern that goes back over the text, the square of this length would take hours."""
+    """With a backtracking pattern, quadratic time at this length would take hours."""
     text = unit * (300_000 // len(unit))
     assert redact(text) == (text, {})
 

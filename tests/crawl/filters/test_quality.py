@@ -1,4 +1,4 @@
-"""The rules of Gopher, C4 and FineWeb: a page for each rule, and the quick counting beside a plain one."""
+"""The rules of Gopher, C4 and FineWeb: a page for each rule, and fast counting compared with a plain version."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PAGE = "\n".join(LINE.format(name) for name in ("red", "old", "last", "small", "
 
 
 def prose(sentences: int) -> str:
-    """Sentences of which no two are the same, a line each."""
+    """Return distinct sentences, one per line."""
     lines = []
     for number in range(sentences):
         subject, verb = SUBJECTS[number % 6], VERBS[(number * 3 + number // 6) % 7]

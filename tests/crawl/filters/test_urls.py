@@ -1,4 +1,4 @@
-"""Blocklists as they lie on disk, and the addresses that they meet."""
+"""Blocklists in their usual formats, and the URLs that they match."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GAMBLING = [
     *("https://casino.example/", "http://www.casino.example", "https://play.now.casino.example/x?y#z"),
     *("HTTPS://Casino.EXAMPLE:8443/x", "https://user:secret@casino.example/", "casino.example", "//casino.example./x"),
     *("https://slots.example/", "https://bücher.example/", "https://xn--bcher-kva.example/", "http://203.0.113.9/x"),
-    "http://3405803785/",  # the same address in one number
+    "http://3405803785/",  # the same address as a single number
 ]
 HARMLESS = [
     *("http://blog.example/casinos-of-old", "http://blog.example/", "http://notcasino.example/", "http://example/"),
@@ -63,7 +63,7 @@ def test_a_hosts_file_plain_or_gzipped(tmp_path: Path) -> None:
     )
     (tmp_path / "ads").write_text(text)
     (tmp_path / "ads2.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "ads.csv").write_text(text)  # a list, and no table, whatever its name
+    (tmp_path / "ads.csv").write_text(text)  # a list, not a table, despite its name
     for name, category in (("ads", "ads"), ("ads2.gz", "ads2"), ("ads.csv", "ads.csv")):
         filter = UrlFilter([tmp_path / name], NOTHING)
         for host in ("ads.example", "x.ads.example", "track.example", "tabs.example", "plain.example"):
@@ -152,7 +152,7 @@ def test_our_own_list_is_careful(url: str, kind: str | None) -> None:
 
 @pytest.mark.shared
 def test_every_entry_of_real_lists_is_found_and_nothing_else(shared_data: Path) -> None:
-    """121,000 domains and 20,000 URLs in 10 bytes each."""
+    """121,000 domains and 20,000 URLs with 10 bytes each."""
     lists = shared_data / "web" / "blocklists"
     hosts = sorted((lists / "hosts").iterdir())
     filter = UrlFilter([lists / "ut1", *hosts], NOTHING)

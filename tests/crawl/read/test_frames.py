@@ -1,4 +1,4 @@
-"""Records found whole in archives that are cut off, damaged and mixed with garbage."""
+"""Complete records are found in archives that are truncated, damaged or mixed with garbage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmkit.errors import UserError
 
 
 def read(path: Path | str, **options) -> list[tuple]:
-    """All records: (offset, reason), or (offset, html, url, text) of a page."""
+    """Return all records: (offset, reason), or (offset, html, url, text) for a page."""
     found = [page_of(frame) for frame in Reader([str(path)], **options)]
     return [(p.offset, p.reason) if isinstance(p, Skipped) else (p.offset, p.html, p.url, p.text) for p in found]
 
@@ -84,7 +84,7 @@ KINDS = ["x.warc.gz", "x.warc", "one.warc.gz", "x.arc", "x.arc.gz"]
 
 
 def archive(name: str, texts: list[bytes]) -> bytes:
-    """An archive of pages, of the kind that the name says."""
+    """Return an archive of pages, in the format of its name."""
     if ".arc" in name:
         records = [ARC_HEAD, *(arc(http(HTML % text)) for text in texts)]
     else:
@@ -110,14 +110,14 @@ def test_a_file_cut_anywhere_gives_what_came_before_and_one_skip(tmp_path, name)
         try:
             records = read(tmp_path / name)
         except UserError as error:
-            assert "no " in str(error) and end < 500  # cut within the first record
+            assert "no " in str(error) and end < 500  # truncated inside the first record
             continue
         found = htmls(records)
         assert found == [HTML % text for text in TEXTS][: len(found)]
         reasons = [reason for _, reason, *_ in records if isinstance(reason, str)]
         assert reasons.count("truncated") <= 1 and set(reasons) <= {"warcinfo", "truncated"}
         assert len(records) >= 1
-        if len(found) < len(TEXTS) and "truncated" not in reasons:  # cut exactly between two records
+        if len(found) < len(TEXTS) and "truncated" not in reasons:  # truncated exactly between two records
             rest = whole[end:]
             assert rest.startswith((b"\x1f\x8b", b"WARC", b"\r\n", b"\n", b"http:"))
 
@@ -136,7 +136,7 @@ def test_a_flipped_bit_costs_one_record_and_damages_none(tmp_path):
 
 
 def test_an_archive_within_an_archive_is_not_taken_apart(tmp_path):
-    inner = members([page(noise(number, 900)) for number in range(40)], level=0)  # stored: its members lie bare
+    inner = members([page(noise(number, 900)) for number in range(40)], level=0)  # stored: its members are visible
     outer = members([page(b"one"), record(inner, "resource", Content_Type="application/warc"), page(b"two")], level=0)
     (tmp_path / "x.warc.gz").write_bytes(outer)
     assert [one[1] for one in read(tmp_path / "x.warc.gz")] == [HTML % b"one", "not_html", HTML % b"two"]
@@ -164,7 +164,7 @@ def test_a_length_beyond_all_that_follows_costs_its_own_record_alone(tmp_path, n
 
 
 def test_a_length_that_ends_anywhere_in_the_next_record_costs_its_own_record_alone(tmp_path):
-    """Some of them end at the end of a line."""
+    """Some of the lengths end at the end of a line."""
     block, after = http(HTML % b"wrong"), page(b"two")
     for more in range(5, len(after) - 1):
         wrong = record(block, Content_Length=str(len(block) + more))
@@ -177,7 +177,7 @@ def test_a_length_that_ends_anywhere_in_the_next_record_costs_its_own_record_alo
     [b"WARC/1.0\r\nA:\r\n", b"WARC/1.0\r\nContent-Length: 5\r\n", b"WARC/1.0\r\nA:\r\n" * 4000 + b"\r\n"],
 )
 def test_text_that_begins_like_records_without_end_is_read_in_one_pass(tmp_path, text):
-    """Each of them was searched to the end of its header: 5 to 10 seconds a megabyte."""
+    """Regression: each was searched for the end of its header: 5 to 10 seconds per megabyte."""
     (tmp_path / "x.warc").write_bytes(page(b"one") + text * (8_000_000 // len(text)) + b"\r\n\r\n" + page(b"two"))
     assert htmls(read(tmp_path / "x.warc")) == [HTML % b"one", HTML % b"two"]
 
@@ -236,20 +236,20 @@ def test_real_pages_are_those_that_fastwarc_reads(shared_data):
         b"\x1f\x8b\x08\x00",
         b"\x1f\x8b\x08\x08" + bytes(6) + b"name",
         b"\x1f\x8b\x08\x04" + bytes(6) + b"\xff\xff",
-        # a stored block of 65,535 bytes, whose end meets the header of another one, and so on to the end of the file
+        # a stored block of 65,535 bytes whose end is the header of the next one, and so on to the end of the file
         b"\x1f\x8b\x08\x00" + bytes(6) + b"\x00\xff\xff\x00\x00WARC/1.0\r\nWARC-Type: a\r\n".ljust(43, b"x"),
     ],
 )
 def test_what_begins_like_members_a_million_times_is_passed_over(piece: bytes) -> None:
-    """Each was unpacked as far as it went: 3 s a megabyte, and of the last kind the square of the length."""
+    """Regression: each was decompressed as far as possible: 3 s per megabyte, and quadratic time for the last kind."""
     member = gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 4\r\n\r\nabcd\r\n\r\n")
     hostile = piece * (3_000_000 // len(piece))
     found = [data for _, data in Records(Window(io.BytesIO(member + hostile + member * 50)), "warc.gz")]
-    assert sum(isinstance(data, bytes) for data in found) > 45 and "unsearched" in found  # what is passed over is told
+    assert sum(isinstance(data, bytes) for data in found) > 45 and "unsearched" in found  # skipped bytes are reported
 
 
 def damaged_member(unpacked: int) -> bytes:
-    """A page of so many bytes that is packed to a thousandth, with a false checksum."""
+    """Return a page of this size, compressed to a thousandth, with a wrong checksum."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     begin = packer.compress(record(b"", Content_Length=str(unpacked))[:-4])
     whole = begin + b"".join(packer.compress(bytes(1_000_000)) for _ in range(unpacked // 1_000_000)) + packer.flush()
@@ -258,9 +258,9 @@ def damaged_member(unpacked: int) -> bytes:
 
 @pytest.mark.parametrize("sizes", [[200_000_000], [60_000_000, 40_000_000]])
 def test_damaged_members_that_unpack_to_much_hide_no_record_behind_them(tmp_path: Path, sizes: list[int]) -> None:
-    """What was unpacked of them was counted in full, and a sixteenth of that in the file was not searched for records.
+    """Regression: a sixteenth of their decompressed size was skipped in the file without a search for records.
 
-    One damaged megabyte that unpacks to a thousand hid 20,000 records, and nothing said so.
+    One damaged megabyte that decompresses to a thousand silently hid 20,000 records.
     """
     pieces = [damaged_member(size) + members([page(noise(size, 300))] * 300) for size in sizes]
     (tmp_path / "x.warc.gz").write_bytes(members([page(b"first")]) + b"".join(pieces))

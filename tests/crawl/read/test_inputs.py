@@ -1,4 +1,4 @@
-"""Every kind of input becomes pages: files, folders, pipes; and what is none is a mistake told in one line."""
+"""Every kind of input becomes pages: files, folders, pipes; anything else is an error in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = [b"one", b"two" * 400, b"three"]
 
 
 def read(*paths: Path | str, page_bytes: int = 1 << 30, **options) -> list[Page | Skipped]:
-    """All records of some inputs, by way of a worker: a batch is pickled."""
+    """Return all records of some inputs, read by a worker, so that batches are pickled."""
     work = [pickle.loads(pickle.dumps(batch)) for batch in batches(Reader(map(str, paths), **options))]
     return [page_of(frame, page_bytes) for batch in work for frame in batch.frames]
 
@@ -210,7 +210,7 @@ def test_a_page_may_come_by_itself(monkeypatch, tmp_path):
         ("x", b"", "expected WARC, ARC, WET, HTML or JSONL, found an empty file"),
         ("x.jsonl", b"\n\n", "no JSON lines: it begins with"),
     ],
-    ids=["empty", "words", "packed words", "cut", "arc", "pdf", "nothing", "lines"],  # packed bytes hold the time
+    ids=["empty", "words", "packed words", "cut", "arc", "pdf", "nothing", "lines"],  # compressed: with the time
 )
 def test_a_file_without_records_is_the_users_mistake(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
@@ -274,7 +274,7 @@ ODD = {
     "example-iana.org-chunked.warc": (1, {"warcinfo": 1, "request": 1}),
     "example-resource.warc.gz": (1, {"warcinfo": 2}),
     "example-space-in-target-uri.warc.gz": (0, {"warcinfo": 1, "not_html": 1}),
-    "example-space-in-url.arc": (0, {"warcinfo": 1, "truncated": 1}),  # 13 bytes shorter than its length says
+    "example-space-in-url.arc": (0, {"warcinfo": 1, "truncated": 1}),  # 13 bytes shorter than the stated length
     "example.arc": (1, {"warcinfo": 1}),
     "example.arc.gz": (1, {"warcinfo": 1}),
     "example.warc": (1, {"warcinfo": 2, "request": 2, "revisit": 1}),

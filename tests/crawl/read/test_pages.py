@@ -1,4 +1,4 @@
-"""What a record of an archive is: a page as its server meant it, or no page for a reason with a name."""
+"""Records of an archive become pages as sent by the server, or are skipped with a named reason."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_what_is_no_page_has_a_reason(data, reason):
         record(b"HTTP/2 200\r\ncontent-type: text/html\r\n\r\n" + BODY),
         record(b"HTTP/1.1 200 OK\nContent-Type: text/html\n\n" + BODY),
         record(b"HTTP/1.1 200 OK\r\nBad line\r\nX: \xe4\xf6\r\nContent-Type:\r\n text/html\r\n\r\n" + BODY),
-        record(BODY),  # a response without its header
+        record(BODY),  # a response without an HTTP header
         record(BODY, Content_Type="text/html"),
         record(BODY, "resource", Content_Type="text/html"),
         record(BODY, "Response", Content_Type="text/html"),
