@@ -40,7 +40,7 @@ class Prompt:
     text        the text of a completion's prompt, for `echo`
     encoded     the conversation, with its tokens that sft trains
     tools       functions that the client runs; None: the server's tools
-    thinking    the prompt ends in an open <think>
+    thinking    the prompt has an open <think>
     constraint  a grammar for the answer
     """
 

@@ -20,7 +20,7 @@ from llmkit.errors import UserError
 
 HEADER_SECONDS = 30.0  # limit for the headers of a request, and for the next request on a connection
 THREADS = 4  # that tokenize prompts and write judgements; each of anyio's default 40 would allocate its own memory
-SWITCH_SECONDS = 0.0005  # how long the event loop waits for the GIL of the engine's thread; Python's default is 5 ms
+SWITCH_SECONDS = 0.0005  # until the engine's thread must release the GIL to the event loop; Python's default is 5 ms
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -42,7 +42,7 @@ ASKERS = ("user", "human")
 _BITS = 26  # hash bits of each of two bit tables, which reject 98% of runs that are in none of 57,000 items
 _SHIFT, _LOW = np.uint64(64 - _BITS), np.uint64((1 << _BITS) - 1)
 _BYTE, _BIT = np.uint64(3), np.uint64(7)
-# limits for texts that are lists of items: items examined together, and places of a run; 1 MB of BBH's 2,635 took 41 s
+# limits for texts that are lists of items: items examined together, places of a run; 1 MB with 2,635 of BBH took 41 s
 MOST_ITEMS, MOST = 500, 100
 APART = 200  # letters allowed between a short question and its answer
 ARRAYS = ("_lengths", "_sizes", "_keys", "_owners", "_seen")  # shared between processes
