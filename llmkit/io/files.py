@@ -319,10 +319,10 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it exists."""
+    """Delete a file or folder if it exists, but no pipe or device: root may delete /dev/null."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif not _is_special(path):
         with suppress(OSError):
             path.unlink()
 

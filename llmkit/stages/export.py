@@ -113,8 +113,8 @@ def _checked(config: ExportConfig) -> Path:
         if config.out is None or config.out == "-":
             raise UserError(f"--out is required: the file for the result, such as -o {example}")
         out = Path(config.out)
-        if out.is_dir() or config.out.endswith("/"):
-            raise UserError(f"{config.out}: expected a file such as -o {example}, found a folder")
+        if config.out.endswith("/") or (out.exists() and not out.is_file()):
+            raise UserError(f"{config.out}: expected a file such as -o {example}, found a folder, pipe or device")
         if find_spec("gguf") is None:
             raise UserError("--format gguf: needs the package gguf; pip install 'llmkit[gguf]'")
     else:

@@ -24,9 +24,21 @@ from llmkit.io.files import (
     atomic_folder,
     check_output,
     cut_torn_line,
+    remove,
     sole_writer,
 )
 from llmkit.io.jsonl import open_output, read_object, write_json
+
+
+def test_a_pipe_is_never_deleted(tmp_path: Path) -> None:
+    """Root may delete a device, too: an export to /dev/null once did."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    for name, target in (("link", "pipe"), ("gone", "nowhere")):
+        (tmp_path / name).symlink_to(target)
+    for name in ("pipe", "link", "gone", "file"):
+        remove(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
 def test_an_error_leaves_the_former_output_and_nothing_else(tmp_path: Path) -> None:

@@ -388,6 +388,13 @@ def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words:
     assert words in str(raised.value) and os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_pipe_is_no_place_for_a_gguf_file(chat: Path, tmp_path: Path, dry_run: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = refused(chat, tmp_path / "pipe", force=True, dry_run=dry_run)
+    assert said.endswith("expected a file such as -o chat.gguf, found a folder, pipe or device")
+
+
 def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) -> None:
     o200k = save_assistant(tmp_path / "o200k", "o200k")
     assert "expected a pre-tokenizer that llama.cpp" in refused(o200k, tmp_path / "m.gguf")
