@@ -1,4 +1,4 @@
-"""The work of one process: parses frames into pages and runs each page through the steps that need no other page.
+"""The work of one process: parse frames into pages, and run each page through the steps that need no other page.
 
     judge = Judge(Recipe())
     judge(page)             # Document | Dropped

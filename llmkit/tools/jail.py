@@ -2,7 +2,7 @@
 
     python -I -S -B jail.py STATUS_FD PARENT MILLISECONDS MEMORY_BYTES CPU_SECONDS FILE_BYTES < code
 
-STATUS_FD -1 means no jail. PARENT is the process that started this one, which dies with it, or after MILLISECONDS.
+STATUS_FD -1 means no jail. This process dies with PARENT, which started it, or after MILLISECONDS.
 
 The layers of the jail, in the order in which they are set up:
 
