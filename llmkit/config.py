@@ -524,7 +524,7 @@ def read_toml(path: str, name: str) -> dict[str, Any]:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
         with open(path, "rb") as handle:
-            return tomllib.load(handle)
+            return tomllib.loads(handle.read().decode("utf-8-sig"))  # Windows editors write a byte order mark
     except OSError as error:
         reason = "an address; download it first" if "://" in path else str(error.strerror).lower()
         raise UserError(f"{path}: cannot read the {name}: {reason}") from error

@@ -148,6 +148,12 @@ def test_an_option_given_nothing_as_by_a_variable_that_is_not_set_is_a_mistake(c
         assert str(caught.value).startswith(flag_of(item)) and "\n" not in str(caught.value)
 
 
+def test_a_file_of_options_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfvocab_size = 300\r\nseed = 5\r\n")
+    config = resolve(Config, {"inputs": ["a"]}, str(tmp_path / "c.toml"))
+    assert (config.vocab_size, config.seed) == (300, 5)
+
+
 def test_a_flag_that_the_class_does_not_have_is_a_programming_error() -> None:
     with pytest.raises(TypeError, match="no option dpeth"):
         resolve(Config, {"dpeth": "4"})

@@ -255,7 +255,7 @@ def zstd_frames(raw: IO[bytes], name: str) -> Iterator[bytes]:
     """
     import zstandard
 
-    damaged = lambda reason: DamagedData(f"{name}: damaged or truncated zstd data: {reason}")  # noqa: E731
+    damaged = lambda reason: DamagedData(f"{name}: damaged or truncated zstd data: {reason}; fetch it again")  # noqa: E731
     packed = memoryview(raw.read(1 << 16))
     dictionary = None
     if packed[:4] == ZSTD_DICTIONARY_MAGIC:

@@ -190,7 +190,7 @@ class Gathered:
 def changed(path: Path) -> str:
     """Return when a file or a run's metrics were last written, in the format of a manifest's `created`."""
     metrics = path / METRICS
-    stamp = (metrics if metrics.is_file() else path).stat().st_mtime
+    stamp = (metrics if os.path.isfile(metrics) else path).stat().st_mtime  # False in a folder that may not be read
     return datetime.fromtimestamp(stamp, timezone.utc).isoformat(timespec="seconds")
 
 

@@ -175,6 +175,13 @@ def unpack_zstd(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompressobj().decompress(data)
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_a_cut_file_is_refused_with_what_to_do(tmp_path: Path, pack) -> None:
+    (tmp_path / "cut.jsonl").write_bytes(pack(LINES)[:-5])
+    with pytest.raises(UserError, match=r"cut.jsonl: damaged or truncated .* data: .*; fetch it again$"):
+        values(str(tmp_path / "cut.jsonl"))
+
+
 @pytest.mark.parametrize(("name", "unpack"), [("o.jsonl.gz", gzip.decompress), ("o.JSONL.ZST", unpack_zstd)])
 def test_an_output_is_packed_as_its_name_says(tmp_path: Path, name: str, unpack) -> None:
     out = str(tmp_path / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -506,6 +507,21 @@ def test_links_to_nothing_in_a_folder_of_runs_are_no_runs(tmp_path):
         (tmp_path / "runs" / name).symlink_to(target)
     (found,) = figures_of([tmp_path / "runs"], tmp_path / "r.json")["runs"]
     assert Path(found["path"]).name == "base"
+
+
+def test_a_folder_that_may_not_be_read_is_noted(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "locked").mkdir(parents=True)
+    make_run(tmp_path / "runs" / "base", "pretrain", results={"loss": 1.5})
+    stat = os.stat
+
+    def refuse(path, **details):  # to root every folder is open
+        if "locked/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **details)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    figures = figures_of([tmp_path / "runs"], tmp_path / "r.json")
+    assert len(figures["runs"]) == 1 and "locked" in figures["notes"][0] and "permission denied" in figures["notes"][0]
 
 
 @pytest.mark.parametrize(

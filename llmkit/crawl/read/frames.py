@@ -482,8 +482,8 @@ def _kind_of(name: str, head: bytes) -> str:
         return "jsonl"
     if begins.startswith(b"<") or looks_like_html(head):
         return "html"
-    content = f"a file that begins with {bytes(head[:16])!r}" if head else "an empty file"
-    raise UserError(f"{name}: expected WARC, ARC, WET, HTML or JSONL, found {content}; convert or omit it")
+    found = f"a file that begins with {bytes(head[:16])!r}" if head else "an empty file"
+    raise UserError(f"{name}: expected WARC, ARC, WET, HTML, JSONL, Parquet or CSV, found {found}; convert or omit it")
 
 
 def _first_record(records: Iterator[Record], name: str, kind: str, head: bytes) -> list[Record]:

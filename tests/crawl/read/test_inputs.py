@@ -206,8 +206,12 @@ def test_a_page_may_come_by_itself(monkeypatch, tmp_path):
         ("x.warc.gz", gzip.compress(b"words"), "no WARC records: it begins with b'words'"),
         ("x.warc.gz", members(RECORDS[:1])[:60], "no WARC records: it ends inside the first one"),
         ("x.arc", b"words, lines\n", "no ARC records: it begins with b'words, lines"),
-        ("x.pdf", b"%PDF-1.4", "expected WARC, ARC, WET, HTML or JSONL, found a file that begins with b'%PDF-1.4'"),
-        ("x", b"", "expected WARC, ARC, WET, HTML or JSONL, found an empty file"),
+        (
+            "x.pdf",
+            b"%PDF-1.4",
+            "expected WARC, ARC, WET, HTML, JSONL, Parquet or CSV, found a file that begins with b'%PDF-1.4'",
+        ),
+        ("x", b"", "expected WARC, ARC, WET, HTML, JSONL, Parquet or CSV, found an empty file"),
         ("x.jsonl", b"\n\n", "no JSON lines: it begins with"),
     ],
     ids=["empty", "words", "packed words", "cut", "arc", "pdf", "nothing", "lines"],  # compressed: with the time
