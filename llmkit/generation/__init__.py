@@ -1,1 +1,1 @@
-"""Completions of prompts, by our decoder or by a server."""
+"""Completions of prompts, by a local model or by a server."""

@@ -74,7 +74,7 @@ class Chat:
         """Start over, with a system message or without one."""
         self.turns = [] if system is None else [message("system", system)]
         self._first = len(self.turns)  # index of the first turn after the system message that the model sees
-        self.asked: str | None = None  # the last message, answered or not
+        self.last_message: str | None = None  # answered or not
         self._answered = False
         self._tries = 0  # retries of it
         self._saved: dict[str, bytes] = {}  # file -> the line that /save wrote there
@@ -101,16 +101,16 @@ class Chat:
 
     def take_back(self) -> str:
         """Remove the last message and its answer, and return the message. Raises UserError if there is none."""
-        if self.asked is None:
+        if self.last_message is None:
             raise UserError("there is no message yet")
         last = max((index for index, turn in enumerate(self.turns) if turn.role == "user"), default=0)
         if self._answered:
             del self.turns[last:]
             self._answered = False
-        return self.asked
+        return self.last_message
 
     def _ask(self, text: str, tries: int, write: Say, say: Say) -> str:
-        self.asked, self._tries = text, tries
+        self.last_message, self._tries = text, tries
         self.turns.append(message("user", text))
         answer: list[Part] = []
         calls: list[Part] = []  # waiting for their results
@@ -299,11 +299,11 @@ def talk(
 def _run_command(chat: Chat, command: str, rest: str, edit: Callable[[str], str | None] | None, say: Say) -> str | None:
     """Run a command; return the message to send next, or None."""
     if command == "/edit":
-        if chat.asked is None:
+        if chat.last_message is None:
             raise UserError("there is no message yet")
         if not rest and edit is None:
             raise UserError("/edit TEXT: expected the message to send in place of the last one")
-        changed = rest or (edit(chat.asked) if edit is not None else None)
+        changed = rest or (edit(chat.last_message) if edit is not None else None)
         if changed is None or not changed.strip():
             return None
         chat.take_back()

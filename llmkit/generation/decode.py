@@ -265,18 +265,18 @@ class Decoder:
 
         If no piece is left to compute, yield the complete prefix.
         """
-        past, whole = sum(map(len, pieces)), len(token_ids)
-        if len(pieces) == 1 and past == whole:
+        past, total = sum(map(len, pieces)), len(token_ids)
+        if len(pieces) == 1 and past == total:
             yield pieces[0]
             return
-        keys, values = self._empty(whole)
+        keys, values = self._empty(total)
         if pieces:
             torch.cat([piece.keys_LKTD for piece in pieces], 2, out=keys[:, :, :past])
             torch.cat([piece.values_LKTD for piece in pieces], 2, out=values[:, :, :past])
-        if past == whole:
+        if past == total:
             yield Prefix(keys, values, pieces[-1].logits_1V)
-        for start in range(past, whole, self.piece):
-            end = min(start + self.piece, whole)
+        for start in range(past, total, self.piece):
+            end = min(start + self.piece, total)
             hidden_TC = self._run(token_ids[start:end], keys[:, :, :end], values[:, :, :end])
             yield Prefix(keys[:, :, :end], values[:, :, :end], self._head(hidden_TC[-1:]))
 

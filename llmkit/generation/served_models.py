@@ -311,12 +311,12 @@ class OpenAIClient:
         return f"{self.address.flag} {self.address.url}"
 
     def _count(self, reported: Any, reply: Reply, used: Collection[str]) -> None:
-        beside = {"reasoning": reply.thought, "tool calls": reply.tool_calls}
+        extras = {"reasoning": reply.thought, "tool calls": reply.tool_calls}
         with self._counting:
             self.usage.requests += 1
             self.usage.prompt_tokens += _count_of(reported, "prompt_tokens")
             self.usage.completion_tokens += _count_of(reported, "completion_tokens")
-            for kind in (kind for kind, content in beside.items() if content and kind not in used):
+            for kind in (kind for kind, content in extras.items() if content and kind not in used):
                 self.usage.left_out[kind] = self.usage.left_out.get(kind, 0) + 1
 
     def _explain(self, error: Any) -> str:

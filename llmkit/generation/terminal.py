@@ -51,19 +51,19 @@ def converse(chat: Chat, first: str | None, quiet: bool) -> None:
         say("/help lists the commands; Ctrl-D quits", quiet)
         talk(chat, chain([] if first is None else [first], keyboard.lines()), write, tell, keyboard.edit)
         return
-    place, failures = "--prompt", list[str]()
+    where, failures = "--prompt", list[str]()
 
     def piped_lines() -> Iterator[str]:
-        nonlocal place
+        nonlocal where
         with open_input("-") as handle:
             for number, line in enumerate(handle, 1):
-                place = f"stdin:{number}"
+                where = f"stdin:{number}"
                 try:
                     yield line.decode().rstrip("\r\n")
                 except UnicodeDecodeError:
-                    raise UserError(f"{place}: expected UTF-8; convert the text first") from None
+                    raise UserError(f"{where}: expected UTF-8; convert the text first") from None
 
-    fail = lambda error: failures.append(f"{place}: {error}")  # noqa: E731
+    fail = lambda error: failures.append(f"{where}: {error}")  # noqa: E731
     try:
         talk(chat, piped_lines() if first is None else iter([first]), write, tell, fail=fail)
     except UserError as error:

@@ -1,1 +1,1 @@
-"""Decoders: configuration, arithmetic, adapters, folders and devices."""
+"""Decoders: configuration, computation, adapters, folders and devices."""

@@ -1,1 +1,1 @@
-"""The training loop and what it is made of: optimizer, checkpoints, plan, processes."""
+"""The training loop and its parts: optimizer, checkpoints, plan, ranks."""

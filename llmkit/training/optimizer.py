@@ -285,9 +285,9 @@ class Optimizer:
         """Return the fp32 master of each parameter by name, unsharded, on rank 0 and nothing elsewhere. Collective."""
         masters = {}
         for name, value in self.masters().items():
-            whole = full_tensor(value)
+            full = full_tensor(value)
             if world().leads:
-                masters[name] = whole.cpu() if is_sharded(value) else whole
+                masters[name] = full.cpu() if is_sharded(value) else full
         return masters
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def shape_for_depth(
             f"; choose a --hidden-size that is a multiple of {2 * heads}, or another --num-attention-heads"
         )
     if heads % kv_heads:
-        raise UserError(f"--num-key-value-heads {kv_heads}: {heads} attention heads are no multiple; choose another")
+        raise UserError(f"--num-key-value-heads: expected a divisor of {heads} attention heads, found {kv_heads}")
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,

@@ -141,16 +141,16 @@ def sums_of(rewards: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor, 
     return sums
 
 
-def figures_of(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def figures_of(micro_batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the figures of a step or an evaluation over all ranks. Collective.
 
-    parts: the sums of the loss for each micro-batch of this rank
+    micro_batches: the sums of the loss for each micro-batch of this rank
 
     `reward_chosen`, `reward_rejected` and their difference `margin`; `accuracy`, the fraction of pairs in which the
     better answer has the higher reward; `length_chosen` and `length_rejected` in tokens; `nll` of the best answers, in
     nats per token, if it is trained; `kl` in nats per answer, for kto.
     """
-    values = world().sum(*(sum(part.get(name, 0.0) for part in parts) for name in SUMS))
+    values = world().sum(*(sum(rows.get(name, 0.0) for rows in micro_batches) for name in SUMS))
     sums = dict(zip(SUMS, values, strict=True))
     figures: dict[str, float] = {}
     for side in ("chosen", "rejected"):

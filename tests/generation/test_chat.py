@@ -216,7 +216,7 @@ def test_a_tool_that_was_not_given_is_told_of_and_is_no_answer(tokenizer):
     one = calling(tokenizer)
     written, said = held(one, "go")
     assert written == "\n" and said == ["calls calc, which is not enabled: 7; restart with --tools calc"]
-    assert one.turns == [] and one.asked == "go"
+    assert one.turns == [] and one.last_message == "go"
 
 
 def test_a_call_too_many_is_told_of(tokenizer):

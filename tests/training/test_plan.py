@@ -117,7 +117,10 @@ def test_a_small_corpus_seen_over_and_over_asks_for_a_smaller_model():
         ({"depth": 1, "hidden_size": 33}, "--hidden-size 33: expected heads of an even .* 1 head of 33; .* of 2"),
         ({"depth": 1, "num_attention_heads": 64}, "--num-attention-heads 64: expected .* 64 heads of 1; .* of 128"),
         ({"hidden_size": 100, "num_attention_heads": 3}, "--hidden-size 100: not a multiple of 3 attention heads"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "--num-key-value-heads 3: 4 attention heads"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "--num-key-value-heads: expected a divisor of 4 attention heads, found 3",
+        ),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_refused_by_its_option(options, message):
