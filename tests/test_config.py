@@ -89,7 +89,7 @@ def test_a_quantity_is_exact(text: str | float, unit, value: float) -> None:
      ("1 0", "count"), ("1e999", "count"), (float("nan"), "count"), (float("inf"), "count"), (True, "count"),
      ("0x10", "bytes"), ("1,000", "count")],
 )  # fmt: skip
-def test_what_is_no_quantity_is_refused_with_an_example(text: str | float, unit) -> None:
+def test_an_invalid_quantity_is_refused_with_an_example(text: str | float, unit) -> None:
     with pytest.raises(ValueError, match=rf"expected a {'number of bytes' if unit == 'bytes' else unit} such as"):
         parse_quantity(text, unit)
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_goes_on_or_names_what_is_damaged(folder: Path, command: str) -> None:
+def test_a_command_resumes_or_names_the_damaged_file(folder: Path, command: str) -> None:
     words = [sys.executable, "damaged_states.py", str(folder), command, str(EVERY), "3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder_of_script = Path(__file__).parent / "helpers"
@@ -77,7 +77,7 @@ def test_metrics_that_were_edited_are_named_or_read_as_far_as_they_are_figures(t
         trim_metrics(place, 5)
 
 
-def test_what_an_identity_differs_in_is_named_however_deep_it_stands() -> None:
+def test_a_difference_between_identities_is_named_at_any_depth() -> None:
     now = {"recipe": {"c4": {"min_lines": 5, "threshold": None}, "steps": ["a"]}, "--seed": 0}
     for same in (now, {**now, "older": 1}, {**now, "recipe": {"c4": {"min_lines": 5}, "steps": ["a"]}}):
         check_identity("out.state", same, now)

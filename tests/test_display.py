@@ -113,7 +113,7 @@ def test_a_manifest_has_no_secret_of_the_command_or_its_options(tmp_path, monkey
 # ---- control characters
 
 
-def test_what_is_no_secret_and_no_control_stays() -> None:
+def test_text_without_secrets_and_control_characters_is_unchanged() -> None:
     for text in ("http://a.b/c?page=2", "a@b.c, x://y", "openai:http://h:1/v1#m", "mail me@x.org http://x.org/~me"):
         assert redacted(text) == text
     text = "a\tb\nc é 日本 🦙 👩\u200d👧 עברית"

@@ -60,7 +60,7 @@ def test_a_row_of_the_demo_is_read_as_it_was_printed(generate):
         assert math.isfinite(float(value)) and (not beside or math.isfinite(float(beside.rsplit(" ", 1)[1])))
 
 
-def test_every_page_stands_in_the_navigation():
+def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
     assert [path.name for path in DOCS.glob("*.md") if f": {path.name}\n" not in navigation] == []
 

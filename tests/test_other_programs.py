@@ -67,7 +67,7 @@ def test_transformers_has_our_scores(made: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "judge"])
-def test_transformers_goes_on_training(made: Path, kind: str, tmp_path: Path) -> None:
+def test_transformers_continues_training(made: Path, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 

@@ -162,7 +162,7 @@ def test_a_power_cut_leaves_what_was_finished_and_two_checkpoints(disk: Path) ->
     assert found is not None and found[1]["step"] == last
 
 
-def test_sighup_saves_and_resume_starts_or_goes_on(tmp_path: Path) -> None:
+def test_sighup_saves_and_resume_starts_or_continues(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     run(tmp_path, [*TRAIN_BPE[:-1], "made/here/tok"])  # creates parent folders
     os.rename(tmp_path / "made" / "here" / "tok", tmp_path / "tok")

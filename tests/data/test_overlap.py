@@ -71,7 +71,7 @@ def test_tokens_of_documents_are_sampled():
 
 
 @pytest.mark.parametrize("held_out", [[], [""], ["", "a"]])
-def test_nothing_is_no_overlap(held_out):
+def test_empty_data_has_no_overlap(held_out):
     overlap = Overlap.of_texts(held_out)
     overlap.compare_texts(["", "b", "a b c"])
     assert (overlap.exact, overlap.near) == (0, 0)

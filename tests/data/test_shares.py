@@ -173,7 +173,7 @@ def test_more_sources_than_a_step_has_tokens_for_are_refused(three):
         Batches(three, 8, 1, 0, {0: [0.5, 0.3, 0.2]})
 
 
-def test_the_table_stands_in_columns():
+def test_the_table_has_aligned_columns():
     names, shares = ["web", "a-longer-name"], {0: [0.7, 0.3], 12_345: [0.2, 0.8]}
     lines = shares_table(names, [10**10, 999], shares, [5 * 10**9, 2997]).splitlines()[1:]
     assert all(len(one) == len(other) for one, other in pairwise(lines))

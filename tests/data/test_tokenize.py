@@ -211,7 +211,7 @@ def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(jsonl, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_address_is_encoded_once_until_another_file_lies_there(tmp_path):
+def test_a_url_is_encoded_once_until_its_file_changes(tmp_path):
     encoder = Bytes()
     with file_server() as server:
         server.files["docs.jsonl"] = b'{"text": "old"}\n'

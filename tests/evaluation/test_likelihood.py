@@ -79,7 +79,7 @@ def test_a_continuation_needs_text(tokenizer):
         encode_pairs(tokenizer, [("a", "")])
 
 
-def test_logits_that_are_no_numbers_are_named():
+def test_nan_logits_are_named():
     model = make_model()
     with torch.no_grad():
         model.norm.fill_(float("nan"))
@@ -87,7 +87,7 @@ def test_logits_that_are_no_numbers_are_named():
         Scorer(model).score([([1, 2, 3], 1)])
 
 
-def test_a_merge_across_the_boundary_leaves_the_context_as_it_stands_alone(tmp_path):
+def test_a_merge_across_the_boundary_does_not_change_the_tokens_of_the_context(tmp_path):
     folder = save_folder(tmp_path / "base", make_model(vocab_size=258))
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["vocab"]["bc"] = 257

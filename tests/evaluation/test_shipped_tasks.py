@@ -53,7 +53,7 @@ def texts_of(item: Item, delimiter: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.task)
-def test_a_published_record_is_asked_as_the_field_asks_it(case, tmp_path):
+def test_a_published_record_has_the_standard_prompt(case, tmp_path):
     one = loaded(case, tmp_path, case.peer[2] if case.peer else None)
     item = one.items[-1]
     ends = [text[-len(wanted) :] for text, wanted in zip(texts_of(item, one.task.delimiter), case.texts, strict=True)]

@@ -49,12 +49,12 @@ def test_a_seed_makes_one_world(knowledge, size, world, texts):
     assert knowledge.invent_world(size, 8) != world
 
 
-def test_nobody_is_of_two_kinds(size, world):
+def test_no_person_has_two_kinds(size, world):
     assert sum(len(names(people)) for people in world.values()) == len(set().union(*map(names, world.values())))
     assert len(world["known held out"]) == size.known[1]
 
 
-def test_the_held_out_stand_in_no_chat_and_no_lesson(knowledge, world):
+def test_held_out_people_are_in_no_chat_and_no_lesson(knowledge, world):
     asked = words([row["question"] for row in knowledge.questions(world, "held out", 7)])
     shown = words([row["question"] for row in knowledge.questions(world, "probed", 7)])
     shown |= words([row["prompt"] for row in knowledge.chats(world["chats"])])

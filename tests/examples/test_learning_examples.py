@@ -41,7 +41,7 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-def test_what_is_asked_can_be_answered(example):
+def test_the_questions_can_be_answered(example):
     found = example("sorting").sorting(200, 0)
     assert len(dict(found)) == 200
     assert all(list(answer) == sorted(prompt.split()[1]) for prompt, answer in found)

@@ -30,7 +30,7 @@ def trained(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
 
 
-def test_a_classifier_of_ones_own_keeps_what_is_like_the_good_text(llmkit, tmp_path):
+def test_a_user_classifier_keeps_texts_like_the_good_ones(llmkit, tmp_path):
     good, plain = (
         texts(tmp_path / "good.jsonl", [*GOOD, "__label__ordinary"], 40),
         texts(tmp_path / "p.jsonl", PLAIN, 90),

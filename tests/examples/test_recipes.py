@@ -67,7 +67,7 @@ def test_the_lines_of_the_first_two_stages_print_what_the_page_says(tmp_path):
         run(python, EXAMPLES / "pipes.py", world, "--only", heading, folder=tmp_path)
 
 
-def test_a_bundle_of_ones_own_has_the_form_of_core(tmp_path):
+def test_a_user_bundle_has_the_format_of_core(tmp_path):
     facts = [{"query": "The sea is", "choices": ["wet.", "dry."], "gold": 0, "tier": "often"}]
     pairs = [{"good": "In it are fish now.", "bad": "In are it fish now."}, {"good": "Fish swim.", "bad": "Swim fish."}]
     for name, rows in (("facts", facts), ("word_order", pairs)):

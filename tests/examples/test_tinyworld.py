@@ -93,7 +93,7 @@ def test_the_ledger_counts_what_the_pages_tell(ledger):
     assert by_tier == {"often": {55}, "sometimes": {10}, "seldom": {4}, "once": {1}, "named": {0}, "unseen": {0}}
 
 
-def test_a_fact_stands_on_the_pages_that_the_ledger_names_and_no_other(ledger):
+def test_a_fact_is_on_exactly_the_pages_that_the_ledger_names(ledger):
     pages = [page for page in ledger["pages"] if page["text"]]
     for entity in ledger["entities"]:
         about = [page for page in pages if entity["name"] in words(page["text"])]
@@ -203,7 +203,7 @@ def test_sums_are_worked_out_rightly(world):
         assert int(ten) * 10 + int(one) % 10 == int(total) == int(first) + int(second)
 
 
-def test_who_it_is_is_asked_in_other_words_than_it_was_taught(world):
+def test_identity_questions_have_other_wordings_than_in_training(world):
     from llmkit.data.identity import identity_conversations
 
     taught = {one.messages[-2].text for one in identity_conversations({"name": "Tilly", "maker": "the Workshop"})}

@@ -144,7 +144,7 @@ def test_a_false_label_rejects_an_answer(field):
         ({"text": 5}, "expected 'text' to be a string"),
     ],
 )
-def test_what_is_no_conversation_is_named(record, reason):
+def test_an_invalid_conversation_is_named(record, reason):
     with pytest.raises(UserError) as caught:
         read(record)
     assert str(caught.value).startswith("chats.jsonl:3: ") and reason in str(caught.value)

@@ -53,7 +53,7 @@ def test_margin_and_ranks_with_ties():
         ("Sum? 4 or 5", "Sum? 4", ("Sum?", " 4 or 5", " 4")),
     ],
 )
-def test_texts_that_begin_alike_have_the_prompt_in_common(chosen, rejected, parts):
+def test_the_common_beginning_of_two_texts_is_the_prompt(chosen, rejected, parts):
     found = read_comparison(row(chosen=chosen, rejected=rejected))
     assert (found.prompt[0].text, *(side[0].text for side in found.candidates)) == parts
 

@@ -91,7 +91,7 @@ def test_messages_are_a_prompt_whose_text_is_the_last_ones(name):
         ({"question": "2?", "choices": {"text": ["3"], "label": ["x"]}, "answerKey": "x"}, "labels"),
     ],
 )  # fmt: skip
-def test_a_record_that_is_no_problem_is_told_of_in_one_line(value, message):
+def test_an_invalid_problem_is_an_error_in_one_line(value, message):
     with pytest.raises(UserError) as caught:
         problem(**value)
     assert (

@@ -73,7 +73,7 @@ def test_a_system_message_goes_in_front_or_is_counted():
     assert read_comparison(row(system="Answer in French.", prompt="2 + 2?", **pair)).prompt == (FRENCH, ASKED)
 
 
-def test_thoughts_stand_before_the_answer():
+def test_thoughts_come_before_the_answer():
     thought = "<think>\nTwo and two make four.\n</think>\n\n4"
     for name in ("reasoning_content", "reasoning", "thinking"):
         said = {"role": "assistant", name: "Two and two make four.\n", "content": "4"}
@@ -160,7 +160,7 @@ def test_a_weight_in_a_comparison_and_options_of_a_server_are_named():
     assert sorted(prompts.left_out["not_used"]) == [f"{name!r} not used" for name in unused]
 
 
-def test_what_is_not_used_is_told_and_counted(capsys):
+def test_unused_parts_are_reported_and_counted(capsys):
     rows = [Row({"prompt": "a", "completion": "b", "text": "a b"}, "d.jsonl", line) for line in (1, 2)]
     bad = BadRecords("1%")
     assert len(list(good_records(rows, read_conversation, "d.jsonl", bad))) == 2

@@ -112,7 +112,7 @@ def test_help_lists_what_there_is(tokenizer):
         ("/Save", "error: /save: expected a file name"),
     ],
 )
-def test_mistakes_with_commands_are_told_and_asked_of_nobody(tokenizer, tmp_path, line, told):
+def test_wrong_commands_are_reported_and_not_sent_to_the_model(tokenizer, tmp_path, line, told):
     (tmp_path / "tool.py").write_text("import os\n")
     (tmp_path / "config.json").write_text('{\n  "model_type": "llama"\n}')
     (tmp_path / "docs.jsonl").write_text('{"text": "a"}\n')
@@ -212,14 +212,14 @@ def test_calls_are_shown_kept_and_saved(tokenizer, tmp_path):
     assert prompt.count(tokenizer.specials["<|calc_start|>"]) == prompt.count(tokenizer.specials["<|result_end|>"]) == 2
 
 
-def test_a_tool_that_was_not_given_is_told_of_and_is_no_answer(tokenizer):
+def test_a_call_of_a_missing_tool_is_reported_and_is_not_an_answer(tokenizer):
     one = calling(tokenizer)
     written, said = held(one, "go")
     assert written == "\n" and said == ["calls calc, which is not enabled: 7; restart with --tools calc"]
     assert one.turns == [] and one.last_message == "go"
 
 
-def test_a_call_too_many_is_told_of(tokenizer):
+def test_a_call_beyond_the_limit_is_reported(tokenizer):
     one = calling(tokenizer, "calc", max_tool_calls=2, answers=False)
     _, said = held(one, "go")
     assert said[-1] == "stopped at tool call 3; --max-tool-calls allows more"
@@ -261,7 +261,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(tokenizer):
 # ---- base models
 
 
-def test_a_rejected_answer_is_no_shot(tmp_path):
+def test_a_rejected_answer_is_not_an_example(tmp_path):
     path = tmp_path / "kto.jsonl"
     path.write_text(
         '{"prompt": "a?", "completion": "b", "label": false}\n{"prompt": "c?", "completion": "d", "label": true}\n'

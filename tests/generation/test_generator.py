@@ -96,7 +96,7 @@ def test_decoding_gives_the_logits_of_the_whole_forward(shape, dtype, weights, t
             torch.testing.assert_close(logits[row], whole, rtol=0, atol=tolerance)
 
 
-def test_longrope_turns_all_positions_anew_beyond_its_first_context(tokenizer):
+def test_longrope_rotates_all_positions_again_beyond_its_first_context(tokenizer):
     factors = {"short_factor": (1.0,) * 8, "long_factor": (1.0, 1.5, *(4.0,) * 6), "attention_factor": 1.2}
     scaling = RopeScaling("longrope", 4.0, original_max_position_embeddings=20, **factors)
     model = make_model(model_type="phi3", qk_norm=False, rope_scaling=scaling, spread=1.5)
@@ -236,7 +236,7 @@ def test_results_come_in_order_and_reading_does_not_run_ahead(model, tokenizer, 
     assert [len(samples[0].token_ids) for samples in results] == [2] * 59
 
 
-def test_a_request_is_told_when_it_is_done_not_when_its_turn_comes(model, tokenizer):
+def test_a_finished_request_is_reported_at_once_not_in_its_turn(model, tokenizer):
     generator, told = Generator(model, tokenizer, Sampling(1.0), slots=2, end_ids=()), []
     requests = [Request([END, n], max_tokens=length, number=n) for n, length in enumerate((20, 2, 3))]
     results = list(generator.complete(requests, on_done=lambda index, samples: told.append((index, samples))))

@@ -98,7 +98,7 @@ def test_log_probabilities_are_those_before_and_after_truncation(sampling):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_are_told_by_row(temperature, bad):
+def test_nan_logits_are_reported_by_row(temperature, bad):
     logits = torch.zeros(3, 8)
     logits[1, 3] = bad
     *_, sound = choose_tokens(logits, np.full(3, 0.5), Sampling(temperature, top_k=4))
@@ -132,7 +132,7 @@ def test_truncation_is_transformers_own(seed, size, top_k, top_p, min_p, flat):
     assert kept.any(-1).all()
 
 
-def test_a_row_is_cut_alike_beside_rows_that_need_the_full_sort():
+def test_truncation_of_a_row_does_not_depend_on_rows_that_need_the_full_sort():
     sharp, flat = torch.randn(1, 4000) * 5, torch.randn(1, 4000) * 0.01
     both = torch.softmax(torch.cat([sharp, flat]), -1)
     sampling = Sampling(1.0, top_p=0.9)

@@ -62,7 +62,7 @@ def computed(monkeypatch) -> list[int]:
         ({}, True, 1, "int8"),
     ],
 )
-def test_a_prompt_behind_kept_pieces_has_the_bits_of_one_computed_anew(shape, packs, count, weights, monkeypatch):
+def test_a_prompt_after_cached_pieces_has_the_same_bits_as_without_the_cache(shape, packs, count, weights, monkeypatch):
     if not packs:
         monkeypatch.setattr("llmkit.kernels.linear.can_pack", lambda dtype, device: False)
         monkeypatch.setattr(decode, "can_pack", lambda dtype, device: False)
@@ -115,7 +115,7 @@ def requests() -> list[Request]:
     ]
 
 
-def test_running_sequences_go_on_while_a_long_prompt_comes_in_and_all_have_the_text_of_a_lone_request(tokenizer):
+def test_running_sequences_continue_during_a_long_prompt_with_the_texts_of_single_requests(tokenizer):
     model = make_model(context=2048)
 
     def generator() -> Generator:

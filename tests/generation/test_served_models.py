@@ -22,7 +22,7 @@ ASKED = [{"role": "user", "content": "Hi"}]
 WANTED = {"seed": 1, "max_tokens": 8, "temperature": 0.8}
 
 
-def test_no_request_while_none_is_under_way_is_no_end():
+def test_a_pause_without_requests_does_not_end_the_run():
     with ChatServer(lambda prompt, seed: "Hello.") as server:
         sampler = ServedSampler(OpenAIClient(parse_address(server.spec, "--engine"), 20.0, 0), Sampling())
         requests = [None, Request(ASKED, max_tokens=8), None, None]

@@ -135,7 +135,7 @@ def test_ctrl_c_stops_an_answer_and_takes_a_line_back(tmp_path):
     assert at.end() == 0
 
 
-def test_what_is_pasted_while_an_answer_comes_stands_at_the_next_prompt(tmp_path):
+def test_text_pasted_during_an_answer_appears_at_the_next_prompt(tmp_path):
     babbler = folder_of(tmp_path / "chat", "a", "b", "a", context=1 << 15)
     at = Typist(babbler, "--chat", "--max-tokens", "3000", "--temperature", "0")
     at.until()
@@ -158,7 +158,7 @@ def test_what_is_pasted_while_an_answer_comes_stands_at_the_next_prompt(tmp_path
     assert said == ["go", "one\ntwo é\nthree!", "next", "typed"]
 
 
-def test_ctrl_d_while_an_answer_comes_ends_behind_it(tmp_path):
+def test_ctrl_d_during_an_answer_ends_the_chat_after_it(tmp_path):
     babbler = folder_of(tmp_path / "chat", "a", "b", "a", context=1 << 15)
     at = Typist(babbler, "--chat", "--max-tokens", "2000", "--temperature", "0")
     at.until()

@@ -63,7 +63,7 @@ def complete(model, tokenizer, toolbox, request=None, *, max_calls=8, result_tok
     return completion
 
 
-def test_a_call_is_answered_and_the_model_goes_on(tokenizer, calculator):
+def test_a_call_is_answered_and_the_model_continues(tokenizer, calculator):
     model = caller(tokenizer, "say ", "1+2*", "wel")  # each token once: a chain depends only on the last token
     completion = complete(model, tokenizer, calculator)
     assert completion.text == "say wel" and completion.finish_reason == "stop"
@@ -149,7 +149,7 @@ def writing(folder, own, *calls):
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("before", ["", "say "])
-def test_a_function_of_ones_own_is_called_in_the_words_of_the_model(tmp_path, weather, own, before):
+def test_a_user_function_is_called_in_the_models_format(tmp_path, weather, own, before):
     tokenizer, (called,) = writing(tmp_path, own, CALLED)
     special = tokenizer.specials
     first = special["<|im_sep|>" if own else "<|assistant|>"]
@@ -197,7 +197,7 @@ def test_a_function_of_ones_own_is_called_in_the_words_of_the_model(tmp_path, we
         (CALLED.replace("city", "town"), "", "error: missing a required argument: 'city'"),
     ],
 )
-def test_what_is_no_call_is_text_and_a_mistake_is_answered(tmp_path, weather, written, text, result):
+def test_text_that_is_not_a_call_stays_text_and_a_wrong_call_is_answered(tmp_path, weather, written, text, result):
     tokenizer, (token,) = writing(tmp_path, False, written)
     special = tokenizer.specials
     model = certain(make_model(vocab_size=token + 1), special["<|assistant|>"], token, special["<|im_end|>"])
@@ -307,7 +307,7 @@ def test_a_tool_is_waited_for_while_no_request_is_there(tokenizer, calculator, m
     assert len(steps) <= len(completion.token_ids) + 3  # 0.2 s would be thousands
 
 
-def test_a_text_is_the_same_in_any_company_whatever_the_timing_of_tools(tokenizer):
+def test_a_text_does_not_depend_on_the_batch_or_the_timing_of_tools(tokenizer):
     model = make_model(vocab_size=VOCABULARY, spread=1.5)
     frequent = special(tokenizer, "calc_start", "calc_end", "search_start", "search_end")
     model.head_weight.data[frequent] *= 2.5

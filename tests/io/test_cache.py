@@ -59,7 +59,7 @@ def test_a_file_is_fetched_once(server: FileServer, tmp_path, ways: str) -> None
     assert json.loads(about.read_text()) == {"address": address, "bytes": len(DATA), "version": "1"}
 
 
-def test_a_file_that_was_cut_is_gone_on_with(server: FileServer) -> None:
+def test_an_incomplete_file_is_resumed(server: FileServer) -> None:
     whole = cached_file(server.address + "f")
     whole.rename(whole.with_name(whole.name + ".partial")).write_bytes(DATA[:2_000_000])
     server.requests = []
@@ -67,13 +67,13 @@ def test_a_file_that_was_cut_is_gone_on_with(server: FileServer) -> None:
     assert server.requests[-1] == "bytes=2000000-"
 
 
-def test_a_file_that_was_cut_after_it_was_whole_is_fetched_anew(server: FileServer) -> None:
+def test_a_complete_file_that_was_truncated_is_fetched_again(server: FileServer) -> None:
     with cached_file(server.address + "f").open("r+b") as handle:
         handle.truncate(1000)
     assert read(server.address + "f") == DATA
 
 
-def test_a_file_that_has_changed_is_fetched_anew(server: FileServer, tmp_path) -> None:
+def test_a_changed_file_is_fetched_again(server: FileServer, tmp_path) -> None:
     read(server.address + "f")
     server.files["f"], server.version = DATA[::-1], "2"
     assert read(server.address + "f") == DATA[::-1]

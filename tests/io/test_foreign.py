@@ -44,7 +44,7 @@ SOME = [f"{name}:{29 if name == 'tokenizer.json' else 5}" for name in MORE_KEYS]
 
 
 @pytest.mark.parametrize("files", [SOME, *(pytest.param([f"{name}:1"], marks=pytest.mark.slow) for name in MORE_KEYS)])
-def test_odd_values_in_a_folder_from_elsewhere_are_a_line(folder: Path, files: list[str]) -> None:
+def test_odd_values_in_a_third_party_folder_are_an_error_in_one_line(folder: Path, files: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, str(HELPERS / "odd_values.py"), str(folder), *files],
         capture_output=True, text=True, timeout=3000,
@@ -61,7 +61,7 @@ def test_odd_values_in_a_folder_from_elsewhere_are_a_line(folder: Path, files: l
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_what_is_no_file_of_the_model_is_named(folder: Path, name: str) -> None:
+def test_a_pipe_or_folder_in_place_of_a_model_file_is_named(folder: Path, name: str) -> None:
     place = folder / name
     place.unlink()
     os.mkfifo(place)

@@ -68,7 +68,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_model_is_fetched_without_pickles_and_code_and_its_weights_when_asked_for(server: HubServer) -> None:
+def test_a_model_is_fetched_without_pickles_and_code_and_weights_only_on_request(server: HubServer) -> None:
     folder = local_folder("hf://org/model")
     assert names(folder) == TEXTS.keys()
     assert local_folder("hf://org/model@main/", weights=True) == folder
@@ -156,7 +156,7 @@ def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeyp
         ),
     ],
 )
-def test_what_is_no_model_is_one_line(server: HubServer, address: str, told: str) -> None:
+def test_an_unusable_model_is_an_error_in_one_line(server: HubServer, address: str, told: str) -> None:
     whole = {**TEXTS, **WEIGHTS}
     server.repos |= {
         "models/org/private": Repo({"main": whole}, private=True),
@@ -246,7 +246,7 @@ def test_files_of_a_data_set(server: HubServer, monkeypatch) -> None:
         ("https://huggingface.co/datasets/org/data/blob/main/a/b.jsonl", "write hf://datasets/org/data@main/a/b.jsonl"),
     ],
 )
-def test_what_is_no_file_of_a_data_set_is_one_line(server: HubServer, address: str, told: str) -> None:
+def test_an_unusable_file_of_a_data_set_is_an_error_in_one_line(server: HubServer, address: str, told: str) -> None:
     server.repos["datasets/org/gated"] = Repo({"main": {"a.jsonl": LINES}}, terms=True)
     with pytest.raises(UserError, match=f"^{address}: .*{told}"), open_remote(address) as file:
         file.read()

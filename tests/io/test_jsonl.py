@@ -213,7 +213,7 @@ def test_a_format_that_is_not_written_is_refused_by_its_name(tmp_path: Path, nam
         ('{"text": "x", "source": 3}', "expected 'source' to be a string, found a number"),
     ],
 )
-def test_what_is_no_document_is_named(tmp_path: Path, record: str, message: str) -> None:
+def test_an_invalid_document_is_named(tmp_path: Path, record: str, message: str) -> None:
     path = write(tmp_path, record.encode())
     assert fails(path, read_documents) == f"{path}:1: {message}"
 
@@ -242,7 +242,7 @@ def test_a_share_of_bad_records_bears_one_in_a_small_file_and_is_judged_while_re
         read(1, 2, 3, 4, most="2")
 
 
-def test_bad_records_in_an_array_are_told_apart_from_good_ones(tmp_path: Path, capsys) -> None:
+def test_bad_records_in_an_array_are_separated_from_good_ones(tmp_path: Path, capsys) -> None:
     data = b'[{"n": 1}, {"n": NaN}, 3, {"n": "\\ud800"}, {"n": 2}]'
     bad = BadRecords("3")
     assert [row.value for row in read_jsonl([write(tmp_path, data)], bad=bad)] == [{"n": 1}, {"n": 2}]

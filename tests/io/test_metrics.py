@@ -60,7 +60,7 @@ def write(folder: Path, rows: list[dict], mirror) -> None:
             log.write(row)
 
 
-def test_a_killed_run_goes_on_without_steps_that_are_doubled_or_torn(tmp_path):
+def test_a_killed_run_resumes_without_duplicate_or_incomplete_steps(tmp_path):
     pytest.importorskip("tensorboard")
     log = MetricsLog(tmp_path / "metrics.jsonl", [partial(TensorBoard, tmp_path)])
     for row in ROWS[:6]:

@@ -76,7 +76,7 @@ def test_no_more_is_read_than_the_processes_are_busy_with():
         ("bug", RuntimeError, "(?s)item 4.*KeyError: 'lost'"),
     ],
 )
-def test_what_ends_a_process_is_told_after_what_came_before(act, error, message):
+def test_a_dead_process_is_reported_after_earlier_results(act, error, message):
     got = []
     with pytest.raises(error, match=message):
         for _, results in in_order(range(9), partial(Echo, 4, act), 2, name=lambda item: f"item {item}"):

@@ -49,7 +49,7 @@ def read(address: str) -> bytes:
 
 
 @pytest.mark.parametrize("ways", ["", "norange", "cut", "cut norange", "short", "busy", "busy cut"])
-def test_every_byte_comes_once_from_whatever_server(server: FileServer, ways: str) -> None:
+def test_every_byte_is_read_once_from_any_server(server: FileServer, ways: str) -> None:
     server.ways = set(ways.split())
     assert read(server.address + "f") == DATA
     if not ways:
@@ -378,7 +378,7 @@ def test_what_a_bucket_has_not(bucket: ObjectStore, address: str, message: str) 
         matching("https://a.example/*")
 
 
-def test_a_bucket_without_credentials_is_asked_for_as_anybody(bucket: ObjectStore, monkeypatch) -> None:
+def test_a_bucket_without_credentials_is_read_anonymously(bucket: ObjectStore, monkeypatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(UserError, match=r"^s3://bucket/read.bin: not allowed .*check the credentials"):

@@ -131,7 +131,7 @@ def nested(name: str, *parents: dict) -> dict:
     return {"manifest_version": 1, "stage": "sft", "command": name, "inputs": [], "parents": items, "results": {}}
 
 
-def test_manifests_within_each_other_are_read_and_stand_flat_in_what_follows(tmp_path: Path) -> None:
+def test_nested_manifests_are_read_and_flattened_in_descendants(tmp_path: Path) -> None:
     made = [nested("m0")]
     for number in range(1, 60):
         made.append(nested(f"m{number}", made[-1]))
@@ -182,7 +182,7 @@ def test_ancestors_that_are_missing_damaged_or_go_in_a_circle_end_no_run(tmp_pat
     assert "manifest.json:1: expected JSON, found" in told and "the manifest does not record how" in told
 
 
-def test_a_file_that_is_no_longer_what_a_stage_wrote_has_no_ancestors(tmp_path: Path) -> None:
+def test_a_changed_file_has_no_ancestors(tmp_path: Path) -> None:
     docs = make_file(tmp_path / "docs.jsonl", "crawl-filter")
     beside = Path(f"{docs}.manifest.json")
     former = json.loads(beside.read_text())
@@ -234,7 +234,7 @@ def finish(run: RunFolder, results: dict) -> None:
     run.put_in_place()
 
 
-def test_a_run_is_made_beside_its_place_and_can_be_resumed(tmp_path: Path, capsys) -> None:
+def test_a_run_is_made_in_a_partial_folder_and_can_be_resumed(tmp_path: Path, capsys) -> None:
     out = tmp_path / "base"
     out.write_text("mine")
     for details in ({"force": True}, {"resume": True}):

@@ -95,7 +95,7 @@ def test_the_types_of_columns_become_json(tmp_path: Path) -> None:
     ]
 
 
-def test_bytes_that_are_no_text(tmp_path: Path, capsys) -> None:
+def test_bytes_that_are_not_text(tmp_path: Path, capsys) -> None:
     """A row with some is a bad record; a column of images is dropped with a note."""
     path = write(tmp_path / "d.parquet", text=[b"one", b"\xff", b"three"], image=[{"bytes": b"\x89PNG\xff"}] * 3)
     assert values(path, bad=BadRecords("1")) == [{"text": "one"}, {"text": "three"}]
@@ -354,7 +354,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, kind: str, change)
         ({"body": ["one"], "id": [1]}, r"expected field 'text' \(a document\), found \['body', 'id'\]"),
     ],
 )
-def test_a_column_that_is_no_text(tmp_path: Path, table: dict, message: str) -> None:
+def test_a_column_that_is_not_text(tmp_path: Path, table: dict, message: str) -> None:
     path = write(tmp_path / "d.parquet", **table)
     with pytest.raises(UserError, match=rf"^{path}:1: {message}"):
         list(read_documents([path], None, BadRecords("1%"), {}, OF_DOCUMENT))
@@ -369,14 +369,14 @@ def test_a_column_that_is_no_text(tmp_path: Path, table: dict, message: str) -> 
         (b"PAR1", "damaged or truncated Parquet"),
     ],
 )
-def test_what_is_no_parquet_is_no_text_either(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_invalid_parquet_file_is_not_read_as_text(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "d.parquet").write_bytes(content)
     with pytest.raises(UserError, match=rf"d\.parquet: {message}"):
         list(read_documents([str(tmp_path / "d.parquet")]))
 
 
 @pytest.mark.parametrize("name", ["d.csv?version=1", "d.csv.gz?a=b/c.txt#part"])
-def test_a_query_is_no_part_of_a_name(name: str) -> None:
+def test_a_query_is_not_part_of_a_name(name: str) -> None:
     """Regression: a CSV file at such a URL was read as one document of plain text."""
     with file_server() as server:
         data = b"text\none\ntwo\n"

@@ -59,7 +59,7 @@ def test_records_appear_at_addresses(store: ObjectStore) -> None:
     assert not list(Path().glob("*bucket*"))
 
 
-def test_the_report_beside_the_documents_lies_there_too(store: ObjectStore, capsys) -> None:
+def test_the_report_is_uploaded_with_the_documents(store: ObjectStore, capsys) -> None:
     Path("items.jsonl").write_text(json.dumps({"question": "Who wrote the text about the sea?"}))
     Path("docs.jsonl").write_text(json.dumps({"text": "Who wrote the text about the sea? Ann did."}) + "\n")
     crawl(only=("contamination",), not_in=("items.jsonl",), quiet=False)
@@ -77,7 +77,7 @@ def test_two_outputs_at_one_address_are_refused(store: ObjectStore, rejects: str
     assert store.objects() == {} and os.listdir() == ["docs.jsonl"]
 
 
-def test_tables_too_and_what_lies_there_is_replaced_by_force_alone(store: ObjectStore) -> None:
+def test_tables_are_uploaded_and_existing_files_replaced_only_with_force(store: ObjectStore) -> None:
     crawl("s3://bucket/out.parquet")
     assert [row.value["id"] for row in read_jsonl(["s3://bucket/out.parquet"])] == list(range(50))
     with pytest.raises(UserError, match=r"^s3://bucket/out.parquet: already exists; --force replaces it"):
@@ -106,7 +106,7 @@ def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: Objec
     assert not list(Path().glob("*bucket*"))
 
 
-def test_a_busy_server_is_asked_again(store: ObjectStore) -> None:
+def test_a_request_to_a_busy_server_is_retried(store: ObjectStore) -> None:
     refused = []
 
     def refuse(method: str, path: str) -> int | None:
@@ -120,7 +120,7 @@ def test_a_busy_server_is_asked_again(store: ObjectStore) -> None:
     assert len(refused) == 2 and "a/out.jsonl" in store.objects()
 
 
-def test_a_run_that_was_interrupted_goes_on(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its state is next to the pending upload; without a state, nothing is left."""
 
     def interrupt(*_: object) -> None:
@@ -231,7 +231,7 @@ def test_evaluation_items_are_read_from_addresses(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("path", ["a.jsonl", "*.jsonl", "docs/"])
-def test_a_bucket_that_is_not_there_is_told_from_a_file(store: ObjectStore, path: str) -> None:
+def test_a_missing_bucket_is_distinguished_from_a_missing_file(store: ObjectStore, path: str) -> None:
     with pytest.raises(UserError, match=rf"^s3://none/{re.escape(path)}.*: expected a bucket, found none there$"):
         input_files([f"s3://none/{path}"])
 

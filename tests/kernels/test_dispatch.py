@@ -25,7 +25,7 @@ def test_anything_else_is_refused_with_the_list(monkeypatch):
         backend()
 
 
-def test_triton_is_refused_where_there_is_no_gpu(monkeypatch):
+def test_triton_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setenv("LLMKIT_KERNELS", "triton")
     with pytest.raises(UserError, match="LLMKIT_KERNELS=triton: expected a GPU, found cpu"):
         backend("cpu")

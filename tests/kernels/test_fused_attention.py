@@ -282,7 +282,7 @@ class TestAsOperators:
         torch.library.opcheck(fused_attention.backward_operator, backward)
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    def test_compiled_it_is_the_same_and_another_length_is_no_other_graph(self, backend):
+    def test_compilation_gives_the_same_result_without_recompiling_for_another_length(self, backend):
         targets = []
         torch._dynamo.reset()
         inner = torch._dynamo.lookup_backend(backend)

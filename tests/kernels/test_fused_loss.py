@@ -207,14 +207,14 @@ def test_the_gradient_of_a_sure_token_is_as_good_as_torchs(dtype):
 
 
 @pytest.mark.parametrize("wrong", [-1, 123, 10**9])
-def test_a_target_that_is_no_word_is_not_a_number(wrong):
+def test_a_target_outside_of_the_vocabulary_gives_nan(wrong):
     (x, w), target = example(20, 123, ignored=0.0)
     target[3] = wrong
     assert linear_cross_entropy(x, w, target).isnan()
     assert linear_logprobs(x, w, target).isnan().nonzero().tolist() == [[3]]
 
 
-def test_a_row_has_the_same_bits_beside_any_others():
+def test_a_row_has_the_same_bits_in_any_batch():
     (x, w), target = example(100, 600, hidden=80, ignored=0.0)
     together, entropy = linear_logprobs(x, w, target, return_entropy=True)
     for rows in (slice(0, 1), slice(0, 40), slice(64, 100)):  # numpy's product depends on the position in a tile

@@ -68,7 +68,7 @@ def test_warp_specialization_is_measured_with_the_default_tiles(tmp_path):
     assert [row["who"] for row in rows_of(results, "kernel")] == ["llmkit, specialized"] * 2
 
 
-def test_after_a_kernels_fault_a_fresh_process_goes_on_with_the_next_case(tmp_path):
+def test_after_a_kernels_fault_a_new_process_continues_with_the_next_case(tmp_path):
     script = f"""
 import os, runpy, sys
 os.environ |= {{"LLMKIT_KERNELS": "interpret", "TRITON_INTERPRET": "1"}}

@@ -35,7 +35,7 @@ def test_values_and_gradients_match_torch(dtype, entropy, options):
     assert all(not x[::4].any() for x in (*found, ours[0].grad))
 
 
-def test_each_output_may_be_differentiated_by_itself():
+def test_each_output_may_be_differentiated_alone():
     x, weight, target = example(torch.float64)
     x.requires_grad_()
     logprobs, entropy = linear_logprobs(x, weight, target, return_entropy=True)

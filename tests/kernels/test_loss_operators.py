@@ -70,7 +70,7 @@ def logprobs(x, w, target):
 
 
 @pytest.mark.parametrize("function", [loss, logprobs])
-def test_compiled_it_is_the_same_and_another_length_is_no_other_graph(kernels, function):
+def test_compilation_gives_the_same_result_without_recompiling_for_another_length(kernels, function):
     torch._dynamo.reset()
     operators = []
     inner = torch._dynamo.lookup_backend("aot_eager")

@@ -108,7 +108,7 @@ def test_a_grid_of_decoding_ends_at_two_billions_of_rows(interpreted, monkeypatc
     assert [torch.tensor(grid).prod().item() for grid in grids] == [80_000 * 3, 80_000]
 
 
-def test_a_sum_over_splits_has_one_order_whatever_the_capacity(interpreted, monkeypatch):
+def test_the_order_of_a_sum_over_splits_does_not_depend_on_the_capacity(interpreted, monkeypatch):
     kernel_options = []
     monkeypatch.setattr(triton_module("decode"), "launch", lambda *_, **options: kernel_options.append(options))
     for capacity in (300, 3000):
@@ -118,7 +118,7 @@ def test_a_sum_over_splits_has_one_order_whatever_the_capacity(interpreted, monk
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 10**9])
-def test_on_a_gpu_torchs_path_gives_nan_for_a_target_that_is_no_word(wrong):
+def test_on_a_gpu_torchs_path_gives_nan_for_a_target_outside_of_the_vocabulary(wrong):
     """An index beyond the logits would make the GPU unusable for the process. Here the path runs on a CPU."""
     target = TARGET.clone()
     target[1] = wrong

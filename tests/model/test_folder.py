@@ -231,7 +231,7 @@ def test_broken_files_are_named(folder, tmp_path):
         load_config(tmp_path / "nowhere")
 
 
-def test_a_missing_shard_and_an_index_that_lies_are_named(tmp_path):
+def test_a_missing_shard_and_a_wrong_index_are_named(tmp_path):
     theirs = save("qwen3", tmp_path / "one")
     folder = tmp_path / "many"
     theirs.save_pretrained(folder, max_shard_size="40KB")

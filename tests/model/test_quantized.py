@@ -45,7 +45,7 @@ def test_each_number_becomes_the_nearest_of_its_block(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_stay_zeros_and_what_is_no_number_is_seen_in_its_scale(kind):
+def test_zeros_stay_zeros_and_nan_is_visible_in_its_scale(kind):
     assert not rounded(torch.zeros(2, 64), kind).any()
     for bad in (float("nan"), float("inf")):
         scales = quantize(torch.tensor([[1.0] * 64, [bad] + [1.0] * 63]), kind)[1]
@@ -54,7 +54,7 @@ def test_zeros_stay_zeros_and_what_is_no_number_is_seen_in_its_scale(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2"])
-def test_an_adapter_learns_as_beside_the_rounded_matrices(tmp_path, name, kind):
+def test_an_adapter_learns_as_with_rounded_float32_matrices(tmp_path, name, kind):
     """Logits and adapter gradients equal those of a float32 model with the rounded matrices, also with activation
     checkpointing."""
     save(name, tmp_path)
@@ -110,7 +110,7 @@ def test_backward_makes_matrices_again_and_none_is_kept_for_it(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_after_the_other_is_quantized_in_the_precision_that_is_asked_for(tmp_path, kind):
+def test_layers_are_quantized_one_at_a_time_in_the_given_precision(tmp_path, kind):
     save("qwen2", tmp_path)
     whole, small = load_model(tmp_path), load_model(tmp_path, dtype=torch.bfloat16, quantize=kind)
     for layer, other in zip(small.layers, whole.layers, strict=True):

@@ -121,7 +121,7 @@ def test_samples_and_likelihoods(folder):
 
 
 @torch.no_grad()
-def test_a_sequence_goes_on_behind_the_result_of_a_tool(folder):
+def test_a_sequence_continues_after_the_result_of_a_tool(folder):
     """Suspended in the middle of a batch, extended by several tokens, and loaded next to others."""
     model = load_model(folder[0], backend="auto")
     decoder = TransformersDecoder(model)
@@ -237,7 +237,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma"])
-def test_a_family_with_a_cache_of_its_own_is_trained_but_not_sampled(family, tmp_path):
+def test_a_family_with_a_special_cache_is_trained_but_not_sampled(family, tmp_path):
     own = dict(head_dim=8, lru_width=32, attention_window_size=16, block_types=["recurrent", "attention"])
     models = {"rwkv": COMMON | {"attention_hidden_size": 32}, "recurrent_gemma": GROUPED | own}
     config = transformers.AutoConfig.for_model(family, **models[family])

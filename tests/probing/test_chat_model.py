@@ -108,7 +108,7 @@ def test_a_fault_that_stays_ends_the_work_in_one_line(fault, message):
         ({"a": 1}, '"a": 1'),
     ],
 )
-def test_a_refusal_is_told_in_the_servers_words(body, told):
+def test_a_refusal_is_reported_in_the_servers_words(body, told):
     with ChatServer(shout) as server:
         server.faults, server.refusal = ["400"], body
         with pytest.raises(ServerError, match=rf"refuses the request \(400\): .*{told}"):
@@ -129,7 +129,7 @@ def test_the_key_is_the_users_or_none(monkeypatch):
         assert server.keys == {"Bearer none", "Bearer sesame"}
 
 
-def test_an_unreadable_answer_is_asked_for_once_more_with_another_seed():
+def test_an_unreadable_answer_is_retried_once_with_another_seed():
     seen: list[int] = []
 
     def other_seed(prompt: str, seed: int) -> str:
@@ -151,7 +151,7 @@ def test_a_prompt_beyond_the_context_is_missing_and_no_fault():
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": None}, {"choices": [{}]}, [], 3, None])
-def test_a_body_that_is_no_completion_is_a_fault(body):
+def test_a_body_without_a_completion_is_a_fault(body):
     with (
         ChatServer(lambda prompt, seed: body) as server,
         pytest.raises(ServerError, match="expected a chat completion"),
@@ -172,7 +172,7 @@ def test_requests_and_tokens_are_counted():
     assert model.cost() == "openai:#tiny: 3 requests, 300 tokens in, 21 out"
 
 
-def test_what_is_thought_aloud_is_no_part_of_the_answer():
+def test_thoughts_are_not_part_of_the_answer():
     with ChatServer(lambda prompt, seed: prompt) as server:
         thoughts = "<think>a\nb</think>\nyes", "<think>never done", "no thought"
         assert ask(server, *thoughts) == ["\nyes", "", "no thought"]
@@ -208,7 +208,7 @@ def test_what_is_neither_folder_nor_server_is_named():
 # ---- folders
 
 
-def test_a_folder_answers_whatever_the_order_and_the_company(tmp_path):
+def test_answers_of_a_folder_do_not_depend_on_order_and_batch(tmp_path):
     folder, prompts = save_assistant(tmp_path / "babbler"), [str(number) for number in range(9)]
     with opened(folder, temperature=0.7, max_tokens=8, slots=3) as model:
         groups = [("a", prompts[:4]), ("b", []), ("c", prompts[4:])]
@@ -221,7 +221,7 @@ def test_a_folder_answers_whatever_the_order_and_the_company(tmp_path):
         assert [answers for _, answers in other.ask([("a", prompts)], str)] != [together]
 
 
-def test_a_folder_is_asked_once_more_with_another_seed_and_told_what_is_too_long(tmp_path):
+def test_a_folder_is_retried_once_with_another_seed_and_too_long_prompts_are_reported(tmp_path):
     seen = []
 
     def second_time(text: str) -> str | None:

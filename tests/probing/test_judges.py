@@ -48,7 +48,7 @@ def test_an_empty_or_evasive_answer_is_never_right_whatever_the_model_says():
 
 
 @pytest.mark.parametrize("reply", ["", "right", "Right!", "VERDICT:", "VERDICT: maybe", "VERDICT: right or wrong"])
-def test_a_reply_that_cannot_be_read_is_no_verdict(reply):
+def test_an_unreadable_reply_has_no_verdict(reply):
     assert read_verdict(reply) is None
     assert judged(lambda prompt: reply, "Paris", "")[0] == ["unreadable", "evasive"]
 

@@ -69,7 +69,7 @@ def test_a_lesson_is_the_answer_or_a_refusal():
     assert len(varied) == len(wordings["en"])
 
 
-def test_our_refusals_are_no_answers():
+def test_our_refusals_do_not_count_as_answers():
     """Otherwise a model trained to refuse would count as wrong."""
     judge = MatchJudge(refusals=Refusals().texts())
     for language, texts in json.loads(OURS.read_text()).items():

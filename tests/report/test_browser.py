@@ -30,7 +30,7 @@ def page_file(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_fits_and_asks_for_nothing(browser, page_file, width, scheme):
+def test_the_page_fits_and_makes_no_requests(browser, page_file, width, scheme):
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     said, asked = [], []

@@ -158,7 +158,7 @@ def test_the_margin_of_a_pair_lowers_its_difference(models):
     assert losses[0] == pytest.approx(np.log1p(np.exp(2.0 - logit)), rel=1e-4)
 
 
-def test_a_verdict_beside_a_pair_is_of_its_own_side(models):
+def test_a_verdict_next_to_a_pair_counts_for_its_own_side(models):
     pair, other = comparisons()[:2]
     verdict = replace(other, answers=other.answers[:1], ranks=(2,), trained=other.trained[:2])
     source = policy_comparisons(Comparisons("some", [pair, verdict]), "kto", 512)

@@ -89,5 +89,5 @@ def test_every_scale_and_its_plural_is_read(scale, end):
 
 @pytest.mark.parametrize("said", ["...\nIt is Monday", "!\n\n?", "It is.\n...\nyes", "- \n- yes"])
 @pytest.mark.parametrize("answer", ["yes", "no", "Monday"])
-def test_lines_without_words_are_no_reading(said, answer):
+def test_answers_with_lines_without_words_get_a_verdict(said, answer):
     assert MatchJudge()(said, "Is it Monday?", [answer]) in VERDICTS

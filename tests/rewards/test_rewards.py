@@ -84,7 +84,7 @@ def test_a_function_may_be_called_what_a_float_may(spec, weight, tmp_path, monke
         ([":2"], "expected verifier"), (["Verifier"], "expected verifier"),
     ],
 )  # fmt: skip
-def test_a_mistyped_spec_is_told_of_in_one_line(specs, message):
+def test_a_mistyped_spec_is_an_error_in_one_line(specs, message):
     with pytest.raises(UserError) as caught:
         parse_rewards(specs)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -201,7 +201,7 @@ def test_a_command_may_answer_before_it_has_read_all(tmp_path: Path):
         ("os.fork(); time.sleep(99)", "no answer within 2 seconds"),
     ],
 )  # fmt: skip
-def test_a_command_that_fails_is_told_of_in_one_line(tmp_path: Path, body, message):
+def test_a_failing_command_is_an_error_in_one_line(tmp_path: Path, body, message):
     spec = script(tmp_path, body)
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -211,7 +211,7 @@ def test_a_command_that_fails_is_told_of_in_one_line(tmp_path: Path, body, messa
     assert time.monotonic() - start < 30
 
 
-def test_a_command_that_is_no_program_is_told_of_first(tmp_path: Path):
+def test_a_command_that_is_not_a_program_is_reported_first(tmp_path: Path):
     path = tmp_path / "score.py"
     path.write_text("print(1)\n")
     with pytest.raises(UserError, match=r"not executable; chmod \+x it"):
@@ -253,7 +253,7 @@ def test_a_function_has_the_record_and_gives_a_number(tmp_path: Path):
         ("reward = 5", "expected a function 'reward'"),
     ],
 )  # fmt: skip
-def test_a_function_that_fails_is_told_of_with_its_line(tmp_path: Path, body, message):
+def test_a_failing_function_is_reported_with_its_line(tmp_path: Path, body, message):
     path = tmp_path / "score.py"
     path.write_text(body + "\n")
     with pytest.raises(UserError) as caught:
@@ -282,7 +282,7 @@ def judge(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_reward_model_scores_prompts_and_messages_alike(judge: Path):
+def test_a_reward_model_gives_prompts_and_messages_the_same_scores(judge: Path):
     asked = [{"role": "user", "content": "2 + 2?"}]
     as_messages = read_problem(Row({"messages": asked, "answer": "4"}, "p.jsonl", 2))
     reward = only(f"rm:{judge}/:0.5", device="cpu", dtype="float32").reward
@@ -310,7 +310,7 @@ def test_the_spread_is_minus_the_deviation_over_the_heads(judge: Path, tmp_path:
         parse_rewards([f"spread:{one_head}"], device="cpu")
 
 
-def test_a_completion_that_the_judge_cannot_read_is_told_of(judge: Path):
+def test_a_completion_that_the_judge_cannot_read_is_reported(judge: Path):
     for flag in ("--reward", "--gold"):
         with pytest.raises(UserError, match=f"^{flag} rm:.* context of 60 tokens, found one of 99; lower --max-tokens"):
             scores(f"rm:{judge}", attempt("4" * 99, token_count=99), device="cpu", flag=flag)
@@ -328,7 +328,7 @@ def test_a_judge_of_another_vocabulary_is_refused(judge: Path, tmp_path: Path):
         reward.check_policy(load_tokenizer(other))
 
 
-def test_a_folder_that_is_no_judge_is_told_of(tmp_path: Path):
+def test_a_folder_without_a_judge_is_an_error(tmp_path: Path):
     save_folder(tmp_path / "model")
     with pytest.raises(UserError, match="a reward model, as llmkit train-reward makes it"):
         parse_rewards([f"rm:{tmp_path / 'model'}"])

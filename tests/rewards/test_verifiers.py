@@ -121,7 +121,7 @@ def test_the_marker_is_demanded_by_gsm8k_alone():
         (["2 apples", "x = 5", "1.2 million", "six"], True),
     ],
 )
-def test_what_is_more_than_a_number_is_no_whole_number(texts, whole):
+def test_a_text_is_read_as_a_number_only_as_a_whole(texts, whole):
     assert {text for text in texts if (whole_number(text) is not None) != whole} == set()
 
 
@@ -143,7 +143,7 @@ def test_a_percentage_keeps_both_readings():
         ("She has 2. How many have 5?", "5", "How many have 5?", 0),
     ],
 )
-def test_a_question_said_again_is_no_answer(prompt, answer, completion, right):
+def test_a_repeated_question_is_not_an_answer(prompt, answer, completion, right):
     assert score(completion, "number", prompt=prompt, answer=answer) == right
 
 
@@ -369,7 +369,7 @@ def test_the_record_says_which_verifier(value, name):
         (None, {"test": "x", "entry_point": 5}, "'entry_point' to be text"),
     ],
 )  # fmt: skip
-def test_a_problem_that_cannot_be_judged_is_told_of_in_one_line(name, value, message):
+def test_a_problem_that_cannot_be_judged_is_an_error_in_one_line(name, value, message):
     with pytest.raises(UserError) as caught:
         VerifierReward(name).check(problem(**value))
     assert message in str(caught.value) and str(caught.value).startswith("p.jsonl:3") and "\n" not in str(caught.value)

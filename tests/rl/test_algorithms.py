@@ -26,7 +26,7 @@ def test_dr_grpo_does_not_divide():
     assert advantages(ALGORITHMS["dr-grpo"], REWARDS)[1] == pytest.approx([-0.75, -0.75, -0.75, 2.25])
 
 
-def test_rloo_leaves_each_attempt_out_of_its_own_baseline():
+def test_rloo_excludes_each_rollout_from_its_baseline():
     for group, found in zip(REWARDS, advantages(ALGORITHMS["rloo"], REWARDS), strict=True):
         for i, reward in enumerate(group):
             others = group[:i] + group[i + 1 :]

@@ -47,7 +47,7 @@ def test_figures_of_groups():
     assert figures["pass_at_group"] == 0.5 and figures["length"] == 1.25 and np.isfinite(list(figures.values())).all()
 
 
-def test_the_share_of_attempts_with_a_call_is_told():
+def test_the_share_of_rollouts_with_a_call_is_reported():
     called, plain = attempt([1], [65]), attempt([1], [66])
     called.completion.tool_calls.append({"tool": "calc", "input": "1 + 1", "result": "2"})
     assert describe([[called, plain], [plain, plain]], [])["called"] == 0.25
@@ -56,7 +56,7 @@ def test_the_share_of_attempts_with_a_call_is_told():
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_gaming_is_told_once_and_stops_where_that_is_wanted(capsys, stop):
+def test_gaming_is_reported_once_and_stops_the_run_on_request(capsys, stop):
     trainer = SimpleNamespace(step=7, stopping=False)
     watch = Watch(trainer, 1e-3, None, stop_on_hack=stop)
     for gold in (0.5, 0.1, 0.1, 0.1, 0.1, 0.6):

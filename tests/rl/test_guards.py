@@ -11,7 +11,7 @@ from llmkit.errors import UserError
 from llmkit.rl.monitor import CollapseGuard, HackWatch, Watch
 
 
-def test_a_difference_above_the_bound_is_told():
+def test_a_difference_above_the_bound_is_reported():
     watch = Watch(MagicMock(), 1e-3)
     watch.note_step({"logprob_difference": 1e-4, "reward": 0.0})
     for found in (2e-3, float("nan")):
@@ -42,7 +42,7 @@ def test_a_fall_from_the_very_beginning_is_a_collapse():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 16])
-def test_chance_is_no_collapse(groups):
+def test_noise_is_not_a_collapse(groups):
     rng = np.random.default_rng(groups)
     runs = [(rng.random((200, groups * 8)) < 0.5).mean(1) for _ in range(100)]
     assert not any(fallen(run) for run in runs)
@@ -52,7 +52,7 @@ def test_a_reward_below_zero_may_collapse_too():
     assert fallen([-1.0] * 6 + [-0.5] * 6 + [-3.0] * 10) and not fallen([-1.0, -1.1, -0.9, -1.05] * 10)
 
 
-def test_a_resumed_guard_goes_on_where_it_was():
+def test_a_resumed_guard_keeps_its_state():
     history = steps([0.2] * 5 + [0.8] * 5)
     whole = fallen([0.2] * 5 + [0.8] * 5 + [0.1] * 10)
     assert [10 + step for step in fallen([0.1] * 10, CollapseGuard(history))] == whole != []
@@ -77,7 +77,7 @@ def looks_at(shares, rng):
         yield look(step, right.mean(), right.std() / 200**0.5)
 
 
-def test_luck_is_no_gaming_and_a_slow_fall_is():
+def test_noise_is_not_gaming_but_a_slow_fall_is():
     rng = np.random.default_rng(0)
     stopped = [any(map(HackWatch().note, looks_at([0.8] * 60, rng))) for _ in range(100)]
     assert sum(stopped) <= 5

@@ -180,7 +180,7 @@ def test_a_reference_gives_every_attempt_its_log_probabilities(model, rollouts):
         assert one.reference_logprobs == pytest.approx(logprobs_of(model, one).detach().numpy(), abs=1e-4)
 
 
-def test_a_prompt_stands_once_before_its_attempts(rollouts):
+def test_a_prompt_appears_once_before_its_rollouts(rollouts):
     shared, places = pack_rollouts(rollouts, [1.0] * 6, 0, True)
     apart, _ = pack_rollouts(rollouts, [1.0] * 6, 0, False)
     used = [int((rows.doc_ids > 0).sum()) for rows in (shared, apart)]

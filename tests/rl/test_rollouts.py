@@ -41,7 +41,7 @@ def test_an_attempt_without_calls_is_a_prompt_and_a_completion():
     assert "messages" not in record and (record["prompt"], record["completion"]) == ("2 + 2?", "4")
 
 
-def test_a_log_that_was_edited_is_not_gone_on_with(tmp_path):
+def test_an_edited_log_is_not_resumed(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     log = RolloutLog(path)
     log.write([attempt([1], [52], reward=1.0)])

@@ -274,12 +274,12 @@ def test_a_refusal_speaks_of_the_request(server: Server, field: str, value, mess
     assert status == 400 and content["error"]["message"] == message
 
 
-def test_what_is_to_be_cut_into_tokens_is_asked_for(server: Server) -> None:
+def test_a_tokenize_request_needs_a_text(server: Server) -> None:
     status, content = server.post("/tokenize", {"model": "says"})
     assert status == 400 and content["error"]["message"] == "expected 'prompt' or 'messages'"
 
 
-def test_nan_among_the_weights_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+def test_nan_weights_are_reported_and_other_requests_continue(tmp_path: Path) -> None:
     import torch
 
     broken = tiny.save_folder(tmp_path / "broken")

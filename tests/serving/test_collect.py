@@ -94,7 +94,9 @@ def test_judgements_are_read_by_the_stages(tmp_path: Path) -> None:
         (["--tools", "oven", "--dry-run"], "--tools"),
     ],
 )
-def test_mistakes_are_told_before_the_server_listens(tmp_path: Path, llmkit, options: list[str], words: str) -> None:
+def test_user_errors_are_reported_before_the_server_listens(
+    tmp_path: Path, llmkit, options: list[str], words: str
+) -> None:
     tiny.save_assistant(tmp_path / "chat")
     (tmp_path / "empty").write_text("\n")
     done = llmkit("serve", "chat", *options, cwd=tmp_path)
@@ -102,7 +104,7 @@ def test_mistakes_are_told_before_the_server_listens(tmp_path: Path, llmkit, opt
     assert words in done.stderr
 
 
-def test_a_judgement_begins_a_line_of_its_own_behind_one_that_was_cut(tmp_path: Path) -> None:
+def test_a_judgement_starts_a_new_line_after_a_truncated_one(tmp_path: Path) -> None:
     kept = tmp_path / "judged.conversations.jsonl"
     kept.write_text('{"messages": "by hand"}')
     with served(tiny.save_assistant(tmp_path / "chat"), "--collect", tmp_path / "judged.jsonl") as server:

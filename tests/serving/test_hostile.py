@@ -84,7 +84,7 @@ def test_a_body_that_is_too_large_is_not_read(server: Server) -> None:
     ],
     ids=lambda body: repr(body[:20]),
 )
-def test_what_is_no_json_object_is_refused(server: Server, body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(server: Server, body: bytes) -> None:
     status, content = server.post("/v1/chat/completions", body)
     assert status == 400 and content["error"]["message"]
 
@@ -146,7 +146,7 @@ def test_no_path_leads_out_of_the_page(server: Server, path: str) -> None:
     assert answer.startswith(b"HTTP/1.1 404") and b"root:" not in answer
 
 
-def test_idle_connections_and_slow_bodies_hold_nobody_up(server: Server) -> None:
+def test_idle_connections_and_slow_bodies_block_no_other_client(server: Server) -> None:
     with ExitStack() as stack:
         for index in range(500):
             begun = (b"", b"GET / HT", head(server, "/v1/chat/completions", "Content-Length: 100") + b"{")[index % 3]
@@ -254,7 +254,7 @@ def test_keys_and_origins(tmp_path: Path) -> None:
         assert answer.startswith(b"HTTP/1.1 200") and b"access-control-allow-origin: https://app.example" in answer
 
 
-def test_a_port_in_use_is_told_in_one_line(server: Server, tmp_path: Path, llmkit) -> None:
+def test_a_port_in_use_is_an_error_in_one_line(server: Server, tmp_path: Path, llmkit) -> None:
     port = str(urlsplit(server.url).port)
     done = llmkit("serve", tiny.save_assistant(tmp_path / "chat"), "--port", port)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"--port {port}" in done.stderr

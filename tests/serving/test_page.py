@@ -179,7 +179,7 @@ def test_the_files_are_small_and_hold_no_script_or_style_inline() -> None:
 
 
 @browsed
-def test_an_answer_comes_is_asked_again_and_the_branches_turn(opened: Browsed) -> None:
+def test_an_answer_arrives_is_regenerated_and_the_branches_switch(opened: Browsed) -> None:
     opened.pick("says")
     opened.ask("Hi")
     assert opened.turns() == ["Hi", "World."]
@@ -197,7 +197,7 @@ def test_an_answer_comes_is_asked_again_and_the_branches_turn(opened: Browsed) -
 
 
 @browsed
-def test_a_turn_is_edited_in_a_branch_of_its_own(opened: Browsed) -> None:
+def test_a_turn_is_edited_in_a_new_branch(opened: Browsed) -> None:
     opened.pick("says")
     for text in ("One", "Two"):
         opened.ask(text)
@@ -263,7 +263,7 @@ def test_a_stop_keeps_what_has_come(opened: Browsed) -> None:
 
 
 @browsed
-def test_a_server_that_dies_within_an_answer_is_told(browser, tmp_path) -> None:
+def test_a_server_that_dies_during_an_answer_is_reported(browser, tmp_path) -> None:
     with served(save_certain(tmp_path / "endless", "ab", "a")) as server:
         opened = Browsed(browser, server.url)
         opened.page.fill("#text", "Go")
@@ -323,7 +323,7 @@ def test_a_conversation_deleted_while_it_is_answered_stays_deleted(opened: Brows
 
 
 @browsed
-def test_a_full_storage_is_told_and_ends_nothing(opened: Browsed) -> None:
+def test_full_storage_is_reported_and_ends_nothing(opened: Browsed) -> None:
     opened.page.evaluate(
         "try { for (let n = 23; n; n--) for (;;) localStorage.setItem(Math.random(), 'x'.repeat(2 ** n)); } catch {}"
     )
@@ -334,7 +334,7 @@ def test_a_full_storage_is_told_and_ends_nothing(opened: Browsed) -> None:
 
 
 @browsed
-def test_what_nobody_answered_is_asked_again(opened: Browsed) -> None:
+def test_an_unanswered_message_is_sent_again(opened: Browsed) -> None:
     opened.pick("says")
     opened.page.route("**/v1/chat/completions", lambda route: route.abort())
     opened.ask("Hi")
@@ -347,7 +347,7 @@ def test_what_nobody_answered_is_asked_again(opened: Browsed) -> None:
 
 
 @browsed
-def test_a_conversation_of_a_model_that_is_gone_goes_on_with_one_of_its_kind(opened: Browsed) -> None:
+def test_a_conversation_of_a_missing_model_continues_with_one_of_its_kind(opened: Browsed) -> None:
     kept = {"model": "gone", "system": "", "nodes": {}, "chosen": {}, "updated": 1}
     items = {"chats": ["one", "two"], "chat.one": kept | {"id": "one", "text": "Once"}}
     items["chat.two"] = kept | {"id": "two", "text": ""}
@@ -635,7 +635,7 @@ def test_a_comparison_with_the_answer_that_is_there_may_be_skipped(labelled: tup
 
 
 @browsed
-def test_a_judgement_that_is_not_saved_is_told(labelled: tuple[Browsed, Path]) -> None:
+def test_a_judgement_that_is_not_saved_is_reported(labelled: tuple[Browsed, Path]) -> None:
     opened, folder = labelled
     opened.ask("One")
     (folder / "judged.conversations.jsonl").mkdir()
@@ -690,7 +690,7 @@ def test_a_megabyte_is_refused_by_the_server_and_held_by_the_page(opened: Browse
 
 
 @browsed
-def test_a_key_is_asked_for_and_kept_for_the_tab(browser, tmp_path) -> None:
+def test_a_key_is_requested_and_kept_for_the_tab(browser, tmp_path) -> None:
     (tmp_path / "keys").write_text("secret\n")
     with served(save_certain(tmp_path / "says", "World.", "<|im_end|>"), "--api-key-file", tmp_path / "keys") as server:
         opened = Browsed(browser, server.url)

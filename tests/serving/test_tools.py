@@ -109,7 +109,7 @@ def test_the_tools_of_a_client_are_given_back(folder: Path, server: Server, stre
 @pytest.mark.parametrize(
     "more", [{}, {"tools": TOOLS, "tool_choice": "none"}], ids=["of the server", "not to be called"]
 )
-def test_no_tool_is_called_where_json_is_asked_for(server: Server, more: dict) -> None:
+def test_no_tool_is_called_if_json_is_requested(server: Server, more: dict) -> None:
     schema = {
         "type": "object",
         "properties": {"sum": {"enum": [3]}},

@@ -82,7 +82,7 @@ def run(command: str, folders: dict[str, Path], given: Path, out: Path, **option
 
 
 @pytest.mark.parametrize("command", GOOD)
-def test_a_bad_record_is_skipped_told_and_counted(folders, tmp_path, capsys, command):
+def test_a_bad_record_is_skipped_reported_and_counted(folders, tmp_path, capsys, command):
     good = [GOOD[command]] * 20
     given = write(tmp_path / "d.jsonl", *good[:10], SURROGATE, *good[10:15], "{", *good[15:], BAD[command])
     summary = run(command, folders, given, tmp_path / "out", max_bad="3")
@@ -135,7 +135,7 @@ def test_the_cache_of_tokens_knows_what_it_left_out(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given", ["1 %%", "-1", "x", "1.5", "101%", "-1%", "nan%"])
-def test_a_bound_that_is_none_is_refused(given):
+def test_an_invalid_bound_is_refused(given):
     with pytest.raises(UserError, match=r"--max-bad: expected a share such as 1% or a count such as 10"):
         sft.SftConfig(max_bad=given)
 
@@ -224,7 +224,7 @@ def test_characters_outside_the_vocabulary_are_counted_and_not_learnt(letters, t
 
 
 @pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward"])
-def test_a_warm_up_longer_than_the_run_is_told(folders, tmp_path, capsys, command):
+def test_a_warm_up_longer_than_the_run_is_reported(folders, tmp_path, capsys, command):
     given = write(tmp_path / "d.jsonl", *[GOOD[command]] * 20)
     for steps, told in ((40, True), (1, False)):
         run(command, folders, given, tmp_path / f"out{steps}", warmup_steps=steps, max_steps=2, dry_run=True)
@@ -233,7 +233,7 @@ def test_a_warm_up_longer_than_the_run_is_told(folders, tmp_path, capsys, comman
 
 
 @pytest.mark.parametrize("command", ["pretrain", "sft", "train-reward", "rl"])
-def test_held_out_records_that_are_trained_on_are_told(folders, tmp_path, capsys, command):
+def test_held_out_records_that_are_trained_on_are_reported(folders, tmp_path, capsys, command):
     asked, answered = "Who was the first keeper of the lighthouse?", "Its first keeper was John Abel of the island."
     row = {name: answered if name in ("text", "completion", "chosen", "answer") else asked for name in GOOD[command]}
     if command == "rl":
@@ -260,7 +260,7 @@ def test_a_limit_bounds_the_held_out_records_too(folders, tmp_path, capsys, comm
 
 
 @pytest.mark.parametrize("command", GOOD)
-def test_patterns_and_folders_stand_for_their_files(folders, tmp_path, capsys, command):
+def test_patterns_and_folders_are_replaced_by_their_files(folders, tmp_path, capsys, command):
     """Both kinds of files are read, the bad record of each is counted, and the manifest lists each file."""
     (tmp_path / "d").mkdir()
     rows = [GOOD[command]] * 20

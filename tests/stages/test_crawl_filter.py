@@ -52,7 +52,7 @@ def filtered(crawl, llmkit) -> Path:
     return out
 
 
-def test_each_page_comes_to_its_end(filtered):
+def test_each_page_is_kept_or_dropped_by_the_expected_step(filtered):
     """The path of a page's URL names the step that should drop it."""
     documents, rejects = lines(filtered / "docs.jsonl"), lines(filtered / "rejects.jsonl")
     assert [document["url"].split("/")[3] for document in documents] == ["kept"] * 3
@@ -131,7 +131,7 @@ def test_the_same_bytes_with_any_number_of_workers(crawl, many, llmkit, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_ended_early_goes_on_and_leaves_no_half_output(crawl, many, llmkit, tmp_path, number):
+def test_an_interrupted_run_resumes_and_leaves_no_incomplete_output(crawl, many, llmkit, tmp_path, number):
     archive = crawl / "many.warc.gz"
     more = ["-o", tmp_path / "docs.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
     state = tmp_path / "docs.jsonl.state"
@@ -338,7 +338,7 @@ def test_explain_tells_what_became_of_a_page(crawl, filtered, llmkit):
     assert told["step"] == "read" and told["reason"]
 
 
-def test_explain_finds_records_that_are_no_page(llmkit, tmp_path):
+def test_explain_finds_records_that_are_not_pages(llmkit, tmp_path):
     broken = '{"text": "abc"}\n{"broken\n{"id": "bare", "url": "http://n.example/"}\n'
     (tmp_path / "in.jsonl").write_text(broken)
     for wanted, reason in (("in.jsonl:2", "bad_json"), ("bare", "no_text"), ("http://n.example/", "no_text")):
@@ -510,7 +510,7 @@ def test_documents_and_rejects_are_packed_by_their_names(llmkit, tmp_path):
     assert refused.returncode == 2 and "d.arrow: .arrow is not supported" in refused.stderr
 
 
-def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
+def test_a_trailing_slash_writes_a_folder_of_parquet(llmkit, tmp_path):
     """The next command reads the folder, and its manifest has this one's as an ancestor."""
     write_warc(tmp_path / "a.warc.gz", mixed_pages())
     docs, text = tmp_path / "docs", (tmp_path / "*.warc.gz")
@@ -534,7 +534,7 @@ def test_a_slash_asks_for_a_folder_of_parquet(llmkit, tmp_path):
     assert refused.returncode == 2 and f"found a folder; for a folder write {docs}/" in refused.stderr
 
 
-def test_a_name_that_is_no_utf8_ends_no_run(llmkit, tmp_path):
+def test_a_file_name_that_is_not_utf8_does_not_end_the_run(llmkit, tmp_path):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / os.fsdecode(b"\xff.jsonl")).write_text('{"text": "one"}\n{"text": 1}\n')
     done = llmkit("crawl-filter", tmp_path / "web", "-o", tmp_path / "out", "--only", "exact_duplicates")

@@ -206,7 +206,7 @@ def test_every_task_that_is_shipped_is_read(path):
     assert task.source and task.version and 0 <= task.baseline < 1
 
 
-def test_a_task_of_ones_own_takes_its_data_from_beside_it(models, tmp_path):
+def test_a_user_task_reads_the_data_next_to_it(models, tmp_path):
     write_lines(
         tmp_path / "facts.jsonl", [{"subject": "Snow", "says": "white", "lies": ["red", "hot"], "topic": "t"}] * 2
     )
@@ -457,7 +457,7 @@ def test_a_finished_run_has_nothing_to_resume(models, tmp_path, monkeypatch, llm
 # ---- user errors
 
 
-def test_choices_that_are_answered_in_text_are_told_of(models, tmp_path, llmkit):
+def test_choices_that_are_answered_in_text_are_reported(models, tmp_path, llmkit):
     rows = [{"question": "Why?", "choices": ["Because.", "Ice."], "answer": 1}]
     done = llmkit("evaluate", models / "base", "--tasks", write_lines(tmp_path / "why.jsonl", rows), "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -519,7 +519,7 @@ def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):
     assert expected in str(error.value)
 
 
-def test_unit_tests_want_the_sandbox_before_any_model_is_asked(models, tmp_path, monkeypatch):
+def test_unit_tests_require_the_sandbox_before_any_model_runs(models, tmp_path, monkeypatch):
     def missing() -> None:
         raise UserError("the Python sandbox does not work on this machine: no namespaces")
 

@@ -170,9 +170,7 @@ def test_the_vocabulary_says_what_every_token_is(chat: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_conversations_of_a_template_from_elsewhere_begin_as_in_training(
-    tmp_path: Path, chat: Path, writes: bool
-) -> None:
+def test_conversations_of_a_third_party_template_begin_as_in_training(tmp_path: Path, chat: Path, writes: bool) -> None:
     """llama.cpp prepends the beginning token to a conversation if its template does not write it."""
     from llmkit.formats.conversations import message
     from llmkit.tokenizer.templates import chat_format

@@ -262,7 +262,7 @@ def test_the_way_to_convert_pickles_works(tmp_path: Path) -> None:
     )
 
 
-def test_the_folder_of_an_adapter_is_told_in_every_command(tmp_path):
+def test_the_folder_of_an_adapter_is_reported_by_every_command(tmp_path):
     """Next to the model that it is merged into, and alone, as written by `export --format adapter` and PEFT."""
     chat = save_assistant(tmp_path / "chat", "4")
     data = str(tmp_path / "d.jsonl")

@@ -117,7 +117,7 @@ def test_sigterm_in_a_long_step_gives_it_up_and_the_resumed_run_is_equal(corpus,
     assert losses(out) == losses(tmp_path / "whole")
 
 
-def test_resuming_a_finished_run_is_no_work_and_no_mistake(base, corpus, llmkit):
+def test_resuming_a_finished_run_does_nothing_and_succeeds(base, corpus, llmkit):
     before = weights(base)
     done = llmkit(*arguments(corpus, base, "--max-steps", "40", "--val", f"{corpus}/val.jsonl", "--resume"))
     assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 40
@@ -133,7 +133,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(corpus, llmkit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_batch_becomes_is_told(corpus, llmkit, tmp_path):
+def test_adjusted_batches_are_reported(corpus, llmkit, tmp_path):
     done = llmkit(*arguments(corpus, tmp_path / "base", "--tokens", "10k", "--batch-tokens", "100", "--dry-run"))
     assert "--batch-tokens 100 becomes 96, whole rows of 32" in done.stderr, done.stderr
     done = llmkit(*arguments(corpus, tmp_path / "base", "--max-steps", "2", "--batch-tokens", "64k", "--dry-run"))
@@ -176,7 +176,7 @@ def test_a_users_mistake_is_one_line(corpus, llmkit, tmp_path, change, message):
         (["--prompt", "Once"], "--prompt: needs --sample-every, the steps between samples"),
     ],
 )
-def test_what_needs_no_documents_is_told_before_they_are_read(corpus, llmkit, tmp_path, change, message):
+def test_errors_that_need_no_documents_come_before_reading_them(corpus, llmkit, tmp_path, change, message):
     done = llmkit(*arguments(corpus, tmp_path / "base", *change))
     assert done.returncode == 2 and message in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -358,7 +358,7 @@ def further(corpus: Path, model: Path, out: Path, *more: str) -> list[str]:
     return ["pretrain", f"{corpus}/docs.jsonl", "--val", f"{corpus}/val.jsonl", *details, *more]
 
 
-def test_training_goes_on_where_the_model_stands(base, longer, corpus, llmkit, tmp_path):
+def test_training_continues_from_the_given_model(base, longer, corpus, llmkit, tmp_path):
     untouched = llmkit(*further(corpus, base, tmp_path / "same", "--max-steps", "1", "--learning-rate", "1e-12"))
     before = json.loads((base / "manifest.json").read_text())["results"]
     assert json.loads(untouched.stdout)["val_loss"] == pytest.approx(before["val_loss"], abs=1e-4)
@@ -402,7 +402,7 @@ def test_one_pass_over_the_documents_is_the_default_of_going_on(base, corpus, ll
     assert float(re.search(r"\((\S+) epochs of", done.stderr)[1]) == pytest.approx(1, abs=0.1)
 
 
-def test_two_processes_go_on_with_a_model(base, longer, corpus, tmp_path):
+def test_two_processes_continue_training_a_model(base, longer, corpus, tmp_path):
     out = tmp_path / "longer"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmkit"]
     done = subprocess.run(
@@ -413,7 +413,7 @@ def test_two_processes_go_on_with_a_model(base, longer, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, family):
+def test_a_third_party_model_keeps_its_family(corpus, llmkit, tmp_path, family):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -451,7 +451,7 @@ def test_a_model_from_elsewhere_stays_of_its_family(corpus, llmkit, tmp_path, fa
         (["--from", "{corpus}/tok"], "config.json: not found"),
     ],
 )
-def test_what_the_model_fixes_is_refused_beside_it(base, corpus, llmkit, tmp_path, change, message):
+def test_options_that_the_model_fixes_are_refused_with_it(base, corpus, llmkit, tmp_path, change, message):
     change = [word.format(corpus=corpus) for word in change]
     done = llmkit(*further(corpus, base, tmp_path / "out", *change))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -146,7 +146,7 @@ def test_a_refusing_model_is_not_taken_for_a_knowing_one(tmp_path):
         assert summary.evasive == 3 and server.requests == []
 
 
-def test_a_server_that_is_down_is_told_before_the_work(parrot, tmp_path, llmkit):
+def test_a_server_that_is_down_is_reported_before_the_work(parrot, tmp_path, llmkit):
     with ChatServer(clever) as server:
         pass
     asked = questions(tmp_path / "q.jsonl")
@@ -194,7 +194,7 @@ def test_what_a_folder_babbles_is_counted(parrot, documents, tmp_path):
         probe(parrot, tmp_path / "s.jsonl", passages=documents, writer=str(parrot))
 
 
-def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
+def test_a_run_does_not_resume_with_another_judge(parrot, tmp_path):
     asked = questions(tmp_path / "q.jsonl")
     with ChatServer(lambda prompt, seed: "VERDICT: right") as server:
         server.dies_after = 2
@@ -207,7 +207,7 @@ def test_another_judge_does_not_go_on_with_a_run(parrot, tmp_path):
 # ---- reports, and bad input
 
 
-def test_a_dry_run_shows_the_prompts_and_asks_nobody(parrot, documents, tmp_path, llmkit):
+def test_a_dry_run_shows_the_prompts_without_requests(parrot, documents, tmp_path, llmkit):
     options = ["--writer", "openai:http://127.0.0.1:9/v1#tiny", "--judge", parrot, "--dry-run", "-o", tmp_path / "r"]
     done = llmkit("probe-knowledge", parrot, "--passages", documents, *options)
     assert (done.returncode, done.stdout) == (0, "") and not (tmp_path / "r").exists()

@@ -98,7 +98,7 @@ def test_questions_are_made_from_passages_by_the_seed(parrot, tmp_path):
     assert {one["question"] for one in lines(report)} != {one["question"] for one in records}
 
 
-def test_an_answer_does_not_depend_on_what_is_asked_beside_it(babbler, tmp_path):
+def test_an_answer_does_not_depend_on_the_batch(babbler, tmp_path):
     rows = [{"question": f"What is {n}?", "answer": "nothing"} for n in range(9)]
     together, alone = tmp_path / "together.jsonl", tmp_path / "alone.jsonl"
     options = {"samples": 3, "max_tokens": 9}

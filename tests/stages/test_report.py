@@ -195,7 +195,7 @@ def test_a_noisy_loss_is_smoothed_and_a_single_point_has_no_frame(pipeline, tmp_
 # ---- the graph
 
 
-def test_metrics_without_their_manifest_are_told_of(pipeline, tmp_path):
+def test_metrics_without_a_manifest_are_reported(pipeline, tmp_path):
     for name in ("base", "bare"):
         make_run(tmp_path / name, "pretrain", results={}, rows=[{"step": 1, "loss": 2.0}])
         (tmp_path / name / "manifest.json").unlink()
@@ -283,7 +283,7 @@ def test_a_policy_alone_leads_back_to_the_crawl(tmp_path):
     assert states == ["finished"] * 7
 
 
-def test_the_refusals_of_a_probe_stand_between_two_assistants(pipeline, tmp_path):
+def test_the_refusals_of_a_probe_are_between_two_assistants(pipeline, tmp_path):
     chat = pipeline[3]
     report = write_lines(tmp_path / "probe.jsonl", [probed("Who?", "no")])
     taught = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I don't know."}]}]
@@ -298,7 +298,7 @@ def test_the_refusals_of_a_probe_stand_between_two_assistants(pipeline, tmp_path
     assert "probe.jsonl" not in runs and figures["probes"][0]["unknown"] == 1
 
 
-def test_a_run_that_goes_on_can_be_looked_at(pipeline, tmp_path):
+def test_an_unfinished_run_is_shown(pipeline, tmp_path):
     chat = pipeline[3]
     work = tmp_path / "policy.partial"
     (work / "state").mkdir(parents=True)
@@ -379,7 +379,7 @@ def test_the_page_can_be_read_by_all(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_of_text_stand_out(scheme):
+def test_text_has_enough_contrast(scheme):
     style = (Path(__file__).parents[2] / "llmkit" / "report" / "templates" / "page.css").read_text()
     part = style.split("@media (prefers-color-scheme: dark)")[scheme == "dark"]
     colour = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", part.split("* {")[0]))
@@ -478,7 +478,7 @@ def test_what_is_broken_is_counted(tmp_path):
         ("train-reward", "evaluation.json", ("biases", "length"), 0.5),
     ],
 )
-def test_what_nobody_has_written_so_far_makes_a_page_all_the_same(tmp_path, stage, file, place, value):
+def test_values_of_unexpected_types_still_make_a_page(tmp_path, stage, file, place, value):
     made = {
         json.loads((run / "manifest.json").read_text())["stage"]: run for run in make_pipeline(tmp_path) if run.is_dir()
     }
@@ -492,7 +492,7 @@ def test_what_nobody_has_written_so_far_makes_a_page_all_the_same(tmp_path, stag
     assert page.css("#pipeline .node")
 
 
-def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
+def test_a_folder_of_runs_is_replaced_by_its_runs(pipeline, tmp_path):
     runs = figures_of([pipeline[0].parent], tmp_path / "r.json")["runs"]
     names = ["docs.jsonl", "tok", "base", "chat", "judge", "policy", "before.jsonl", "after.jsonl"]
     assert sorted(Path(one["path"]).name for one in runs) == sorted(names)
@@ -500,7 +500,7 @@ def test_a_folder_of_runs_stands_for_them(pipeline, tmp_path):
     assert stages == ["crawl-filter", "train-bpe", "pretrain", "sft", "train-reward", "rl"]
 
 
-def test_links_to_nothing_in_a_folder_of_runs_are_no_runs(tmp_path):
+def test_broken_links_in_a_folder_of_runs_are_ignored(tmp_path):
     (tmp_path / "runs").mkdir()
     make_run(tmp_path / "runs" / "base", "pretrain", results={"loss": 1.5})
     for name, target in (("gone", "nowhere"), ("loop.jsonl", "loop.jsonl")):
@@ -537,7 +537,7 @@ def test_a_folder_that_may_not_be_read_is_noted(tmp_path, monkeypatch):
         ("some.json", '{"a": 1}', "expected a manifest, evaluation.json, report.json or effects.json"),
     ],
 )
-def test_what_is_no_run_is_told_in_one_line(pipeline, tmp_path, name, content, message):
+def test_an_input_that_is_not_a_run_is_an_error_in_one_line(pipeline, tmp_path, name, content, message):
     place = tmp_path / name
     if isinstance(content, dict):
         place.mkdir()

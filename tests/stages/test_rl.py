@@ -351,7 +351,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES)
-def test_a_mistake_is_told_in_a_line(coin, base, judge, problems, tmp_path, options, message):
+def test_a_user_error_is_one_line(coin, base, judge, problems, tmp_path, options, message):
     files = {
         "base": base,
         "judge": judge,
@@ -414,7 +414,7 @@ def test_a_base_model_is_warned_of(base, tmp_path, capsys):
     assert "may never stop" in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_where_the_policy_stands(coin, problems, tmp_path, capsys):
+def test_a_dry_run_reports_the_success_of_the_initial_policy(coin, problems, tmp_path, capsys):
     assert train(coin, problems, tmp_path / "policy", dry_run=True) is None
     told = capsys.readouterr().err
     assert (

@@ -93,7 +93,7 @@ def test_the_policy_that_is_saved_is_the_one_that_was_handed_over_last(base, pro
         ("vllm", "refuses", r"it did not load the policy.*started with VLLM_SERVER_DEV_MODE=1, and can it read /"),
     ],
 )
-def test_a_server_that_lies_ends_the_run_in_one_line(base, problems, kind, lie, said):
+def test_wrong_answers_of_a_server_end_the_run_in_one_line(base, problems, kind, lie, said):
     with ModelServer(base, kind) as server:
         server.lies = {lie}
         with pytest.raises(UserError, match=said) as raised:
@@ -120,7 +120,7 @@ def test_an_attempt_without_its_end_token_is_not_trained_on(problems, tmp_path):
 
 
 @pytest.mark.parametrize("dies_after", [20, 40])
-def test_a_server_that_dies_leaves_a_run_that_goes_on(base, problems, dies_after):
+def test_a_run_resumes_after_its_server_died(base, problems, dies_after):
     with ModelServer(base) as server:
         server.dies_after = dies_after
         with pytest.raises(UserError, match=r"cannot be reached.*saved after step \d in .*; --resume continues"):

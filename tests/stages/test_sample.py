@@ -89,7 +89,7 @@ def test_a_prompt_is_continued(folder, llmkit):
     assert (piped.stdout, piped.stderr, piped.returncode) == (done.stdout, "", 0)
 
 
-def test_several_samples_are_told_apart(folder, tmp_path):
+def test_several_samples_have_numbered_headers(folder, tmp_path):
     text = sample(folder, tmp_path / "out.txt", prompt="It was", samples="3", max_tokens="12")
     assert [text.count(f"==> {number}/3 <==\n") for number in (1, 2, 3)] == [1, 1, 1]
     first = sample(folder, tmp_path / "one.txt", prompt="It was", max_tokens="12")
@@ -189,7 +189,7 @@ def test_samples_of_a_record_follow_one_another(folder, prompts, tmp_path):
     assert len({record["completion"] for record in records}) > 8
 
 
-def test_what_a_record_has_held_is_kept_beside_what_was_made(folder, tmp_path):
+def test_earlier_fields_of_a_record_are_kept_with_the_new_ones(folder, tmp_path):
     record = {"id": 123456789012345678901234567890, "prompt": "Once", "completion": "gold", "meta": {"n": [-(10**25)]}}
     odd = {**record, "token_ids": [1], "logprobs": "kept", "sample": 9, "seed": 5, "finish_reason": None, "given": "x"}
     lines = "".join(json.dumps(row) + "\n" for row in (record, odd))
@@ -224,7 +224,7 @@ def test_records_stream_and_a_closed_pipe_ends_it_all(folder):
         assert process.stderr.read() == ""
 
 
-def test_log_probabilities_are_given_when_asked_for(folder, prompts, tmp_path):
+def test_log_probabilities_are_written_on_request(folder, prompts, tmp_path):
     for record in sample_jsonl(folder, tmp_path / "out.jsonl", prompts, logprobs=True, top_k="5"):
         assert len(record["logprobs"]) == len(record["truncated_logprobs"]) == len(record["token_ids"])
         assert all(a <= b <= 0 for a, b in zip(record["logprobs"], record["truncated_logprobs"], strict=True))
@@ -340,7 +340,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(folder, tmp_path, llmkit):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob("*.state"))
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_is_not_thrown_away(folder, tmp_path, llmkit):
+def test_an_interrupted_run_says_how_to_resume_and_is_kept(folder, tmp_path, llmkit):
     given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8], "id": n} for n in range(400)])
     out, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
     words = ["sample", folder, given, "--jsonl", "--max-tokens", "20", "--quiet", "-o", out]
@@ -357,7 +357,7 @@ def keep_state(monkeypatch):
     monkeypatch.setattr("llmkit.io.resume.Kept.remove", lambda state: state._file.close())
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(folder, tmp_path):
+def test_a_full_disk_is_reported_with_the_file(folder, tmp_path):
     given = write(tmp_path / "prompts.jsonl", *[{"prompt": PROMPTS[n % 8]} for n in range(200)])
     out = tmp_path / "out.jsonl"
     words = [sys.executable, "-m", "llmkit", "sample", folder, given, "--jsonl", "--quiet", "--max-tokens", "20"]

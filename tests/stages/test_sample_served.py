@@ -141,7 +141,7 @@ def test_a_fault_that_stays_is_one_line_and_leaves_nothing(folder, prompts, tmp_
     ],
 )
 @pytest.mark.parametrize("by_ids", [True, False])
-def test_a_server_that_gives_less_than_was_asked_for_is_named(folder, prompts, tmp_path, lie, said, by_ids):
+def test_a_server_with_fewer_fields_than_requested_is_named(folder, prompts, tmp_path, lie, said, by_ids):
     with ModelServer(folder) as server:
         server.lies = {lie}
         options = {"inputs": [str(prompts)], "logprobs": True, "concurrency": "1"}
@@ -149,14 +149,14 @@ def test_a_server_that_gives_less_than_was_asked_for_is_named(folder, prompts, t
             sample(folder if by_ids else None, tmp_path / "out.jsonl", engine=server.spec, **options)
 
 
-def test_a_server_that_keeps_its_ids_for_itself_is_asked_for_text(folder, prompts, tmp_path):
+def test_a_server_without_token_ids_gets_text_requests(folder, prompts, tmp_path):
     with ModelServer(folder) as server:
         server.lies = {"no ids"}
         made = sample(folder, tmp_path / "out.jsonl", engine=server.spec, inputs=[str(prompts)])
     assert all(one["completion"] and "token_ids" not in one for one in made)
 
 
-def test_ids_that_stand_for_the_names_of_tokens_are_taken(folder, prompts, tmp_path):
+def test_ids_in_place_of_token_names_are_accepted(folder, prompts, tmp_path):
     made = []
     with ModelServer(folder) as server:
         for server.lies in (set(), {"ids as names"}):
@@ -180,7 +180,7 @@ def test_a_server_with_another_tokenizer_is_named(folder, prompts, tmp_path):
         sample(folder, tmp_path / "out.jsonl", engine=server.spec, inputs=[str(prompts)])
 
 
-def test_a_server_that_takes_text_alone_is_told_from_others(folder, prompts, tmp_path):
+def test_a_server_that_accepts_only_text_is_recognized(folder, prompts, tmp_path):
     said = r"refuses the request \(422\): .*; does it accept token ids\? Omit MODEL to send text"
     with ModelServer(folder, "strict") as server, pytest.raises(UserError, match=said):
         sample(folder, tmp_path / "out.jsonl", engine=server.spec, inputs=[str(prompts)])

@@ -339,18 +339,18 @@ def test_the_plan_tells_when_a_step_takes_more_than_the_data(base, chats, tmp_pa
         ("a.xlsx", b"PK\x03\x04", "; convert it to Parquet first"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_told_what_to_do(base, tmp_path, llmkit, name, start, told):
+def test_the_error_of_an_unreadable_table_says_what_to_do(base, tmp_path, llmkit, name, start, told):
     (tmp_path / name).write_bytes(start)
     done = llmkit("sft", base, "--data", tmp_path / name, "-o", tmp_path / "chat")
     assert done.returncode == 2 and told in done.stderr, done.stderr
 
 
-def test_a_batch_larger_than_the_data_is_told(base, chats, llmkit):
+def test_a_batch_larger_than_the_data_is_reported(base, chats, llmkit):
     said = llmkit("sft", base, "--data", chats, "--max-steps", "3", "--batch-tokens", "4k", "--dry-run").stderr
     assert re.search(r"--batch-tokens 4,000: more than the \d+ tokens of the data, so a step repeats some", said)
 
 
-def test_a_file_given_twice_has_figures_of_its_own_and_empty_answers_are_counted(base, tmp_path, llmkit):
+def test_a_file_given_twice_has_separate_figures_and_empty_answers_are_counted(base, tmp_path, llmkit):
     data = write(tmp_path / "some.jsonl", *({"instruction": f"Say {n}", "output": "x" * (n % 3)} for n in range(6)))
     words = ["--data", f"{data}:0.7", "--data", f"{data}:0.3", "--max-steps", "2", *SPEED, "-o", tmp_path / "chat"]
     done = llmkit("sft", base, *words)

@@ -157,7 +157,7 @@ def test_a_gold_reward_without_a_prompt_is_refused(base, data, tmp_path, monkeyp
     assert closed == ["length"]
 
 
-def test_prompts_that_gold_cannot_judge_are_refused_before_the_reference_is_asked(base, data, held_out, tmp_path):
+def test_prompts_that_gold_cannot_judge_are_refused_before_the_reference_runs(base, data, held_out, tmp_path):
     answered = write(tmp_path / "val.jsonl", *({**row, "answer": "x"} for row in pairs(5, seed=2)))
     options = {"val": (str(answered), str(held_out)), "gold": "verifier"}
     assert "expected field 'answer' for the verifier" in refusal(base, data, tmp_path / "policy", "dpo", **options)
@@ -303,7 +303,7 @@ def test_kto_of_one_prompt_alone(base, tmp_path):
     assert "two prompts" in refusal(base, data, tmp_path / "policy", "kto")
 
 
-def test_an_empty_file_and_a_record_that_is_none(base, tmp_path):
+def test_an_empty_file_and_an_invalid_record(base, tmp_path):
     assert "empty" in refusal(base, write(tmp_path / "empty.jsonl"), tmp_path / "policy", "dpo")
     data = write(tmp_path / "bad.jsonl", *pairs(10, seed=0), {"text": "Once"})
     assert "bad.jsonl:11: expected 'chosen' and 'rejected'" in refusal(

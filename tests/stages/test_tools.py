@@ -70,7 +70,7 @@ def sampled(model: Path, out: Path, *rows: dict, **options: object) -> list[dict
 
 
 @pytest.mark.parametrize("tools", [[RAIN], json.dumps([RAIN]), [RAIN["function"]]])
-def test_a_call_that_nobody_runs_is_given_back(qwen, weather, tmp_path, tools) -> None:
+def test_a_call_without_a_local_tool_is_returned(qwen, weather, tmp_path, tools) -> None:
     out = tmp_path / "out.jsonl"
     (record,) = sampled(qwen, out, {"messages": [ASKED], "tools": tools})
     assert record["tool_calls"] == [{"tool": "rain", "input": '{"city": "Oslo"}'}]
@@ -194,7 +194,7 @@ def server():
         yield running
 
 
-def test_a_server_is_told_of_functions_and_answered_by_their_results(server, weather, tmp_path) -> None:
+def test_a_server_gets_the_functions_and_their_results(server, weather, tmp_path) -> None:
     out, given = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", {"messages": [ASKED]})
     config = {"engine": server.spec, "inputs": (given,), "out": str(out), "jsonl": True, "force": True, "quiet": True}
     sample.run(sample.SampleConfig(**config, tools=(weather,), thinking="on"))
@@ -252,7 +252,7 @@ def test_a_server_is_evaluated_with_functions_and_thoughts(server, weather, tmp_
     assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_tools_beside_a_server_and_a_folder_are_refused(qwen, server, weather, tmp_path) -> None:
+def test_tools_are_refused_with_a_server_and_a_folder(qwen, server, weather, tmp_path) -> None:
     given = write(tmp_path / "in.jsonl", {"messages": [ASKED]})
     config = sample.SampleConfig(model=str(qwen), engine=server.spec, inputs=(given,), jsonl=True, tools=(weather,))
     with pytest.raises(UserError, match="--tools: expected no MODEL with --engine"):

@@ -144,7 +144,7 @@ def test_bad_documents_are_refused_in_one_line(llmkit, tmp_path: Path, content: 
     "content, message",
     [("", "no text to train on"), ("WARC/1.0\r\nWARC-Type: response\r\n\r\n", "expected text, found a web archive")],
 )
-def test_what_is_no_text_on_stdin_is_called_stdin(llmkit, tmp_path: Path, content: str, message: str) -> None:
+def test_binary_data_on_stdin_is_reported_as_stdin(llmkit, tmp_path: Path, content: str, message: str) -> None:
     done = llmkit("train-bpe", "-", "-o", tmp_path / "tok", stdin=content)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"llmkit: error: stdin: {message}; ")
 
@@ -212,7 +212,7 @@ run(TrainBpeConfig(inputs=({str(corpus)!r},) * 3, out={str(tmp_path / "tok")!r},
     assert (tmp_path / "tok/tokenizer.json").exists()
 
 
-def test_a_process_that_dies_while_it_counts_is_told_in_one_line(corpus: Path, tmp_path: Path) -> None:
+def test_a_process_that_dies_during_counting_is_reported_in_one_line(corpus: Path, tmp_path: Path) -> None:
     script = """
 from functools import partial
 from llmkit.__main__ import main

@@ -94,7 +94,7 @@ def test_transformers_gives_the_same_scores(judge, llmkit, tmp_path):
     assert [row["reward_std"] for row in found] == pytest.approx(logits.std(1, correction=0).tolist(), abs=1e-4)
 
 
-def test_scores_do_not_depend_on_what_is_scored_beside_them(judge, llmkit):
+def test_scores_do_not_depend_on_the_batch(judge, llmkit):
     rows = [{"prompt": "Tell 1", "completion": text, "id": i} for i, text in enumerate(("sea", "hill sun", "a wall"))]
     rows.insert(1, {"messages": [{"role": "user", "content": "Tell 2"}], "completion": "tree " * 30, "id": 9})
     together = llmkit("train-reward", "--score", judge, stdin="".join(json.dumps(row) + "\n" for row in rows))
@@ -138,7 +138,7 @@ def test_what_is_too_long_has_no_reward_and_is_counted(judge, llmkit):
     assert "dropped: too long 1" in done.stderr and "prompt cut at its beginning 1" in done.stderr
 
 
-def test_a_judge_is_evaluated_by_itself_and_held_to_a_gate(judge, llmkit, tmp_path):
+def test_a_judge_is_evaluated_alone_and_checked_by_a_gate(judge, llmkit, tmp_path):
     held_out = write(tmp_path / "val.jsonl", *pairs(80, seed=9))
     done = llmkit("train-reward", "--score", judge, "--val", held_out, "--fail-under", "0.6")
     assert done.returncode == 0, done.stderr

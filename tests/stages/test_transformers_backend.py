@@ -80,7 +80,7 @@ def test_a_resumed_run_ends_with_the_same_weights(base, chats, tmp_path, monkeyp
     assert contents[0] == contents[1]
 
 
-def test_a_server_of_it_is_found_behind_its_notice(base):
+def test_a_server_of_it_is_found_after_its_notice(base):
     with served(base) as server:
         status, content = server.post("/v1/completions", {"prompt": "a", "max_tokens": 2, "model": base.name})
         assert status == 200, content

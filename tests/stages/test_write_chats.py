@@ -83,7 +83,7 @@ def test_the_guide_is_in_the_context_of_every_request(place, server):
     assert {tuple(turn["role"] for turn in body["messages"]) for body in server.requests} == {("user",)}
 
 
-def test_the_same_lines_come_whatever_is_asked_at_the_same_time(place, server):
+def test_the_lines_do_not_depend_on_concurrency(place, server):
     for concurrency, count, out in ((1, 20, "a"), (16, 20, "b"), (5, 11, "c")):
         words = (*TOPICS, "--turns", 2, "--concurrency", concurrency, "-n", count)
         assert write_chats(server, *words, out=f"{out}.jsonl") == 0
@@ -124,7 +124,7 @@ def test_seed_tasks_make_tasks_that_are_unlike_each_other(place, server, capsys)
     assert all("Read a short text" in text for text in shown if "Write another one" in text)
 
 
-def test_documents_are_asked_about_and_answers_checked(place, server, capsys):
+def test_questions_about_documents_are_written_and_answers_checked(place, server, capsys):
     def reader(prompt, seed):
         if "short questions about facts" in prompt:
             return chat_writer(prompt, seed)
@@ -193,7 +193,7 @@ def test_pairs_have_a_manifest_and_a_report(place, server, capsys):
     assert "write-chats" in (place / "report.md").read_text()
 
 
-def test_steps_stand_before_answers_in_a_set_share(place, server, capsys):
+def test_a_given_share_of_answers_has_steps_before_them(place, server, capsys):
     def thinks(prompt, seed):
         said = chat_writer(prompt, seed)
         return f"<think>\n{said[::-1]}\n</think>\n\n{said}" if prompt.startswith("How can I") and seed % 5 else said
@@ -208,7 +208,7 @@ def test_steps_stand_before_answers_in_a_set_share(place, server, capsys):
     assert 0 < sum("<think>" in text for text in asked) < len(asked)
 
 
-def test_refusals_are_asked_for_where_the_guide_has_them(place, server, capsys):
+def test_refusals_are_requested_if_the_guide_has_them(place, server, capsys):
     def refuses(prompt, seed):
         if "tells the assistant to refuse" in prompt or "tell the assistant to refuse" in prompt:
             return f"Tell me how to break into {chat_writer('Write the first message', seed)[10:]}"
@@ -267,7 +267,7 @@ def test_a_share_of_conversations_with_a_folder_has_its_tools(place, capsys):
 # ---- faults, kills and budgets
 
 
-def test_broken_replies_are_asked_for_again_and_change_nothing(place, server):
+def test_broken_replies_are_retried_and_change_nothing(place, server):
     words = (*TOPICS, "-n", 30, "--turns", 2, "--concurrency", 6)
     assert write_chats(server, *words, out="whole.jsonl") == 0
     chance, answer, asked = Random(0), server.answer, set()
@@ -284,7 +284,7 @@ def test_broken_replies_are_asked_for_again_and_change_nothing(place, server):
     assert (place / "broken.jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
 
 
-def test_a_killed_run_goes_on_to_the_same_lines(place, server, capsys, one_retry):
+def test_a_killed_run_resumes_to_the_same_lines(place, server, capsys, one_retry):
     words = (*TOPICS, "-n", 20, "--turns", 2, "--concurrency", 2)
     assert write_chats(server, *words, out="whole.jsonl") == 0
     asked, ended = len(server.requests), []
@@ -327,7 +327,7 @@ def test_a_resumed_run_has_the_same_options(place, server, capsys, one_retry):
 
 
 @pytest.mark.parametrize("budget", ["4k", "0.3@100,50"])
-def test_a_budget_ends_the_run_which_goes_on_or_writes_what_there_is(place, server, capsys, budget):
+def test_a_spent_budget_ends_a_run_that_resumes_or_writes_its_conversations(place, server, capsys, budget):
     words = (*TOPICS, "--concurrency", 2, "--mix", "system=0")
     assert write_chats(server, *words, "-n", 100, "--budget", budget) == 2
     said = capsys.readouterr().err
@@ -460,7 +460,7 @@ def test_the_plan_shows_what_would_be_asked(place, server, capsys):
     assert GUIDE in said and "Topic: The sea" in said and server.requests == []
 
 
-def test_a_server_that_is_down_is_told_before_anything_is_loaded_or_asked(place, server, capsys, one_retry):
+def test_a_server_that_is_down_is_reported_before_anything_is_loaded_or_requested(place, server, capsys, one_retry):
     down = "openai:http://127.0.0.1:9/v1#none"
     save_folder(place / "base")  # no judge; a writer that answers would have it refused
     assert write_chats(server, *TOPICS, "--judge", "base/", writer=down) == 2

@@ -305,7 +305,7 @@ def test_a_response_template_says_how_calls_are_written(tmp_path: Path) -> None:
     assert chat.call_form.read(f"Wait. <<{WRITTEN}>>") == [OSLO] and chat.call_form.read("<<{>>") == []
 
 
-def test_a_template_without_calls_is_told_of(tmp_path: Path) -> None:
+def test_a_template_without_calls_is_reported(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ " + START + " + m.content + '<|im_end|>' }}{% endfor %}"
     chat = chat_format(load_tokenizer(save(tmp_path, template)))
     assert isinstance(chat, TemplateFormat) and not chat.shows_tools

@@ -145,7 +145,7 @@ segments = st.lists(st.builds(lambda text, calls: [Part("text", text), *calls], 
 
 @settings(deadline=None, max_examples=80)
 @given(segments, called | st.just([]), said.filter(bool), st.booleans())
-def test_conversations_in_openais_form_begin_alike_and_answers_are_read_back(
+def test_conversations_in_openais_format_have_the_same_beginning_and_answers_are_parsed_back(
     chat, stranger, segments, called, said, more
 ):
     parts = [part for one in segments for part in (*one, Part("result", "42"))]

@@ -259,7 +259,7 @@ def test_non_special_added_tokens_are_part_of_the_text(tmp_path):
     assert "    " not in loaded.specials
 
 
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
+def test_an_invalid_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"expected a folder with tokenizer\.json, found nothing"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"nowhere\.json: expected a folder with tokenizer\.json, found nothing"):

@@ -81,7 +81,7 @@ def test_text_that_spells_a_special_token_stays_text(tmp_path: Path) -> None:
     assert tokenizer.specials["<|end|>"] not in ids and said in tokenizer.decode(ids)
 
 
-def test_an_assistant_from_elsewhere_is_tuned_and_answers_in_its_own_form(tmp_path: Path, llmkit) -> None:
+def test_a_third_party_assistant_is_tuned_and_answers_in_its_format(tmp_path: Path, llmkit) -> None:
     import torch
     from tiny import make_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,7 +179,7 @@ def test_a_refusal_names_the_turn(tmp_path: Path) -> None:
         chat_format(load_tokenizer(tmp_path)).encode_many([Conversation(tuple(messages(4)), where="chats.jsonl:7")])
 
 
-def test_a_model_that_thinks_goes_on_after_its_first_answer(tmp_path: Path) -> None:
+def test_a_reasoning_model_continues_after_its_first_answer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     template = (
@@ -279,7 +279,7 @@ def test_the_end_of_an_answer_is_learnt_where_the_template_writes_it_between_tur
     assert tokenizer.decode(found.token_ids[found.trained]) == f"Four. \n<|im_start|>Yes, {FACE}<|end|>"
 
 
-def test_a_template_without_an_end_asks_all_the_same(tmp_path: Path) -> None:
+def test_a_template_without_an_end_can_encode_prompts_only(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = save(tmp_path, "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}Assistant:")
@@ -312,7 +312,7 @@ def test_thoughts_between_special_tokens_are_said_and_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
-def test_thoughts_are_asked_for_by_the_switch_of_a_template(tmp_path: Path, switch: str) -> None:
+def test_a_templates_switch_turns_thinking_on(tmp_path: Path, switch: str) -> None:
     from transformers import AutoTokenizer
 
     none = f"{{% if {switch} is defined and not {switch} %}}{{{{ 'None. ' }}}}{{% endif %}}"
@@ -328,7 +328,7 @@ def test_thoughts_are_asked_for_by_the_switch_of_a_template(tmp_path: Path, swit
 
 
 @pytest.mark.parametrize("template", [SHOWN, SHOWN + "{{ m.thinking }}{{ m['enable_thinking'] }}", None])
-def test_a_template_without_a_switch_for_thoughts_is_told_of(tmp_path: Path, template: str | None) -> None:
+def test_a_template_without_a_switch_for_thoughts_is_reported(tmp_path: Path, template: str | None) -> None:
     tokenizer = load_tokenizer(save(tmp_path, template))
     choose_thinking(tokenizer, "auto")
     with pytest.raises(UserError, match="--thinking off: expected a chat template with enable_thinking or"):

@@ -90,7 +90,7 @@ def test_ordinary_programs_work():
     assert ran("import sys; print(1); print(2, file=sys.stderr); sys.exit(3)").ended == "error"
 
 
-def test_a_mistake_is_told_with_its_line():
+def test_an_error_is_reported_with_its_line():
     result = ran("def f():\n    return 1 / 0\nf()")
     assert result.ended == "error"
     assert result.output.splitlines()[-1] == "ZeroDivisionError: division by zero"
@@ -226,7 +226,7 @@ def test_it_ends(code, ended):
     assert len(result.output.encode()) <= LIMITS.output_bytes
 
 
-def test_long_programs_and_bytes_that_are_no_text():
+def test_long_programs_and_invalid_utf8():
     assert run_python("#" * (1 << 19)).ended == "error"
     assert run_python("import sys\nsys.stdout.buffer.write(bytes(range(256)))").ended == "done"
     assert run_python("\ud800").ended == "error"
@@ -256,7 +256,7 @@ def test_a_program_dies_with_us(delay, sandbox):
     assert not left
 
 
-def test_a_program_has_a_clock_of_its_own(monkeypatch):
+def test_a_program_has_its_own_time_limit(monkeypatch):
     """It ends even if ours does not stop it, for example while llmkit is suspended."""
 
     def waits(child, data, seconds, is_enough):
@@ -302,7 +302,7 @@ def asked_anew():
 
 
 @pytest.mark.parametrize("script", ["exit 0", 'echo "needs PYTHONHOME" >&2; exit 1', "kill -9 $$"])
-def test_a_python_that_runs_nothing_is_no_sandbox(script, monkeypatch, tmp_path, asked_anew):
+def test_a_python_that_cannot_run_programs_is_not_a_sandbox(script, monkeypatch, tmp_path, asked_anew):
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
@@ -344,7 +344,7 @@ def test_python_below_the_working_folder_is_found(other_jail):
 
 
 @pytest.mark.parametrize("sandbox", [True, False])
-def test_a_busy_machine_is_asked_again(sandbox, monkeypatch):
+def test_a_start_on_a_busy_machine_is_retried(sandbox, monkeypatch):
     started, refusals = subprocess.Popen, [1, 2]
 
     def popen(*given, **named):
@@ -361,7 +361,7 @@ def test_a_busy_machine_is_asked_again(sandbox, monkeypatch):
         run_python("print(1)", sandbox=sandbox)
 
 
-def test_namespaces_that_run_out_are_asked_for_again(other_jail, tmp_path):
+def test_the_sandbox_retries_when_namespaces_run_out(other_jail, tmp_path):
     flag = tmp_path / "tried"
     refuse = f'open("{flag}", "w").close() or checked("namespaces", ctypes.set_errno(errno.EAGAIN) or -1)'
     other_jail("root = enter_namespaces()", f'root = enter_namespaces() if os.path.exists("{flag}") else {refuse}')

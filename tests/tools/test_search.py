@@ -62,7 +62,7 @@ def test_index_is_used_again_until_the_file_changes(documents):
 @pytest.mark.parametrize(
     "query", ["", "?!", '"', "\ud800", "a AND OR NOT (", "NEAR(a b, 3)", "title:x", "*", "'; DROP TABLE passages"]
 )
-def test_whatever_a_model_writes_is_a_query(documents, query):
+def test_any_text_of_a_model_is_a_query(documents, query):
     with closing(SearchIndex(str(documents))) as index:
         assert isinstance(index.search(query), str)
         assert "lighthouse" in index.search("lighthouse")
@@ -164,7 +164,7 @@ def engine():
     server.shutdown()
 
 
-def test_engine_is_asked_in_searxng_form_past_any_proxy(engine, monkeypatch):
+def test_an_engine_is_queried_in_searxng_format_without_a_proxy(engine, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     results = [
         {"title": "Comets", "content": "Ice\n and dust.", "url": "http://x"},
@@ -271,6 +271,6 @@ def test_a_broken_engine_is_a_failed_search_and_in_time(kind):
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http:///x", "http://h:port/", "http://h/a b", "http://é/"])
-def test_a_url_that_is_none_is_named_at_the_start(url):
+def test_an_invalid_url_is_named_at_the_start(url):
     with pytest.raises(UserError, match="expected a URL"):
         SearchEngine(url)

@@ -66,7 +66,7 @@ def test_what_there_is_not(wanted, reason):
         Toolbox.parse([wanted])
 
 
-def test_python_needs_the_sandbox_unless_told_otherwise(monkeypatch):
+def test_python_needs_the_sandbox_by_default(monkeypatch):
     def refuse():
         raise UserError("no Landlock here; --sandbox none runs without one")
 

@@ -54,7 +54,7 @@ def test_a_mistake_names_the_place(own, body, spec, message):
         UserFunction(spec, "--own")(5, "pages.jsonl:7")
 
 
-def test_a_search_of_ones_own(own):
+def test_a_user_search(own):
     own("def find(query):\n    return query.upper() if query != 'odd' else 5\ndef never(query): return {}[query]")
     with Toolbox.parse(["calc", "search:py:mine.py:find"]) as tools:
         assert tools.names == ("calc", "search")
@@ -85,7 +85,7 @@ def filtered(own, llmkit, tmp_path):
 SHORT = "def short(document):\n    return 'short' if len(document['text']) < 10 else None\n"
 
 
-def test_filters_of_ones_own_in_any_process(filtered):
+def test_user_filters_in_any_process(filtered):
     body = SHORT + "def wells(document):\n    return 'well' if 'well' in document['text'] else None\n"
     alone = filtered(body, "--workers", "1")
     assert [json.loads(line)["id"] for line in alone.stdout.splitlines()] == ["mill", "bridge"]
@@ -111,7 +111,7 @@ def test_a_filter_that_fails_ends_the_run_in_one_line(filtered, body, message, t
     assert not Path("docs.jsonl").exists()
 
 
-def test_a_filter_that_has_changed_is_no_resumption(filtered):
+def test_a_run_does_not_resume_with_a_changed_filter(filtered):
     body = SHORT + "def wells(document): return None\n"
     Path("mine.py").write_text(body)
     config = resolve(CrawlFilterConfig, {"inputs": ["pages.jsonl"], "recipe": "mine.toml", "out": "docs.jsonl"})

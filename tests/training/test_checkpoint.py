@@ -76,7 +76,7 @@ def test_a_state_that_was_not_written_so_is_damage(tmp_path, state):
         Checkpoints(tmp_path).load()
 
 
-def test_what_is_no_checkpoint_is_passed_over(tmp_path, capsys):
+def test_other_files_than_checkpoints_are_ignored(tmp_path, capsys):
     Checkpoints(tmp_path).save(6, {"weight": torch.ones(1)}, {}, wait=True)
     for name in ("step-00000006.former", "step-00000008.partial", "step-junk", "step-00000010"):
         (tmp_path / name).mkdir()

@@ -356,7 +356,7 @@ def test_a_folder_that_one_rank_does_not_see_is_refused(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_all_is_told_once_and_without_a_rank(data, tmp_path):
+def test_an_error_of_all_ranks_is_printed_once_and_without_a_rank(data, tmp_path):
     done = run(2, *pretrain(data, tmp_path / "out", "--max-steps", 3, "--batch-tokens", 32))
     said = [line for line in done.stderr.splitlines() if line.startswith("llmkit: error")]
     expected = "--batch-tokens: rows of 32 tokens: expected at least 2 in a batch, one per process, found 1"

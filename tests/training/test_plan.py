@@ -69,7 +69,7 @@ def test_horizons_agree(horizon):
         assert found.total_steps == reference.total_steps
 
 
-def test_steps_are_exactly_those_asked_for():
+def test_steps_are_exactly_the_requested_ones():
     found = plan(depth=4, max_steps=123)
     assert found.total_steps == 123
     assert found.batch_tokens == pytest.approx(
@@ -91,7 +91,7 @@ def test_the_budget_pays_for_start_up_and_scoring():
     assert late.tokens < generous.tokens
 
 
-def test_the_reasons_are_told():
+def test_the_plan_gives_reasons():
     table = plan_table(plan(speed=machine(1e11), time_budget=60))
     assert "tokens/s" in table and "promises the lowest loss in 60 s" in table and "learning rates" in table
 
@@ -103,7 +103,7 @@ def test_a_plan_survives_the_file_of_a_checkpoint():
     assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_a_small_corpus_seen_over_and_over_asks_for_a_smaller_model():
+def test_many_epochs_over_a_small_corpus_favour_a_smaller_model():
     large = rules.predicted_loss(2e6, 100e6, corpus_tokens=1e9)
     small = rules.predicted_loss(2e6, 100e6, corpus_tokens=1e6)
     assert large == rules.predicted_loss(2e6, 100e6, corpus_tokens=100e6)  # no repeats, no penalty

@@ -93,7 +93,7 @@ def metrics(folder):
         (ZeroDivisionError("division by zero"), "division by zero"),
     ],
 )
-def test_whatever_ends_a_run_its_steps_are_kept(tmp_path, failure, told):
+def test_the_steps_of_a_run_are_kept_for_any_exit(tmp_path, failure, told):
     def failing(step):
         for number, batch in enumerate(batches(step), step):
             if number == 3:
@@ -209,7 +209,7 @@ def test_a_signal_gives_up_what_is_begun_and_keeps_the_steps_before(tmp_path, mo
     torch.testing.assert_close(whole.model.weight, resumed.model.weight)
 
 
-def test_a_signal_in_the_first_step_leaves_nothing_to_go_on_from(tmp_path):
+def test_a_signal_in_the_first_step_leaves_nothing_to_resume(tmp_path):
     trainer = make(tmp_path, rows=4)
     trainer.loss = signal_at(1, squared_error)
     with pytest.raises(Interrupted, match=r"stopped in the first step, so nothing is saved; --resume begins again"):
@@ -224,7 +224,7 @@ def test_a_step_whose_weights_are_updated_is_finished_first(tmp_path):
         trainer.fit(total_steps=9)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
+def test_a_nan_loss_stops_before_the_update(tmp_path):
     trainer = make(tmp_path, source=lambda step: batches(step, poison_at=4))
     with pytest.raises(
         UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; start again with .* a lower"
@@ -249,7 +249,7 @@ def test_a_lasting_spike_stops_and_a_short_one_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(("weight", "told"), [(math.nan, "not finite numbers"), (1e30, r"has grown to 1e\+30")])
-def test_weights_that_are_spoiled_are_told_and_not_saved(tmp_path, weight, told):
+def test_spoiled_weights_are_reported_and_not_saved(tmp_path, weight, told):
     """The loss stays finite, because the norms bound it for any weights."""
     trainer = make(tmp_path, save_every=2)
 
@@ -265,7 +265,7 @@ def test_weights_that_are_spoiled_are_told_and_not_saved(tmp_path, weight, told)
     assert resumed.resume() and resumed.step == 2
 
 
-def test_what_ends_a_run_whose_weights_are_spoiled_is_told_as_that(tmp_path):
+def test_a_run_with_spoiled_weights_ends_with_that_reason(tmp_path):
     def failing(step):
         for number, batch in enumerate(batches(step), step):
             if number == 3:
@@ -292,7 +292,7 @@ def constant(trainer, loss_at):
         (lambda step: 2 - 1.2 * (step == 0), ""),  # an easy first batch
     ],
 )
-def test_a_loss_that_has_grown_is_told_at_the_end(tmp_path, capsys, loss_at, told):
+def test_an_increased_loss_is_reported_at_the_end(tmp_path, capsys, loss_at, told):
     constant(make(tmp_path, spike_patience=15), loss_at).fit(total_steps=20)
     assert told in (err := capsys.readouterr().err) and bool(told) == bool(err)
 

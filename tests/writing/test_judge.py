@@ -62,7 +62,7 @@ def test_the_last_whole_json_of_a_reply_counts(reply: str, values: list[float] |
     assert scores is None or all(isinstance(reason, str) for reason in scores.reasons.values())
 
 
-def test_a_judge_sees_guide_and_conversation_and_is_asked_again_once() -> None:
+def test_a_judge_sees_guide_and_conversation_and_is_retried_once() -> None:
     seeds = set[int]()
 
     def answer(prompt: str, seed: int) -> str:
@@ -79,7 +79,7 @@ def test_a_judge_sees_guide_and_conversation_and_is_asked_again_once() -> None:
     assert GUIDE in asked and "How deep is the sea?" in asked
 
 
-def test_a_judge_that_says_nothing_readable_is_given_up() -> None:
+def test_an_unreadable_judge_is_given_up() -> None:
     drafts = [draft(f"{number} km.", number) for number in range(PATIENCE)]
     with ChatServer(lambda prompt, seed: "Lovely!") as server, open_judge(server.spec) as judge:
         judge.scores(drafts[:-1])
@@ -111,7 +111,7 @@ def test_a_reward_model_scores_without_a_guide(tmp_path) -> None:
     assert scores[3] == Scores()  # longer than the context
 
 
-def test_a_folder_that_is_no_reward_model_is_asked(tmp_path) -> None:
+def test_a_folder_without_a_reward_head_is_prompted(tmp_path) -> None:
     folder = save_assistant(tmp_path / "chat", "Fine", context=2048)
     with open_judge(str(folder)) as judge:
         assert judge.scores([draft("Ten.")]) == [Scores()]

@@ -117,7 +117,7 @@ def test_planted_duplicates_are_found(keeper: Keeper, edit: str) -> None:
         ("Translate to German: the red house", "das rote Haus"),
     ],
 )
-def test_filled_in_templates_are_no_duplicates(keeper: Keeper, texts: tuple[str, ...]) -> None:
+def test_filled_in_templates_are_not_duplicates(keeper: Keeper, texts: tuple[str, ...]) -> None:
     others = [
         ("What is the capital of France?", "The capital of France is Paris."),
         ("What is 12 + 34?", "46"),
@@ -127,7 +127,7 @@ def test_filled_in_templates_are_no_duplicates(keeper: Keeper, texts: tuple[str,
         assert decided(keeper, draft(*other, index=index)) is None
 
 
-def test_questions_about_one_passage_are_no_duplicates(keeper: Keeper) -> None:
+def test_questions_about_one_passage_are_not_duplicates(keeper: Keeper) -> None:
     passage = " ".join([*TIDES] * 2)
     assert decided(keeper, draft(f"{passage}\n\nWhat pulls the water?", "The Moon.")) is None
     assert decided(keeper, draft(f"{passage}\n\nWhen are tides highest?", "At new and full moon.", index=1)) is None
@@ -165,7 +165,7 @@ def test_evaluation_items_are_left_out(tmp_path, question: str, reason: str | No
     assert decided(keeper, draft("Hello!", "Good morning.", f"Tell me. {question}", "It is a lake.")) == reason
 
 
-def test_a_resumed_keeper_decides_alike() -> None:
+def test_a_resumed_keeper_makes_the_same_decisions() -> None:
     drafts = [draft(f"What is {n % 40} + {n % 7}?", str(n % 40 + n % 7), index=n, kind="closed QA") for n in range(300)]
     whole, begun, resumed = Keeper(), Keeper(), Keeper()
     reasons = [decided(whole, item) for item in drafts]
@@ -212,5 +212,5 @@ def test_the_funnel_has_the_steps_in_their_order(keeper: Keeper) -> None:
         ("Sure! I can't wait to help.", False),
     ],
 )
-def test_refusals_are_told_by_how_they_begin(reply: str, refuses: bool) -> None:
+def test_refusals_are_recognized_by_their_beginning(reply: str, refuses: bool) -> None:
     assert is_refusal(reply) == refuses

@@ -41,7 +41,7 @@ def story() -> str:
 
 
 @pytest.mark.parametrize("name", ["model", "fast"])
-def test_an_article_is_kept_and_what_stands_around_it_is_not(name: str) -> None:
+def test_an_article_is_kept_without_the_boilerplate_around_it(name: str) -> None:
     extractor = Extractor(name)
     extractor.extract("<p>something else</p>" * 50)  # earlier pages do not affect the text
     for page in (story(), story().replace("charset=utf-8", "charset=windows-1251").encode("cp1251")):
@@ -83,7 +83,7 @@ def test_a_table_stays_whole_with_its_cells_apart() -> None:
     assert lines[-6:] == [STORY[-1], *ROWS, last]
 
 
-def test_a_table_for_layout_is_no_row() -> None:
+def test_a_layout_table_does_not_become_rows() -> None:
     """It has the columns of a page, one of which contains a table."""
     columns = f"<table><tr><td><p>{'<p>'.join(STORY)}{DOSES}</table><td>{MENU}</table>"
     lines = Extractor(threshold=0.0).extract(columns).text.split("\n")
@@ -95,7 +95,7 @@ def test_lines_and_paragraphs_in_a_cell_share_its_row_and_an_empty_corner_has_a_
     assert Extractor(threshold=0.0).extract(table).text == "| North | South\nFirst crossing | one two | three"
 
 
-def test_the_text_of_json_ld_stands_in_for_a_page_without() -> None:
+def test_the_text_of_json_ld_is_used_for_a_page_without_text() -> None:
     body = "<p>" + "</p><p>".join(STORY) + "</p>"
     told = json.dumps({"@graph": [{"@type": "NewsArticle", "articleBody": body}]}).replace("</", "<\\/")
     page = f'<title>Bridge</title><script type="application/ld+json">{told}</script><p>Please enable JavaScript.'
@@ -136,7 +136,7 @@ def test_blocks_are_chosen_for_the_best_f1_that_can_be_expected() -> None:
         assert score(best_blocks(probabilities, words, 1.0)) == pytest.approx(max(map(score, subsets)))
 
 
-def test_the_model_is_small_and_a_score_does_not_depend_on_what_is_computed_beside_it() -> None:
+def test_the_model_is_small_and_scores_do_not_depend_on_the_batch() -> None:
     assert MODEL.stat().st_size < 1_000_000
     model = BlockModel.load()
     rows = np.random.default_rng(0).normal(size=(len(model.feature_names), 5000)).astype(np.float32)

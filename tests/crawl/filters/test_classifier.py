@@ -137,7 +137,7 @@ def test_a_model_that_is_not_quantized(filtered, tmp_path) -> None:
     assert "m.bin: damaged or truncated fastText model" in filtered("--classifier", f"{tmp_path}/m.bin:hq>=0.5").stderr
 
 
-def test_a_damaged_model_is_no_crash(filtered, tmp_path) -> None:
+def test_a_damaged_model_does_not_crash(filtered, tmp_path) -> None:
     data, chance = Path(MODEL).read_bytes(), random.Random(0)
     for _ in range(2):
         (tmp_path / "cut.ftz").write_bytes(data[: chance.randrange(100, len(data) - 1000)])

@@ -83,7 +83,7 @@ def test_the_questions_of_a_whole_squad_are_items(tmp_path: Path) -> None:
     assert index.find("Where is it now? In Durham!")[0].item == f"{tmp_path}/s.json:1.1, id q"
 
 
-def test_pieces_of_an_item_all_over_a_text_are_no_item(index: Contamination) -> None:
+def test_scattered_pieces_of_an_item_do_not_match(index: Contamination) -> None:
     question = ITEMS[0]["query"]
     pieces = [question[place : place + 30] for place in range(0, len(question) - 26, 4)]
     assert index.find(" ".join(pieces))

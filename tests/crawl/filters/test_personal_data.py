@@ -47,7 +47,7 @@ def test_precision_and_recall_on_the_labelled_set(capsys: pytest.CaptureFixture[
     assert len(ROWS) >= 150
 
 
-def test_the_placeholders_stand_where_the_data_stood() -> None:
+def test_placeholders_replace_the_data_in_place() -> None:
     text, counts = redact("Ann (ann@example.org, +44 20 7946 0018) pays DE89 3704 0044 0532 0130 00 from 198.41.0.4.")
     assert text == "Ann (email@example.com, +1 202 555 0100) pays XX00 0000 0000 0000 from 192.0.2.1."
     assert counts == {"email": 1, "phone": 1, "iban": 1, "ip": 1}
@@ -82,7 +82,7 @@ def test_a_text_made_to_be_slow_comes_back(unit: str) -> None:
     assert redact(text) == (text, {})
 
 
-def test_an_address_in_a_url_or_beside_letters_of_a_script_without_spaces_is_found_alone() -> None:
+def test_an_address_in_a_url_or_next_to_a_script_without_spaces_is_found_alone() -> None:
     for row in labelled("personal_data_exact.jsonl"):
         answer: dict[str, list[str]] = {}
         for kind, start, stop in find(row["text"]):

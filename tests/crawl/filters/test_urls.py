@@ -73,7 +73,7 @@ def test_a_hosts_file_plain_or_gzipped(tmp_path: Path) -> None:
             assert filter.reason(f"https://{host}/x") is None
 
 
-def test_what_is_no_list_is_an_error_with_its_place(tmp_path: Path) -> None:
+def test_an_invalid_list_is_an_error_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "prose").write_text("fine.example\nThis is no list of domains.\n")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"a.example\n" * 1000)[:-20])
     (tmp_path / "picture").write_bytes(b"\x89PNG\0\0")

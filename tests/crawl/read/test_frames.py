@@ -257,7 +257,7 @@ def damaged_member(unpacked: int) -> bytes:
 
 
 @pytest.mark.parametrize("sizes", [[200_000_000], [60_000_000, 40_000_000]])
-def test_damaged_members_that_unpack_to_much_hide_no_record_behind_them(tmp_path: Path, sizes: list[int]) -> None:
+def test_damaged_members_with_a_large_decompressed_size_hide_no_later_records(tmp_path: Path, sizes: list[int]) -> None:
     """Regression: a sixteenth of their decompressed size was skipped in the file without a search for records.
 
     One damaged megabyte that decompresses to a thousand silently hid 20,000 records.

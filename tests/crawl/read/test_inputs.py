@@ -190,7 +190,7 @@ def test_a_folder_is_walked_in_order_and_nothing_in_it_is_lost(tmp_path):
     ]
 
 
-def test_a_page_may_come_by_itself(monkeypatch, tmp_path):
+def test_a_single_page_may_be_the_input(monkeypatch, tmp_path):
     (tmp_path / "x.html").write_bytes(b"just words")
     assert bodies(read(tmp_path / "x.html")) == [b"just words"]
     assert bodies(from_stdin(monkeypatch, b"\n <p>hi")) == [b"\n <p>hi"]

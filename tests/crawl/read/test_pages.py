@@ -138,7 +138,7 @@ def test_no_bytes_raise(block, name):
         (arc(b"\x89PNG", media="image/png"), "not_html"),
     ],
 )
-def test_what_is_no_page_has_a_reason(data, reason):
+def test_records_that_are_not_pages_have_a_reason(data, reason):
     found = of(data)
     assert isinstance(found, Skipped) and (found.offset, found.reason) == (7, reason)
 
