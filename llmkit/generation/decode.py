@@ -173,7 +173,7 @@ class Prefix:
 
     def piece(self, start: int) -> Prefix:
         """Return the part from position `start` on, in its own memory."""
-        if start == 0 and self.keys_LKTD.is_contiguous():  # it is no view of a longer prefix
+        if start == 0 and self.keys_LKTD.is_contiguous():  # not a view of a longer prefix
             return self
         return Prefix(self.keys_LKTD[:, :, start:].clone(), self.values_LKTD[:, :, start:].clone(), self.logits_1V)
 

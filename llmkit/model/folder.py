@@ -215,7 +215,7 @@ class SavedTensors:
         self.folder = folder = local_folder(folder, weights=True)
         self._open_files: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
-        self.stored_as: dict[str, str] = {}  # name in the file of tensors that have another name here
+        self.stored_as: dict[str, str] = {}  # names in the file of renamed tensors
         if (folder / WEIGHTS).exists():
             self._open(folder / WEIGHTS)
         elif (folder / INDEX).exists():

@@ -35,7 +35,7 @@ from llmkit.kernels.rowwise import add_rms_norm, rms_norm
 from llmkit.model.config import ModelConfig, Rope, RopeScaling
 
 MATRICES = ("qkv", "out", "gate_up", "down")  # of a layer
-MULTIPLE = 64  # of rows, if the base's are one: for 16-byte loads of the output matrix
+MULTIPLE = 64  # of rows, if the base's are such: for 16-byte loads of the output matrix
 
 
 def rotary_frequencies(

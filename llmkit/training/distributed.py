@@ -131,7 +131,7 @@ class World:
 
     @contextmanager
     def saving_by(self, save: Callable[[Callable[[Any], bool]], bool]) -> Iterator[None]:
-        """During the block, `save` writes this rank's part of a checkpoint when another rank fails, maybe in another
+        """In the block, `save` writes this rank's part of a checkpoint when another rank fails, maybe in another
         thread. It gets a function that returns whether all ranks have the same value; it returns True if it wrote."""
         if self.size > 1:
             self.watch.save = save

@@ -280,7 +280,7 @@ def load_for_tuning(
 
     model = prepared(base.model)
     names = {name for name, _ in model.named_parameters()}
-    # with a new token, rows without a token are at the mean too
+    # if a token is new, rows without a token are set to the mean too
     new = range(known, model.config.vocab_size) if tokenizer.vocab_size > known else ()
     if reshape is not None:
         model = reshape(model)

@@ -72,7 +72,7 @@ class TrainerSettings:
     spike_nats: float = 1.5  # infinite for a loss that does not measure progress
     spike_patience: int = 20
     updates_per_batch: int = 1
-    micro_batch_tokens: int | None = None  # upper bound, with fewer rows at a time if rows are long
+    micro_batch_tokens: int | None = None  # upper bound: long rows are computed fewer at a time
     memory_advice: str = "lower --sequence-length or --depth"
     shown: str = "loss"  # the metric next to the progress bar
     flops_per_token: float | None = None  # with peak_flops, `mfu` is in the metrics
@@ -324,7 +324,7 @@ class Trainer:
         return not self.stopping and self.progress < 1
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Let a signal end the block at once, which may take hours and changes no weights."""
+        """Let a signal end the block, which may take hours and changes no weights, at once."""
         return self._signals.at_once()
 
     def end_step(self, metrics: Mapping[str, float]) -> None:
@@ -401,7 +401,7 @@ class Trainer:
         except (Exception, KeyboardInterrupt) as error:
             shared = world().size == 1 or isinstance(error, SharedError | StepGivenUp)
             if shared and self.step == 0 and isinstance(error, KeyboardInterrupt):
-                raise Interrupted("stopped in the first step, so nothing is saved; --resume begins again") from None
+                raise Interrupted("stopped in the first step, so nothing is saved; --resume starts over") from None
             if self.step == 0 or self.optimizer.count != self._updates:
                 raise
             if shared:
@@ -432,7 +432,7 @@ class Trainer:
             all_have(None)
             return False
         device = next(self.model.parameters()).device
-        # its own stream: work after a wait for the failed rank would never run
+        # a separate stream: work queued after a wait for the failed rank would never run
         stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
         try:
             with stream:

@@ -212,7 +212,7 @@ def test_a_signal_gives_up_what_is_begun_and_keeps_the_steps_before(tmp_path, mo
 def test_a_signal_in_the_first_step_leaves_nothing_to_resume(tmp_path):
     trainer = make(tmp_path, rows=4)
     trainer.loss = signal_at(1, squared_error)
-    with pytest.raises(Interrupted, match=r"stopped in the first step, so nothing is saved; --resume begins again"):
+    with pytest.raises(Interrupted, match=r"stopped in the first step, so nothing is saved; --resume starts over"):
         trainer.fit(total_steps=9)
     assert not make(tmp_path).resume()
 
