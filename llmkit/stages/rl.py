@@ -234,9 +234,9 @@ class Learner:
         length = f"{config.time_budget:.0f} s" if horizon.steps is None else counted(horizon.steps, "step")
         total = ", ".join(f"{weighted.weight:g} x {weighted.reward.name}" for weighted in self.rewards)
         say(
-            f"{length} of {counted(config.batch_size, 'problem')} of {len(self.problems):,}, "
-            f"{counted(config.group, 'attempt')} at each, of {tokens} tokens at most; reward: {total}; {config.algo}, "
-            f"KL weight {horizon.kl_coef:g}; {quantity(self.tuning.trained_parameters)} parameters are trained",
+            f"{length} of {counted(config.batch_size, 'problem')} out of {len(self.problems):,}, "
+            f"{counted(config.group, 'attempt')} each, at most {tokens} tokens; reward: {total}; {config.algo}, KL "
+            f"coefficient {horizon.kl_coef:g}; {quantity(self.tuning.trained_parameters)} trained parameters",
             config.quiet,
         )
         if config.batch_size > len(self.problems):

@@ -548,7 +548,7 @@ def _say_plan(config: SftConfig, mixture: Mixture, steps: int | None, warmup_ste
     new_tokens = f"; {counted(new, 'token')} {'is' if new == 1 else 'are'} new to the model" if new else ""
     say(
         f"{horizon} of {counted(rows, 'row')} of {mixture.sequence_length} tokens; "
-        f"{quantity(tuning.trained_parameters)} parameters are trained{new_tokens}",
+        f"{quantity(tuning.trained_parameters)} trained parameters{new_tokens}",
         config.quiet,
     )
     warn_of_long_warmup(warmup_steps, steps, config.quiet)

@@ -246,7 +246,7 @@ def _plan(
     say(
         f"{counted(steps, 'step')} of {counted(rows, 'row')} of {row_tokens} tokens, "
         f"{counted(comparisons * rows * row_tokens // mixture.inputs, 'comparison')} each, approximately; "
-        f"{quantity(tuning.trained_parameters)} parameters trained",
+        f"{quantity(tuning.trained_parameters)} trained parameters",
         config.quiet,
     )
     return mixture, steps

@@ -325,7 +325,7 @@ def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, cap
 def test_long_answers_in_the_data_ask_for_longer_attempts(tmp_path, capsys):
     """The default is twice the tokens of nearly all answers, at least 256; the plan shows it."""
     chat = save_assistant(tmp_path / "chat", context=2048)
-    for length, said in ((300, "--max-tokens 600: twice the 300 tokens"), (3, "each, of 256 tokens at most; reward: ")):
+    for length, said in ((300, "--max-tokens 600: twice the 300 tokens"), (3, "each, at most 256 tokens; reward: ")):
         rows = [{"prompt": f"Throw {i}", "solution": "h" * length, "answer": "h"} for i in range(8)]
         data = write(tmp_path / f"{length}.jsonl", *rows)
         train(chat, data, tmp_path / "policy", max_tokens=None, group=2, batch_size=1, dry_run=True)

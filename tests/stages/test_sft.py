@@ -309,7 +309,7 @@ def test_a_long_conversation_is_split_before_questions_and_keeps_its_system_mess
 def test_dry_run_says_what_would_be_done(base, chats, llmkit):
     done = llmkit("sft", base, "--data", chats, "--dry-run")
     assert done.returncode == 0
-    assert "parameters are trained; 11 tokens are new to the model" in done.stderr
+    assert "trained parameters; 11 tokens are new to the model" in done.stderr
     assert re.search(r"about 0\.\d+ GB of memory, \d+s to train", done.stderr)
     long = llmkit("sft", base, "--data", chats, "--epochs", "9e15", "--dry-run").stderr
     assert "GB of memory, over 1000 days to train" in long
@@ -385,7 +385,7 @@ def test_bad_data_is_named(base, tmp_path, rows, reason):
         ({"data": ("kernels/*/",)}, "kernels/*/: expected files that match this pattern, found none"),
         ({"data": ("{chats}:0",)}, "expected a weight above 0, found 0"),
         ({"data": ("{chats}:1", "{chats}")}, "expected weights on all files or on none"),
-        ({"sequence_length": 9999}, "the model's context is 512"),
+        ({"sequence_length": 9999}, "--sequence-length: expected at most 512, the context"),
         ({"on_long": "error", "sequence_length": 8}, "chats.jsonl:1: "),
         ({"epochs": 1.0, "max_steps": 5}, "--epochs and --max-steps: expected one limit of the training length"),
         ({"identity": "name=Ada"}, "found no maker"),
