@@ -391,7 +391,7 @@ def test_no_command_writes_over_what_an_option_reads(command: str, name: str, tm
             cli._run_alone(lambda config: None, config)
 
 
-def test_what_reads_nothing_and_a_new_file_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_no_option_reads_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "config.json").write_text("{}")

@@ -138,7 +138,7 @@ def _options_of_text() -> list[tuple[type, str]]:
 
 
 @pytest.mark.parametrize(("config_class", "name"), _options_of_text())
-def test_an_option_given_nothing_as_by_a_variable_that_is_not_set_is_a_mistake(config_class: type, name: str) -> None:
+def test_an_empty_option_as_from_an_unset_variable_is_an_error(config_class: type, name: str) -> None:
     many = value_type(get_type_hints(config_class)[name])[2]
     (item,) = [item for item in option_fields(config_class) if item.name == name]
     is_list = many and "," in (option_of(item).metavar or "")
@@ -260,7 +260,9 @@ def test_the_options_of_a_manifest_make_the_same_config_again(tmp_path_factory, 
         ({"epochs": "1", "max_steps": "3"}, "--epochs.*: expected one limit of the training length, found 2"),
     ],
 )
-def test_what_no_training_survives_is_refused_before_any_work(stage: str, flags: dict[str, str], message: str) -> None:
+def test_values_that_make_training_impossible_are_refused_before_any_work(
+    stage: str, flags: dict[str, str], message: str
+) -> None:
     module, config, _ = COMMANDS[stage]
     with pytest.raises(UserError, match=message):
         resolve(getattr(importlib.import_module(module), config), flags)

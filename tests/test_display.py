@@ -121,7 +121,7 @@ def test_text_without_secrets_and_control_characters_is_unchanged() -> None:
     assert printable("\r\x7f\x9b\u202e\ud800") == "\\u000d\\u007f\\u009b\\u202e\\ud800"
 
 
-def test_what_others_wrote_moves_nothing_on_a_terminal(tmp_path, on_terminal, monkeypatch):
+def test_foreign_text_cannot_control_the_terminal(tmp_path, on_terminal, monkeypatch):
     write(tmp_path / "docs.jsonl", {"text": f"Good text. {EVIL}", "id": EVIL, "source": EVIL})
     (tmp_path / "bad.toml").write_text('"k\\u001b]0;PWNED\\u0007" = 1\n')
     (tmp_path / "own.py").write_text(f"def keep(page):\n    raise ValueError({EVIL!r})\n")

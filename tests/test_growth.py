@@ -148,7 +148,7 @@ def faults(name: str, chosen: list[Seed], sizes: tuple[int, ...]) -> list[str]:
     return wrong
 
 
-def test_the_measurement_finds_what_grows_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measurement_finds_quadratic_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(readers(), "square", lambda text: sum(range(len(text) ** 2 // 20)))
     monkeypatch.setitem(readers(), "n^1.5", lambda text: sum(range(int(len(text) ** 1.5))))
     monkeypatch.setattr("tests.test_growth.EXPONENTS", {"n^1.5": 1.4})

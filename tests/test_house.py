@@ -193,7 +193,7 @@ def test_a_planted_violation_is_caught(name: str, source: str) -> None:
         ("llmkit.cli", "from llmkit import __version__"),
     ],
 )
-def test_what_is_allowed_is_not_reported(name: str, source: str) -> None:
+def test_allowed_imports_are_not_reported(name: str, source: str) -> None:
     assert violations({name: source}) == []
 
 

@@ -90,7 +90,7 @@ def run(folder: Path, *commands: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_gets_its_name_is_on_the_disk(tmp_path: Path) -> None:
+def test_outputs_are_synced_before_they_get_their_names(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     run(
         tmp_path,

@@ -112,7 +112,7 @@ def test_a_command_of_other_programs_leads_to_ours(typed: str, named: str):
         cli.parse([typed, "--out", "x"])
 
 
-def test_hints_name_what_there_is():
+def test_hints_name_existing_commands_options_and_pages():
     assert not set(cli.ELSEWHERE) & set(cli.COMMANDS)
     for hint in set(cli.ELSEWHERE.values()):
         for name, words in re.findall(r"llmkit ([a-z][a-z-]+)([^,:]*)", hint):

@@ -26,7 +26,7 @@ def judged(text: str, recipe: Recipe = Recipe()) -> Document | Dropped:  # noqa:
 GOOD = "\n".join(prose(1))
 
 
-def test_a_document_keeps_what_it_came_with():
+def test_a_document_keeps_its_other_fields():
     own = {"id": 7, "source": "books", "title": "Ours", "deep": {"a": [None]}, "empty": None}
     document = Document(page_with(GOOD, **own, language="xx"), GOOD, language="en", language_score=0.9)
     record = document.record()

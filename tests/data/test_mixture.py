@@ -62,7 +62,7 @@ def test_conversations_are_held_whole():
         ("split", [10, 10, 10], {"read": 2, "split": 1}),
     ],
 )
-def test_what_is_too_long_is_cut_between_turns_and_counted(on_long, lengths, counts):
+def test_too_long_conversations_are_cut_between_turns_and_counted(on_long, lengths, counts):
     held = Examples.gather("a", [("a:1", chat(2)), ("a:2", chat(5))], 14, on_long)
     assert held.lengths.tolist() == lengths and held.counts == Counter(counts)
 

@@ -31,13 +31,13 @@ HELD_OUT = [
         (HELD_OUT, 4, 0),
     ],
 )
-def test_what_is_found(training, exact, near):
+def test_exact_and_near_copies_are_found(training, exact, near):
     overlap = Overlap.of_texts(HELD_OUT)
     overlap.compare_texts(training)
     assert (overlap.exact, overlap.near, overlap.records) == (exact, near, 4)
 
 
-def test_what_many_records_share_does_not_make_them_the_same():
+def test_common_text_of_many_records_is_not_an_overlap():
     asked = "Please read the question below and answer it in one short sentence of plain English without any list: "
     names = [
         "Oslo",

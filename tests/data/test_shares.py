@@ -106,7 +106,7 @@ def counts_of(token_ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.bincount((np.where(token_ids == START, targets, token_ids) // FAR).reshape(-1), minlength=3)
 
 
-def test_steps_far_on_cost_no_more_and_stay_exact(three):
+def test_late_steps_cost_no_more_and_stay_exact(three):
     batches = Batches(three, 64, 16, 0, {0: [0.7, 0.2, 0.1], 10**9: [0.1, 0.1, 0.8]})
     for step in (10**6, 10**9, 10**9 + 10**6):
         assert batches.batch(step).token_ids_BT.shape == (16, 64)

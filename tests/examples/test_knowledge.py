@@ -64,7 +64,7 @@ def test_held_out_people_are_in_no_chat_and_no_lesson(knowledge, world):
         assert not held_out & shown
 
 
-def test_documents_tell_of_the_known_alone(knowledge, world, texts):
+def test_documents_state_facts_only_of_the_known(knowledge, world, texts):
     assert not words(texts) & names(world["unseen probed"] + world["unseen held out"])
     facts = words([" ".join(knowledge.TOLD.values())])
     for person in world["named probed"] + world["named held out"]:

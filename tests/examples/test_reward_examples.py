@@ -36,7 +36,7 @@ def test_tools_by_reward_alone(tmp_path):
 @pytest.mark.parametrize(
     ("said", "worth"), [("0482", 1), ("04", 0.5), ("", 0), ("0482 ", 1), ("04820482", 0), ("0413", 0), ("1357", -1)]
 )
-def test_what_is_wrong_or_said_again_costs(monkeypatch, said, worth):
+def test_wrong_and_repeated_digits_reduce_the_gold_reward(monkeypatch, said, worth):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     gold = importlib.import_module("reward_hacking").gold
     assert gold({"answer": "0482", "completion": said}) == worth

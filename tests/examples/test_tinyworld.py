@@ -230,7 +230,7 @@ def test_a_page_can_be_asked_about(filtered, ledger):
     assert (told["should"]["keep"], told["did"]["reason"]) == (False, "lorem_ipsum")
 
 
-def test_the_gold_reward_counts_what_is_wrong_or_said_again(monkeypatch):
+def test_the_gold_reward_counts_wrong_and_repeated_digits(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from gold import gold
 

@@ -87,7 +87,7 @@ WRITTEN = '{"name": "weather", "arguments": {"city": "Zürich"}}'
         ),
     ],
 )  # fmt: skip
-def test_what_a_record_says(record, expected):
+def test_records_become_messages(record, expected):
     assert read(record).messages == expected
 
 

@@ -93,7 +93,7 @@ def test_a_wrong_record_is_named_with_its_line(value, expected):
     assert expected in str(error.value)
 
 
-def test_what_is_to_be_scored():
+def test_records_for_scoring():
     assert read_prompt(row(messages=[USER], completion="4")) == (ASKED,)
     assert read_answers(row(prompt="2 + 2?", completion="4")) == [(RIGHT,)]
     assert read_answers(row(prompt="2 + 2?", completions=["4", "5"])) == [(RIGHT,), (WRONG,)]

@@ -133,7 +133,7 @@ def test_files_are_lines_arrays_or_an_object_of_examples_packed_or_not(tmp_path:
         ("\\boxed{" * 100_000 + "5" + "}" * 100_001, "5"),
     ],
 )
-def test_what_is_boxed(text, found):
+def test_the_last_boxed_expression(text, found):
     assert last_boxed(text) == found
 
 

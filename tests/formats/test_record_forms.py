@@ -53,7 +53,7 @@ def test_every_reader_asks_the_same(asked, beside):
      {"answers": ["4", "four"]}, {"answer": {"value": "4", "aliases": ["four"], "type": "Number"}},
      {"completion": None, "response": "4"}],
 )  # fmt: skip
-def test_what_answers(answer):
+def test_fields_with_the_answer(answer):
     found = read_conversation(row(question="2 + 2?", **answer))
     assert found.messages == (ASKED, ANSWERED) and found.losses == ()
     assert not any(name in answer for name in ("completion", "response")) or read_answers(row(prompt="?", **answer))
@@ -103,7 +103,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather"}}]
         (read_problem, {"instruction": "Add.", "input": "2 + 2", "output": "4"}, ""),
     ],
 )
-def test_what_is_known_and_not_used_is_named(read, value, losses):
+def test_known_but_unused_fields_are_named(read, value, losses):
     assert read(row(**value)).losses == tuple(f"{name!r} not used" for name in losses.split())
 
 
@@ -135,7 +135,7 @@ MESSAGES = {  # unused parts of messages, for any command
 
 
 @pytest.mark.parametrize("loss", MESSAGES)
-def test_what_of_messages_is_not_used_is_named_in_every_command(loss):
+def test_unused_parts_of_messages_are_named_in_every_command(loss):
     asked, answer, other = MESSAGES[loss], *({"role": "assistant", "content": text} for text in "bc")
     assert read_conversation(row(messages=[*asked, answer])).losses == (loss,)
     assert read_conversation(row(prompt=asked, completion="b")).losses == (loss,)

@@ -88,7 +88,7 @@ def test_a_command_with_words_that_it_does_not_take_is_none(tokenizer, name):
     assert [turn.text for turn in one.turns[::2]] == ["hello", "asked"]
 
 
-def test_help_lists_what_there_is(tokenizer):
+def test_help_lists_the_commands(tokenizer):
     """Every command that it lists exists and works."""
     for name in COMMANDS:
         _, said = held(chat(tokenizer), name)
@@ -164,7 +164,7 @@ def test_another_answer_and_another_message(tokenizer):
     assert len(one.turns) == 4  # the edit was cancelled, so nothing is removed
 
 
-def test_an_answer_that_is_cut_says_so(tokenizer):
+def test_a_truncated_answer_is_reported(tokenizer):
     _, said = held(chat(tokenizer, max_tokens=4), "hello")
     assert said == ["cut after 4 tokens; --max-tokens allows more"]
     _, said = held(chat(tokenizer, max_tokens=None, context=64), "hello")

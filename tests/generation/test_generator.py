@@ -316,7 +316,7 @@ def speller(tokenizer):
         ("aé", {"max_tokens": 2}, ["a", "\ufffd"], 2, "length"),
     ],
 )
-def test_where_a_text_ends_and_how_it_comes(speller, says, options, pieces, tokens, reason):
+def test_ends_and_streamed_pieces_of_texts(speller, says, options, pieces, tokens, reason):
     completion, given, ids = speller(says, **options)
     assert (completion.text, completion.finish_reason) == ("".join(pieces), reason)
     assert completion.token_ids == ([*ids, END] if tokens is None else ids[:tokens])

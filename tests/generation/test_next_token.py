@@ -60,7 +60,7 @@ def test_tokens_come_as_often_as_they_should():
     assert np.abs(frequencies(logits, Sampling(0.7)) - expected).max() < 0.012
 
 
-def test_what_is_cut_never_comes():
+def test_truncated_tokens_are_never_sampled():
     logits = [1.0, 3.0, -2.0, 2.0, 0.0]
     assert (frequencies(logits, Sampling(1.0, top_k=2)) > 0).tolist() == [False, True, False, True, False]
     assert (frequencies(logits, Sampling(1.0, min_p=0.12)) > 0).tolist() == [True, True, False, True, False]
@@ -68,7 +68,7 @@ def test_what_is_cut_never_comes():
     assert frequencies([0.0, -float("inf"), 0.0], Sampling(1.0))[1] == 0
 
 
-def test_temperature_zero_takes_the_first_of_the_likeliest():
+def test_temperature_zero_takes_the_first_of_equal_maxima():
     logits = torch.tensor([[0.0, 5.0, 5.0], [1.0, 0.0, -1.0]])
     for temperature in (0.0, 1e-30):
         chosen, _, _, sound = choose_tokens(logits, np.array([0.99, 0.99]), Sampling(temperature))

@@ -75,7 +75,7 @@ def test_a_prompt_after_cached_pieces_has_the_same_bits_as_without_the_cache(sha
                 assert torch.equal(getattr(kept, name), getattr(anew, name)), (length, name)
 
 
-def test_what_is_kept_is_not_computed_again_and_the_rest_is(computed):
+def test_only_pieces_outside_of_the_cache_are_computed(computed):
     decoder, cache, ids = Decoder(make_model(context=2048), 2), PrefixCache(), text(2 * PIECE + 70)
     for prompt, pieces in [
         (ids[: PIECE + 9], [PIECE, 9]),
@@ -90,7 +90,7 @@ def test_what_is_kept_is_not_computed_again_and_the_rest_is(computed):
         assert computed == pieces
 
 
-def test_what_is_kept_is_bounded_and_the_beginnings_stay_longest(computed):
+def test_the_cache_is_bounded_and_keeps_beginnings_longest(computed):
     decoder, ids = Decoder(make_model(context=4096), 2), text(4 * PIECE)
     with torch.inference_mode():
         size = decoder.prefill(ids[:PIECE]).nbytes

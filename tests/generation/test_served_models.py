@@ -63,7 +63,7 @@ def _choice(content: object, message: dict) -> dict:
         (chat("a\ud83d b"), "a\ufffd b", "stop", {}),
     ],
 )
-def test_what_a_server_says_is_read_or_counted(body, text, finish, left_out):
+def test_answers_of_a_server_are_parsed_or_counted(body, text, finish, left_out):
     with ChatServer(lambda prompt, seed: body) as server:
         model = client(server.spec)
         reply = model.ask(ASKED, **WANTED)
@@ -114,7 +114,7 @@ def body(content: object, status: bytes = b"200 OK", more: bytes = b"") -> bytes
 
 
 @pytest.mark.parametrize("delta", [{"reasoning_content": "Hm."}, {"tool_calls": [{"index": 0, "id": "1"}]}])
-def test_what_a_chat_leaves_out_is_said_with_the_answer(delta):
+def test_dropped_parts_are_reported_with_the_answer(delta):
     from llmkit.generation.chat import Chat
     from llmkit.generation.next_token import Sampling
     from llmkit.generation.sampler import open_sampler

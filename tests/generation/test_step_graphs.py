@@ -25,7 +25,7 @@ def texts(tokenizer, record, **shape):
 
 
 @pytest.mark.parametrize("shape", [{}, {"layer_windows": (None, 24), "residual_scales": True}], ids=str)
-def test_what_is_replayed_is_what_is_computed(tokenizer, shape):
+def test_replayed_steps_equal_computed_ones(tokenizer, shape):
     expected, steps = texts(tokenizer, None, **shape)
     record = Counting()
     assert texts(tokenizer, record, **shape) == (expected, steps)
@@ -49,7 +49,7 @@ def test_logits_are_the_callers_own_and_rows_beyond_those_in_use_do_no_harm(dtyp
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0 if dtype == torch.float32 else 0.1)
 
 
-def test_a_number_of_the_hosts_in_a_step_would_be_seen(tokenizer, monkeypatch, capsys):
+def test_a_host_number_in_a_step_would_be_noticed(tokenizer, monkeypatch, capsys):
     """Check that the test above would fail if a step took its positions, or any number, from Python."""
     advance = Decoder._advance
     expected, _ = texts(tokenizer, None)

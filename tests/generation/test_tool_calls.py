@@ -81,7 +81,7 @@ def test_a_call_is_answered_and_the_model_continues(tokenizer, calculator):
     assert completion.tool_calls == [{"tool": "calc", "input": "1+2", "result": "3"}]
 
 
-def test_what_was_said_is_taken_apart_into_texts_calls_and_results(tokenizer, calculator):
+def test_a_completion_is_split_into_texts_calls_and_results(tokenizer, calculator):
     """Encoded as a conversation, the parts give the same tokens."""
     tools = ToolUse(calculator, tokenizer)
     completion = complete(caller(tokenizer, "say ", "1+2", "wel"), tokenizer, calculator)
@@ -241,7 +241,7 @@ def test_the_number_of_calls_and_of_own_tokens_ends_a_completion(tokenizer, calc
     assert (completion.finish_reason, completion.text) == ("length", "awe")  # results do not count
 
 
-def test_tools_that_are_not_given_and_ends_without_a_start_are_nothing(tokenizer, calculator):
+def test_missing_tools_and_ends_without_a_start_are_text(tokenizer, calculator):
     model = caller(tokenizer, "a", "1+2", "wel", tool="python")
     assert complete(model, tokenizer, calculator).tool_calls == []
     (end,) = special(tokenizer, "calc_end")

@@ -178,7 +178,7 @@ def test_a_tokenizer_without_a_decoder_gives_its_text(folder: Path) -> None:
         ),
     ],
 )
-def test_another_form_of_weights_or_tokenizer_says_the_way_on(folder: Path, former: str, name: str, words: str) -> None:
+def test_the_error_for_other_formats_says_how_to_convert(folder: Path, former: str, name: str, words: str) -> None:
     (folder / former).rename(folder / name)
     with pytest.raises(UserError, match=words):
         (load_model if former.startswith("model") else load_tokenizer)(folder)

@@ -79,7 +79,7 @@ def test_a_model_is_fetched_without_pickles_and_code_and_weights_only_on_request
     assert len(server.requests) == requests  # requested once
 
 
-def test_of_several_files_of_weights_those_of_the_index_are_fetched(server: HubServer) -> None:
+def test_only_the_weights_files_of_the_index_are_fetched(server: HubServer) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     files = {name: b"x" for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors")}
     server.repos["models/org/large"] = Repo({"main": {**TEXTS, hub.INDEX: json.dumps(index).encode(), **files}})
@@ -91,7 +91,7 @@ def test_of_several_files_of_weights_those_of_the_index_are_fetched(server: HubS
 
 
 @pytest.mark.parametrize("ways", ["busy", "cut", "busy cut"])
-def test_a_model_comes_whole_from_a_flaky_hub(server: HubServer, ways: str, monkeypatch) -> None:
+def test_a_model_is_fetched_completely_from_a_flaky_hub(server: HubServer, ways: str, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # its own pauses are seconds
     server.ways = set(ways.split())
     folder = local_folder("hf://org/model", weights=True)
@@ -107,7 +107,7 @@ def test_a_fetch_ends_with_an_interrupt(server: HubServer) -> None:
         local_folder("hf://org/model", weights=True)
 
 
-def test_what_the_cache_has_is_read_without_a_network(server: HubServer, monkeypatch, capsys) -> None:
+def test_cached_models_are_read_without_a_network(server: HubServer, monkeypatch, capsys) -> None:
     folder = local_folder("hf://org/model", weights=True)
     server.repos["models/org/other"] = Repo({"main": {**TEXTS, **WEIGHTS}})
     local_folder("hf://org/other")

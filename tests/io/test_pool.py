@@ -85,7 +85,7 @@ def test_a_dead_process_is_reported_after_earlier_results(act, error, message):
     assert got == [f"{index}.{number}" for index in range(4) for number in range(3)] + ["4.0"]
 
 
-def test_processes_end_with_the_one_who_asks():
+def test_processes_end_with_their_parent():
     def children() -> set[int]:
         return {int(pid) for pid in os.popen(f"pgrep -P {os.getpid()} -f [l]lmkit.io.pool").read().split()}
 

@@ -78,7 +78,7 @@ def test_a_file_can_be_sought_in_where_the_server_has_ranges(server: FileServer)
         ("f", "lie norange", r"/f: cannot be read after 6 attempts \(it ended at byte 3,000,000 of 3,001,000\)"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(server: FileServer, path: str, ways: str, message: str) -> None:
+def test_an_unreadable_url_is_an_error_in_one_line(server: FileServer, path: str, ways: str, message: str) -> None:
     server.ways = set(ways.split())
     with pytest.raises(UserError, match=message):
         read(server.address + path)
@@ -297,7 +297,7 @@ def test_columns_of_a_table_in_a_bucket_are_fetched_once(bucket: ObjectStore, tm
     assert bucket.requests.count(("GET", "/bucket/t.parquet")) == -(-len(data) // remote.BLOCK) >= 5
 
 
-def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStore, monkeypatch) -> None:
+def test_a_bucket_without_sizes_is_read_to_the_end(bucket: ObjectStore, monkeypatch) -> None:
     from s3fs import S3FileSystem
 
     info = S3FileSystem._info
@@ -313,7 +313,9 @@ def test_a_bucket_that_does_not_tell_sizes_is_read_to_the_end(bucket: ObjectStor
 
 
 @pytest.mark.parametrize("name", ["n.jsonl.gz", "n.jsonl.zst", "n.parquet"])
-def test_what_changes_while_it_is_read_is_not_called_damaged(bucket: ObjectStore, tmp_path, name: str) -> None:
+def test_a_file_that_changes_during_reading_is_not_reported_as_damaged(
+    bucket: ObjectStore, tmp_path, name: str
+) -> None:
     noise = random.Random(0)
     with open_output(str(tmp_path / name)) as write:
         for _ in range(3000):
@@ -369,7 +371,7 @@ def test_a_model_folder_of_a_bucket_is_kept_in_the_cache(bucket: ObjectStore, mo
         ("s3://bucket/t", "a file, found a folder"),
     ],
 )
-def test_what_a_bucket_has_not(bucket: ObjectStore, address: str, message: str) -> None:
+def test_missing_objects_of_a_bucket(bucket: ObjectStore, address: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"^{address}: expected {message}"):
         check_inputs([address])
     with pytest.raises(UserError, match=r"^s3://bucket/none/.*: expected files that match this pattern, found none"):

@@ -35,7 +35,7 @@ def values(path: str | Path, **details) -> list[dict]:
     return [row.value for row in read_jsonl([str(path)], **details)]
 
 
-def test_what_is_written_as_parquet_is_read_again_by_us_and_by_pyarrow(tmp_path: Path) -> None:
+def test_written_parquet_is_read_by_us_and_by_pyarrow(tmp_path: Path) -> None:
     out = tmp_path / "d.parquet"
     with open_output(str(out)) as write_record:
         for row in ROWS:

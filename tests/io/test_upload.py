@@ -86,7 +86,7 @@ def test_tables_are_uploaded_and_existing_files_replaced_only_with_force(store: 
     assert len(list(read_jsonl(["s3://bucket/out.parquet"]))) == 10
 
 
-def test_what_cannot_be_uploaded_stays_here_until_resume_uploads_it(store: ObjectStore) -> None:
+def test_a_failed_upload_stays_on_disk_until_resume_uploads_it(store: ObjectStore) -> None:
     store.refuse = lambda method, path: 403 if method == "PUT" else None
     advice = r"the output is in bucket-a-out\.jsonl\.upload/; the same command with --resume uploads it$"
     with pytest.raises(UserError, match=rf"^s3://bucket/a/out\.jsonl: not allowed .*check the credentials; {advice}"):

@@ -121,7 +121,7 @@ def test_the_same_id_again_after_another_is_a_new_document_for_packing():
     assert not packing.is_single and Packing(torch.zeros(3, 4)).is_single
 
 
-def test_what_is_not_supported_is_refused_by_name():
+def test_unsupported_options_are_refused_by_name():
     x = torch.randn(1, 1, 4, 8)
     with pytest.raises(NotImplementedError, match="dropout_p"):
         scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True, window=2)

@@ -50,7 +50,7 @@ def check(found: dict[str, dict]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_trains_and_decodes_compiles_as_it_should(target):
+def test_kernels_of_training_and_decoding_obey_the_rules(target):
     found = compile_kernels("--representative", "--target", target)
     assert len({name.partition(":")[0] for name in found}) == len(lint.REPRESENTATIVE[target])
     check(found)

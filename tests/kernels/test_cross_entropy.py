@@ -73,7 +73,7 @@ def test_a_target_of_vanishing_probability_has_a_finite_exact_loss(dtype):
     assert x.grad.isfinite().all()
 
 
-def test_what_needs_no_gradient_changes_no_value():
+def test_values_do_not_depend_on_which_inputs_need_gradients():
     x, weight, target = example(torch.float32, ignored=0.2)
     alone = linear_cross_entropy(x, weight, target)
     weight.requires_grad_()

@@ -178,7 +178,7 @@ def test_rows_of_very_negative_and_very_large_scores(shift):
     assert all(x.isfinite().all() for x in found)
 
 
-def test_what_the_kernels_do_not_know_goes_to_torch():
+def test_unsupported_inputs_go_to_torch():
     (query, key, value), _ = example(20, (2, 2))
     mask = torch.rand(20, 20) < 0.7
     mask[:, 0] = True

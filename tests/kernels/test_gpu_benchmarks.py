@@ -168,7 +168,7 @@ def test_the_list_of_open_measurements_is_that_of_the_reader(monkeypatch):
     assert goals([]) in (FOLDER / "README.md").read_text()
 
 
-def test_the_reader_fills_in_what_rows_say(monkeypatch):
+def test_the_report_computes_shares_ratios_and_goals(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from report import goals, tables
 

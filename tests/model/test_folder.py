@@ -271,7 +271,7 @@ EXTRAS = dict(normalize_embedding=True, residual_scales=True, norm_gains=False, 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("extras", [{}, EXTRAS, EXTRAS | {"norm_gains": True}])
 @torch.no_grad()
-def test_what_we_train_becomes_a_stock_qwen3_with_the_same_logits(tmp_path, tied, extras):
+def test_our_models_become_a_stock_qwen3_with_the_same_logits(tmp_path, tied, extras):
     model = Transformer(small(tie_word_embeddings=tied, **extras), seed=0)
     for name, parameter in model.named_parameters():
         scale = 0.5 if name == "embed_tokens" else 0.1
@@ -317,7 +317,7 @@ def test_what_we_train_becomes_a_stock_qwen3_with_the_same_logits(tmp_path, tied
     ],
 )
 @torch.no_grad()
-def test_what_a_config_leaves_out_is_as_in_transformers(tmp_path, family, edit):
+def test_defaults_of_a_config_are_those_of_transformers(tmp_path, family, edit):
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
     sizes |= {"num_key_value_heads": 4, "max_position_embeddings": 64, "pad_token_id": None}
     config = getattr(transformers, f"{family}Config")(**sizes)

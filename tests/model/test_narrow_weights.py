@@ -44,7 +44,7 @@ def test_int8_rows_do_not_see_their_neighbours():
         assert torch.equal(product(x[:rows]), product(x)[:rows])
 
 
-def test_what_half_precision_cannot_hold_is_left_as_it_is():
+def test_weights_beyond_half_precision_are_not_converted():
     assert narrow_linear(torch.full((8, 8), 1e5), None, "half") is None
     model = make_model()
     model.layers[0].gate_up.data[3] *= 1e6

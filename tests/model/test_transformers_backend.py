@@ -206,7 +206,7 @@ def test_native_families_are_the_same_by_either_backend(name, tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_what_cannot_be_run_is_refused_in_one_line(tmp_path):
+def test_an_unsupported_model_is_refused_in_one_line(tmp_path):
     def refused(expected, **changes):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         save("bloom", folder)

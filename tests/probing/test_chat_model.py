@@ -200,7 +200,7 @@ def test_a_missing_package_is_named(monkeypatch):
         opened("openai:http://localhost:8000/v1#m").__enter__()
 
 
-def test_what_is_neither_folder_nor_server_is_named():
+def test_an_argument_that_is_neither_folder_nor_server_is_named():
     with pytest.raises(UserError, match=r"--judge: expected the folder of a model, or openai:http.*, found mtach"):
         opened("mtach").__enter__()
 

@@ -53,7 +53,7 @@ def test_an_unreadable_reply_has_no_verdict(reply):
     assert judged(lambda prompt: reply, "Paris", "")[0] == ["unreadable", "evasive"]
 
 
-def test_what_is_read_of_a_reply():
+def test_verdicts_are_parsed_from_replies():
     assert read_verdict("It says Paris.\nVERDICT: right\n") == "right"
     assert read_verdict("- **verdict: EVASIVE**") == "evasive"
     assert read_verdict("VERDICT: wrong\nVERDICT: wrong") == "wrong"
@@ -68,7 +68,7 @@ def test_braces_in_a_passage_are_text():
     assert "(not given)" in judged(lambda prompt: "", "a", question=Question("Who?", ("I",)))[1][0]
 
 
-def test_unreadable_judgements_make_nothing_known():
+def test_unreadable_judgements_do_not_make_a_fact_known():
     r, w, e, u = "right", "wrong", "evasive", "unreadable"
     assert decide([r, r, r, r, u]) == "yes" and decide([r, r, r, u, u]) == "mixed"
     assert decide([w, w, w, w, u]) == "no" and decide([w, w, w, u, u]) == "mixed"

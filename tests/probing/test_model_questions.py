@@ -62,11 +62,11 @@ def test_a_reply_that_cannot_be_read(reply):
         ("Who built the mill in the passage?", "Ada Roe", "asks about the passage itself"),
     ],
 )
-def test_which_questions_are_asked(question, answer, reason):
+def test_unfit_questions_have_a_reason(question, answer, reason):
     assert unfit(question, answer, MILL.text) == reason
 
 
-def test_what_is_left_out_is_counted():
+def test_rejected_questions_are_counted():
     other = Passage("A passage of Roe.", "d2/1", "docs.jsonl:2")
     records = [
         {"pairs": [["When did the mill of Arden open?", "1889"], ["Who?", "Eve"], ["Who built it?", "Ada Roe"]]},

@@ -222,7 +222,7 @@ def test_inputs_and_outputs(completion, right):
     [None, True, 0, -5, 10**50, 0.1, float("inf"), 1j, "", "\ud83d\ude00", b"\x00", [], [[1], (2,)], (), {1, 2},
      frozenset({1}), {}, {1: "a", (1, 2): [None]}],
 )  # fmt: skip
-def test_plain_values_come_as_they_went(value):
+def test_plain_values_round_trip(value):
     found = sandboxed_calls.unpack(sandboxed_calls.pack(value))
     assert found == value and type(found) is type(value)
 

@@ -58,7 +58,7 @@ def test_the_last_number_is_the_weight(spec, name, weight):
 
 
 @pytest.mark.parametrize(("spec", "weight"), [("py:own.py:nan", 1), ("py:own.py:nan:2", 2)])
-def test_a_function_may_be_called_what_a_float_may(spec, weight, tmp_path, monkeypatch):
+def test_a_function_name_may_look_like_a_float(spec, weight, tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("def nan(record):\n    return 1.0\n")
     monkeypatch.chdir(tmp_path)
     found = only(spec)

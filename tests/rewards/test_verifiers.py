@@ -291,7 +291,7 @@ def test_latex_compares_what_is_boxed(answer, completion, right):
     assert score(completion, "latex", answer=answer) == right
 
 
-def test_what_math_verify_cannot_read_is_not_judged():
+def test_an_answer_that_math_verify_cannot_parse_is_not_judged():
     """For an answer that is damaged in the data, an identical completion is right, and any other is undecided."""
     pytest.importorskip("math_verify")
     right = {"\\boxed{\\frac{7}}": 1, "\\boxed{7}": None, "7": 0, "": 0}

@@ -56,7 +56,7 @@ def test_the_examples_of_the_documentation_hold():
     assert doctest.testmod(algorithms).failed == 0
 
 
-def test_which_groups_tell_attempts_apart():
+def test_informative_groups_have_different_rewards():
     assert is_informative([0, 0, 1]) and not is_informative([0.3, 0.1 + 0.2]) and not is_informative([1])
 
 

@@ -30,7 +30,7 @@ def test_the_gold_reward_has_its_weight():
     assert figures["val_gold_se"] == pytest.approx(0.3125**0.5 / 2, abs=1e-4)
 
 
-def test_most_is_shown_of_what_the_rewards_like_and_the_gold_one_does_not(tmp_path):
+def test_samples_with_a_high_reward_and_a_low_gold_reward_are_shown_first(tmp_path):
     write_disagreements(tmp_path, ROLLOUTS, judged_by("length:-1"), 2)
     shown = lines(tmp_path / "disagreements.jsonl")
     assert [(row["reward"], row["gold"]) for row in shown] == [(0.8, -0.75), (0.5, -1)]  # 1.17 and 1.10 deviations

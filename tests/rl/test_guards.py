@@ -93,7 +93,7 @@ def test_noise_is_not_gaming_but_a_slow_fall_is():
         [look(0.7, 0.3), look(0.8, 0.6), look(0.9, 0.5)],  # the gold reward recovers
     ],
 )
-def test_what_is_not_gaming(then):
+def test_changes_that_are_not_gaming(then):
     watch = HackWatch([look(0.4, 0.5)])
     assert not any(watch.note(row) for row in then)
 

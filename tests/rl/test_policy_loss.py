@@ -141,14 +141,14 @@ def figures_of_training(model, rollouts, folder, monkeypatch, out_of_memory_at=N
 
 
 @pytest.mark.parametrize("call", [2, 4])
-def test_what_is_computed_again_when_memory_runs_out_counts_once(model, rollouts, tmp_path, monkeypatch, call):
+def test_rows_repeated_after_out_of_memory_count_once(model, rollouts, tmp_path, monkeypatch, call):
     many = [one for _ in range(80) for one in rollouts]
     whole = figures_of_training(model, many, tmp_path, monkeypatch)
     again = figures_of_training(model, many, tmp_path, monkeypatch, out_of_memory_at=call)
     assert again == pytest.approx(whole, rel=1e-3)
 
 
-def test_what_a_tool_said_has_no_part(model):
+def test_results_of_tools_do_not_contribute_to_the_loss(model):
     def loss_of(result_logprob: float):
         chosen, logprobs = [True, False, False, True], [-1.0, result_logprob, result_logprob, -2.0]
         one = attempt([1, 2, 3], [7, 100, 101, 9], advantage=1.0, sampled=chosen, logprobs=logprobs)

@@ -247,7 +247,7 @@ TEXT = {"model": "base", "prompt": "a", "max_tokens": 2}
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_by_name(server: Server, body, param: str | None, status: int) -> None:
+def test_unsupported_options_are_refused_by_name(server: Server, body, param: str | None, status: int) -> None:
     path = "/v1/completions" if isinstance(body, dict) and "prompt" in body else "/v1/chat/completions"
     answered, content = server.post(path, body)
     assert answered == status and content["error"]["param"] == param, content

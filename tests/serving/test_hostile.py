@@ -115,7 +115,7 @@ def test_a_lone_surrogate_is_refused(server: Server) -> None:
     assert server.post("/v1/chat/completions", body)[0] == 400
 
 
-def test_what_a_model_writes_is_json_and_never_a_page(server: Server) -> None:
+def test_completions_are_sent_as_json_and_never_as_a_page(server: Server) -> None:
     import urllib.request
 
     request = urllib.request.Request(

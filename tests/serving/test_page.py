@@ -529,7 +529,7 @@ def test_a_base_model_continues_a_text(opened: Browsed) -> None:
 
 
 @browsed
-def test_a_text_is_cut_live_by_two_tokenizers(opened: Browsed) -> None:
+def test_a_text_is_tokenized_live_by_two_tokenizers(opened: Browsed) -> None:
     opened.pick("says")
     opened.page.click("#open-cut")
     opened.page.fill("#cut-text", "naïve \u202e ok\n<|im_end|>")

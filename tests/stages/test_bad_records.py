@@ -125,7 +125,7 @@ def test_a_sample_beyond_its_bound_is_resumed(folders, tmp_path, capsys):
     assert summary.bad_records == 4 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 30
 
 
-def test_the_cache_of_tokens_knows_what_it_left_out(folders, tmp_path, capsys):
+def test_the_token_cache_remembers_dropped_records(folders, tmp_path, capsys):
     given = write(tmp_path / "d.jsonl", *[GOOD["pretrain"]] * 20, "{")
     for _ in range(2):
         summary = run("pretrain", folders, given, tmp_path / "out", force=True)

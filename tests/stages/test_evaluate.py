@@ -221,7 +221,7 @@ def test_a_user_task_reads_the_data_next_to_it(models, tmp_path):
     assert summary["metric"] == "acc_norm" and summary["groups"]["t"]["items"] == 2
 
 
-def test_a_file_in_another_form_than_its_task_s_is_named_with_what_scores_it(models, tmp_path):
+def test_a_file_in_the_format_of_another_task_is_named_with_that_task(models, tmp_path):
     path = write_lines(tmp_path / "commonsense_qa.jsonl", CHOICES)
     with pytest.raises(UserError, match="expected an item of commonsense_qa") as error:
         evaluate(models / "base", tasks="commonsense_qa", data_dir=str(tmp_path))

@@ -393,7 +393,7 @@ def test_a_pipe_is_no_place_for_a_gguf_file(chat: Path, tmp_path: Path, dry_run:
     assert said.endswith("expected a file such as -o chat.gguf, found a folder, pipe or device")
 
 
-def test_what_llama_cpp_has_no_form_for_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_exports_that_llama_cpp_does_not_support_are_refused(tmp_path: Path, monkeypatch) -> None:
     o200k = save_assistant(tmp_path / "o200k", "o200k")
     assert "expected a pre-tokenizer that llama.cpp" in refused(o200k, tmp_path / "m.gguf")
     assert "is the model folder itself" in refused(o200k, o200k, format="hf", force=True)

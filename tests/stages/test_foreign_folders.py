@@ -238,7 +238,7 @@ def test_export_writes_it_in_every_form(foreign: Path) -> None:
     assert ("output.weight" in {one.name for one in reader.tensors}) != tied
 
 
-def test_the_way_to_convert_pickles_works(tmp_path: Path) -> None:
+def test_the_documented_conversion_of_pickles_works(tmp_path: Path) -> None:
     folder = save_foreign(tmp_path / "model", "mistral, float16")
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")

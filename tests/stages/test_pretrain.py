@@ -324,7 +324,7 @@ def test_streams_patterns_and_folders_may_be_sources(corpus, llmkit, tmp_path):
     assert summary["epochs"]["stdin"] == pytest.approx(4 * summary["epochs"][more], abs=0.01)  # it has half the tokens
 
 
-def test_other_documents_at_an_address_end_a_resumption(corpus, llmkit, tmp_path):
+def test_other_documents_at_a_url_prevent_resuming(corpus, llmkit, tmp_path):
     """Even documents with the same number of tokens: the same ones in another order."""
     with file_server() as server:
         server.files["docs.jsonl"] = data = (corpus / "docs.jsonl").read_bytes()

@@ -183,7 +183,7 @@ def test_a_folder_judges(parrot, tmp_path):
     assert summary.usage["judge"]["requests"] == 3 and summary.usage["judge"]["completion_tokens"] > 0
 
 
-def test_what_a_folder_babbles_is_counted(parrot, documents, tmp_path):
+def test_random_replies_of_a_folder_are_counted(parrot, documents, tmp_path):
     babbler = save_assistant(tmp_path / "babbler", context=2048)
     options = {"questions": questions(tmp_path / "q.jsonl"), "samples": 2}
     with pytest.raises(UserError, match=r"--judge: no verdict of .*babbler could be read, in 6 judgements"):
@@ -227,7 +227,7 @@ def test_the_documentation_has_the_prompts_and_every_option():
             assert re.search(rf"[`/]{flag_of(item)}\b", text), flag_of(item)
 
 
-def test_what_cannot_be_meant_is_refused(parrot, documents, tmp_path):
+def test_contradictory_options_are_refused(parrot, documents, tmp_path):
     asked = questions(tmp_path / "q.jsonl")
     out = tmp_path / "r.jsonl"
     for options, message in (

@@ -35,7 +35,7 @@ def probe(model: Path, out: Path, **options):
 # ---- output
 
 
-def test_what_is_known_is_confirmed_and_what_is_not_is_refused(parrot, tmp_path, llmkit):
+def test_known_facts_are_confirmed_and_unknown_ones_refused(parrot, tmp_path, llmkit):
     asked = write(tmp_path / "q.jsonl", PARIS, ROME, {**ROME, "question": "Is it Paris or Rome?", "answer": "Rome"})
     out, report = tmp_path / "r.jsonl", tmp_path / "p.jsonl"
     done = llmkit("probe-knowledge", parrot, "--questions", asked, "-n", "3", "-o", out, "--report", report)
@@ -137,7 +137,7 @@ def test_questions_that_cannot_be_asked_are_counted(parrot, tmp_path):
 # ---- recitation
 
 
-def test_what_a_model_recites(tmp_path, llmkit):
+def test_recitation_is_measured(tmp_path, llmkit):
     """The model generates "abcdefgh" after "+", regardless of the text before."""
     model = save_folder(tmp_path / "model")
     from llmkit.model.folder import save_model

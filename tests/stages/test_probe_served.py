@@ -79,7 +79,7 @@ def test_a_question_that_is_too_long_for_the_server_is_left_out(babbler, questio
             assert len(probe(model, questions, f"{model is None}", engine=server.spec)) == 8
 
 
-def test_what_a_server_cannot_be_asked_is_refused(babbler, questions):
+def test_options_that_a_server_does_not_support_are_refused(babbler, questions):
     with pytest.raises(UserError, match="--engine: cannot be combined with --max-tokens none or --recite"):
         probe(babbler, questions, "b", engine="openai:http://localhost:9/v1#m", max_tokens=None)
     with pytest.raises(UserError, match="MODEL is missing"):

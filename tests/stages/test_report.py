@@ -398,7 +398,7 @@ def test_text_has_enough_contrast(scheme):
 # ---- large and damaged inputs
 
 
-def test_what_is_long_is_sampled_evenly_and_the_page_says_so(tmp_path):
+def test_long_files_are_sampled_evenly_and_the_page_says_so(tmp_path):
     folder = make_run(tmp_path / "long", "rl", results={"steps": 20_000})
     filler = "x" * 1000
     write_lines(folder / "rollouts.jsonl", [attempt(step, step, f"{step} {filler}", 1.0) for step in range(20_000)])
@@ -420,7 +420,7 @@ def test_what_is_long_is_sampled_evenly_and_the_page_says_so(tmp_path):
     assert "240 of 30,000 values are drawn, evenly spaced" in text_of(page, ".chart .small")
 
 
-def test_a_page_of_very_much_stays_under_a_megabyte(tmp_path):
+def test_a_page_of_large_runs_stays_under_a_megabyte(tmp_path):
     files = []
     for number in range(12):
         said = [{"prompt": "p", "completion": f"{line} " + "<&>" * 400, "finish_reason": "stop"} for line in range(300)]
@@ -431,7 +431,7 @@ def test_a_page_of_very_much_stays_under_a_megabyte(tmp_path):
     assert len(figures_of(files, tmp_path / "r.json", records=300)["samples"][0]["rows"]) == 300
 
 
-def test_what_is_broken_is_counted(tmp_path):
+def test_damaged_lines_and_values_are_counted(tmp_path):
     rows = [
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": None},

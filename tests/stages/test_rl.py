@@ -228,7 +228,7 @@ def test_calls_are_learnt_from_what_follows_them(unsure, tmp_path):
     assert [(part.kind, part.text) for part in answer.parts] == [("calc", "1+2"), ("result", "3"), ("text", "x")]
 
 
-def test_a_call_too_many_ends_an_attempt_and_is_judged_by_what_was_said(unsure, tmp_path):
+def test_a_call_beyond_the_limit_ends_a_rollout_which_is_judged_by_its_text(unsure, tmp_path):
     rows = [{"prompt": f"Sum {i}", "answer": "z", "verifier": "exact"} for i in range(8)]
     problems = write(tmp_path / "p.jsonl", *rows)
     train(unsure, problems, tmp_path / "p", tools=("calc",), max_tokens=16, max_tool_calls=0)
@@ -306,7 +306,7 @@ def judge(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("algo", ["grpo", "dr-grpo", "dapo", "rloo", "gspo"])
-def test_one_attempt_at_a_problem_is_none_to_compare(coin, problems, tmp_path, algo):
+def test_a_single_rollout_has_no_group_to_compare_with(coin, problems, tmp_path, algo):
     with pytest.raises(UserError, match=f"--group 1: --algo {re.escape(algo)} compares .* reinforce"):
         train(coin, problems, tmp_path / "policy", group=1, algo=algo)
     with pytest.raises(UserError, match="--group 1 --batch-size 1: expected at least two attempts"):

@@ -42,7 +42,7 @@ def train(model: Path, problems: Path, server: ModelServer, **options):
     ("kind", "more"),
     [("vllm", {}), ("sglang", {"lora_rank": 4}), ("sglang", {"temperature": 1.3}), ("vllm", {"updates": 2})],
 )
-def test_attempts_are_the_servers_and_its_weights_the_policys(base, problems, kind, more):
+def test_rollouts_come_from_the_server_with_the_policys_weights(base, problems, kind, more):
     with ModelServer(base, kind) as server:
         summary = train(base, problems, server, val=(str(problems),), eval_every=2, **more)
         sampled = [body for body in server.requests if body and "prompt" in body]
@@ -101,7 +101,7 @@ def test_wrong_answers_of_a_server_end_the_run_in_one_line(base, problems, kind,
     assert "\n" not in str(raised.value) and not problems.with_name("policy").exists()
 
 
-def test_stale_weights_that_the_server_keeps_silent_about_are_seen_in_the_log_probabilities(base, problems):
+def test_stale_weights_of_a_server_are_noticed_by_their_log_probabilities(base, problems):
     with ModelServer(base, "vllm") as server:
         server.lies = {"stale"}
         said = r"sampler and trainer disagree: .* differ by .* expected at most 0.05; saved in"

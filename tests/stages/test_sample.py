@@ -63,7 +63,7 @@ def test_as_many_built_in_examples_are_shown_as_fit_the_context(tmp_path, llmkit
     assert len(done.stdout.splitlines()) == 3 and done.stderr.count("built-in examples fit") == 1
 
 
-def test_where_the_examples_do_not_fit_they_are_blamed_and_not_the_prompt(tmp_path, llmkit):
+def test_the_error_names_the_examples_if_they_do_not_fit(tmp_path, llmkit):
     folder = save_folder(tmp_path / "base", make_model(context=64))
     shots = write(tmp_path / "shots.jsonl", {"prompt": "a?" * 20, "completion": "b" * 40})
     for given, told in (

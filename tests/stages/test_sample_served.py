@@ -61,7 +61,7 @@ def test_token_ids_go_out_and_come_back_and_records_are_those_of_the_local_engin
         assert list(one) == list(other) and one == other
 
 
-def test_without_a_folder_text_and_messages_are_sent_and_nothing_that_is_not_openais(babbler, tmp_path):
+def test_without_a_folder_only_text_and_messages_in_openais_format_are_sent(babbler, tmp_path):
     asked = [{"prompt": "Who"}, {"messages": [{"role": "user", "content": "Who?"}]}]
     with ModelServer(babbler, "strict") as server:
         made = sample(write(tmp_path / "in.jsonl", *asked), tmp_path / "text.jsonl", engine=server.spec)

@@ -106,7 +106,7 @@ def test_functions_of_a_record_that_cannot_be_offered_make_a_bad_record(qwen, we
         sampled(qwen, tmp_path / "out.jsonl", given, tools=(weather,), max_bad="0")
 
 
-def test_attempts_with_functions_are_rewarded_and_learnt(qwen, weather, tmp_path) -> None:
+def test_rollouts_with_functions_are_rewarded_and_trained_on(qwen, weather, tmp_path) -> None:
     reward = tmp_path / "reward.py"
     reward.write_text(  # all rollouts are the same
         "import itertools\ncount = itertools.count()\ndef reward(record):\n"
@@ -128,7 +128,7 @@ def test_attempts_with_functions_are_rewarded_and_learnt(qwen, weather, tmp_path
             assert [part["type"] for part in parts] == ["tool_call", "result"][: 1 if data == own else 2]
 
 
-def test_conversations_with_functions_as_sets_have_them_are_learnt_but_for_results(qwen, tmp_path) -> None:
+def test_conversations_with_functions_are_trained_on_except_for_results(qwen, tmp_path) -> None:
     """Functions and arguments as lists or as JSON, and four role names for results."""
     arguments, thought = {"city": 'Os"lo\n雨'}, {"reasoning_content": "Wet?"}
     rows = []

@@ -129,7 +129,7 @@ def test_every_prompt_has_one_best_however_many_there_are(judge, llmkit):
     assert [row["rank"] for row in found if "rank" in row] == [1, 2, 3] * 110
 
 
-def test_what_is_too_long_has_no_reward_and_is_counted(judge, llmkit):
+def test_a_too_long_answer_has_no_reward_and_is_counted(judge, llmkit):
     rows = [{"prompt": "Tell", "completion": "sea " * 300}, {"prompt": "long " * 200, "completion": "sea"}]
     done = llmkit("train-reward", "--score", judge, stdin="".join(json.dumps(row) + "\n" for row in rows))
     assert done.returncode == 0

@@ -140,7 +140,7 @@ def test_a_reward_model_scores_as_in_transformers(lora_rank, tmp_path):
     assert theirs.config.id2label == {0: "reward_0", 1: "reward_1"}
 
 
-def test_what_it_cannot_do_is_refused_by_name(base, chats, tmp_path):
+def test_unsupported_features_are_refused_by_name(base, chats, tmp_path):
     with pytest.raises(UserError, match=r"--quantize nf4: expected a family that .* computes itself.* --quantize$"):
         tuned(base, chats, tmp_path / "out", 1, lora_rank=4, quantize="nf4")
     with pytest.raises(UserError, match="--lora-rank: expected at most"):

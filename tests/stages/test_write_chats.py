@@ -369,7 +369,7 @@ def test_a_useless_writer_is_stopped_with_the_counts(place, server, capsys, answ
     assert write_chats(server, *TOPICS, "-n", 5, "--resume") == 0
 
 
-def test_where_nothing_is_kept_nothing_is_written(place, server, capsys):
+def test_nothing_is_written_if_no_draft_is_kept(place, server, capsys):
     server.answer = lambda prompt, seed: "It is 5."
     assert write_chats(server, "--answer", "prompts.jsonl", "--samples", 2, "--pairs", "prefs.jsonl") == 2
     said = capsys.readouterr()

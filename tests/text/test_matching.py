@@ -47,7 +47,7 @@ def test_ways_of_writing_the_same(same):
      ("World War I", "World War II"), ("की", "का"), ("北京", "京北"), ("million", "billion"), ("2:1", "1:2"),
      ("A+", "A-"), ("A-", "A"), ("C++", "C"), ("C#", "C")],
 )  # fmt: skip
-def test_what_is_not_the_same(pair):
+def test_different_answers_do_not_match(pair):
     assert words(pair[0]) != words(pair[1])
 
 

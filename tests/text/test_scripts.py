@@ -68,7 +68,7 @@ def test_good_pages_stay_and_bad_ones_go(language, llmkit, tmp_path):
     assert found[3] == "max_duplicate_line_fraction"
 
 
-def test_a_chinese_page_is_held_to_the_rules_that_tell_something(llmkit, tmp_path):
+def test_a_chinese_page_is_checked_by_the_applicable_rules(llmkit, tmp_path):
     text = TEXTS["zh"]
     fifty = text[:60]  # about 25 words
     menu = "\n".join(line[:6] for line in text.split("\n")) + "\n" + text.replace("。", "").replace("，", "\n")

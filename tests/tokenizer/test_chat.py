@@ -167,7 +167,7 @@ def test_conversations_in_openais_format_have_the_same_beginning_and_answers_are
             assert stranger.parse_response(answered[len(asked) :], prefix=asked) == read_back(entry)
 
 
-def test_thoughts_and_what_a_tool_answered_are_read_apart(stranger):
+def test_thoughts_and_tool_results_are_separated(stranger):
     thought = {"role": "assistant", "reasoning_content": "Two\nand two.", "content": "Four."}
     for name in ("reasoning_content", "reasoning", "thinking"):
         entry = {"role": "assistant", name: "\nTwo\nand two.\n", "content": "Four."}
@@ -237,7 +237,7 @@ def test_text_that_spells_a_special_token_stays_text(chat):
     assert held == [chat._tokenizer.specials[name] for name in names]
 
 
-def test_what_is_trained(chat):
+def test_trained_tokens_of_a_conversation(chat):
     parts = (Part("text", "See "), Part("calc", "1+1"), Part("result", "2"), Part("text", "so 2"))
     messages = [message("user", "a"), message("assistant", "b"), message("user", "c"), Message("assistant", parts)]
 

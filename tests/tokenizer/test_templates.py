@@ -39,7 +39,7 @@ LEARNT = {  # the trained text: the answers in the template's format, up to the 
 
 
 @pytest.mark.parametrize("name", LEARNT)
-def test_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(tmp_path: Path, name: str) -> None:
+def test_the_assistants_messages_are_trained_on_with_the_end_of_the_turn(tmp_path: Path, name: str) -> None:
     tokenizer = load_tokenizer(save(tmp_path, TEMPLATES[name]))
     chat, (end, learnt) = chat_format(tokenizer), LEARNT[name]
     assert chat.end_id == tokenizer.specials[end]
@@ -156,7 +156,7 @@ def test_a_template_that_cannot_be_used_is_one_line(
 
 @pytest.mark.parametrize("said", ["Sum it. /no_think", "/think Sum it.", "Explain </think> tags", "/no_think"])
 @pytest.mark.parametrize("role", ["system", "user"])
-def test_switches_that_a_template_takes_out_of_a_question(tmp_path: Path, said: str, role: str) -> None:
+def test_switches_that_a_template_removes_from_a_question(tmp_path: Path, said: str, role: str) -> None:
     """Nemotron's template removes /think and /no_think from questions."""
     from transformers import AutoTokenizer
 
@@ -265,7 +265,7 @@ def test_the_tokens_are_those_of_the_class_that_transformers_takes(tmp_path: Pat
         assert chat.encode(messages(count), prompt=count % 2 == 1).token_ids.tolist() == expected
 
 
-def test_the_end_of_an_answer_is_learnt_where_the_template_writes_it_between_turns_alone(tmp_path: Path) -> None:
+def test_the_end_of_an_answer_is_trained_on_if_the_template_writes_it_only_between_turns(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save(tmp_path, TEMPLATES["apertus"]))
     chat = chat_format(tokenizer)
     assert chat.end_id == tokenizer.specials["<|im_end|>"]

@@ -25,7 +25,7 @@ from llmkit.tools.calc import FUNCTIONS, CalculationError, calculate
         ("-" * 998 + "1", "1"),
     ],
 )
-def test_what_it_answers(expression, value):
+def test_values_of_expressions(expression, value):
     assert calculate(expression) == value
 
 
@@ -45,7 +45,7 @@ def test_what_it_answers(expression, value):
         *(("(" * 100 + "9^99" + ")^99" * 100, "too large"), ("lcm(" + "9, " * 8 + "9)", "expected 1 to 8 values")),
     ],
 )
-def test_what_it_refuses_and_that_at_once(expression, reason):
+def test_invalid_expressions_are_refused_at_once(expression, reason):
     started = time.process_time()
     with pytest.raises(CalculationError, match=reason):
         calculate(expression)

@@ -71,7 +71,7 @@ def test_a_function_is_described_as_transformers_does(file: Path) -> None:
     assert found == theirs
 
 
-def test_what_the_model_is_answered(file: Path) -> None:
+def test_results_for_the_model(file: Path) -> None:
     with Toolbox.parse([f"py:{file}:rain"]) as tools:
         assert tools.run("rain", '{"city": "Oslo"}') == ToolResult("dry in Oslo")
         assert json.loads(tools.run("rain", '{"city": "Oslo", "days": 2}').text) == {"city": "Oslo", "days": 2}

@@ -311,7 +311,7 @@ def test_a_python_that_cannot_run_programs_is_not_a_sandbox(script, monkeypatch,
         check_sandbox()
 
 
-def test_what_the_kernel_lacks_is_named(monkeypatch, asked_anew):
+def test_a_missing_kernel_feature_is_named(monkeypatch, asked_anew):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="needs Linux, found darwin; --sandbox none"):
         check_sandbox()
@@ -368,7 +368,7 @@ def test_the_sandbox_retries_when_namespaces_run_out(other_jail, tmp_path):
     assert run_python("print(1)").output == "1\n" and flag.exists()
 
 
-def test_where_memory_runs_out_programs_end_first():
+def test_out_of_memory_kills_programs_first():
     assert run_python("print(open('/proc/self/oom_score_adj').read())", sandbox=False).output == "1000\n\n"
 
 

@@ -104,14 +104,14 @@ def test_a_planted_index_is_not_believed(documents, schema):
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link"])
-def test_where_something_else_has_the_place_of_the_index(documents, kind):
+def test_search_works_with_something_else_in_place_of_the_index(documents, kind):
     place = documents.with_name("docs.jsonl.fts5")
     place.mkdir() if kind == "folder" else place.symlink_to(documents.parent / "elsewhere")
     assert "lighthouse" in found(documents, "lighthouse")
     assert sorted(os.listdir(documents.parent)) == ["docs.jsonl", "docs.jsonl.fts5"]
 
 
-def test_where_the_folder_cannot_be_written_the_index_is_in_memory(documents, monkeypatch):
+def test_the_index_is_in_memory_if_the_folder_is_read_only(documents, monkeypatch):
     def refuse(*arguments, **named):
         raise PermissionError("read-only")
 
@@ -181,7 +181,7 @@ def test_an_engine_is_queried_in_searxng_format_without_a_proxy(engine, monkeypa
     ("reply", "reason"),
     [((429, b""), "answered 429"), ((200, b"<html>"), "not in SearXNG"), ((200, b'{"results": 3}'), "not in SearXNG")],
 )
-def test_engine_that_fails_says_why(engine, reply, reason):
+def test_a_failing_engine_reports_why(engine, reply, reason):
     Answers.reply = reply
     with pytest.raises(SearchError, match=reason):
         engine.search("comets")

@@ -61,7 +61,7 @@ def test_a_long_result_is_cut():
         ("search:none.jsonl", "none.jsonl: expected a file of documents"),
     ],
 )
-def test_what_there_is_not(wanted, reason):
+def test_unknown_tools_are_refused(wanted, reason):
     with pytest.raises(UserError, match=reason.replace(".", r"\.")):
         Toolbox.parse([wanted])
 

@@ -18,7 +18,7 @@ def test_newest_is_loaded_and_older_ones_go(tmp_path):
     assert state["step"] == 30 and state["tokens"] == 240
 
 
-def test_what_is_saved_is_the_state_when_save_was_called(tmp_path):
+def test_the_saved_state_is_that_of_the_call_of_save(tmp_path):
     checkpoints, weight = Checkpoints(tmp_path), torch.zeros(1000)
     checkpoints.save(1, {"weight": weight}, {})
     weight.add_(1)

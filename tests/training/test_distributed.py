@@ -364,7 +364,7 @@ def test_an_error_of_all_ranks_is_printed_once_and_without_a_rank(data, tmp_path
     assert not Path(f"{tmp_path}/out.partial").exists()
 
 
-def test_what_is_said_of_the_notes_of_processes():
+def test_the_verdict_from_the_notes_of_processes():
     error, ended = {"kind": "error", "message": "no x", "code": 2}, {"kind": "ended", "place": None}
     lost = {"kind": "lost", "message": "gloo: timed out", "code": 2}
     assert verdict({0: error, 1: error}, 2) == ("no x", 2)
@@ -405,7 +405,7 @@ def test_shares_are_all_of_it_and_differ_by_one():
         assert max(stop - start for start, stop in shares) == -(-rows // size)
 
 
-def test_a_job_of_one_costs_nothing():
+def test_collectives_of_a_single_process_are_identities():
     alone, tensor = World(), torch.ones(2)
     alone.all_reduce(tensor)
     assert alone.sum(1.5, 2) == (1.5, 2) and alone.gather("a") == ["a"] and alone.broadcast(None) is None

@@ -35,7 +35,7 @@ def test_depth_sets_the_rest():
     assert found.tokens == pytest.approx(20 * rules.active_parameters(found.model), rel=0.01)
 
 
-def test_what_the_user_fixed_stays():
+def test_options_fixed_by_the_user_are_kept():
     found = plan(
         depth=3,
         hidden_size=96,

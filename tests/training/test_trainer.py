@@ -387,7 +387,7 @@ def test_a_time_budget_ends_with_the_rate_at_its_end(tmp_path, monkeypatch):
     assert metrics(tmp_path)[-1]["lr_factor"] < 0.1
 
 
-def test_the_evaluation_and_sample_that_a_kill_prevented_are_made_after_the_resumption(tmp_path):
+def test_an_evaluation_and_a_sample_prevented_by_a_kill_are_made_after_resuming(tmp_path):
     def rows(folder):
         return [
             (row["step"], *(key for key in ("loss", "val_loss", "sample") if key in row)) for row in metrics(folder)

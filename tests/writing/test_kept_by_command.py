@@ -51,7 +51,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_is_planted_is_dropped_with_its_reason(place, capsys, one_retry):
+def test_planted_conversations_are_dropped_with_the_right_reason(place, capsys, one_retry):
     with ChatServer(answer) as server:
         command = [
             "write-chats",

@@ -71,7 +71,7 @@ def test_blocks_are_those_that_a_reader_sees(html: str, blocks: list[str]) -> No
 
 
 @pytest.mark.parametrize("html", ["", "\0", "<", "</p>", "<frameset><frame></frameset>", "<!--", "&#0;&#xD800;"])
-def test_nearly_nothing_is_cut_into_hardly_anything(html: str) -> None:
+def test_nearly_empty_pages_have_at_most_one_block(html: str) -> None:
     assert len(texts(html)) <= 1
 
 

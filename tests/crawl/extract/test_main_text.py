@@ -103,7 +103,7 @@ def test_the_text_of_json_ld_is_used_for_a_page_without_text() -> None:
     assert STORY[0] not in Extractor().extract(page.replace(told, told[:-9])).text
 
 
-def test_the_threshold_and_what_is_favoured_move_how_much_is_kept() -> None:
+def test_the_threshold_and_the_favoured_metric_change_how_much_is_kept() -> None:
     html = story()
     lengths = [len(Extractor(threshold=threshold).extract(html).text) for threshold in (0.0, 0.05, 0.5, 0.95, 1.0)]
     assert lengths == sorted(lengths, reverse=True)

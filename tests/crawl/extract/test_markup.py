@@ -64,7 +64,7 @@ def test_a_meta_tag_or_a_header_names_the_character_set(label: str, encoding: st
         ("a\ud800b é", "text/html; charset=koi8-r", "a?b é"),  # already decoded
     ],
 )
-def test_what_is_declared_comes_before_what_is_guessed(page: bytes | str, header: str | None, text: str) -> None:
+def test_a_declared_charset_precedes_a_guessed_one(page: bytes | str, header: str | None, text: str) -> None:
     assert decoded(page, header).endswith(text)
 
 
@@ -101,7 +101,7 @@ def test_deep_pages_are_refused_before_they_are_parsed(html: str) -> None:
         "x" * 1_000_000,
     ],
 )
-def test_what_only_looks_deep_or_large_is_read(html: str) -> None:
+def test_pages_that_only_look_deep_or_large_are_read(html: str) -> None:
     assert len(cut_blocks(html.encode()).text) in (1, 5000)  # <td> outside of a table is ignored
 
 

@@ -65,7 +65,7 @@ def test_a_text_with_an_item_of_an_evaluation_goes_or_loses_the_item(filtered, t
     assert re.search(r"  redacted +1 +33.3%\n", done.stderr)
 
 
-def test_what_was_found_is_reported_by_item(filtered, llmkit, tmp_path) -> None:
+def test_matches_are_reported_by_item(filtered, llmkit, tmp_path) -> None:
     (tmp_path / "f.jsonl").write_text('{"question": "The clocks were striking what?", "answer": "thirteen"}\n' * 2)
     (tmp_path / "t.jsonl").write_text((tmp_path / "t.jsonl").read_text() + json.dumps({"text": TEXTS[2], "id": "x"}))
     reports = []
@@ -107,7 +107,7 @@ def test_what_was_found_is_reported_by_item(filtered, llmkit, tmp_path) -> None:
         (["--not-in", "bad.jsonl"], "bad.jsonl:1: expected one JSON object"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(filtered, tmp_path, options, told) -> None:
+def test_unusable_files_are_an_error_in_one_line(filtered, tmp_path, options, told) -> None:
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "bad.jsonl").write_text("no\n")
     odd = [{"question": "short"}, {"text": 3}, {"messages": 3}, {"messages": [3]}, {"choices": [1], "answer": 5}, {}]

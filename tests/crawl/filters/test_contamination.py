@@ -72,7 +72,7 @@ def test_a_text_without_an_item_is_left_as_it_is(index: Contamination, capsys) -
         assert not index.find(text) and index.redact(text) == text
 
 
-def test_the_questions_of_a_whole_squad_are_items(tmp_path: Path) -> None:
+def test_all_questions_of_squad_are_items(tmp_path: Path) -> None:
     asked = [
         {"question": text, "answers": [{"text": "in Durham"}], "id": "q"} for text in ("Where is it now?", PLANTED[0])
     ]

@@ -59,7 +59,7 @@ def test_a_clean_text_comes_back_as_it_is() -> None:
     assert redact(text) == (text, {})
 
 
-def test_what_was_redacted_is_not_found_again() -> None:
+def test_redacted_data_is_not_found_again() -> None:
     once = [redact(row["text"])[0] for row in ROWS]
     assert [redact(text) for text in once] == [(text, {}) for text in once]
 

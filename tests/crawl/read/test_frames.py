@@ -176,7 +176,7 @@ def test_a_length_that_ends_anywhere_in_the_next_record_costs_its_own_record_alo
     "text",
     [b"WARC/1.0\r\nA:\r\n", b"WARC/1.0\r\nContent-Length: 5\r\n", b"WARC/1.0\r\nA:\r\n" * 4000 + b"\r\n"],
 )
-def test_text_that_begins_like_records_without_end_is_read_in_one_pass(tmp_path, text):
+def test_text_with_endless_beginnings_of_records_is_read_in_one_pass(tmp_path, text):
     """Regression: each was searched for the end of its header: 5 to 10 seconds per megabyte."""
     (tmp_path / "x.warc").write_bytes(page(b"one") + text * (8_000_000 // len(text)) + b"\r\n\r\n" + page(b"two"))
     assert htmls(read(tmp_path / "x.warc")) == [HTML % b"one", HTML % b"two"]
@@ -240,7 +240,7 @@ def test_real_pages_are_those_that_fastwarc_reads(shared_data):
         b"\x1f\x8b\x08\x00" + bytes(6) + b"\x00\xff\xff\x00\x00WARC/1.0\r\nWARC-Type: a\r\n".ljust(43, b"x"),
     ],
 )
-def test_what_begins_like_members_a_million_times_is_passed_over(piece: bytes) -> None:
+def test_a_million_false_beginnings_of_members_are_skipped(piece: bytes) -> None:
     """Regression: each was decompressed as far as possible: 3 s per megabyte, and quadratic time for the last kind."""
     member = gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 4\r\n\r\nabcd\r\n\r\n")
     hostile = piece * (3_000_000 // len(piece))

@@ -234,7 +234,7 @@ def test_a_missing_file_and_an_empty_folder_are_named(monkeypatch, tmp_path):
         from_stdin(monkeypatch, b"")
 
 
-def test_what_is_too_large_is_passed_over_in_every_kind(tmp_path):
+def test_too_large_records_are_skipped_in_every_format(tmp_path):
     large = b"<p>" + b"x" * 5000
     (tmp_path / "a.html").write_bytes(large)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "' + large + b'"}\n{"text": "small"}\n')

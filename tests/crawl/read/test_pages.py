@@ -81,7 +81,7 @@ def test_gzip_that_no_header_tells_of_is_unpacked():
 
 
 @pytest.mark.parametrize("name", ["gzip", "deflate", "br", "zstd"])
-def test_of_a_body_that_the_crawler_cut_there_is_what_came(name):
+def test_a_body_truncated_by_the_crawler_is_kept_as_far_as_it_goes(name):
     body = HTML % b"".join(b"%d " % (number * 7919) for number in range(40_000))
     packed = PACKED[name](body)
     found = html_of(record(http(packed[: len(packed) * 3 // 4], Content_Encoding=name)))
@@ -162,7 +162,7 @@ def test_records_that_are_not_pages_have_a_reason(data, reason):
         arc(BODY, url="file:///x y.html"),
     ],
 )
-def test_what_is_a_page_is_one(data):
+def test_records_that_are_pages(data):
     assert html_of(data) == BODY
 
 
