@@ -175,7 +175,7 @@ class Outcome:
     reason: str | None
     path: str
     offset: int
-    line: bytes = b""  # JSON and a newline: the document, or its --rejects entry; empty without --rejects
+    line: bytes = b""  # JSON and a newline: the document; of a dropped page the --rejects entry, or empty
     identity: Any = None  # set if there are items
     items: Sequence[tuple[str, float]] = ()  # evaluation items found, with scores
 

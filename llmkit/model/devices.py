@@ -70,7 +70,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; `auto` is bfloat16 if the hardware multiplies it (AVX512-BF16, AMX), else float32."""
+    """Return the dtype of a name; `auto` is bfloat16 on GPUs and on CPUs that multiply it, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cpu":

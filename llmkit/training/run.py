@@ -52,7 +52,6 @@ class Run(RunFolder):
 
     stage    name of the command in the manifest
     example  of an output folder, for messages
-    dry      write nothing; --out may be missing
 
     `folder` is the final folder, `work` the one until then; `resume` is False if there is nothing to resume.
     """

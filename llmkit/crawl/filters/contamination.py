@@ -204,7 +204,7 @@ class Contamination:
             own = owned[begin:end]
             size, width = int(self._sizes[item]), 2 * int(self._lengths[item]) + APART
             enough = math.ceil(self.rules.min_score * size - 1e-9)
-            # an occurrence lacks at most size - enough runs, so it has one of the (size - enough + 1) rarest
+            # an occurrence has at least `enough` of these runs, so it has one of the len(own) - enough + 1 rarest
             rarest = own[np.argsort(repeats[own], kind="stable")[: len(own) - enough + 1]]
             some = [places[starts[run] : starts[run] + min(repeats[run], MOST)] for run in rarest]
             some = np.unique(np.concatenate(some))  # candidates; all places within `width` of them are examined
@@ -226,7 +226,7 @@ def _densest(places: list[int], runs: list[int], width: int, enough: int) -> tup
     """Return the most distinct runs that begin within `width` letters, and the places of all windows with enough."""
     most, start, within = 0, 0, Counter[int]()
     dense: list[int] = []
-    listed = 0  # earlier places are already in `dense`
+    listed = 0  # earlier places are in `dense`, or in no dense window
     for end, run in enumerate(runs):
         within[run] += 1
         while places[end] - places[start] > width:

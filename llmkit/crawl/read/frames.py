@@ -141,7 +141,7 @@ def gzip_blocks(window: Window) -> Iterator[bytes]:
 
 
 def find(window: Window, stop: int, start: re.Pattern[bytes], bytes_without: Callable[[], int]) -> bool:
-    """Move the window to the next record that begins before `stop`, or else to `stop`. Return True if there is one.
+    """Move the window to the next record before `stop`, or else to `stop` or the end. Return True if there is one.
 
     bytes_without: counts the bytes ahead in which no record begins, 0 if one begins here.
     """
