@@ -210,7 +210,7 @@ class Engine:
         """
         worker, events, running = self._workers[model], asyncio.Queue[Event](), set(jobs)
         late = ApiError(
-            f"no answer within {timeout:g} s; request fewer tokens, or start the server with a longer --timeout",
+            f"no complete answer within {timeout:g} s; request fewer tokens, or restart serve with a longer --timeout",
             status=504,
         )
         timer = self._loop.call_later(timeout, events.put_nowait, (None, late))

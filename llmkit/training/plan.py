@@ -32,7 +32,7 @@ ANCHOR_TOKENS, ANCHOR_BATCH = 20e6, 8192  # about where the learning rates were 
 # A larger batch saves no steps and only costs tokens (McCandlish et al. 2018, arXiv 1812.06162: the critical batch
 # size). The rule is known up to the longest trainings, of 36T tokens (Qwen3): 2M. At 1e18 tokens it would give 103M.
 LARGEST_BATCH = 2**21
-ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # for continued training; falls with the square root of the width [x]
+ADAMW_RATE, ADAMW_WIDTH = 2e-3, 256  # to train a model further; falls with the square root of the width [x]
 MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
 SEARCH_SHARE = 0.03  # maximum share of a time budget for measuring the machine
 DECAY_FRACTION = 0.6  # the last part of the run, over which the learning rate decays
@@ -170,8 +170,8 @@ def training_memory(
     """Estimate the bytes of training, for parameters and for activations.
 
     A parameter takes 16 bytes (working copy, gradient, master, moments), or 4 if it is not among the `trained` [all];
-    each activation that the backward pass needs takes 2 bytes per token of a micro-batch. `working_bytes` replaces the
-    4 bytes per working copy. Bytes of parameters are divided among `devices`.
+    each activation that the backward pass needs takes 2 bytes per token of a micro-batch. `working_bytes` is the size
+    of all working copies, if not 4 bytes per parameter. Bytes of parameters are divided among `devices`.
     """
     layer = 10 * config.hidden_size + 4 * config.intermediate_size
     trained = config.parameter_count if trained is None else trained
@@ -238,7 +238,7 @@ class Planner:
     closing_tokens    validation tokens to be scored at the end, inside the budget
     check_fits        raises UserError if a plan does not fit into memory; called before a speed is measured
     special_ids       begin and end token of the model's configuration
-    model             the model of `options.model`, which is trained further, at its own context
+    model             the model of `options.model`, which is trained further; its context is the length of the rows
     documents_within  fraction of the documents that fit into a context
     """
 
@@ -380,7 +380,7 @@ class Planner:
         reasons = plan.reasons
         if (longer := 1 - within(length)) >= 0.01:
             more = next((more for more in (512, 1024, 2048, 4096) if more > length and within(more) >= 0.9), 8192)
-            advice = f"--sequence-length {more} would fit {within(more):.0%} of them"
+            advice = f"--sequence-length {more} would fit {within(more):.0%} of all documents"
             if self.model is not None:
                 advice = "the model of --from has no longer context"
             reasons += (
