@@ -382,7 +382,7 @@ class Planner:
             more = next((more for more in (512, 1024, 2048, 4096) if more > length and within(more) >= 0.9), 8192)
             advice = f"--sequence-length {more} would fit {within(more):.0%} of all documents"
             if self.model is not None:
-                advice = "the model of --from has no longer context"
+                advice = "--sequence-length may be up to the context of --from"
             reasons += (
                 f"{longer:.0%} of the documents are longer than the context of {length} tokens, and sft cuts answers "
                 f"there; {advice}",
