@@ -165,9 +165,9 @@ def open_input(path: str, columns: Mapping[str, str] = {}, fields: Sequence[str]
     """
     with open_packed(path) as packed:
         raw: Any = packed
-        magic = raw.peek(4)[:4]
-        if magic.startswith(GZIP_MAGIC):
-            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)
+        if (magic := raw.peek(4)[:4]).startswith(GZIP_MAGIC):
+            file = gzip.GzipFile(fileobj=raw)  # its `closed` is Python: per line, and Ctrl-C in it became ValueError
+            raw = io.BufferedReader(Lines(iter(lambda: file.read1(BLOCK), b"")), BLOCK)
         elif is_zstd(magic):
             raw = io.BufferedReader(Lines(zstd_frames(raw, name_of(path))), BLOCK)
         rows = table_lines(raw, name_of(path), columns, fields)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 
 from llmkit.errors import UserError
-from llmkit.io.jsonl import check_inputs, open_output, read_documents, read_jsonl
+from llmkit.io.jsonl import check_inputs, open_input, open_output, read_documents, read_jsonl
 from llmkit.io.records import BadRecords
 
 LINES = b'{"text":"one"}\n{"text":"two","id":2}\n'
@@ -173,6 +174,26 @@ def test_a_named_pipe_is_opened_once(tmp_path: Path, data: bytes) -> None:
 
 def unpack_zstd(data: bytes) -> bytes:
     return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_an_interrupt_while_lines_are_read_stays_one(tmp_path: Path, pack) -> None:
+    """Of gzip every fourth became `ValueError: readline of closed file`, and so a bug of ours."""
+    (tmp_path / "lines.jsonl").write_bytes(pack(b"\n" * 20_000_000))
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for turn in range(40):
+            with pytest.raises(KeyboardInterrupt), open_input(str(tmp_path / "lines.jsonl")) as handle:
+                signal.setitimer(signal.ITIMER_REAL, 0.005 + turn / 10_000)
+                for _ in handle:
+                    pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
