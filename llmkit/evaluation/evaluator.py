@@ -115,7 +115,9 @@ class Model:
         if task.kind == "generation":
             return self._generate(task, items)
         if self.tokenizer is not None:
-            scores = iter(self.scorer.score(self._encode(self.tokenizer, task, items)))
+            requests = self._encode(self.tokenizer, task, items)
+            with naming(self.name):
+                scores = iter(self.scorer.score(requests))
         elif task.tokens == "core" or (self.settings.chat and task.kind != "text"):
             why = "--chat" if self.settings.chat else "CORE"
             raise UserError(f"{task.name}: {why} needs the tokens of prompts; {WITH_FOLDER}")

@@ -266,7 +266,7 @@ class Scorer:
                     logprobs[pieces[index][0]] += logprob
                     greedy[pieces[index][0]] &= is_greedy
         if not np.isfinite(logprobs).all():
-            raise UserError("the model's logits are not finite: its weights are damaged, or overflow its dtype")
+            raise UserError("its logits are not finite: its weights are damaged, or overflow its dtype")
         return [
             Likelihood(float(logprob), bool(is_greedy), len(ids) - start, len(ids) > self.context + 1)
             for (ids, start), logprob, is_greedy in zip(requests, logprobs, greedy, strict=True)

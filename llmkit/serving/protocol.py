@@ -206,7 +206,7 @@ class TokenizeBody(ConversationBody):
 class DetokenizeBody(Body):
     """`/detokenize`."""
 
-    tokens: TokenIds
+    tokens: TokenIds = Field(description="one or more token ids")
     return_token_strs: bool = False
 
 

@@ -23,6 +23,7 @@ from llmkit.writing.writer import TOO_LONG, Writer
 
 WINDOW = 256  # drafts begun before the first of them is decided; later ones may use earlier ones as examples
 JUDGED = 32  # drafts per call of the judge
+RESUMES = "the same command with --resume continues"  # where there is an --out, and so a state
 USELESS = 200  # consecutive dropped drafts that stop the run
 
 
@@ -161,9 +162,10 @@ class Selection:
         is_done = not self._lacks() or self.decided == self.writer.source.count
         if self._budget is not None and not is_done and self._budget.is_spent(self.spent[1], self.spent[2]):
             ends = f", or ends with -n {len(self.indices)}" if self.indices else ""
+            how = f"{RESUMES} with" if self.state.path else "start again with"
             raise UserError(
-                f"--budget {self._budget.text}: spent after {counted(len(self.indices), 'conversation')}; the same "
-                f"command with --resume continues with a higher one{ends}"
+                f"--budget {self._budget.text}: spent after {counted(len(self.indices), 'conversation')}; "
+                f"{how} a higher one{ends if self.state.path else ''}"
             )
 
     def _decide(self, wait: bool = False) -> None:
@@ -197,7 +199,8 @@ class Selection:
                 if self._useless < USELESS:
                     continue
                 too_long = self.dropped.most_common(1)[0][0] == f"form: {TOO_LONG}"
-                advice = "use a writer with more context" if too_long else "the same command with --resume continues"
+                advice = RESUMES if self.state.path else "use another, or other prompts"
+                advice = "use a writer with more context" if too_long else advice
                 raise UserError(
                     f"--writer: the last {USELESS} drafts of {self.writer.sampler.name} were dropped; of all "
                     f"{self.decided:,}: {self._reasons()}; {advice}"

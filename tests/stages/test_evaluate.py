@@ -429,6 +429,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(models, tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.state"))
 
 
+def test_a_damaged_model_among_others_is_named(models, tmp_path):
+    spoiled = make_model(context=256)
+    spoiled.norm.data.fill_(math.nan)
+    save_folder(tmp_path / "spoiled", spoiled)
+    file = write_lines(tmp_path / "things.jsonl", CHOICES)
+    with pytest.raises(UserError, match="spoiled: its logits are not finite"):
+        evaluate(models / "base", tmp_path / "spoiled", tasks=file)
+
+
 def test_a_finished_run_has_nothing_to_resume(models, tmp_path, monkeypatch, llmkit):
     file, out, report = write_lines(tmp_path / "things.jsonl", CHOICES), tmp_path / "a.json", tmp_path / "items.jsonl"
     first = evaluate(models / "base", tasks=file, out=str(out), report=str(report))

@@ -347,6 +347,8 @@ def test_a_budget_that_the_last_prompt_spends_is_enough(place, server, capsys):
     server.answer = lambda prompt, seed: ""
     assert write_chats(server, *words, "--budget", 1, out="none.jsonl") == 2
     assert "--resume continues with a higher one\n" in capsys.readouterr().err  # because none is kept
+    assert write_chats(server, *words, "--budget", 1, out="-") == 2
+    assert "start again with a higher one\n" in capsys.readouterr().err  # stdout has no state
 
 
 @pytest.mark.parametrize(
@@ -365,6 +367,8 @@ def test_a_useless_writer_is_stopped_with_the_counts(place, server, capsys, answ
     said = capsys.readouterr().err
     assert "the last 200 drafts of openai:#tiny were dropped" in said and f"{reason} " in said
     assert said.count("\n") == 1 and (place / "chats.jsonl.state").exists()
+    assert write_chats(server, *TOPICS, "-n", 500, "--concurrency", 32, out="-") == 2
+    assert "--resume" not in capsys.readouterr().err  # stdout has no state
     server.answer = chat_writer
     assert write_chats(server, *TOPICS, "-n", 5, "--resume") == 0
 
