@@ -143,7 +143,7 @@ def test_faults_that_pass_are_outlived(base, problems, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llamacpp", "strict"])
 def test_a_server_that_cannot_load_weights_is_refused_before_the_work(base, problems, kind):
-    with ModelServer(base, kind) as server, pytest.raises(UserError, match=f"expected vLLM or SGLang, .* of {kind}"):
+    with ModelServer(base, kind) as server, pytest.raises(UserError, match=f"expected vLLM or SGLang, .* found {kind}"):
         train(base, problems, server)
     assert not problems.with_name("policy.partial").exists()
 
