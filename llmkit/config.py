@@ -81,7 +81,7 @@ DROPPED = {
     "identity_weight": ("SftConfig", 'append it to --identity "name=...;maker=...:WEIGHT"'),
     "inspect": ("SftConfig", "--dry-run shows examples token by token"),
     "lora_targets": ("TuningConfig", "every projection gets an adapter"),
-    "decay_fraction": ("PretrainConfig TuningConfig", "fixed: the rate decays over the last 0.6 of pretrain, else 0.9"),
+    "decay_fraction": ("PretrainConfig TuningConfig", "the rate decays over the last 0.6 of pretrain, 0.9 of others"),
     "max_reward": ("RlConfig", "--max-steps, --time-budget and --max-kl end a run"),
     "epochs": ("RlConfig", "--max-steps or --time-budget; without them a run is one pass over the problems"),
     "max_tool_calls": ("RlConfig", "fixed at 8 calls per attempt"),

@@ -20,7 +20,7 @@ MORE_TEXT, TIMES_TEXT = 1 << 20, 20  # output limit in characters: MORE_TEXT + T
 
 
 class TemplateFault(Exception):
-    """A template failed; `refused` if it called raise_exception, `ended` if it exceeded a limit."""
+    """A template failed; `refused` for errors of Jinja, such as its own raise_exception, `ended` at a limit."""
 
     def __init__(self, reason: str, refused: bool = False, ended: bool = False) -> None:
         super().__init__(reason)
