@@ -36,7 +36,7 @@ _SCALES: dict[str, dict[str, int]] = {
     },
     "duration": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400},
 }
-LARGEST_INTEGER = 2**63 - 1  # the largest seed of torch's generators and integer of orjson
+LARGEST_INTEGER = 2**63 - 1  # signed 64-bit; torch's seeds and orjson's integers end at 2**64 - 1
 _EXAMPLES = {"count": "20000, 20k or 1.5M", "bytes": "1000000, 100MB or 2GiB", "duration": "90s, 10m or 2h"}
 PATHS = ("PATH", "FILE", "FOLDER")
 _NAMES = {"count": "count", "bytes": "number of bytes", "duration": "duration"}

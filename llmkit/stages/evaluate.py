@@ -229,7 +229,7 @@ def _load(config: EvaluateConfig, gates: Mapping[str, float]) -> list[Loaded]:
 
 
 def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
-    """Return the files of --trained-on, and the training files of a model that are missing or changed."""
+    """Return the files of --trained-on, and the sources of a model that cannot be read; see `training_files`."""
     files, missing = [], []
     for path in config.trained_on:
         if not os.path.isfile(f"{path}/config.json"):
@@ -240,7 +240,7 @@ def _training_documents(config: EvaluateConfig) -> tuple[list[str], list[str]]:
         if not readable:
             raise UserError(f"--trained-on {path}: expected its training files, found none of {', '.join(lost)}")
         if lost:
-            say(f"--trained-on {path}: missing or changed training files: {', '.join(lost)}", config.quiet)
+            say(f"--trained-on {path}: missing, changed or without a manifest: {', '.join(lost)}", config.quiet)
     return list(dict.fromkeys(files)), list(dict.fromkeys(missing))
 
 

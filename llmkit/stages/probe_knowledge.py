@@ -326,7 +326,7 @@ def _sampler(
 
 
 def _read(config: ProbeKnowledgeConfig, bad: BadRecords) -> tuple[list[Passage], list[Question], Counter[str]]:
-    """Read passages and questions (none with --writer), and count the questions left out by reason."""
+    """Read passages and questions (none with --writer); count the questions left out by reason. Raises UserError."""
     columns = parse_columns(config.columns)
     if not config.passages:
         questions, left_out = read_questions(input_files(config.questions or ("-",)), config.limit, bad, columns)
