@@ -68,7 +68,7 @@ def parts_of(
         # a file that could not be opened in the earlier run is stored as a bad_file frame
         failed = Batch([Frame(work.frames[0].path, "bad", 0, "bad_file")], 0, 0.0) if isinstance(work, Batch) else None
         if state and is_first and not done and (failed is None or failed.key not in state):
-            raise UserError(f"{state.path}: {work}: not what the unfinished run read; start again with --force")
+            raise UserError(f"{state.path}: {work}: not what the unfinished run read; start over with --force")
         is_first = False
         return done
 

@@ -161,7 +161,7 @@ class Prompts:
             if key is not None:  # an earlier run has completed it
                 if key != _key({**row.value, "seed": seed}):
                     raise UserError(
-                        f"{where}: the unfinished run has another prompt or --seed; start again with --force"
+                        f"{where}: the unfinished run has another prompt or --seed; start over with --force"
                     )
                 self.passed += 1
                 self.kept_tokens += sum(len(orjson.loads(line).get("token_ids", ())) for line in lines.splitlines())
@@ -171,7 +171,7 @@ class Prompts:
             yield Request(ids, self._samples, self._max_tokens, seed, number, where, tools=functions)
         self._bad.report_all()
         if next(self.kept, None) is not None:
-            raise UserError("the unfinished run has prompts that the input does not have; start again with --force")
+            raise UserError("the unfinished run has prompts that the input does not have; start over with --force")
 
     def completed(
         self, *, logprobs: bool = False, tools: bool = False, on_text: OnText | None = None

@@ -68,7 +68,7 @@ class Kept:
         try:
             noted = dict(orjson.loads(first)["run"])
         except (ValueError, TypeError, LookupError):
-            raise UserError(f"{self.path}: not the state of an unfinished run; start again with --force") from None
+            raise UserError(f"{self.path}: not the state of an unfinished run; start over with --force") from None
         check_identity(str(self.path), noted, identity)
         end = len(first)
         while (line := self._file.readline()).endswith(b"\n"):
@@ -93,7 +93,7 @@ class Kept:
         self._places.append((key, start, length, checksum))
 
     def _damaged(self, index: int) -> UserError:
-        return UserError(f"{self.path}: record {index + 1}: damaged or edited; start again with --force")
+        return UserError(f"{self.path}: record {index + 1}: damaged or edited; start over with --force")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -128,7 +128,7 @@ class Kept:
         left = Counter(known for known, *_ in self._places)
         if strange := left - Counter(map(key, items)):
             where = next(iter(strange))
-            raise UserError(f"{self.path}: has a record that is not in the input: {where}; start again with --force")
+            raise UserError(f"{self.path}: has a record that is not in the input: {where}; start over with --force")
         for item in items:
             if left[key(item)]:
                 left[key(item)] -= 1
@@ -197,7 +197,7 @@ def check_identity(path: str | Path, noted: Mapping[str, Any], now: Mapping[str,
             former, new = ("none" if value is None else str(value)[:200] for value in (former, new))
             raise UserError(
                 f"{path}: another run: {name} was {former} and is now {new}; "
-                "resume with the same options and inputs, or start again with --force"
+                "resume with the same options and inputs, or start over with --force"
             )
 
 

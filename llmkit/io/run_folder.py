@@ -98,7 +98,7 @@ def finished_results(output: str | Path, stage: str, config: Any, also: Sequence
     check_identity(output, {**now, **former}, now)
     changed = [path for path in changed_sources(manifest) if os.path.realpath(path) != os.path.realpath(output)]
     if changed:
-        raise UserError(f"{output}: another run: {changed[0]} has changed since; start again with --force")
+        raise UserError(f"{output}: another run: {changed[0]} has changed since; start over with --force")
     return dict(manifest["results"])
 
 
@@ -171,12 +171,12 @@ class RunFolder:
         if not self.resume or not (self.work / NOTES).exists():
             if self.resume and checkpoint_steps(self.work / STATE):
                 path = self.work / NOTES
-                raise UserError(f"{path}: missing, so the run cannot be identified; start again with --force")
+                raise UserError(f"{path}: missing, so the run cannot be identified; start over with --force")
             return None
         try:
             noted = read_sealed(self.work / NOTES)
         except UserError as error:
-            raise UserError(f"{error}; start again with --force") from None
+            raise UserError(f"{error}; start over with --force") from None
         check_identity(self.work, noted["identity"], identity)
         return noted["notes"]
 

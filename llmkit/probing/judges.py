@@ -174,7 +174,7 @@ def check_verdicts(counts: Mapping[str, int], model: ChatModel) -> None:
         raise UserError(
             f"--judge: no verdict of {model.sampler.name} could be read, in "
             f"{counted(counts[UNREADABLE], 'judgement')}; it said, for example: {shortened(model.unread or '')!r}; "
-            "start again with another judge and --force"
+            "start over with another judge and --force"
         )
 
 

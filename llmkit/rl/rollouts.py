@@ -213,7 +213,7 @@ class RolloutLog:
                 check_file(self.path)
             self._read(noted["bytes"])
             if (self._size, self._digest.hexdigest()) != (noted["bytes"], noted["checksum"]):
-                raise UserError(f"{self.path}: damaged or edited; restore it, or start again with --force")
+                raise UserError(f"{self.path}: damaged or edited; restore it, or start over with --force")
             self._note.unlink()  # a kill from here on leaves a file without a note
         last = trim_metrics(self.path, steps)
         self._read()

@@ -301,7 +301,7 @@ def _check_models(config: WriteChatsConfig, out: str) -> None:
     for name in ("writer", "judge"):  # a server's address may change, its model may not
         before, now = former.get(name), getattr(config, name)
         if (before or "").rpartition("#")[2].rstrip("/") != (now or "").rpartition("#")[2].rstrip("/"):
-            raise UserError(f"{out}: finished with --{name} {before or 'none'}; another starts again with --force")
+            raise UserError(f"{out}: finished with --{name} {before or 'none'}; another starts over with --force")
 
 
 def _parse_mix(config: WriteChatsConfig) -> dict[str, float]:

@@ -147,7 +147,7 @@ class Checkpoints:
                 say(f"{line}; continuing from step {step}")
             return step, self._verified[step]
         if damaged:
-            raise UserError(f"{damaged[0]}; start again with --force")
+            raise UserError(f"{damaged[0]}; start over with --force")
         return None
 
     def load(self, like: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -172,9 +172,9 @@ class Checkpoints:
             return load_file(folder / TENSORS), state
         except LookupError as error:
             message = f"{folder}: a checkpoint of another model: {error}"
-            raise UserError(f"{message}; choose another --out, or start again with --force") from error
+            raise UserError(f"{message}; choose another --out, or start over with --force") from error
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{folder}: damaged checkpoint ({error}); start again with --force") from error
+            raise UserError(f"{folder}: damaged checkpoint ({error}); start over with --force") from error
 
 
 def _verified_state(folder: Path, step: int) -> dict[str, Any]:

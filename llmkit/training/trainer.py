@@ -52,7 +52,7 @@ LARGEST_WEIGHT = 65504.0  # largest float16; with a usable learning rate, weight
 FIRST_STEPS = 8  # their mean loss is the initial loss: a single batch may be easier than all others
 ABSURD_NATS = 10.0  # above the initial loss: worse than guessing with any tokenizer
 GROWN_NATS = 0.5  # above the initial loss at the end: worth a note
-RESTART = "start again with --force and a lower --learning-rate, or look at the data"
+RESTART = "start over with --force and a lower --learning-rate, or look at the data"
 
 Evaluate = Callable[[], Mapping[str, float]]
 

@@ -278,7 +278,7 @@ def test_a_resumption_finds_the_notes_and_must_be_the_same_run(tmp_path: Path) -
     assert folder_of(out, force=True).notes({"--depth": 5}) is None
     for noted in ("{}", '{"identity":null,"notes":null,"job":null}', '{"identity":{"--depth":4},"notes":"x"}', "["):
         (tmp_path / "base.partial" / "state" / "run.json").write_text(noted)
-        with pytest.raises(UserError, match=r"base\.partial/state/run\.json(:1)?: .*; start again with --force"):
+        with pytest.raises(UserError, match=r"base\.partial/state/run\.json(:1)?: .*; start over with --force"):
             folder_of(out, resume=True).notes(identity)
 
 

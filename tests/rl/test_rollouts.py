@@ -47,7 +47,7 @@ def test_an_edited_log_is_not_resumed(tmp_path):
     log.write([attempt([1], [52], reward=1.0)])
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"completion":"4"', b'"completion":"5"'))
-    with pytest.raises(UserError, match=r"rollouts\.jsonl: damaged or edited; restore it, or start again"):
+    with pytest.raises(UserError, match=r"rollouts\.jsonl: damaged or edited; restore it, or start over"):
         RolloutLog(path).trim(9)
     path.write_bytes(written + b'{"step": 7, "group": 999')  # a line truncated by a kill
     assert RolloutLog(path).trim(9) == 1 and path.read_bytes() == written

@@ -457,7 +457,7 @@ def test_a_finished_run_has_nothing_to_resume(models, tmp_path, monkeypatch, llm
         with pytest.raises(UserError, match=message):
             evaluate(models / "base", **{**again, **options})
     write_lines(tmp_path / "things.jsonl", CHOICES[:2])
-    with pytest.raises(UserError, match=r"a.json: another run: .*things.jsonl has changed since; start again with"):
+    with pytest.raises(UserError, match=r"a.json: another run: .*things.jsonl has changed since; start over with"):
         evaluate(models / "base", **again)
     done = llmkit("evaluate", models / "base", "--tasks", file, "--report", "-")
     assert (done.returncode, done.stdout) == (2, "") and "--report: expected a file" in done.stderr

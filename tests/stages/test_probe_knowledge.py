@@ -199,7 +199,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
         with pytest.raises(UserError, match=message):
             probe(model, out, **{"questions": asked, "resume": True, **options})
     shutil.copy(babbler / "model.safetensors", model)
-    with pytest.raises(UserError, match=r"another run: the model was \w+ and is now \w+; .* start again with --force"):
+    with pytest.raises(UserError, match=r"another run: the model was \w+ and is now \w+; .* start over with --force"):
         probe(model, out, questions=asked, resume=True)
     shutil.copy(parrot / "model.safetensors", model)
     write(asked, ROME, PARIS)
@@ -224,7 +224,7 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
     with pytest.raises(UserError, match=r"q.jsonl: not a finished probe-knowledge run"):
         probe(model, Path(asked), questions=other, resume=True)
     write(asked, ROME)
-    with pytest.raises(UserError, match=r"r.jsonl: another run: .*q.jsonl has changed since; start again with --force"):
+    with pytest.raises(UserError, match=r"r.jsonl: another run: .*q.jsonl has changed since; start over with --force"):
         probe(model, out, questions=asked, resume=True)
 
 

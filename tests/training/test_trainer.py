@@ -226,9 +226,7 @@ def test_a_step_whose_weights_are_updated_is_finished_first(tmp_path):
 
 def test_a_nan_loss_stops_before_the_update(tmp_path):
     trainer = make(tmp_path, source=lambda step: batches(step, poison_at=4))
-    with pytest.raises(
-        UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; start again with .* a lower"
-    ):
+    with pytest.raises(UserError, match=r"the loss is (inf|nan) .* at step 4; saved in .*; start over with .* a lower"):
         trainer.fit(total_steps=10)
     assert torch.isfinite(trainer.model.weight).all()
     assert make(tmp_path).resume()
