@@ -81,10 +81,10 @@ def peer(warc: str, python: str, script: str, timeout: float, core: int, folder:
     command = [python, script, warc, str(folder / "peer"), "--sandbox-timeout", str(timeout)]
     cpu, wall = timed(command, core, folder / "peer-log")
     text = Path(folder / "peer-log.out").read_text(errors="replace")
-    found, _ = json.JSONDecoder().raw_decode(text[text.index('{\n "pages"') :])
-    dropped = {STEPS[name]: count for name, count in found["removed"].items()}
-    dropped["extract"] = found["pages"] - found["kept"] - sum(dropped.values())
-    return Run("datatrove", cpu, wall, found["pages"], found["kept"], dropped)
+    figures, _ = json.JSONDecoder().raw_decode(text[text.index('{\n "pages"') :])
+    dropped = {STEPS[name]: count for name, count in figures["removed"].items()}
+    dropped["extract"] = figures["pages"] - figures["kept"] - sum(dropped.values())
+    return Run("datatrove", cpu, wall, figures["pages"], figures["kept"], dropped)
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ def peers() -> dict[str, Callable[[str], str | None]]:
 
     def decision(peer: object) -> Callable[[str], str | None]:
         def decide(text: str) -> str | None:
-            found = peer.filter(Document(text=text, id="0"))  # type: ignore[attr-defined]
-            return None if found is True else found[1]
+            verdict = peer.filter(Document(text=text, id="0"))  # type: ignore[attr-defined]
+            return None if verdict is True else verdict[1]
 
         return decide
 

@@ -57,8 +57,8 @@ def main() -> None:
                 figures += [stays[True] / sum(stays.values()), stays[True] / total[True]]
                 if not weigh:
                     counts = stays
-            told = f"{figures[0]:10.3f}{figures[1]:7.3f}{figures[2]:20.3f}{figures[3]:7.3f}"
-            print(f"{which:7}{name:9}{counts[True]:10.0f}{counts[False]:9.0f}{told}")
+            cells = f"{figures[0]:10.3f}{figures[1]:7.3f}{figures[2]:20.3f}{figures[3]:7.3f}"
+            print(f"{which:7}{name:9}{counts[True]:10.0f}{counts[False]:9.0f}{cells}")
 
 
 if __name__ == "__main__":

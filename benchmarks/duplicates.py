@@ -40,15 +40,15 @@ def load_texts(path: str | None, count: int) -> list[str]:
         weights = list(accumulate(1 / rank for rank in range(1, 50_001)))
         vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in weights]
         return [" ".join(rng.choices(vocabulary, cum_weights=weights, k=1000)) for _ in range(count)]
-    found: list[str] = []
+    texts: list[str] = []
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             text = json.loads(line)["text"]
             if len(text.split()) >= 100:
-                found.append(text)
-            if len(found) == count:
+                texts.append(text)
+            if len(texts) == count:
                 break
-    return found
+    return texts
 
 
 # ---- speed
@@ -121,12 +121,12 @@ def words_of(text: str) -> list[str]:
 
 def edited(words: list[str], fraction: float, rng: random.Random) -> list[str]:
     """Edit a fraction of the words: replace, remove, or insert a word before them, a third each."""
-    found = list(words)
-    for place in sorted(rng.sample(range(len(words)), round(fraction * len(words))), reverse=True):
+    result = list(words)
+    for at in sorted(rng.sample(range(len(words)), round(fraction * len(words))), reverse=True):
         kind = rng.choice(("replace", "insert", "delete"))
         new = [] if kind == "delete" else [rng.choice(words)]
-        found[place : place + (kind != "insert")] = new
-    return found
+        result[at : at + (kind != "insert")] = new
+    return result
 
 
 def jaccard(some: list[str], others: list[str]) -> float:
@@ -137,10 +137,10 @@ def jaccard(some: list[str], others: list[str]) -> float:
 
 def found_share(pairs: list[tuple[list[str], list[str]]]) -> float:
     """Return the share of pairs whose second document is reported as a repeat of the first."""
-    found = 0
+    count = 0
     for pair in pairs:
-        found += Duplicates().seen(signatures([" ".join(words) for words in pair]))[1] is not None
-    return found / len(pairs)
+        count += Duplicates().seen(signatures([" ".join(words) for words in pair]))[1] is not None
+    return count / len(pairs)
 
 
 def pairs_between(
@@ -200,12 +200,12 @@ def main() -> None:
         show_memory(memory(options.documents, options.batch, spill), options, spill)
 
 
-def show_memory(found: dict, options: argparse.Namespace, spill: bool) -> None:
+def show_memory(figures: dict, options: argparse.Namespace, spill: bool) -> None:
     name, batches = "add, spill folder" if spill else "add, in memory", f"in batches of {options.batch:,}"
-    print(f"{name:<21} {found['rate']:10,.0f} documents/s of CPU, {options.documents:,} {batches}")
-    peak, base = ({key: size / 1e6 for key, size in found[of].items()} for of in ("peak", "base"))
+    print(f"{name:<21} {figures['rate']:10,.0f} documents/s of CPU, {options.documents:,} {batches}")
+    peak, base = ({key: size / 1e6 for key, size in figures[of].items()} for of in ("peak", "base"))
     at_all, no_file = f"{peak['VmRSS']:,.0f} MB", f"{peak['RssAnon']:,.0f} MB of it no file"
-    start, repeats = f"{base['VmRSS']:,.0f} MB at the start", f"{found['repeats']:,} repeats"
+    start, repeats = f"{base['VmRSS']:,.0f} MB at the start", f"{figures['repeats']:,} repeats"
     print(f"  peak memory         {at_all:>10} ({start}), {no_file}; {repeats}")
 
 

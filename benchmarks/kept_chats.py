@@ -34,13 +34,13 @@ def turns_of(conversation: Conversation) -> Turns:
 
 def edited(turns: Turns, words: list[str], rng: Random) -> Iterator[tuple[str, Turns]]:
     """Yield a copy for each kind of edit that the turns allow."""
-    place = rng.randrange(len(turns))
-    role, text = turns[place]
+    number = rng.randrange(len(turns))
+    role, text = turns[number]
     before, after = (said := text.split(" "))[: (at := rng.randrange(len(said)))], said[at + 1 :]
     other = rng.choice(words)
     for name, middle in {"replaced": [other], "inserted": [said[at], other], "deleted": []}.items():
         if before or middle or after:
-            yield name, [*turns[:place], (role, " ".join([*before, *middle, *after])), *turns[place + 1 :]]
+            yield name, [*turns[:number], (role, " ".join([*before, *middle, *after])), *turns[number + 1 :]]
     yield "case", [(role, text.upper() if rng.random() < 0.5 else text.lower()) for role, text in turns]
     yield (
         "punctuation",
@@ -61,9 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--show", action="store_true", help="print the near duplicates among the real ones")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     found, planted = Counter[str](), Counter[str]()
-    for path in asked.files:
+    for path in options.files:
         rng, keeper, became = Random(0), Keeper(), Counter[str]()
         rows = read_jsonl([path], None, read_conversation, BadRecords("100%", True))
         drafts = [turns for _, turns in zip(range(DRAFTS), filter(None, map(turns_of, rows)), strict=False)]
@@ -75,7 +75,7 @@ def main() -> None:
             became[reason or "kept"] += 1
             if reason is None:
                 kept.append(turns)
-            elif asked.show and reason == "duplicate: near":
+            elif options.show and reason == "duplicate: near":
                 print(turns)
         milliseconds = 1000 * (process_time() - began) / len(drafts)
         for turns in rng.sample(kept, min(PLANTED, len(kept))):

@@ -55,8 +55,8 @@ def main() -> None:
     print(f"{'':18}{'bits/byte':>10} {'more':>8} {'same best':>10} {'KL':>9} {'difference':>11}")
     first, whole = math.nan, decode.Decoder(model, 1)
     for name, (weights, head, quantize) in contenders.items():
-        held = model if quantize is None else load_model(arguments.model, quantize=quantize)
-        decoder = decode.Decoder(held, 1, weights)
+        variant = model if quantize is None else load_model(arguments.model, quantize=quantize)
+        decoder = decode.Decoder(variant, 1, weights)
         decoder._product = decode._product(model.head_weight, None, head)
         total, alike, divergence, difference = 0.0, 0, 0.0, 0.0
         with torch.inference_mode():

@@ -49,9 +49,9 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.02)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
-    asked = parser.parse_args()
-    command = [sys.executable, str(HELPERS / "object_store.py"), "--delay", str(asked.delay), "crawl", *asked.warc]
-    places = {"disk": asked.warc, "s3": [f"s3://crawl/{os.path.basename(path)}" for path in asked.warc]}
+    options = parser.parse_args()
+    command = [sys.executable, str(HELPERS / "object_store.py"), "--delay", str(options.delay), "crawl", *options.warc]
+    places = {"disk": options.warc, "s3": [f"s3://crawl/{os.path.basename(path)}" for path in options.warc]}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in places}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -59,15 +59,15 @@ def main() -> None:
     ):
         assert server.stdout is not None
         os.environ |= environment(server.stdout.readline().strip())
-        for repeat in range(asked.repeats):
+        for repeat in range(options.repeats):
             order = dict(sorted(places.items(), reverse=bool(repeat % 2)))
-            for name, taken in timed(order, Path(folder), asked.workers).items():
+            for name, taken in timed(order, Path(folder), options.workers).items():
                 seconds[name].append(taken)
                 print(f"{name}: {taken[0]:.1f} s, {taken[1]:.1f} CPU s", file=sys.stderr)
         same = Path(folder, "disk.jsonl").read_bytes() == Path(folder, "s3.jsonl").read_bytes()
         server.kill()
-    size = sum(map(os.path.getsize, asked.warc)) / 1e6
-    print(f"{len(asked.warc)} archives, {size:.1f} MB, {asked.delay:g} s per request, {asked.repeats} repeats\n")
+    size = sum(map(os.path.getsize, options.warc)) / 1e6
+    print(f"{len(options.warc)} archives, {size:.1f} MB, {options.delay:g} s per request, {options.repeats} repeats\n")
     print("| from | s (median) | s (all) | CPU s (median) | MB/s |\n|---|--:|--:|--:|--:|")
     clock = {name: statistics.median(wall for wall, _ in runs) for name, runs in seconds.items()}
     cpu = {name: statistics.median(cpu for _, cpu in runs) for name, runs in seconds.items()}

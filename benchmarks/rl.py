@@ -52,8 +52,8 @@ def ours(model: Path, folder: Path, number: int, max_tokens: int, reward: str) -
 def peer(python: str, script: Path, model: Path, folder: Path, max_tokens: int) -> tuple[float, float]:
     """Return CPU seconds per step of TRL, and the mean length of its rollouts."""
     _, out = cpu_seconds([python, str(script), str(model), "6", str(max_tokens)], folder)
-    found = json.loads(out.splitlines()[-1])
-    return found["cpu_s_per_step"], found["mean_len"][-1]
+    figures = json.loads(out.splitlines()[-1])
+    return figures["cpu_s_per_step"], figures["mean_len"][-1]
 
 
 def first_update(model: Path, folder: Path) -> float:

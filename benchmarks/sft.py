@@ -75,8 +75,8 @@ def filled(model: Path) -> float:
     from llmkit.tokenizer.chat import ChatFormat, write_chat_tokenizer
     from llmkit.tokenizer.encoding import load_tokenizer
 
-    with tempfile.TemporaryDirectory() as place:
-        chat = ChatFormat(write_chat_tokenizer(load_tokenizer(model), Path(place)))
+    with tempfile.TemporaryDirectory() as folder:
+        chat = ChatFormat(write_chat_tokenizer(load_tokenizer(model), Path(folder)))
     data = read_jsonl([str(model / "sft.jsonl")], None, read_conversation)
     examples, _ = read_examples("data", data, chat.encode_many, LENGTH + 1, "truncate", bad=BadRecords())
     mixture = Mixture([Source(examples, 1.0)], LENGTH, ROWS, chat.end_id)

@@ -58,7 +58,7 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, float]:
     rng.shuffle(texts)
     documents = write(folder / "documents.jsonl", [{"text": text} for text in texts])
     rows = [{"messages": [{"role": "user", "content": question}], "answer": answer} for question, answer, _ in held_out]
-    asked = write(folder / "asked.jsonl", rows)
+    test = write(folder / "asked.jsonl", rows)
     llmkit(folder, "train-bpe", documents, "--vocab-size", "320", "-o", folder / "tok")
     horizon = ["--max-steps", "20"] if quick else ["--epochs", "6"]
     options = ["--tokenizer", folder / "tok", *SHAPE, *horizon, "--seed", str(seed)]
@@ -68,9 +68,9 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, float]:
         horizon = ["--max-steps", "5"] if quick else ["--epochs", "8"]
         llmkit(folder, "sft", folder / "base", "--data", data, *horizon, "--seed", str(seed), "-o", folder / name)
     return {
-        "taught and given the tool": accuracy(folder, folder / "with", asked, "--tools", "calc"),
-        "taught, but not given it": accuracy(folder, folder / "with", asked),
-        "never taught it": accuracy(folder, folder / "without", asked),
+        "taught and given the tool": accuracy(folder, folder / "with", test, "--tools", "calc"),
+        "taught, but not given it": accuracy(folder, folder / "with", test),
+        "never taught it": accuracy(folder, folder / "without", test),
     }
 
 

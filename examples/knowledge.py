@@ -198,10 +198,10 @@ def questions(world: dict[str, list[Person]], half: str, seed: int) -> list[dict
 # ---- the work
 
 
-def held_out(folder: Path, model: Path, asked: Path) -> dict[str, tuple[str, str]]:
+def held_out(folder: Path, model: Path, test: Path) -> dict[str, tuple[str, str]]:
     """Return the kind of each held-out question, and whether the greedy answer is right, wrong or evasive."""
     report = folder / f"{model.name}.report.jsonl"
-    options = ["--questions", asked, "--samples", "1", "--temperature", "0", "--max-tokens", "24", "--report", report]
+    options = ["--questions", test, "--samples", "1", "--temperature", "0", "--max-tokens", "24", "--report", report]
     llmkit(folder, "probe-knowledge", model, *options, "-o", folder / f"{model.name}.lessons.jsonl")
     records = map(json.loads, report.read_text().splitlines())
     return {record["question"]: (record["passage_id"], record["judgements"][0]) for record in records}
@@ -209,8 +209,8 @@ def held_out(folder: Path, model: Path, asked: Path) -> dict[str, tuple[str, str
 
 def share(judged: dict[str, tuple[str, str]], kind: str, judgement: str) -> float:
     """Return the share of the questions of a kind with this judgement."""
-    found = [one for of, one in judged.values() if of == kind]
-    return found.count(judgement) / len(found)
+    judgements = [one for of, one in judged.values() if of == kind]
+    return judgements.count(judgement) / len(judgements)
 
 
 def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
@@ -220,7 +220,7 @@ def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
     read, plain = write(folder / "documents.jsonl", read), write(folder / "plain.jsonl", plain)
     talk = write(folder / "chats.jsonl", chats(world["chats"]))
     probed = write(folder / "probed.jsonl", questions(world, "probed", seed))
-    asked = write(folder / "asked.jsonl", questions(world, "held out", seed))
+    test = write(folder / "asked.jsonl", questions(world, "held out", seed))
     base, chat, taught = folder / "base", folder / "chat", folder / "taught"
     seeded = ["--seed", str(seed)]
 
@@ -231,14 +231,14 @@ def experiment(folder: Path, seed: int, size: Size) -> dict[str, float]:
     # documents stay in the mixture: without them the assistant forgets a tenth of what it knew
     data = ["--data", f"{talk}:0.5", "--data", f"{read}:0.5", "--tokens", size.chat_tokens]
     llmkit(folder, "sft", base, *data, *TUNING, *seeded, "-o", chat)
-    before = held_out(folder, chat, asked)
+    before = held_out(folder, chat, test)
 
     lessons = folder / "refusals.jsonl"
     options = ["--questions", probed, "--samples", "3", "--max-tokens", "24", "--balance", "0.7", *seeded]
     llmkit(folder, "probe-knowledge", chat, *options, "-o", lessons)
     data = ["--data", f"{talk}:0.3", "--data", f"{lessons}:0.4", "--data", f"{read}:0.3"]
     llmkit(folder, "sft", chat, *data, "--tokens", size.lesson_tokens, *TUNING, *seeded, "-o", taught)
-    after = held_out(folder, taught, asked)
+    after = held_out(folder, taught, test)
 
     found = {}
     for name, judged in (("before", before), ("after", after)):

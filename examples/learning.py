@@ -46,8 +46,8 @@ def success(folder: Path, model: Path, asked: Rows) -> float:
     rows = [{"messages": [{"role": "user", "content": one["prompt"]}], "answer": one["answer"]} for one in asked]
     options = ["--jsonl", "--temperature", "0", "--max-tokens", "64", "--quiet"]
     out = llmkit(folder, "sample", model, *options, stdin=write(folder / "asked.jsonl", rows))
-    found = [json.loads(line) for line in out.splitlines()]
-    return statistics.mean(row["completion"].split("####")[-1].strip() == row["answer"] for row in found)
+    answers = [json.loads(line) for line in out.splitlines()]
+    return statistics.mean(row["completion"].split("####")[-1].strip() == row["answer"] for row in answers)
 
 
 def evaluations(policy: Path) -> Rows:
@@ -82,17 +82,17 @@ def main(
     parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     parser.add_argument("--curves", type=Path, metavar="FOLDER", help="folder for the curves of all seeds")
     arguments, further = parser.parse_known_args()
-    found, seeds = [], []
+    results, seeds = [], []
     for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory(prefix="llmkit-learning-") as place:
-            figures, rows = experiment(Path(place), seed, arguments.quick, further)
-        found.append(figures)
+        with tempfile.TemporaryDirectory(prefix="llmkit-learning-") as temporary:
+            figures, rows = experiment(Path(temporary), seed, arguments.quick, further)
+        results.append(figures)
         seeds.append(rows)
         print(f"seed {seed}: {figures}", file=sys.stderr)
     for name, key in curves.items() if arguments.curves else ():
         draw(arguments.curves / name, key, seeds)
     print(f"{'held-out problems':<28} {'mean':>6}  by seed")
-    for name in found[0]:
-        values = [one[name] for one in found]
+    for name in results[0]:
+        values = [one[name] for one in results]
         shown = ".1%" if max(values) <= 1 else ".1f"
         print(f"{name:<28} {statistics.mean(values):6{shown}}  {', '.join(f'{value:{shown}}' for value in values)}")

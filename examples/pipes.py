@@ -84,8 +84,8 @@ def main() -> None:
     parser.add_argument("--only", metavar="WORD", default="", help="only under headings with this word")
     arguments = parser.parse_args()
     page = PAGE.read_text()
-    with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
-        programs, folder = write_programs(Path(place) / "bin"), Path(place) / "world"
+    with tempfile.TemporaryDirectory(prefix="llmkit-") as temporary:
+        programs, folder = write_programs(Path(temporary) / "bin"), Path(temporary) / "world"
         folder.mkdir()
         for path in arguments.world.absolute().iterdir():  # links keep outputs out of the world
             (folder / path.name).symlink_to(path)

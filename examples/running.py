@@ -47,19 +47,19 @@ def run_seeds(
     arguments = parser.parse_args()
     found = []
     for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory(prefix="llmkit-") as place:
-            found.append(experiment(Path(place), seed, arguments.quick))
+        with tempfile.TemporaryDirectory(prefix="llmkit-") as temporary:
+            found.append(experiment(Path(temporary), seed, arguments.quick))
             if curves and arguments.curves and seed == 0:
                 for source, name in curves.items():
-                    shutil.copy(Path(place) / source, arguments.curves / name)
+                    shutil.copy(Path(temporary) / source, arguments.curves / name)
         print(f"seed {seed}: {json.dumps(found[-1])}", file=sys.stderr)
     return found
 
 
-def print_shares(heading: str, found: list[dict[str, float]]) -> None:
+def print_shares(heading: str, results: list[dict[str, float]]) -> None:
     """Print a row for each name: the mean, then the share for each seed."""
-    width = max(map(len, (heading, *found[0])))
+    width = max(map(len, (heading, *results[0])))
     print(f"{heading:<{width}} {'mean':>6}  by seed")
-    for name in found[0]:
-        values = [one[name] for one in found]
+    for name in results[0]:
+        values = [one[name] for one in results]
         print(f"{name:<{width}} {statistics.mean(values):6.1%}  {', '.join(f'{value:.1%}' for value in values)}")

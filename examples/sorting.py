@@ -24,11 +24,11 @@ ATTEMPTS = ["--batch-size", "64", "--group", "8", "--max-tokens", "12"]
 def sorting(count: int, seed: int) -> list[tuple[str, str]]:
     """Return `count` different pairs of four to six digits and the same digits sorted."""
     rng = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
+    answers: dict[str, str] = {}
+    while len(answers) < count:
         digits = "".join(rng.choices("0123456789", k=rng.randint(4, 6)))
-        found[digits] = "".join(sorted(digits))
-    return [(f"Sort {digits}", answer) for digits, answer in found.items()]
+        answers[digits] = "".join(sorted(digits))
+    return [(f"Sort {digits}", answer) for digits, answer in answers.items()]
 
 
 def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tuple[dict[str, float], Rows]:
@@ -38,14 +38,14 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
     test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (500, 200, 600))
     rest = list(every)
 
-    def asked(some: list[tuple[str, str]]) -> Rows:
+    def rows_of(some: list[tuple[str, str]]) -> Rows:
         return [{"prompt": prompt, "answer": answer, "verifier": "exact"} for prompt, answer in some]
 
     data = {
         "documents": [dialogue(*one) for one in rest],
         "chats": [{"prompt": prompt, "completion": answer} for prompt, answer in shown],
-        "problems": asked(rest),
-        "val": asked(val),
+        "problems": rows_of(rest),
+        "val": rows_of(val),
     }
     learning = ["--updates", "2", "--learning-rate", "1e-3"]
     horizon = ["--max-steps", "110", "--eval-every", "10"]
@@ -57,8 +57,8 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
         "rl": [*ATTEMPTS, *learning, *horizon, *further],
     }
     chat, policy = train(folder, seed, data, options)
-    found = {f"right after {model.name}": success(folder, model, asked(test)) for model in (chat, policy)}
-    return found | {"CPU seconds": cpu_seconds() - started}, evaluations(policy)
+    results = {f"right after {model.name}": success(folder, model, rows_of(test)) for model in (chat, policy)}
+    return results | {"CPU seconds": cpu_seconds() - started}, evaluations(policy)
 
 
 if __name__ == "__main__":

@@ -54,25 +54,25 @@ def experiment(folder: Path, seed: int, quick: bool) -> dict[str, dict[str, floa
     def problems(name: str, some: list[tuple]) -> Path:
         return write(folder / f"{name}.jsonl", [{"prompt": question, "answer": answer} for question, answer, _ in some])
 
-    def made(stage: str, *arguments: str | Path, steps: tuple[str, str], out: str) -> Path:
+    def train(stage: str, *arguments: str | Path, steps: tuple[str, str], out: str) -> Path:
         horizon = ("--max-steps", "3") if quick else steps
         llmkit(folder, stage, *arguments, *horizon, "--seed", str(seed), "-o", folder / out)
         return folder / out
 
     texts = write(folder / "texts.jsonl", [{"text": written_out(*one)} for one in sums])
     llmkit(folder, "train-bpe", texts, "--vocab-size", "320", "-o", folder / "tok")
-    base = made("pretrain", texts, "--tokenizer", folder / "tok", *SHAPE, steps=("--epochs", "4"), out="base")
+    base = train("pretrain", texts, "--tokenizer", folder / "tok", *SHAPE, steps=("--epochs", "4"), out="base")
     examples = [chat for one in sums for chat in chats([one], tool=rng.random() < CALLING)]
     shown = write(folder / "chats.jsonl", examples)
-    before = made("sft", base, "--data", shown, steps=("--epochs", "4"), out="before")
+    before = train("sft", base, "--data", shown, steps=("--epochs", "4"), out="before")
     rows = [{"messages": [{"role": "user", "content": one[0]}], "answer": one[1]} for one in held_out]
-    asked = write(folder / "asked.jsonl", rows)
+    test = write(folder / "asked.jsonl", rows)
     options = ["--data", problems("train", sums), "--val", problems("val", held_out), "--eval-every", "10"]
     options += ["--tools", "calc", "--reward", "verifier", "--max-tokens", MOST_TOKENS]
     options += ["--reward", "length"] if quick else []  # a hardly trained model is never right
-    after = made("rl", before, *options, steps=("--max-steps", "60"), out="after")
+    after = train("rl", before, *options, steps=("--max-steps", "60"), out="after")
     return {
-        f"{name}, {how}": measured(folder, model, asked, temperature)
+        f"{name}, {how}": measured(folder, model, test, temperature)
         for name, model in (("before", before), ("after", after))
         for how, temperature in (("drawn", "1"), ("likeliest", "0"))
     }

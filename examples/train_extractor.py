@@ -246,9 +246,9 @@ def save(model: BlockModel, path: Path) -> None:
 # ---- measuring
 
 
-def f1(found: str, truth: Counter[str]) -> tuple[float, float, float]:
+def f1(text: str, truth: Counter[str]) -> tuple[float, float, float]:
     """Return F1, precision and recall of words."""
-    words = Counter(WORD.findall(found.lower()))
+    words = Counter(WORD.findall(text.lower()))
     both = (words & truth).total()
     return 2 * both / max(words.total() + truth.total(), 1), both / max(words.total(), 1), both / max(truth.total(), 1)
 

@@ -63,14 +63,14 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
     test, val, shown = ([next(every) for _ in range(20 if quick else count)] for count in (400, 200, 1_500))
     rest = list(every)
 
-    def asked(some: list[str]) -> Rows:
+    def rows_of(some: list[str]) -> Rows:
         return [{"prompt": f"Walk {doors}", "answer": solution(doors, 0)[-1], "verifier": "gsm8k"} for doors in some]
 
     data = {
         "documents": [dialogue(f"Walk {doors}", solution(doors, thorough(rng))) for doors in rest],
         "chats": [{"prompt": f"Walk {doors}", "completion": solution(doors, impatient(rng))} for doors in shown],
-        "problems": asked(rest),
-        "val": asked(val),
+        "problems": rows_of(rest),
+        "val": rows_of(val),
     }
     horizon = ["--max-steps", "60", "--eval-every", "5"]
     if quick:  # hardly any answer is correct after so few steps, but some rollouts end in an answer
@@ -82,10 +82,10 @@ def experiment(folder: Path, seed: int, quick: bool, further: list[str]) -> tupl
     }
     chat, policy = train(folder, seed, data, options)
     rows = evaluations(policy)
-    found = {f"right after {model.name}, greedily": success(folder, model, asked(test)) for model in (chat, policy)}
+    results = {f"right after {model.name}, greedily": success(folder, model, rows_of(test)) for model in (chat, policy)}
     for name, row in (("first", rows[0]), ("last", rows[-1])):
-        found |= {f"right, drawn, {name}": row["val_success"], f"tokens, drawn, {name}": row["val_length"]}
-    return found | {"CPU seconds": cpu_seconds() - started}, rows
+        results |= {f"right, drawn, {name}": row["val_success"], f"tokens, drawn, {name}": row["val_length"]}
+    return results | {"CPU seconds": cpu_seconds() - started}, rows
 
 
 if __name__ == "__main__":

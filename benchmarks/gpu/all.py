@@ -203,9 +203,9 @@ class Run:
 
 def outcomes_in(log: str) -> dict[str, str]:
     """Read the outcome of each test from the log of `pytest -v`: after the test's name, or before it with xdist."""
-    found = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+::\S+)", log, re.MULTILINE)
-    found += [(end, test) for test, end in re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR)\b", log, re.MULTILINE)]
-    return {test: outcome.lower() for outcome, test in found}
+    outcomes = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+::\S+)", log, re.MULTILINE)
+    outcomes += [(end, test) for test, end in re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR)\b", log, re.MULTILINE)]
+    return {test: outcome.lower() for outcome, test in outcomes}
 
 
 def _site(out: Path, wheels: list[Path]) -> Path:

@@ -109,16 +109,16 @@ def measure(name: str, device: str, batches: list[int], new: int, rounds: int, b
         expected_BV = model.logits(model(ids_BT.to(device))[:, -1]).float()
         cache = 2 * layers * hidden * dtype.itemsize * (prompt + new / 2)
         matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1) * dtype.itemsize
-        found = contest(runs, expected_BV, rounds)
-        for who, row in found.items():
+        results = contest(runs, expected_BV, rounds)
+        for who, row in results.items():
             row |= {"model": name, "batch": batch, "who": who}
             if "step_s" in row:
                 row["tokens_per_second"] = batch / row["step_s"]
                 row["share"] = (matrices + batch * cache) / row["step_s"] / 1e12 / bandwidth
                 for other, key in ((EAGER, "x_eager"), (PEER, "x_hf")):
-                    if "step_s" in found[other]:
-                        row[key] = found[other]["step_s"] / row["step_s"]
-        yield from found.values()
+                    if "step_s" in results[other]:
+                        row[key] = results[other]["step_s"] / row["step_s"]
+        yield from results.values()
         del runs
         gc.collect()
 

@@ -138,17 +138,17 @@ def work(name: str, kernels: str, steps: int, limit: float) -> dict:
             synchronize(device)
             seconds.append(time.perf_counter() - started)
     rate = rows * length / statistics.median(seconds[untimed:])
-    found = {"loss": losses[-1], "step_s": statistics.median(seconds[untimed:]), "tokens_per_second": rate,
+    figures = {"loss": losses[-1], "step_s": statistics.median(seconds[untimed:]), "tokens_per_second": rate,
              "parameters": sum(p.numel() for p in model.parameters()),
              "micro_batch_rows": trainer.micro_batch_rows}  # fmt: skip
     if name != "smoke":
         gpu = torch.cuda.get_device_name()
         flops = rate * config.flops_per_token(context=length)
         peak = next((peak for key, peak in PEAKS.items() if key in gpu), None)
-        found |= {"gpu": gpu, "torch": torch.__version__, "peak_mb": torch.cuda.max_memory_allocated() / 2**20,
+        figures |= {"gpu": gpu, "torch": torch.__version__, "peak_mb": torch.cuda.max_memory_allocated() / 2**20,
                   "mfu": None if peak is None else flops / peak / 1e12,
                   "of_product": flops / peak_flops(device, dtype)}  # fmt: skip
-    return found
+    return figures
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def accuracy(path: Path) -> dict:
     problems = [read_problem(Row(row, str(path), number)) for number, row in enumerate(rows, 1)]
     right = sum(is_number_right(problem, row["completion"]) for problem, row in zip(problems, rows, strict=True))
     calls = sum(len(row.get("tool_calls", ())) for row in rows)
-    found = {"answers": path.stem, "asked": len(rows), "right": right}
-    return {**found, "accuracy": right / max(1, len(rows)), "calls": calls}
+    counts = {"answers": path.stem, "asked": len(rows), "right": right}
+    return {**counts, "accuracy": right / max(1, len(rows)), "calls": calls}
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def by_http(url: str, prompts: Sequence[str], verdict: Verdict, settings: dict[s
     verdicts, (seed, max_tokens) = [], (settings["seed"], settings["max_tokens"])
     for prompt in prompts:
         asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens}
-        made = [post("/v1/chat/completions", {**asked, "seed": seed + number}) for number in range(2)]
-        answers = [one["choices"][0]["message"] for one in made]
+        replies = [post("/v1/chat/completions", {**asked, "seed": seed + number}) for number in range(2)]
+        answers = [one["choices"][0]["message"] for one in replies]
         verdicts.append(verdict(answers[0]["content"], answers[1]["content"]))
         judged = {"kind": "comparison", "messages": asked["messages"], "answers": answers, "better": verdicts[-1]}
         seeds, used = [seed, seed + 1], {"max_tokens": max_tokens}
@@ -111,10 +111,10 @@ def main() -> None:
         return None if good[0] == good[1] else good.index(True)
 
     prompts = [json.loads(line)["messages"][0]["content"] for line in options.prompts.read_text().splitlines()]
-    asked = random.Random(options.seed).choices(prompts, k=options.judgements)
+    sampled = random.Random(options.seed).choices(prompts, k=options.judgements)
     with serving(options.model, "--collect", options.collect, "--guide", options.guide, "--quiet") as url:
         label = in_the_page if options.by == "page" else by_http
-        verdicts = label(url, asked, verdict, {"seed": options.seed, "max_tokens": options.max_tokens})
+        verdicts = label(url, sampled, verdict, {"seed": options.seed, "max_tokens": options.max_tokens})
     print(f"{len(verdicts)} judgements by {options.by}, {verdicts.count(None)} ties")
 
 

@@ -11,17 +11,17 @@ from typing import Any
 from ledger import read_rows
 from sites import BOILERPLATE
 
-Told = tuple[str, float | None, str, float | None]  # figure, value, against, beside
+Figure = tuple[str, float | None, str, float | None]  # figure, value, against, beside
 
 
-def crawl_effects(run: Path) -> list[Told]:
+def crawl_effects(run: Path) -> list[Figure]:
     """Return the figures of the complete run, of each step, and of the extracted text."""
     pages = json.loads((run / "data" / "ledger.json").read_text())["pages"]
     kept = {row["url"]: row["text"] for row in read_rows(run / "docs.jsonl")}
     steps = {row["url"]: row["step"] for row in read_rows(run / "rejects.jsonl") if "url" in row}
     good, bad = ([page for page in pages if page["keep"] is keep] for keep in (True, False))
     stayed, gone = [page for page in good if page["url"] in kept], [page for page in bad if page["url"] not in kept]
-    found: list[Told] = [
+    found: list[Figure] = [
         ("good pages kept", len(stayed) / len(good), "of the kept, good", len(stayed) / len(kept)),
         ("bad pages dropped", len(gone) / len(bad), "of the dropped, bad", len(gone) / (len(pages) - len(kept))),
     ]
@@ -29,7 +29,7 @@ def crawl_effects(run: Path) -> list[Told]:
     return [*found, *_of_text(stayed, kept)]
 
 
-def _by_step(pages: list[dict[str, Any]], kept: dict[str, str], steps: dict[str, str]) -> list[Told]:
+def _by_step(pages: list[dict[str, Any]], kept: dict[str, str], steps: dict[str, str]) -> list[Figure]:
     """Return recall and precision of each step: recall over its own bad pages, precision over the pages it dropped.
 
     Unreadable records have no URL in the rejects: they count as dropped by `read`.
@@ -60,7 +60,7 @@ STEPS = ("read", "url", "extract", "language", "gopher_repetition", "gopher_qual
          "exact_duplicates", "near_duplicates")  # fmt: skip
 
 
-def _of_text(stayed: list[dict[str, Any]], kept: dict[str, str]) -> list[Told]:
+def _of_text(stayed: list[dict[str, Any]], kept: dict[str, str]) -> list[Figure]:
     """Return word F1 of the main text of the good pages kept, leaked boilerplate, and replaced personal data."""
     scores = [word_f1(page["text"], kept[page["url"]]) for page in stayed]
     phrases = re.compile("|".join(rf"\b{re.escape(phrase)}(?!\w)" for phrase in BOILERPLATE))
@@ -73,9 +73,9 @@ def _of_text(stayed: list[dict[str, Any]], kept: dict[str, str]) -> list[Told]:
     ]
 
 
-def word_f1(truth: str, found: str) -> float:
+def word_f1(truth: str, extracted: str) -> float:
     """Return F1 of the words of two texts, ignoring their order."""
-    one, other = (Counter(re.findall(r"\w+", text.lower())) for text in (truth, found))
+    one, other = (Counter(re.findall(r"\w+", text.lower())) for text in (truth, extracted))
     shared = (one & other).total()
     return 2 * shared / max(1, one.total() + other.total())
 
@@ -83,9 +83,9 @@ def word_f1(truth: str, found: str) -> float:
 def explain_page(run: Path, url: str) -> dict[str, Any]:
     """Return the ledger's entry of a page, and what crawl-filter did with it."""
     pages = json.loads((run / "data" / "ledger.json").read_text())["pages"]
-    found = next((page for page in pages if page["url"] == url), None)
-    if found is None:
+    expected = next((page for page in pages if page["url"] == url), None)
+    if expected is None:
         raise SystemExit(f"{url}: no such page in {run / 'data' / 'ledger.json'}")
     kept = next((row for row in read_rows(run / "docs.jsonl") if row["url"] == url), None)
     dropped = next((row for row in read_rows(run / "rejects.jsonl") if row.get("url") == url), None)
-    return {"should": found, "did": kept or dropped}
+    return {"should": expected, "did": kept or dropped}

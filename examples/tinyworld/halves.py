@@ -57,20 +57,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--written", type=Path, help="conversations of write-chats to mix with those that stay")
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    written = read_rows(asked.written) if asked.written else []
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    written = read_rows(arguments.written) if arguments.written else []
     files: dict[str, list[Row]] = {"prompts": []}
     for name in ("chats", "tools"):
-        rows = read_rows(asked.world / f"{name}.jsonl")
-        random.Random(f"{asked.seed} {name}").shuffle(rows)
+        rows = read_rows(arguments.world / f"{name}.jsonl")
+        random.Random(f"{arguments.seed} {name}").shuffle(rows)
         half, rest = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         files[f"guided-{name}"] = [*map(guided, half)]
         files["prompts"] += prompts(rest)
         files[name] = half + [row for row in written if (row["source"] == "tools") == (name == "tools")]
-    (asked.out / "guide.md").write_text(GUIDE + "\n")
+    (arguments.out / "guide.md").write_text(GUIDE + "\n")
     for name, rows in files.items():
-        with open_output(str(asked.out / f"{name}.jsonl"), True) as write:
+        with open_output(str(arguments.out / f"{name}.jsonl"), True) as write:
             for row in rows:
                 write(row)
 

@@ -50,8 +50,8 @@ def make(out: Path, seed: int, size: Size) -> None:
 
 def _world(size: Size, seed: int) -> list[Entity]:
     """Return the entities that are asked about, and as many glimpsed as fill the pages."""
-    told = sum(2 * sum(getattr(size, tier)) * count for tier, count in TOLD.items())
-    glimpsed = max(40, size.pages * size.sentences - told)
+    mentions = sum(2 * sum(getattr(size, tier)) * count for tier, count in TOLD.items())
+    glimpsed = max(40, size.pages * size.sentences - mentions)
     return invent(size, glimpsed, seed)
 
 
@@ -65,10 +65,10 @@ def _write_crawl(out: Path, entities: list[Entity], size: Size, seed: int) -> No
         write_warc(out / f"crawl-{number}.warc.gz", members)
     (out / "blocklist.txt").write_text("".join(f"0.0.0.0 {host}\n" for host in SPAM_HOSTS))
     known = [entity for entity in entities if entity.tier not in ("named", "unseen")]
-    told = {entity.name: dict(entity.told) for entity in known}
+    counts = {entity.name: dict(entity.told) for entity in known}
     unread = write_pages(_sample_of(known, rng, size), size.held_out_pages, size.sentences, rng)
     for entity in known:  # held-out pages do not count as telling
-        entity.told = told[entity.name]
+        entity.told = counts[entity.name]
     write_rows(out / "val.jsonl", ({"text": page.text, "source": page.kind} for page in unread))
     write_ledger(out / "ledger.json", [entry for entry, _ in records], entities, {"seed": seed})
 
@@ -81,7 +81,7 @@ def _sample_of(known: list[Entity], rng: random.Random, size: Size) -> list[Enti
 
 def _tasks(size: Size, seed: int) -> dict[str, dict[str, list[school.Problem]]]:
     """Return problems by kind and use (exam, val, chats, rl, lessons); no problem has two uses."""
-    found = {}
+    tasks = {}
     for kind in LESSONS:
         make_one = school.expression if kind == "tool" else getattr(school, kind)
         every = school.different(make_one, random.Random(f"{kind} {seed}"))
@@ -92,8 +92,8 @@ def _tasks(size: Size, seed: int) -> dict[str, dict[str, list[school.Problem]]]:
             "rl": size.problems // 3,
             "lessons": int(LESSONS[kind] * size.lessons),
         }
-        found[kind] = {use: list(islice(every, count)) for use, count in counts.items()}
-    return found
+        tasks[kind] = {use: list(islice(every, count)) for use, count in counts.items()}
+    return tasks
 
 
 def _write_talk(out: Path, entities: list[Entity], tasks: dict[str, Any], size: Size, seed: int) -> None:

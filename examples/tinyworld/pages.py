@@ -47,12 +47,12 @@ class Page:
         return "\n".join(self.paragraphs)
 
 
-Told = tuple[Entity, str]
+Fact = tuple[Entity, str]
 
 
 def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: random.Random) -> list[Page]:
     """Return `count` pages in random order that tell each fact as often as its tier requires (counted in `told`)."""
-    facts: list[Told] = []
+    facts: list[Fact] = []
     for entity in entities:
         if entity.tier in TOLD:
             facts += [(entity, fact) for fact in entity.facts for _ in range(TOLD[entity.tier])]
@@ -76,21 +76,21 @@ def write_pages(entities: Sequence[Entity], count: int, sentences: int, rng: ran
     return pages
 
 
-def _shared_out(facts: Sequence[Told], count: int) -> Iterator[list[Told]]:
+def _shared_out(facts: Sequence[Fact], count: int) -> Iterator[list[Fact]]:
     """Split the facts into `count` nearly equal parts without repeats in a part."""
-    parts: list[list[Told]] = [[] for _ in range(count)]
-    held: list[set[tuple[str, str]]] = [set() for _ in range(count)]
+    parts: list[list[Fact]] = [[] for _ in range(count)]
+    taken: list[set[tuple[str, str]]] = [set() for _ in range(count)]
     for number, (entity, fact) in enumerate(facts):
         for step in range(count):
             at = (number + step) % count
-            if (entity.name, fact) not in held[at]:
+            if (entity.name, fact) not in taken[at]:
                 parts[at].append((entity, fact))
-                held[at].add((entity.name, fact))
+                taken[at].add((entity.name, fact))
                 break
     return iter(parts)
 
 
-def _page(kind: str, facts: list[Told], silent: list[Entity], voice: Voice) -> Page:
+def _page(kind: str, facts: list[Fact], silent: list[Entity], voice: Voice) -> Page:
     rng = voice.rng
     aside = [mention(one, voice) for one in silent]
     if kind == "forum":

@@ -46,8 +46,8 @@ class Effect:
 
 def share(rows: Iterable[Row], holds: Callable[[Row], bool]) -> float | None:
     """Return the share of rows for which `holds` is true, or None without rows."""
-    found = [holds(row) for row in rows]
-    return sum(found) / len(found) if found else None
+    results = [holds(row) for row in rows]
+    return sum(results) / len(results) if results else None
 
 
 # ---- judging answers
@@ -107,10 +107,10 @@ def unigram_bits(run: Path) -> float:
 
     tokenizer = load_tokenizer(str(run / "tok"))
     read = [row["text"] for name in ("docs.jsonl", "data/school.jsonl") for row in read_rows(run / name)]
-    asked = [row["text"] for row in read_rows(run / "data" / "val.jsonl")]
+    texts = [row["text"] for row in read_rows(run / "data" / "val.jsonl")]
     counts = 1 + np.bincount(tokenizer.encode_batch(read)[0], minlength=tokenizer.vocab_size)
-    bits = -np.log2(counts / counts.sum())[tokenizer.encode_batch(asked)[0]]
-    return float(bits.sum() / sum(len(text.encode()) for text in asked))
+    bits = -np.log2(counts / counts.sum())[tokenizer.encode_batch(texts)[0]]
+    return float(bits.sum() / sum(len(text.encode()) for text in texts))
 
 
 def pretrain_effects(run: Path) -> list[Effect]:
@@ -156,13 +156,13 @@ def probe_effects(chat: list[Row], assistant: list[Row]) -> list[Effect]:
 
 def judge_effects(run: Path) -> list[Effect]:
     """Return the accuracy of the taste's judge, compared with a judge that counts tokens."""
-    found = json.loads((run / "judge" / "evaluation.json").read_text())
-    stage, length = "train-reward", found["biases"]["length"]
+    judge = json.loads((run / "judge" / "evaluation.json").read_text())
+    stage, length = "train-reward", judge["biases"]["length"]
     return [
         Effect(
-            stage, "accuracy, held out", found["overall"]["accuracy"], "by length", found["baseline_length"]["accuracy"]
+            stage, "accuracy, held out", judge["overall"]["accuracy"], "by length", judge["baseline_length"]["accuracy"]
         ),
-        Effect(stage, "calibration error", found["overall"]["ece"]),
+        Effect(stage, "calibration error", judge["overall"]["ece"]),
         Effect(stage, "scores' correlation with length", length["score"], "labels'", length["label"]),
     ]
 
@@ -179,8 +179,8 @@ def rl_effects(before: list[Row], after: list[Row]) -> list[Effect]:
         "rehearsed: obeys the system message": (("system",), obeys),
         "rehearsed: keeps private what is": (("private",), is_right),
     }
-    for name, (asked, holds) in rest.items():
-        now, then = (share(of(rows, *asked), holds) for rows in (after, before))
+    for name, (exam, holds) in rest.items():
+        now, then = (share(of(rows, *exam), holds) for rows in (after, before))
         found.append(Effect("rl", name, now, "before", then))
     return found
 
@@ -254,10 +254,10 @@ HEADER = ("stage", "what", "figure", "beside", "")
 RIGHT_ALIGNED = (2, 4)
 
 
-def show(found: list[Effect]) -> None:
+def show(listed: list[Effect]) -> None:
     """Print the table: with rich on a terminal, naming each stage once, otherwise in plain columns."""
     rows = [(one.stage, one.figure, shown(one.value), one.against, shown(one.beside) if one.against else "")
-            for one in found]  # fmt: skip
+            for one in listed]  # fmt: skip
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
