@@ -141,10 +141,13 @@ class SearchIndex:
         return connection
 
     def _passages(self) -> Iterator[tuple[str, str]]:
+        passage = None
         for row in read_documents([self._documents]):
             title = row.value.get("title")
             for passage in cut_passages(row.value["text"]):
                 yield title if isinstance(title, str) else "", passage
+        if passage is None:
+            raise UserError(f"{self._documents}: expected documents with text to search, found none")
 
 
 def _listed(passages: list[tuple[str, str]]) -> str:

@@ -129,6 +129,10 @@ def test_bad_documents_are_named(tmp_path):
     path.write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(UserError, match=r"docs.jsonl:2: expected field 'text'"):
         SearchIndex(str(path))
+    for nothing in ("", '{"text": " "}\n'):
+        path.write_text(nothing)
+        with pytest.raises(UserError, match=r"docs.jsonl: expected documents with text to search, found none"):
+            SearchIndex(str(path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
