@@ -208,7 +208,7 @@ def test_closed_streams_are_one_line(tmp_path: Path) -> None:
         (["-", "-o", ".", "--force"], [".: expected the name of a new file or folder"]),
     ],
 )
-def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_a_user_error_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     message = mistake(toy(*arguments, cwd=tmp_path, stdin=""))
     for word in words:
@@ -256,7 +256,7 @@ def test_a_place_that_takes_no_lock_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_a_dry_run_writes_nothing_but_finds_mistakes(tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing_but_finds_errors(tmp_path: Path) -> None:
     done = toy("-", "-o", "out.jsonl", "--dry-run", cwd=tmp_path)
     assert (done.returncode, os.listdir(tmp_path)) == (0, [])
     (tmp_path / "out.jsonl").write_text("old")
@@ -333,7 +333,7 @@ def test_a_shell_completes_commands_options_and_choices() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_names_the_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_every_command_names_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("unknown.toml").write_text("no_such_option = 1")
     module, config_name, _ = COMMANDS[name]

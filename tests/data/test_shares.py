@@ -162,7 +162,7 @@ def test_shares_are_read(asked, shares):
         (("a.jsonl b.jsonl", "0.9:a=1", "0.9:b=1"), "expected a start after 0.9"),
     ],
 )
-def test_a_mistake_is_named(asked, reason):
+def test_a_user_error_is_named(asked, reason):
     with pytest.raises(UserError) as caught:
         parsed(*asked)
     assert reason in str(caught.value)

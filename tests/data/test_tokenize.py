@@ -195,7 +195,7 @@ def test_a_killed_run_leaves_no_half_cache(jsonl, tmp_path):
     assert not list(cache.glob("*.partial"))
 
 
-def test_a_full_disk_is_the_users_mistake_and_leaves_nothing(jsonl, tmp_path):
+def test_a_full_disk_is_a_user_error_and_leaves_nothing(jsonl, tmp_path):
     # A limit on file sizes simulates a full disk
     code = (
         "import resource, sys; from pathlib import Path; from llmkit.data.shards import tokenize_documents;"

@@ -56,7 +56,7 @@ def test_every_byte_is_read_once_from_any_server(server: FileServer, ways: str) 
         assert server.requests == ["bytes=0-"]  # one request for a complete file
 
 
-def test_a_file_can_be_sought_in_where_the_server_has_ranges(server: FileServer) -> None:
+def test_a_file_is_seekable_if_the_server_has_ranges(server: FileServer) -> None:
     with open_remote(server.address + "f") as file:
         assert file.seekable()
         file.seek(-1000, 2)
@@ -106,7 +106,7 @@ def test_no_server_and_no_such_kind_of_address(monkeypatch) -> None:
             check_inputs([address])
 
 
-def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:
+def test_records_are_read_from_urls(server: FileServer, tmp_path) -> None:
     """JSONL, compressed or not, and Parquet, from servers with and without ranges."""
     parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
     server.files = {
@@ -124,9 +124,7 @@ def test_records_are_read_from_addresses(server: FileServer, tmp_path) -> None:
     ]
 
 
-def test_a_crawl_is_read_from_addresses_and_from_a_list_of_them(
-    server: FileServer, tmp_path, monkeypatch, capsys
-) -> None:
+def test_a_crawl_is_read_from_urls_and_from_a_list_of_them(server: FileServer, tmp_path, monkeypatch, capsys) -> None:
     """The same documents as from disk; a missing file of the list is counted."""
     write_warc(tmp_path / "c.warc.gz", mixed_pages())
     parquet.write_table(

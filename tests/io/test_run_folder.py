@@ -320,7 +320,7 @@ def test_a_finished_run_has_results_and_another_folder_has_not(tmp_path: Path) -
         (True, False, UserError, ["base.partial"]),
     ],
 )
-def test_a_mistake_before_the_first_step_leaves_nothing(tmp_path: Path, resume, has_begun, error, left) -> None:
+def test_a_user_error_before_the_first_step_leaves_nothing(tmp_path: Path, resume, has_begun, error, left) -> None:
     if resume:
         folder_of(tmp_path / "base").begin({})
     run = folder_of(tmp_path / "base", resume=resume)

@@ -39,7 +39,7 @@ def crawl(out: str = "s3://bucket/a/out.jsonl", **options) -> crawl_filter.Summa
     return crawl_filter.run(crawl_filter.CrawlFilterConfig(out=out, **config))
 
 
-def test_records_appear_at_addresses(store: ObjectStore) -> None:
+def test_records_are_written_to_urls(store: ObjectStore) -> None:
     """The same bytes as a local run, with the manifest next to them and no local files left."""
     Path("twice.jsonl").write_bytes(Path("docs.jsonl").read_bytes() * 2)
     local = {"inputs": ("twice.jsonl",), "rejects": "rejects.jsonl"}
@@ -70,7 +70,7 @@ def test_the_report_is_uploaded_with_the_documents(store: ObjectStore, capsys) -
 
 
 @pytest.mark.parametrize("rejects", ["s3://bucket/a/out.jsonl", "s3a://bucket/a/out.jsonl"])
-def test_two_outputs_at_one_address_are_refused(store: ObjectStore, rejects: str) -> None:
+def test_two_outputs_at_one_url_are_refused(store: ObjectStore, rejects: str) -> None:
     message = r"^--out and --rejects: expected different files, found s3://bucket/a/out\.jsonl twice$"
     with pytest.raises(UserError, match=message):
         crawl(rejects=rejects)
@@ -206,7 +206,7 @@ def test_killed_at_moments_that_the_server_sees_and_resumed_it_leaves_the_same_b
         ("s3://secret/out.jsonl", "not allowed .*check the credentials"),
     ],
 )
-def test_addresses_that_cannot_be_written(store: ObjectStore, address: str, message: str) -> None:
+def test_urls_that_cannot_be_written(store: ObjectStore, address: str, message: str) -> None:
     """The run ends before its work, and nothing is written."""
     store.client().put_object(Bucket="bucket", Key="folder/file", Body=b"")
     store.refuse = lambda method, path: 403 if path.startswith("/secret") else None
@@ -222,7 +222,7 @@ def test_nothing_is_written_without_credentials(store: ObjectStore, monkeypatch:
         crawl()
 
 
-def test_evaluation_items_are_read_from_addresses(store: ObjectStore) -> None:
+def test_evaluation_items_are_read_from_urls(store: ObjectStore) -> None:
     items = json.dumps({"question": "Who wrote the text about the sea?"}).encode()
     store.client().put_object(Bucket="bucket", Key="items.jsonl", Body=items)
     Path("docs.jsonl").write_text(json.dumps({"text": "Who wrote the text about the sea? Ann did."}) + "\n")

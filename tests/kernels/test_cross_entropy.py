@@ -107,7 +107,7 @@ def test_probabilities_too_small_for_float16_have_an_exact_loss():
     assert expected > 15 * len(target) and relative_error(found, expected) < 1e-4
 
 
-def test_a_mistake_in_the_options_is_named():
+def test_an_error_in_the_options_is_named():
     x, weight, target = example(torch.float32)
     with pytest.raises(ValueError, match="reduction"):
         linear_cross_entropy(x, weight, target, reduction="none")

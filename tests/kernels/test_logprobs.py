@@ -51,7 +51,7 @@ def test_it_is_the_loss_with_the_sign_turned_and_any_shape():
     assert linear_logprobs(x[:0], weight, target[:0]).shape == (0,)
 
 
-def test_mistakes_are_named():
+def test_user_errors_are_named():
     x, weight, target = example(torch.float32)
     with pytest.raises(ValueError, match="temperature"):
         linear_logprobs(x, weight, target, temperature=0.0)

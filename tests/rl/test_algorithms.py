@@ -46,7 +46,7 @@ def test_equal_rewards_give_no_advantage(name):
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(80, 0.0), (90, 0.5), (100, 1.0)])
-def test_long_attempts_are_penalised_by_equation_13_of_dapo(length, penalty):
+def test_long_rollouts_are_penalized_by_equation_13_of_dapo(length, penalty):
     rollout = attempt([1], [2] * length, reward=1.0, finish_reason="length" if length == 100 else "stop")
     penalise_length(rollout, max_tokens=100)
     assert rollout.reward == pytest.approx(1.0 - penalty) and rollout.trained

@@ -174,7 +174,7 @@ def test_the_first_pass_tells_how_far_sampler_and_trainer_are_apart(model, rollo
     assert figures["logprob_difference_max"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_a_reference_gives_every_attempt_its_log_probabilities(model, rollouts):
+def test_a_reference_gives_every_rollout_log_probabilities(model, rollouts):
     reference_logprobs(model, rollouts, TEMPERATURE, True)
     for one in rollouts:
         assert one.reference_logprobs == pytest.approx(logprobs_of(model, one).detach().numpy(), abs=1e-4)

@@ -20,7 +20,7 @@ def called(asked) -> dict:
     return Rollout(asked, [1], made, 0, 0, 0, parts=CALLED).record()
 
 
-def test_an_attempt_with_calls_teaches_them():
+def test_a_rollout_with_calls_trains_on_them():
     """sft reads the messages; a judge reads the text, as in training."""
     row = Row(called(problem()), "rollouts.jsonl", 1)
     asked, answered = read_conversation(row).messages
@@ -36,7 +36,7 @@ def test_a_conversation_comes_before_its_answer():
     assert [one.role for one in read] == ["system", "user", "assistant"] and read[2].parts == CALLED
 
 
-def test_an_attempt_without_calls_is_a_prompt_and_a_completion():
+def test_a_rollout_without_calls_is_a_prompt_and_a_completion():
     record = attempt([1], [52]).record()
     assert "messages" not in record and (record["prompt"], record["completion"]) == ("2 + 2?", "4")
 

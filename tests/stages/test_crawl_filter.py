@@ -419,7 +419,7 @@ def test_no_page_stops_the_run(llmkit, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_mistakes_are_refused_in_one_line_and_leave_nothing(llmkit, tmp_path, arguments, message):
+def test_user_errors_are_one_line_and_leave_nothing(llmkit, tmp_path, arguments, message):
     write(tmp_path / "in.jsonl", {"text": "\n".join(SENTENCES)})
     done = llmkit("crawl-filter", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1

@@ -520,7 +520,7 @@ def test_bad_items_are_named(models, tmp_path, rows, expected):
         ({"resume": True}, "--resume: expected --out"),
     ],
 )
-def test_mistakes_are_named(models, tmp_path, monkeypatch, options, expected):
+def test_user_errors_are_named(models, tmp_path, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "things.jsonl", CHOICES)
     with pytest.raises(UserError) as error:
@@ -566,7 +566,7 @@ def test_unit_tests_require_the_sandbox_before_any_model_runs(models, tmp_path, 
         ('kind = "generation"\nverifier = "x"\n[[form]]\nprompt = ""\n', "verifier: expected number, gsm8k,"),
     ],
 )
-def test_mistakes_in_a_toml_are_named(tmp_path, toml, expected):
+def test_errors_in_a_toml_are_named(tmp_path, toml, expected):
     (tmp_path / "own.toml").write_text(toml)
     with pytest.raises(UserError) as error:
         read_task(tmp_path / "own.toml")

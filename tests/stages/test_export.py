@@ -379,7 +379,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(chat: Path, tmp_path: Path, 
         ({"format": "adapter"}, "found no adapter; llmkit sft --lora-rank 16 --keep-adapter keeps one"),
     ],
 )
-def test_mistakes_are_one_line(chat: Path, tmp_path: Path, options: dict, words: str) -> None:
+def test_user_errors_are_one_line(chat: Path, tmp_path: Path, options: dict, words: str) -> None:
     given = {"model": str(chat), "format": "gguf", "out": str(tmp_path / "out"), **options}
     with pytest.raises(UserError) as raised:
         export.run(ExportConfig(**given))

@@ -299,7 +299,7 @@ def test_two_processes_keep_the_shares(mixture, corpus, tmp_path):
         (["--", "-:0.5", "-:0.5"], "stdin: expected each input once"),
     ],
 )
-def test_a_mistake_in_the_shares_is_one_line(corpus, llmkit, tmp_path, inputs, message):
+def test_an_error_in_the_shares_is_one_line(corpus, llmkit, tmp_path, inputs, message):
     inputs = [text.format(docs=f"{corpus}/docs.jsonl") for text in inputs]
     done = llmkit("pretrain", "--tokenizer", f"{corpus}/tok", "-o", tmp_path / "base", *inputs)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr

@@ -73,7 +73,7 @@ def test_it_gets_better_than_its_examples(policy):
     assert all(row["logprob_difference_max"] < 1e-4 for row in steps)
 
 
-def test_the_log_holds_every_attempt(policy, problems):
+def test_the_log_has_every_rollout(policy, problems):
     rollouts = lines(policy / "rollouts.jsonl")
     steps = [row for row in lines(policy / "metrics.jsonl") if "reward" in row]
     assert len(rollouts) == sum(row["groups"] for row in steps) * 8
@@ -175,7 +175,7 @@ def test_a_run_ends_where_nothing_is_left_to_learn(coin, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_an_attempt_that_cannot_be_judged_has_no_part_in_its_group(coin, tmp_path):
+def test_a_rollout_that_cannot_be_judged_is_excluded_from_its_group(coin, tmp_path):
     step, rollouts = scripted(coin, tmp_path, "(1.0, None, 0.0, 0.0)", group=4, batch_size=2)
     assert step["unjudged"] == 0.25 and step["reward"] == pytest.approx(1 / 3, abs=1e-4)
     assert step["groups_without_signal"] == 0
@@ -253,7 +253,7 @@ def test_calls_of_a_tool_that_was_not_given_are_counted(unsure, tmp_path, capsys
 # ---- early stops
 
 
-def test_a_reward_that_tells_nothing_apart_stops_it(coin, tmp_path):
+def test_a_constant_reward_stops_the_run(coin, tmp_path):
     never = write(tmp_path / "never.jsonl", *({"prompt": f"Throw {i}", "answer": "edge"} for i in range(4)))
     with pytest.raises(UserError, match=r"nothing left to learn.*sometimes solved"):
         train(coin, never, tmp_path / "p")
@@ -313,7 +313,7 @@ def test_a_single_rollout_has_no_group_to_compare_with(coin, problems, tmp_path,
         train(coin, problems, tmp_path / "policy", group=1, batch_size=1, algo="reinforce++")
 
 
-def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, capsys):
+def test_a_rollout_may_use_the_rest_of_the_context(problems, tmp_path, capsys):
     """The default of 256 tokens would exclude every problem for a model with a context of 256."""
     chat = save_assistant(tmp_path / "chat", context=256)
     train(chat, problems, tmp_path / "policy", max_tokens=None, batch_size=16, dry_run=True)
@@ -322,7 +322,7 @@ def test_an_attempt_has_the_room_that_the_context_leaves(problems, tmp_path, cap
     assert "8 problems\n" in said and "--batch-size 16: more than the 8 problems" in said
 
 
-def test_long_answers_in_the_data_ask_for_longer_attempts(tmp_path, capsys):
+def test_long_answers_in_the_data_lead_to_longer_rollouts(tmp_path, capsys):
     """The default is twice the tokens of nearly all answers, at least 256; the plan shows it."""
     chat = save_assistant(tmp_path / "chat", context=2048)
     for length, said in ((300, "--max-tokens 600: twice the 300 tokens"), (3, "each, at most 256 tokens; reward: ")):

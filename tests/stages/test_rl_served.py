@@ -111,7 +111,7 @@ def test_stale_weights_of_a_server_are_noticed_by_their_log_probabilities(base, 
     assert len(steps) == 1  # sampled with the weights that the server had
 
 
-def test_an_attempt_without_its_end_token_is_not_trained_on(problems, tmp_path):
+def test_a_rollout_without_its_end_token_is_not_trained_on(problems, tmp_path):
     parrot = save_assistant(tmp_path / "parrot", "x")
     with ModelServer(parrot) as server:
         server.lies = {"no end"}

@@ -204,7 +204,7 @@ def test_a_prompt_is_continued_on_a_pipe_and_on_a_terminal(folder, llmkit, on_te
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
-def test_a_conversation_is_held(babbler, llmkit, with_folder):
+def test_a_conversation(babbler, llmkit, with_folder):
     with ModelServer(babbler) as server:
         words = [
             "sample",

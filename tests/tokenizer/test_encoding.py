@@ -151,7 +151,7 @@ def test_a_backend_that_is_wrong_absent_or_refuses_is_passed_over(ours, monkeypa
     assert ids.tolist() == [*ours.encode("the cat"), *ours.encode("sat")]
 
 
-def test_a_lone_surrogate_is_the_users_mistake(ours):
+def test_a_lone_surrogate_is_a_user_error(ours):
     with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 2"):
         ours.encode("ab\ud800")
     for only in ("gigatoken", "fastokens", "tokenizers"):

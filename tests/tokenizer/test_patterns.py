@@ -97,7 +97,7 @@ def test_a_bad_block_passes_through() -> None:
         count_pieces(failing(), PATTERNS["qwen2"], processes=2, alone=1)
 
 
-def test_a_bad_regular_expression_is_the_users_mistake() -> None:
+def test_a_bad_regular_expression_is_a_user_error() -> None:
     with pytest.raises(UserError, match=re.escape("--pattern: expected qwen2, llama3, gpt2, o200k or a regular")):
         find_pattern("(unclosed")
 

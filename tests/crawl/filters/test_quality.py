@@ -221,5 +221,5 @@ def test_the_words_left_are_those_of_the_text_left(lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("unit", ["[", "[1", "{", ".", "a ", "javascript\n", "x" * 1001 + " ", "lorem "])
-def test_a_text_made_to_be_slow_comes_back(unit: str) -> None:
+def test_an_adversarially_slow_text_returns(unit: str) -> None:
     clean(unit * (300_000 // len(unit)))

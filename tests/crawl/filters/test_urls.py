@@ -50,7 +50,7 @@ def ut1(tmp_path: Path) -> Path:
         *((url, None) for url in HARMLESS),
     ],
 )
-def test_an_address_meets_the_list(ut1: Path, url: str | None, reason: str | None) -> None:
+def test_a_url_matches_the_list(ut1: Path, url: str | None, reason: str | None) -> None:
     filter = UrlFilter([ut1], NOTHING)
     assert filter.reason(url) == pickle.loads(pickle.dumps(filter)).reason(url) == reason
 

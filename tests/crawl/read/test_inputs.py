@@ -216,7 +216,7 @@ def test_a_single_page_may_be_the_input(monkeypatch, tmp_path):
     ],
     ids=["empty", "words", "packed words", "cut", "arc", "pdf", "nothing", "lines"],  # compressed: with the time
 )
-def test_a_file_without_records_is_the_users_mistake(tmp_path, name, data, message):
+def test_a_file_without_records_is_a_user_error(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as raised:
         read(tmp_path / name)
