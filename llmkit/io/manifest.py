@@ -143,13 +143,14 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
 def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
     """List the local files and models in a manifest whose content has changed."""
 
-    def is_same(item: Mapping[str, Any]) -> bool:
+    def is_same(path: str, item: Mapping[str, Any]) -> bool:
         if "sha256" in item:
             return _is_unchanged(item)
-        model = read_manifest(item["path"]) if os.path.isdir(item["path"]) else None
+        model = read_manifest(path) if os.path.isdir(path) else None
         return model is None or manifest_digest(model) == item.get("manifest_sha256")
 
-    return [item["path"] for item in sources(manifest) if os.path.exists(item["path"]) and not is_same(item)]
+    listed = [(str(item.get("path")), item) for item in sources(manifest)]
+    return [path for path, item in listed if os.path.exists(path) and not is_same(path, item)]
 
 
 def _is_unchanged(item: Mapping[str, Any]) -> bool:

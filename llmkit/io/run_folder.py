@@ -99,7 +99,7 @@ def finished_results(output: str | Path, stage: str, config: Any, also: Sequence
     changed = [path for path in changed_sources(manifest) if os.path.realpath(path) != os.path.realpath(output)]
     if changed:
         raise UserError(f"{output}: another run: {changed[0]} has changed since; start over with --force")
-    return dict(manifest["results"])
+    return dict(manifest.get("results", {}))
 
 
 def check_files(

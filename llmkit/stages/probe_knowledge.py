@@ -152,7 +152,8 @@ def run(config: ProbeKnowledgeConfig) -> Summary | Recited | None:
     _checked(config)
     results = check_files(config, "probe-knowledge", "report", (STATE, WRITTEN), also=("--balance",))
     if results is not None:
-        return Summary(out, config.report, **results)
+        known = {name: value for name, value in results.items() if name in Summary.__annotations__}
+        return Summary(out, config.report, **known)
     state_path, written_path = (None if out == "-" else Path(out + end) for end in (STATE, WRITTEN))
 
     # load

@@ -152,7 +152,7 @@ def run(config: WriteChatsConfig) -> Summary | None:
     results = check_files(config, "write-chats", "pairs", also=("--conversations",))
     if results is not None:
         _check_models(config, out)
-        return Summary(out, *(results[name] for name in ("conversations", "drafts")), pairs=results["pairs"])
+        return Summary(out, **{name: results.get(name) for name in ("conversations", "drafts", "pairs")})
 
     # load
     from llmkit.writing.keep import Keeper

@@ -214,6 +214,13 @@ def test_a_run_of_something_else_is_not_resumed(parrot, babbler, tmp_path, monke
     for same in (model, f"{model}/"):
         finished = probe(same, out, questions=asked, resume=True)
         assert finished.questions == 2 and finished.seconds is None  # there was nothing to do
+    manifest = tmp_path / "r.jsonl.manifest.json"
+    made = manifest.read_text()
+    edited = json.loads(made)
+    edited["results"], edited["inputs"] = {"questions": 2, "of another version": 1}, [{"bytes": 1}]
+    manifest.write_text(json.dumps(edited))
+    assert probe(model, out, questions=asked, resume=True).questions == 2
+    manifest.write_text(made)
     for options, message in (
         ({"samples": 3}, "r.jsonl: another run: --samples was 5 and is now 3; resume with the same"),
         ({"balance": None}, "r.jsonl: another run: --balance was 1.0 and is now none"),
