@@ -147,7 +147,7 @@ class Batches:
         return batch
 
     def taken(self, step: int) -> list[int]:
-        """Return the tokens used of each source before a step: its share to within one token; the largest, the rest."""
+        """Return each source's tokens before a step: in each phase its share, to one token; the largest, the rest."""
         taken = [0] * len(self.sources)
         for (first, shares), stop in zip(self.shares.items(), [*list(self.shares)[1:], step], strict=True):
             tokens = max(0, min(stop, step) - first) * self.batch_size * self.sequence_length

@@ -43,9 +43,9 @@ CURVES = {
 
 def describe(groups: Groups, rewards: Sequence[Weighted]) -> dict[str, float]:
     """Return the metrics of groups of rollouts: the mean `reward` and its parts, `length` in tokens, `cut` (share
-    truncated), with tool calls `called` (share of rollouts with one) and `calls_failed` (share of calls), and with a
-    verifier `success` and `pass_at_group` (share of groups with a right rollout). Rollouts that a reward could not
-    judge count only in `length`, `cut` and `unjudged`, their share.
+    truncated), with tool calls `called` (share of rollouts with one) and `calls_failed` (share of failed calls), and
+    with a verifier `success` and `pass_at_group` (share of groups with a right rollout). Rollouts that a reward could
+    not judge, if any, count only in `length`, `cut` and `unjudged`, their share.
 
     Raises UserError if none could be judged.
     """

@@ -139,7 +139,10 @@ class ChatFormat:
     def encode_branches(
         self, branches: Sequence[tuple[Sequence[Message], Sequence[Sequence[Message]]]]
     ) -> list[tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]]:
-        """Encode prompts, each with its possible answers: the ids of the prompt, ids and `trained` of each answer."""
+        """Encode prompts, each with its possible answers: the ids of the prompt, ids and `trained` of each answer.
+
+        Without messages a prompt or an answer has no ids.
+        """
         turns = [tuple(messages) for prompt, answers in branches for messages in (prompt, *answers)]
         encoded = iter(self.encode_many(Conversation(turn) for turn in turns if turn))
         nothing = np.zeros(0, np.int32), np.zeros(0, bool)
