@@ -334,8 +334,10 @@ def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids
     """Compute attention without Triton, in the fastest way."""
     length, keys = query.shape[2], key.shape[2]
     ids, packing = doc_ids.doc_ids if isinstance(doc_ids, Packing) else doc_ids, None
-    blocks_pay = is_causal and _blocks_pay(query, keys)
-    if ids is not None and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    eager_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    # _BlockAttention is faster in bfloat16 training only
+    blocks_pay = is_causal and eager_on_cpu and query.dtype == torch.bfloat16 and length == keys > 1
+    if ids is not None and eager_on_cpu:
         packing = Packing(ids) if isinstance(doc_ids, Tensor) else doc_ids
         if packing.is_single:
             ids = packing = None
@@ -347,16 +349,6 @@ def _attention_by_torch(query, key, value, is_causal, scale, enable_gqa, doc_ids
         return _BlockAttention.apply(query, key, value, scale, blocks, length <= LONGEST_KEPT)
     mask = None if ids is None and window is None else attention_mask(length, keys, ids, window, query.device)
     return _torch_attention(query, key, value, mask, 0.0, is_causal and mask is None, scale, enable_gqa)
-
-
-def _blocks_pay(query: Tensor, keys: int) -> bool:
-    """Return True if `_BlockAttention` pays off: in bfloat16 training on CPU with queries = keys."""
-    return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.shape[2] == keys > 1
-        and not torch.compiler.is_compiling()
-    )
 
 
 def attention_decode(

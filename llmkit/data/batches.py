@@ -82,7 +82,13 @@ class Stream:
 
     def __init__(self, shards: TokenShards, sequence_length: int, seed: int) -> None:
         self.shards, self.sequence_length, self.seed = shards, sequence_length, seed
-        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> Order:
+            documents = shuffled(shards.documents, seed, epoch)
+            return documents, np.cumsum(shards.lengths[documents])
+
+        self._order = order
 
     def place(self, index: int) -> int:
         """Return the position in the stream, in rows, of the row dealt out as number `index`."""
@@ -97,10 +103,6 @@ class Stream:
         index, offset = divmod(position, self.sequence_length)
         position = self.place(index) * self.sequence_length + offset
         _fill(rows, self.shards, self._order, position, self.shards.info.end)
-
-    def _draw_order(self, epoch: int) -> Order:
-        order = shuffled(self.shards.documents, self.seed, epoch)
-        return order, np.cumsum(self.shards.lengths[order])
 
 
 class Batches:

@@ -214,7 +214,14 @@ def draw(chart: Mapping[str, Any]) -> dict[str, Any]:
     lines = chart["lines"][:MOST_LINES]
     points = [(step, max(-FARTHEST, min(FARTHEST, value))) for line in lines for step, value in line["points"]]
     first, last = min(step for step, _ in points), max(step for step, _ in points)
-    low, high = _range([value for _, value in points], clip=lines[0]["metric"] in CLIPPED)
+    ordered = sorted(value for _, value in points)
+    low, high, bound = ordered[0], ordered[-1], ordered[int(QUANTILE * (len(ordered) - 1))]
+    if lines[0]["metric"] in CLIPPED and len(ordered) >= 20 and high - low > 1.5 * (bound - low) > 0:
+        high = bound
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - 0.05 * max(1.0, abs(low)), high + 0.05 * max(1.0, abs(high))
+    else:
+        high += 0.02 * (high - low)
     x_of = _scale(first, last, LEFT, WIDTH - RIGHT)
     y_of = _scale(low, high, HEIGHT - BOTTOM, TOP)
     form = "share" if chart["unit"].startswith("share") else ""
@@ -281,17 +288,6 @@ def smoothed(values: Sequence[float], width: float) -> list[float]:
         total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
         result.append(total / weight)
     return result
-
-
-def _range(values: list[float], clip: bool) -> tuple[float, float]:
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[-1]
-    bound = ordered[int(QUANTILE * (len(ordered) - 1))]
-    if clip and len(ordered) >= 20 and high - low > 1.5 * (bound - low) > 0:
-        high = bound
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        return low - 0.05 * max(1.0, abs(low)), high + 0.05 * max(1.0, abs(high))
-    return low, high + 0.02 * (high - low)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -169,7 +169,12 @@ class Gathered:
             self.tokenizers[path] = value
         elif any(as_object(model.get("tasks")) for model in objects(value.get("models"))):
             self.task_scores[path] = value
-        elif scores := list(filter(_is_score, objects(value.get("effects")))):
+        elif scores := [  # rows of effects.json: a stage's figure, its value, and what it is compared with
+            effect
+            for effect in objects(value.get("effects"))
+            if all(isinstance(effect.get(name), str) for name in ("stage", "figure", "against"))
+            and all(effect.get(name) is None or is_number(effect[name]) for name in ("value", "beside"))
+        ]:
             self.scores[path] = scores
         elif not listed:
             raise UserError(
@@ -198,9 +203,3 @@ def _checked(manifest: Any, path: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("stage"), str):
         raise UserError(f"{path}: expected a manifest of llmkit, with 'stage', found {sorted(manifest)[:8]}")
     return manifest
-
-
-def _is_score(effect: dict[str, Any]) -> bool:
-    """Return True if this is a row of effects.json: a stage's figure, its value, and what it is compared with."""
-    named = all(isinstance(effect.get(name), str) for name in ("stage", "figure", "against"))
-    return named and all(effect.get(name) is None or is_number(effect[name]) for name in ("value", "beside"))

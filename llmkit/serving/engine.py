@@ -257,8 +257,14 @@ class Engine:
         if self._outbox:
             events = self._outbox[:]
             self._outbox.clear()
+
+            def put() -> None:
+                for job, event in events:
+                    if job is not None:
+                        job.events.put_nowait((job, event))
+
             with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(_put, events)
+                self._loop.call_soon_threadsafe(put)
 
     def _receive(self) -> bool:
         """Run actions from the event loop; wait for one if there is nothing to compute. Return False to stop."""
@@ -274,9 +280,3 @@ class Engine:
                 return False
             action()
             timeout = 0
-
-
-def _put(events: Sequence[Event]) -> None:
-    for job, event in events:
-        if job is not None:
-            job.events.put_nowait((job, event))

@@ -131,8 +131,14 @@ class Keeper:
         long = [reply for reply in replies if Split(reply).word_count >= TELLING]
         if len(set(long)) < len(long):
             return "repetition: same reply"
-        if repetition := next(filter(None, map(_repetition, long)), None):
-            return f"repetition: {repetition}"
+        for split in map(Split, long):
+            if split.word_count >= LONG:
+                repetition = gopher_repetition(split, GopherRepetition()).reason
+            else:
+                is_varied = len(split.vocabulary) >= LEAST_DISTINCT * split.word_count
+                repetition = None if is_varied else "few different words"
+            if repetition:
+                return f"repetition: {repetition}"
         if draft.refusal != is_refusal(replies[-1], broad=draft.refusal):
             return "refusal: none" if draft.refusal else "refusal: not requested"
         if self._items and self._items.find("\n".join(part.text for turn in draft.messages for part in turn.parts)):
@@ -226,13 +232,6 @@ def _form(draft: Draft) -> str | None:
         if STRAY.search(text):
             return "form: stray marks or further turns"
     return None
-
-
-def _repetition(reply: str) -> str | None:
-    split = Split(reply)
-    if split.word_count >= LONG:
-        return gopher_repetition(split, GopherRepetition()).reason
-    return "few different words" if len(split.vocabulary) < LEAST_DISTINCT * split.word_count else None
 
 
 def _problem(draft: Draft) -> Problem:

@@ -247,11 +247,13 @@ class _Walk:
                     resume = _following(node)
                     continue
                 kind = (tag, get("class"), get("id"), get("role"), get("itemprop"), get("aria-hidden") == "true")
-                if unseen < 0 and parents and _is_undisplayed(attributes):
-                    if inline:
-                        unseen = len(parents)
-                    elif folded < 0:
-                        folded = len(parents)
+                if unseen < 0 and parents:
+                    style = (get("style") or "").replace(" ", "").lower()
+                    if "display:none" in style or get("hidden", "until-found") != "until-found":
+                        if inline:
+                            unseen = len(parents)
+                        elif folded < 0:
+                            folded = len(parents)
                 if tag == "a" and link < 0 and "href" in attributes:
                     link = len(parents)
                     links += 1
@@ -313,9 +315,3 @@ def _following(node: LexborNode) -> int:
             return above.next.mem_id
         above = above.parent
     return -1
-
-
-def _is_undisplayed(attributes: dict[str, str | None]) -> bool:
-    if "style" in attributes and "display:none" in (attributes["style"] or "").replace(" ", "").lower():
-        return True
-    return "hidden" in attributes and attributes["hidden"] != "until-found"

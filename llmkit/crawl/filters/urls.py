@@ -165,16 +165,12 @@ def _file_entries(path: Path, is_ut1: bool, quiet: bool) -> Iterator[Entries]:
             raise UserError(f"{path}:{number}: expected a domain, a URL or a hosts entry, found {line!r}")
         tokens += [word for word in words if is_listed or "." in word or ":" in word]  # not localhost
     is_url = lambda token: kind == "url" or (kind is None and "/" in token)  # noqa: E731
-    urls = [url for url in map(_plain_url, filter(is_url, tokens)) if url]
+    split = [split_url(token[:LONGEST_URL]) for token in filter(is_url, tokens)]
+    urls = [host + path.rstrip("/") for host, path in split if _HOST.fullmatch(host)]
     domains = [domain for domain in map(_plain_domain, filterfalse(is_url, tokens)) if "." in domain or ":" in domain]
     if lost := len(tokens) - len(urls) - len(domains):
         say(f"{path}: ignored {counted(lost, 'line')} without a domain or URL", quiet)
     yield from ((category, "url", urls), (category, "domain", domains))
-
-
-def _plain_url(token: str) -> str:
-    host, path = split_url(token[:LONGEST_URL])
-    return host + path.rstrip("/") if _HOST.fullmatch(host) else ""
 
 
 def _plain_domain(token: str) -> str:
