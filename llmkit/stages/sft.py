@@ -482,7 +482,9 @@ def _preferences(
     own_figures = answers.open(tuning, before, gold, config.seed)
     if reference is not None:  # when nothing is left to be refused
         held_out = [reference.compare(source, held_out=True) for source in held_out]
-        sources = [replace(source, examples=reference.compare(source.examples)) for source in sources]
+        sources = [
+            replace(source, examples=reference.compare(cast(Comparisons, source.examples))) for source in sources
+        ]
     return Lessons(
         sources,
         held_out,
