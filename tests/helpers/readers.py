@@ -38,6 +38,7 @@ EXEMPT = {
     "llmkit.io.run_folder",  # steps of checkpoints
     "llmkit.model.folder",  # two words of a model's config.json
     "llmkit.serving.app",  # the port in a Host header
+    "llmkit.stages.serve",  # an option
     "llmkit.tools.user_code",  # the user's docstrings
 }
 
