@@ -228,9 +228,10 @@ def _attention_by_segments(query, key, value, scale, packing: Packing, window, m
     rows = []
     for number, (begins, *row) in enumerate(inputs):
         spans = list(zip(begins, [*begins[1:], query.shape[2]], strict=True))
-        parts = [x.unsqueeze(0).split([end - start for start, end in spans], 2) for x in row]
         seen = [None if mask is None else mask[number, 0, start:end, start:end] for start, end in spans]
-        outputs = [scaled_dot_product_attention(*x, **details) for x in zip(*parts, seen, strict=True)]
+        lengths = [end - start for start, end in spans]
+        documents = zip(*(x.unsqueeze(0).split(lengths, 2) for x in row), seen, strict=True)
+        outputs = [scaled_dot_product_attention(*x, **details) for x in documents]
         rows.append(torch.cat(outputs, 2))
     return torch.cat(rows)
 

@@ -397,7 +397,7 @@ def test_outputs_that_no_option_reads_are_accepted(tmp_path: Path, monkeypatch: 
     (tmp_path / "config.json").write_text("{}")
     sft, sample = (import_module(f"llmkit.stages.{name}") for name in ("sft", "sample"))
     for config in (
-        sft.SftConfig(model="base", system="out", prompt=("out",), out="out", force=True),
+        sft.SftConfig(model="base", system="out", prompt=("out",), sample_every=1, out="out", force=True),
         sample.SampleConfig(model=str(tmp_path), out=str(tmp_path / "said.jsonl")),
     ):
         cli._run_alone(lambda config: None, config)
