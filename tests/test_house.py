@@ -31,7 +31,7 @@ ROOMS = {
     "crawl": (4640, 5065),
     "data": (1100, 1670),
     "generation": (2250, 3944),
-    "training": (2500, 3235),
+    "training": (2500, 3237),
     "reward_model": (800, 1169),
     "probing": (970, 1020),
     "rewards": (1400, 2070),

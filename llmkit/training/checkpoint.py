@@ -183,6 +183,8 @@ def _verified_state(folder: Path, step: int) -> dict[str, Any]:
     if state.get("step") != step:
         raise ValueError(f"{STATE} belongs to another step")
     for name, digest in state["sha256"].items():
+        if not (folder / name).is_file():  # to open a pipe would wait for its writer
+            raise ValueError(f"{name} is not a file")
         if file_sha256(folder / name) != digest:
             raise ValueError(f"{name} does not match its checksum in {STATE}")
     return state

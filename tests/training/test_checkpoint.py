@@ -1,5 +1,7 @@
 """Checkpoints survive kills and full disks, and damaged ones are reported."""
 
+import os
+
 import pytest
 import torch
 
@@ -91,3 +93,13 @@ def test_an_error_of_the_background_write_reaches_the_caller(tmp_path):
     checkpoints.save(1, {"weight": torch.ones(1)}, {})
     with pytest.raises(OSError):
         checkpoints.wait()
+
+
+def test_a_pipe_in_place_of_the_tensors_is_damage(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"weight": torch.ones(1)}, {}, wait=True)
+    tensors = tmp_path / "step-00000005" / TENSORS
+    tensors.unlink()
+    os.mkfifo(tensors)
+    with pytest.raises(UserError, match=f"step-00000005: damaged checkpoint .*{TENSORS} is not a file"):
+        Checkpoints(tmp_path).load()
