@@ -23,7 +23,7 @@ from llmkit.crawl.recipe import DUPLICATES, Recipe, as_json
 from llmkit.display import printable
 from llmkit.errors import UserError
 from llmkit.io.jsonl import JSON_LINE, dump_json, load_json
-from llmkit.io.manifest import read_manifest
+from llmkit.io.manifest import check_sources, read_manifest
 from llmkit.io.pool import Work, in_order
 from llmkit.io.remote import is_remote, size_and_version
 from llmkit.io.resume import STATE, Kept, check_identity
@@ -88,7 +88,7 @@ DECISIVE = ("inputs", "listed", "base", "take", "limit", "columns", "rejects")
 def finished(out: str | None, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the counts of a finished run from its manifest, or None if there is no finished run.
 
-    Raises UserError if the recipe or an option that determines the output differs.
+    Raises UserError if the recipe, an option that determines the output, or an input differs.
     """
     if out is None or options["explain"] is not None:
         return None
@@ -97,6 +97,7 @@ def finished(out: str | None, recipe: Recipe, options: Mapping[str, Any]) -> dic
         return None
     noted, now = manifest["options"], {"recipe": as_json(recipe), **{name: options[name] for name in DECISIVE}}
     check_identity(out, {name: noted.get(name) for name in now}, now)
+    check_sources(out, manifest)
     return {name: manifest["results"][name] for name in ("records", "documents", "dropped")}
 
 

@@ -91,8 +91,11 @@ class NearDuplicates:
 
 
 OWN_FILTERS = "[own] filters"  # for error messages
-EXTRACTORS, FAVOURS = ("model", "fast", "trafilatura"), ("balance", "precision", "recall")
-CHOICES = {"extractor": EXTRACTORS, "favour": FAVOURS, "mode": ("redact", "drop")}
+CHOICES = {
+    "extractor": ("model", "fast", "trafilatura"),
+    "favour": ("balance", "precision", "recall"),
+    "mode": ("redact", "drop"),
+}
 SHARES = ("_fraction", "_score", "_similarity", "threshold")  # ends of the names of values from 0 to 1
 
 

@@ -140,17 +140,19 @@ def training_files(model: str) -> tuple[list[str], list[str]]:
     return [path for path, same in unchanged.items() if same], [path for path, same in unchanged.items() if not same]
 
 
-def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
-    """List the local files and models in a manifest whose content has changed."""
-
-    def is_same(path: str, item: Mapping[str, Any]) -> bool:
+def check_sources(output: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError if a local file or model that a finished run read has changed since; missing ones may be gone."""
+    for item in sources(manifest):
+        path = str(item.get("path"))
+        if not os.path.exists(path) or os.path.realpath(path) == os.path.realpath(output):
+            continue
         if "sha256" in item:
-            return _is_unchanged(item)
-        model = read_manifest(path) if os.path.isdir(path) else None
-        return model is None or manifest_digest(model) == item.get("manifest_sha256")
-
-    listed = [(str(item.get("path")), item) for item in sources(manifest)]
-    return [path for path, item in listed if os.path.exists(path) and not is_same(path, item)]
+            same = _is_unchanged(item)
+        else:
+            model = read_manifest(path) if os.path.isdir(path) else None
+            same = model is None or manifest_digest(model) == item.get("manifest_sha256")
+        if not same:
+            raise UserError(f"{output}: another run: {path} has changed since; start over with --force")
 
 
 def _is_unchanged(item: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from llmkit.io.files import (
 )
 from llmkit.io.hub import check_weights, commits, hub_hint, pin
 from llmkit.io.jsonl import read_object, write_json
-from llmkit.io.manifest import MANIFEST, OF_FILE, changed_sources, read_manifest
+from llmkit.io.manifest import MANIFEST, OF_FILE, check_sources, read_manifest
 from llmkit.io.progress import say
 from llmkit.io.ranks import launch
 from llmkit.io.remote import check_upload, is_remote, upload
@@ -96,9 +96,7 @@ def finished_results(output: str | Path, stage: str, config: Any, also: Sequence
     now = lasting_options(config) | {flag: values[flag] for flag in also}
     former = {flag_of(item): noted[item.name] for item in option_fields(type(config)) if item.name in noted}
     check_identity(output, {**now, **former}, now)
-    changed = [path for path in changed_sources(manifest) if os.path.realpath(path) != os.path.realpath(output)]
-    if changed:
-        raise UserError(f"{output}: another run: {changed[0]} has changed since; start over with --force")
+    check_sources(output, manifest)
     return dict(manifest.get("results", {}))
 
 

@@ -458,6 +458,18 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
     assert len(lines(tmp_path / "out")) == 4
 
 
+def test_a_finished_run_is_none_of_an_input_that_has_changed(llmkit, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    command = ("crawl-filter", tmp_path / "a.jsonl", "--only", "pii", "-o", tmp_path / "out.jsonl", "--resume")
+    assert llmkit(*command).returncode == 0
+    again = llmkit(*command)
+    assert again.returncode == 0 and "already finished" in again.stderr
+    (tmp_path / "a.jsonl").write_text('{"text": "two"}\n')
+    other = llmkit(*command)
+    assert other.returncode == 2 and "a.jsonl has changed since; start over with --force" in other.stderr
+    assert lines(tmp_path / "out.jsonl")[0]["text"] == "one"
+
+
 def test_an_input_in_which_all_is_bad_is_an_error(llmkit, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"body": "x"}\n' * 3)
     done = llmkit("crawl-filter", tmp_path / "x.jsonl", "-o", tmp_path / "out")
