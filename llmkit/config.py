@@ -558,17 +558,21 @@ def lasting_options(config: Any) -> dict[str, Any]:
 
 
 def options_by_flag(config: Any, free: bool = True) -> dict[str, Any]:
-    """Return the resolved options by flag, as plain JSON values; with `free=False`, without the `free` ones.
+    """Return the resolved options by flag, to compare; with `free=False`, without the `free` ones."""
+    values = comparable(type(config), as_options(config))
+    return {
+        flag_of(item): values[item.name] for item in option_fields(type(config)) if free or not option_of(item).free
+    }
 
-    Trailing slashes of input paths are dropped.
-    """
+
+def comparable(config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by name, of a config or a manifest, without the trailing slashes of input paths."""
     bare = lambda value: (value.rstrip("/") or value) if isinstance(value, str) else value  # noqa: E731
-    values, items = as_options(config), option_fields(type(config))
-    for item in items:
-        value = values[item.name]
-        if option_of(item).reads:
-            values[item.name] = list(map(bare, value)) if isinstance(value, list) else bare(value)
-    return {flag_of(item): values[item.name] for item in items if free or not option_of(item).free}
+    reads = {item.name for item in option_fields(config_class) if option_of(item).reads}
+    return {
+        name: value if name not in reads else list(map(bare, value)) if isinstance(value, list) else bare(value)
+        for name, value in options.items()
+    }
 
 
 def as_options(config: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "errors": (60, 0),
     "display": (90, 0),
-    "config": (420, 580),
+    "config": (420, 582),
     "kernels": (3000, 3006),
     "io": (2150, 4168),
     "formats": (950, 1130),

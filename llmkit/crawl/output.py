@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple, TextIO
 
 import orjson
 
+from llmkit.config import as_options, comparable
 from llmkit.crawl.filters.contamination import Findings
 from llmkit.crawl.page import READ, Batch, Frame, Part
 from llmkit.crawl.read.frames import Reader, Source, batches, sources
@@ -85,17 +86,19 @@ def parts_of(
 DECISIVE = ("inputs", "listed", "base", "take", "limit", "columns", "rejects")
 
 
-def finished(out: str | None, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished(config: Any, recipe: Recipe) -> dict[str, Any] | None:
     """Return the counts of a finished run from its manifest, or None if there is no finished run.
 
     Raises UserError if the recipe, an option that determines the output, or an input differs.
     """
-    if out is None or options["explain"] is not None:
+    out = config.out
+    if out is None or config.explain is not None:
         return None
     manifest = None if Path(f"{out.rstrip('/')}{STATE}").exists() or not Path(out).exists() else read_manifest(out)
     if manifest is None or not {"options", "results"} <= manifest.keys():
         return None
-    noted, now = manifest["options"], {"recipe": as_json(recipe), **{name: options[name] for name in DECISIVE}}
+    noted, options = (comparable(type(config), values) for values in (manifest["options"], as_options(config)))
+    now = {"recipe": as_json(recipe), **{name: options[name] for name in DECISIVE}}
     check_identity(out, {name: noted.get(name) for name in now}, now)
     check_sources(out, manifest)
     return {name: manifest["results"][name] for name in ("records", "documents", "dropped")}

@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from llmkit.config import flag_of, lasting_options, option_fields, options_by_flag
+from llmkit.config import comparable, flag_of, lasting_options, option_fields, options_by_flag
 from llmkit.errors import GateError, Interrupted, UserError
 from llmkit.io.files import (
     PARTIAL,
@@ -92,7 +92,7 @@ def finished_results(output: str | Path, stage: str, config: Any, also: Sequence
     manifest = read_manifest(output) or {}
     if manifest.get("stage") != stage:
         raise UserError(f"{output}: not a finished {stage} run; choose another --out, or replace it with --force")
-    noted, values = manifest.get("options", {}), options_by_flag(config)
+    noted, values = comparable(type(config), manifest.get("options", {})), options_by_flag(config)
     now = lasting_options(config) | {flag: values[flag] for flag in also}
     former = {flag_of(item): noted[item.name] for item in option_fields(type(config)) if item.name in noted}
     check_identity(output, {**now, **former}, now)

@@ -148,7 +148,7 @@ def run(config: CrawlFilterConfig) -> Summary | None:
     # load
     started = time.monotonic()
     recipe, recipe_name = _recipe(config)
-    if config.resume and (done := finished(config.out, recipe, as_options(config))):
+    if config.resume and (done := finished(config, recipe)):
         say(f"{config.out}: already finished; to make it again, use --force without --resume", config.quiet)
         return Summary(str(config.out), config.rejects, **done, workers=0, seconds=0.0)
     inputs, out = _checked(config)

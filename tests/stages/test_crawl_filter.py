@@ -459,13 +459,15 @@ def test_a_strict_run_ends_at_a_bad_file_and_what_was_done_stays(llmkit, tmp_pat
 
 
 def test_a_finished_run_is_none_of_an_input_that_has_changed(llmkit, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
-    command = ("crawl-filter", tmp_path / "a.jsonl", "--only", "pii", "-o", tmp_path / "out.jsonl", "--resume")
-    assert llmkit(*command).returncode == 0
-    again = llmkit(*command)
-    assert again.returncode == 0 and "already finished" in again.stderr
-    (tmp_path / "a.jsonl").write_text('{"text": "two"}\n')
-    other = llmkit(*command)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "one"}\n')
+    command = ("--only", "pii", "-o", tmp_path / "out.jsonl", "--resume")
+    assert llmkit("crawl-filter", f"{tmp_path}/in/", *command).returncode == 0
+    for folder in (f"{tmp_path}/in/", f"{tmp_path}/in"):
+        again = llmkit("crawl-filter", folder, *command)
+        assert again.returncode == 0 and "already finished" in again.stderr
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "two"}\n')
+    other = llmkit("crawl-filter", f"{tmp_path}/in/", *command)
     assert other.returncode == 2 and "a.jsonl has changed since; start over with --force" in other.stderr
     assert lines(tmp_path / "out.jsonl")[0]["text"] == "one"
 
